@@ -1,0 +1,356 @@
+"""The typed configuration: frozen dataclasses, built by the Python files in `configs/`.
+
+Read a recipe and you know the run: nothing is looked up elsewhere. Every field can be overridden on the command line
+by its dotted path (`--optimizer.weight-decay 0.1`); a value that cannot work is refused at construction, by name.
+
+Sizes of the public checkpoint are the defaults of the model and image classes. Fields that the technical report leaves
+open carry "unconfirmed" in their comment and hold the likeliest value.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from stepjax.errors import ConfigError
+
+DType = Literal["float32", "bfloat16"]
+RematPolicy = Literal["none", "full", "dots", "attention"]
+AttentionImplementation = Literal["xla"]
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: {remedy}")
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The Perception Encoder ("PE-lang G/14") and its two stride-2 convolutions."""
+
+    width: int = 1536
+    num_layers: int = 47
+    num_heads: int = 16
+    mlp_dim: int = 8960
+    patch_size: int = 14  # pixels
+    position_grid: int = 52  # the learned position table covers position_grid x position_grid patches
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    layer_scale_init: float = 0.1
+
+    def __post_init__(self):
+        _require(self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}")
+        _require(
+            self.head_dim % 4 == 0, "vision.num_heads", self.num_heads, "width / num_heads must be a multiple of 4 (2-D rotary)"
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Qwen3-8B by default. `qk_norm=False` with `tie_embeddings=True` gives plain Llama-like decoders."""
+
+    vocab_size: int = 151_936
+    width: int = 4096
+    num_layers: int = 36
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    mlp_dim: int = 12_288
+    norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    max_positions: int = 65_536
+
+    def __post_init__(self):
+        _require(
+            self.num_heads % self.num_kv_heads == 0, "decoder.num_kv_heads", self.num_kv_heads, f"must divide num_heads {self.num_heads}"
+        )
+        _require(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "must be even (rotary pairs)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Encoder, projector and decoder. The defaults are STEP3-VL-10B: 10,171,750,144 parameters."""
+
+    vision: VisionConfig = VisionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    projector_bias: bool = False
+    init_range: float = 0.02  # standard deviation of embeddings; matrices use 1 / sqrt(fan_in)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NumericsConfig:
+    """Where precision and memory are traded. Softmax, norms, rotary angles and losses are float32 always."""
+
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "bfloat16"
+    remat: RematPolicy = "full"
+    attention: AttentionImplementation = "xla"
+    loss_chunk: int = 2048  # tokens whose logits exist at one time
+
+
+# Images and tokens ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """The multi-crop views. Lengths are pixels; the defaults are the public checkpoint's."""
+
+    global_size: int = 728
+    crop_size: int = 504
+    patch_size: int = 14
+    max_side: int = 3024
+    small_aspect: float = 1.5  # images within global_size are cropped only beyond this aspect ratio
+    elongated_aspect: float = 4.0  # beyond it the crop window shrinks to the short side
+    round_up_fraction: float = 0.2  # a remainder above this fraction of a window gets a window of its own
+    thin_side: int = 32  # thinner images beyond elongated_aspect are padded to a square
+    small_is_inclusive: bool = True  # `long side <= global_size` is small; False is `<`. Unconfirmed for the 10B.
+    max_crops: int | None = 128  # refuse images that need more crops; None lifts the guard
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        for name in ("global_size", "crop_size"):
+            size = getattr(self, name)
+            _require(size % self.patch_size == 0, f"images.{name}", size, f"must be a multiple of patch_size {self.patch_size}")
+
+    @property
+    def global_grid(self) -> int:
+        """Patches along a side of the global view."""
+        return self.global_size // self.patch_size
+
+    @property
+    def crop_grid(self) -> int:
+        """Patches along a side of a crop."""
+        return self.crop_size // self.patch_size
+
+    @property
+    def global_tokens(self) -> int:
+        """Features of one global view after the two stride-2 convolutions (169 at 728 pixels)."""
+        return down_sampled(self.global_grid) ** 2
+
+    @property
+    def crop_tokens(self) -> int:
+        """Features of one crop after the two stride-2 convolutions (81 at 504 pixels)."""
+        return down_sampled(self.crop_grid) ** 2
+
+
+def down_sampled(grid: int) -> int:
+    """Side of a patch grid after two convolutions of kernel 3, stride 2, padding 1."""
+    for _ in range(2):
+        grid = (grid - 1) // 2 + 1
+    return grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    path: str = "demo"  # a `tokenizer.json`, a directory that holds one, or "demo" for the small one that is shipped
+    generation_starts_thinking: bool = True  # the generation prompt ends with "<think>\n". Unconfirmed for the 10B.
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+DigitsTask = Literal["transcribe", "count", "add", "point", "arithmetic"]
+Split = Literal["train", "held_out"]
+BadRecords = Literal["error", "skip"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitsSource:
+    """Images composed on the fly from scikit-learn's scans of handwritten digits."""
+
+    name: str
+    weight: float
+    task: DigitsTask
+    split: Split = "train"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonlSource:
+    """One JSON record a line: `{"messages": [...]}` or `{"text": ...}`; image paths are relative to the file."""
+
+    name: str
+    weight: float
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecordSource:
+    """The same JSON records in ArrayRecord files, for random access at scale. Images are data URIs or paths."""
+
+    name: str
+    weight: float
+    paths: tuple[str, ...]
+
+
+Source = DigitsSource | JsonlSource | ArrayRecordSource
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: tuple[Source, ...] = ()
+    bad_records: BadRecords = "error"  # what to do with malformed records and with examples larger than a row
+    open_rows: int = 4  # rows that a packing stream keeps open to find the best fit
+    num_workers: int = 0  # processes that read and pack; 0 packs in a thread of the trainer
+    prefetch: int = 4  # batches made ahead
+
+    def __post_init__(self):
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), "data.sources", names, "give every source a name of its own")
+        for source in self.sources:
+            _require(source.weight > 0, f"data.sources.{source.name}.weight", source.weight, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """One optimizer step. The budgets of a row are static shapes: nothing recompiles as images change."""
+
+    rows: int  # rows of the global batch; also the number of packing streams
+    tokens: int = 4096  # per row
+    global_views: int = 4  # per row
+    crops: int = 16  # per row
+    accumulation: int = 1  # micro-batches that the rows are split into
+
+    def __post_init__(self):
+        _require(self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}")
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the learning-rate schedule, measured in tokens (row slots, padding included)."""
+
+    tokens: float
+    start: float  # learning rate at its start
+    end: float  # learning rate at its end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    phases: tuple[Phase, ...]
+    warmup_tokens: float = 0.0  # linear from zero, inside the first phase. Unconfirmed.
+    decay: Literal["cosine", "linear"] = "cosine"  # shape within a phase. Unconfirmed.
+
+    def __post_init__(self):
+        _require(bool(self.phases), "schedule.phases", self.phases, "needs at least one phase")
+        _require(
+            self.warmup_tokens <= self.phases[0].tokens, "schedule.warmup_tokens", self.warmup_tokens, "must end within the first phase"
+        )
+
+    @property
+    def total_tokens(self) -> float:
+        return sum(phase.tokens for phase in self.phases)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with the report's constants (section 2.3)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    decay_vectors: bool = False  # also decay biases, norm scales and layer scales. Unconfirmed.
+    clip_norm: float | None = 1.0  # global gradient norm. Unconfirmed.
+    # Regular expressions over parameter names ("vision/", "decoder/embed", ...). The first match of a name decides.
+    learning_rate_scales: tuple[tuple[str, float], ...] = ()
+    freeze: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    z_loss: float = 0.0  # weight of the squared log-normaliser
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+    def shape(self, num_devices: int) -> tuple[int, int, int, int]:
+        """Sizes of (data, fsdp, context, tensor) for `num_devices` devices."""
+        sizes = [self.data, self.fsdp, self.context, self.tensor]
+        _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
+        known = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes and num_devices % known == 0:
+            sizes[sizes.index(-1)] = num_devices // known
+        _require(math.prod(sizes) == num_devices, "mesh", sizes, f"the axes must multiply to the {num_devices} devices present")
+        return tuple(sizes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    every: int = 10  # steps between lines
+    tensorboard: bool = False
+    wandb: bool = False
+    profile: tuple[int, int] | None = None  # trace these steps, from first to last, into OUT/profile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    sources: tuple[Source, ...] = ()
+    examples: int = 200  # per source
+    max_new_tokens: int = 16
+    batch_size: int = 64
+    every: int | None = None  # steps between evaluations during training; None: at the end only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides a pretraining run."""
+
+    name: str
+    model: ModelConfig = ModelConfig()
+    images: ImageConfig = ImageConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    batch: BatchConfig
+    schedule: ScheduleConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    numerics: NumericsConfig = NumericsConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+    out: str = "runs"  # the run lives in OUT/NAME
+
+    def __post_init__(self):
+        vision, images = self.model.vision, self.images
+        _require(
+            vision.patch_size == images.patch_size, "images.patch_size", images.patch_size, f"must equal vision.patch_size {vision.patch_size}"
+        )
+        _require(
+            vision.position_grid == images.global_grid,
+            "model.vision.position_grid",
+            vision.position_grid,
+            f"must equal the {images.global_grid} patches along a global view",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.rows * self.batch.tokens
+
+    @property
+    def num_steps(self) -> int:
+        return math.ceil(self.schedule.total_tokens / self.tokens_per_step)

@@ -1,0 +1,33 @@
+"""User errors. Each names the offending thing and its value, and says what to change.
+
+All are `ValueError`s, so that callers may catch either; the command line prints the message without a traceback.
+Broken invariants of our own code are plain `assert`s instead.
+"""
+
+
+class StepjaxError(ValueError):
+    """Something the user gave us cannot be used; the message says what to change."""
+
+
+class ConfigError(StepjaxError):
+    """A configuration value, or a combination of them, is not usable."""
+
+
+class ImageError(StepjaxError):
+    """An image cannot be read, or cannot be cut into views."""
+
+
+class TokenError(StepjaxError):
+    """A tokenizer, a chat conversation or a token sequence is not usable."""
+
+
+class RecordError(StepjaxError):
+    """A training record is malformed, or does not fit the batch."""
+
+
+class CheckpointError(StepjaxError):
+    """A checkpoint is missing, incomplete, or belongs to another model."""
+
+
+class TrainingDivergedError(StepjaxError):
+    """The loss or the gradients stopped being finite."""
