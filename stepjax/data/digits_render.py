@@ -1,0 +1,173 @@
+"""Scans of handwritten digits, and their composition into images: dark ink on light paper.
+
+The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels with ink 0..16, downsampled from 32x32 bitmaps of
+digits that 43 people wrote (UCI "Optical Recognition of Handwritten Digits", Alpaydin and Kaynak, 1998). They are
+divided by source before anything is composed, so that a held-out image shows no scan that training has seen.
+
+All lengths are pixels unless said otherwise; boxes are (left, top, right,
+bottom) with right and bottom exclusive.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from stepjax.config import Split
+
+SCAN_SIDE = 8
+SCAN_INK = 16  # the darkest value of a scan
+SIDES = (16, 28)  # smallest and largest side, in the image, of an enlarged scan
+MAX_SIZE = (160, 100)  # no scattered image is wider or higher
+
+_PADDING = 2  # blank pixels around a scan, so that ink on its border fades out when enlarged
+_BOX_SCALE = (
+    1.2  # room for a digit of side 1 that is scaled by 1.1 and rotated by 8 degrees, with its ink 3/4 as wide as high
+)
+_FAINT = 63  # of 255: ink that does not count for a digit's box
+_PAPER_SHARE = np.linspace(1.0, 0.0, 256)[:, None]  # table from ink to the share of paper in a pixel
+_SPLIT_SEED = 20_171  # fixed: no run's seed may move a scan between the splits
+_HELD_OUT_FRACTION = 0.2
+
+Box = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scans:
+    """All scans, padded, with ink as 0..255; `by_class[split][digit]` holds the ids of a split's scans of a digit."""
+
+    images: tuple[Image.Image, ...]
+    labels: tuple[int, ...]
+    by_class: dict[Split, tuple[tuple[int, ...], ...]]
+
+
+@functools.lru_cache(maxsize=1)
+def load_scans() -> Scans:
+    """The scans and their stratified split, about 80 to 20 in every class. Loaded once a process."""
+    from sklearn.datasets import load_digits  # takes a second to import, and only the digits sources need it
+
+    digits = load_digits()
+    images = np.pad(np.asarray(digits["images"]), ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
+    ink = np.round(images * (255 / SCAN_INK)).astype(np.uint8)
+    labels = np.asarray(digits["target"])
+    rng = np.random.default_rng(_SPLIT_SEED)
+    train, held_out = [], []
+    for digit in range(10):
+        ids = rng.permutation(np.flatnonzero(labels == digit)).tolist()
+        num_held_out = round(len(ids) * _HELD_OUT_FRACTION)
+        held_out.append(tuple(sorted(ids[:num_held_out])))
+        train.append(tuple(sorted(ids[num_held_out:])))
+    return Scans(
+        images=tuple(Image.fromarray(scan) for scan in ink),
+        labels=tuple(labels.tolist()),
+        by_class={"train": tuple(train), "held_out": tuple(held_out)},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where digits of one side go: each is centred in a square of `box` pixels whose top left corner is given."""
+
+    width: int
+    height: int
+    side: float
+    box: int
+    corners: tuple[tuple[int, int], ...]
+
+
+def strip_layout(rng: np.random.Generator, num_digits: int) -> Layout:
+    """Digits in a row, about as wide as high each: 20x20 for one small digit, 160x42 for five large ones."""
+    side = rng.uniform(*SIDES)
+    box = math.ceil(_BOX_SCALE * side)
+    # Ink fills about 3/4 of a scan's width: at this pitch neighbours are close but seldom touch.
+    pitch = side * rng.uniform(0.9, 1.05)
+    margin_x, margin_y = rng.integers(0, 5, size=2).tolist()
+    jitter = rng.uniform(-0.05, 0.05, size=num_digits) * side
+    lift = rng.uniform(0.0, 1.0, size=num_digits) * 2 * margin_y
+    lefts = margin_x + pitch * np.arange(num_digits) + jitter
+    width = math.ceil(pitch * (num_digits - 1)) + box + 2 * margin_x
+    corners = tuple(
+        (min(max(round(left), 0), width - box), round(top))
+        for left, top in zip(lefts.tolist(), lift.tolist(), strict=True)
+    )
+    return Layout(width=width, height=box + 2 * margin_y, side=side, box=box, corners=corners)
+
+
+def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> Layout:
+    """Digits strewn without overlap over a canvas of varied size and aspect, in no order.
+
+    The canvas is drawn for `capacity` digits, however many there are: its size says nothing about their number.
+    """
+    assert num_digits <= capacity
+    side = rng.uniform(*SIDES)
+    box = math.ceil(_BOX_SCALE * side)
+    grids = [
+        (columns, rows)
+        for columns in range(1, 7)
+        for rows in range(1, 5)
+        if capacity <= columns * rows <= 2 * capacity and columns * box <= MAX_SIZE[0] and rows * box <= MAX_SIZE[1]
+    ]
+    columns, rows = grids[rng.integers(len(grids))]
+    width = min(round(columns * box * rng.uniform(1.0, 1.5)), MAX_SIZE[0])
+    height = min(round(rows * box * rng.uniform(1.0, 1.5)), MAX_SIZE[1])
+    # One digit a slot, anywhere in it: never an overlap, and no retries.
+    slot_width, slot_height = width / columns, height / rows
+    slots = rng.permutation(columns * rows)[:num_digits].tolist()
+    slack = rng.uniform(0.0, 1.0, size=(num_digits, 2)).tolist()
+    corners = []
+    for slot, (slack_x, slack_y) in zip(slots, slack, strict=True):
+        row, column = divmod(slot, columns)
+        left = math.ceil(column * slot_width) + int(slack_x * math.floor(slot_width - box))
+        top = math.ceil(row * slot_height) + int(slack_y * math.floor(slot_height - box))
+        corners.append((min(left, width - box), min(top, height - box)))
+    return Layout(width=width, height=height, side=side, box=box, corners=tuple(corners))
+
+
+def compose(
+    rng: np.random.Generator, scan_ids: list[int], layout: Layout, *, augment: bool
+) -> tuple[Image.Image, list[Box]]:
+    """Draws the scans at the layout's places.
+
+    Args:
+        scan_ids: one scan for each of the layout's corners.
+        augment: scale each digit by up to 10 %, rotate it by up to 8 degrees, and vary the tint of the paper and the
+            contrast.
+
+    Returns:
+        The RGB image, and the box of each digit's ink.
+    """
+    images = load_scans().images
+    num_digits = len(scan_ids)
+    scales, angles = [1.0] * num_digits, [0.0] * num_digits
+    paper, ink = (250.0, 248.0, 243.0), (28.0, 28.0, 34.0)
+    if augment:
+        scales = rng.uniform(0.9, 1.1, size=num_digits).tolist()
+        angles = np.radians(rng.uniform(-8, 8, size=num_digits)).tolist()
+        paper = rng.uniform(225, 245) + rng.uniform(-10, 10, size=3)
+        ink = rng.uniform(10, 90) + rng.uniform(-10, 10, size=3)
+
+    inks = Image.new("L", (layout.width, layout.height), 0)
+    faint = Image.new("L", (layout.box, layout.box), _FAINT)
+    boxes: list[Box] = []
+    for scan_id, (left, top), scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=True):
+        digit = _enlarged(images[scan_id], layout.side * scale, angle, layout.box)
+        inks.paste(255, (left, top), mask=digit)
+        box = ImageChops.subtract(digit, faint).getbbox()
+        assert box is not None, f"scan {scan_id} has no ink"
+        boxes.append((left + box[0], top + box[1], left + box[2], top + box[3]))
+
+    # A palette from ink to colour mixes 256 colours, whatever the size of the image.
+    palette = np.round(_PAPER_SHARE * np.asarray(paper) + (1 - _PAPER_SHARE) * np.asarray(ink))
+    inks.putpalette(np.clip(palette, 0, 255).astype(np.uint8).tobytes())
+    return inks.convert("RGB"), boxes
+
+
+def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.Image:
+    """The scan's ink at `side` pixels, rotated by `angle` radians, in the middle of a square of `box` pixels."""
+    step = SCAN_SIDE / side
+    a, b = step * math.cos(angle), step * math.sin(angle)
+    centre = scan.width / 2
+    coefficients = (a, b, centre - (a + b) * box / 2, -b, a, centre - (a - b) * box / 2)
+    return scan.transform((box, box), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)

@@ -1,0 +1,1 @@
+"""The public checkpoint layout (Hugging Face safetensors) and ours, mapped both ways."""

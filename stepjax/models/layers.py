@@ -1,0 +1,131 @@
+"""The small parts that both towers share: parameter creation, norms, rotary angles, attention.
+
+Legend: B batch, T query tokens, S key tokens, N query heads, K key-value heads, H head dim, D any feature width.
+
+Initial values (`D` is the size of the contracted dimensions):
+
+    matrices            normal, standard deviation 1 / sqrt(D); 0.0156 at width 4096
+    residual outputs    the same, divided by sqrt(2 * layers), so that depth does not inflate the residual stream
+    embeddings          normal, standard deviation config.init_range
+    norm scales         one; biases zero; LayerScale config.layer_scale_init
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepjax.config import AttentionImplementation
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float = 1.0) -> nnx.Param:
+    """A weight with normal entries of standard deviation scale / sqrt(fan_in)."""
+    std = scale / math.sqrt(fan_in)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32 and returned in the dtype of x."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = constant(1.0, (dim,), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x_D: jax.Array) -> jax.Array:
+        x32_D = x_D.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32_D), axis=-1, keepdims=True) + self.eps)
+        return (x32_D * inverse_rms * self.scale.astype(jnp.float32)).astype(x_D.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias, computed in float32 and returned in the dtype of x."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = constant(1.0, (dim,), ("norm",))
+        self.bias = constant(0.0, (dim,), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x_D: jax.Array) -> jax.Array:
+        x32_D = x_D.astype(jnp.float32)
+        x32_D = x32_D - jnp.mean(x32_D, axis=-1, keepdims=True)
+        x32_D = x32_D * jax.lax.rsqrt(jnp.mean(jnp.square(x32_D), axis=-1, keepdims=True) + self.eps)
+        return (x32_D * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x_D.dtype)
+
+
+# Rotary positions. The model has two conventions: the encoder rotates adjacent pairs, the decoder the two halves. -------
+
+
+def rotary_1d(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, head_dim / 2] of the decoder: the angle of frequency i is position * theta^(-2i/head_dim)."""
+    frequencies_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
+    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+
+
+def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotate the pairs (x[i], x[i + H/2]): the NeoX convention of the decoder."""
+    low_BTNH, high_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos_BT1H, sin_BT1H = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    rotated = jnp.concatenate([low_BTNH * cos_BT1H - high_BTNH * sin_BT1H, high_BTNH * cos_BT1H + low_BTNH * sin_BT1H], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [grid^2, head_dim / 2] of the encoder: the first half turns with the column, the second with the row.
+
+    Positions are the patch's own column and row from 0, whatever the size of the view: a 36 x 36 crop uses the corner of
+    the 52 x 52 table, not a rescaled one.
+    """
+    per_axis = head_dim // 2
+    frequencies_H = theta ** (-jnp.arange(0, per_axis, 2, dtype=jnp.float32) / per_axis)
+    row_P, column_P = jnp.divmod(jnp.arange(grid * grid), grid)
+    angles_PH = jnp.concatenate([column_P[:, None] * frequencies_H, row_P[:, None] * frequencies_H], axis=-1)
+    return jnp.cos(angles_PH), jnp.sin(angles_PH)
+
+
+def rotate_pairs(x_BPNH: jax.Array, cos_PH: jax.Array, sin_PH: jax.Array) -> jax.Array:
+    """Rotate the pairs (x[2i], x[2i + 1]): the GPT-J convention of the encoder."""
+    pairs = x_BPNH.astype(jnp.float32).reshape(*x_BPNH.shape[:-1], -1, 2)
+    even_BPNH, odd_BPNH = pairs[..., 0], pairs[..., 1]
+    cos_P1H, sin_P1H = cos_PH[:, None], sin_PH[:, None]
+    rotated = jnp.stack([even_BPNH * cos_P1H - odd_BPNH * sin_P1H, odd_BPNH * cos_P1H + even_BPNH * sin_P1H], axis=-1)
+    return rotated.reshape(x_BPNH.shape).astype(x_BPNH.dtype)
+
+
+# Attention ---------------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    segment_ids_BT: jax.Array | None = None,
+    mask_BTS: jax.Array | None = None,
+    implementation: AttentionImplementation = "xla",
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v with grouped queries, softmax in float32; [B, T, N, H].
+
+    A token sees the tokens of its own segment only (packed rows), those up to itself if `causal`, and where `mask_BTS` is
+    true. Two packed examples of two and three tokens, then one of padding (segment 0), causal:
+
+        segment_ids  1 1 2 2 2 0
+        token 0      1 . . . . .
+        token 1      1 1 . . . .
+        token 2      . . 1 . . .
+        token 3      . . 1 1 . .
+        token 4      . . 1 1 1 .
+        token 5      . . . . . 1    padding sees padding: finite, and weighed by zero in the loss
+    """
+    assert implementation == "xla", implementation
+    if segment_ids_BT is not None:
+        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        mask_BTS = same_BTS if mask_BTS is None else mask_BTS & same_BTS
+    mask_B1TS = None if mask_BTS is None else mask_BTS[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=causal, implementation="xla")

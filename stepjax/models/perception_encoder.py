@@ -1,0 +1,124 @@
+"""The Perception Encoder of STEP3-VL: Meta's PE-lang G/14 with quick_gelu and a 52 x 52 position table.
+
+Legend: M views, P patches of a view, E encoder width, N heads, H head dim, F MLP width, C channels.
+
+What sets it apart from a plain ViT:
+- no class token, no pooling, no final norm: the features of the last layer go on to the projector;
+- absolute positions are learned on the global grid and interpolated for crops, rotary positions are not rescaled;
+- rotary rotation of adjacent pairs, the column's half of the head first (layers.rotary_2d);
+- LayerScale on both residual branches, quick_gelu in the MLP.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from stepjax.config import NumericsConfig, VisionConfig
+from stepjax.models.layers import LayerNorm, attend, constant, matrix, rotary_2d, rotate_pairs
+from stepjax.models.remat import ATTENTION_OUTPUT, remat
+from stepjax.sharding import constrain
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class EncoderAttention(nnx.Module):
+    """Full bidirectional self-attention within a view."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        E, N, H = config.width, config.num_heads, config.head_dim
+        self.qkv_kernel = matrix(rngs, (E, 3, N, H), ("embed", "qkv", "heads", "head_dim"), fan_in=E)
+        self.qkv_bias = constant(0.0, (3, N, H), ("qkv", "heads", "head_dim"))
+        residual_scale = 1 / math.sqrt(2 * config.num_layers)
+        self.out_kernel = matrix(rngs, (N, H, E), ("heads", "head_dim", "embed"), fan_in=E, scale=residual_scale)
+        self.out_bias = constant(0.0, (E,), ("norm",))
+
+    def __call__(self, x_MPE: jax.Array, cos_PH: jax.Array, sin_PH: jax.Array, numerics: NumericsConfig) -> jax.Array:
+        dtype = x_MPE.dtype
+        qkv = jnp.einsum("MPE,EQNH->QMPNH", x_MPE, self.qkv_kernel.astype(dtype))
+        q_MPNH, k_MPNH, v_MPNH = qkv + self.qkv_bias.astype(dtype)[:, None, None]
+        q_MPNH = rotate_pairs(q_MPNH, cos_PH, sin_PH)
+        k_MPNH = rotate_pairs(k_MPNH, cos_PH, sin_PH)
+        attended_MPNH = attend(q_MPNH, k_MPNH, v_MPNH, implementation=numerics.attention)
+        attended_MPNH = checkpoint_name(attended_MPNH, ATTENTION_OUTPUT)
+        return jnp.einsum("MPNH,NHE->MPE", attended_MPNH, self.out_kernel.astype(dtype)) + self.out_bias.astype(dtype)
+
+
+class EncoderMLP(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        E, F = config.width, config.mlp_dim
+        self.up_kernel = matrix(rngs, (E, F), ("embed", "mlp"), fan_in=E)
+        self.up_bias = constant(0.0, (F,), ("norm",))
+        self.down_kernel = matrix(rngs, (F, E), ("mlp", "embed"), fan_in=F, scale=1 / math.sqrt(2 * config.num_layers))
+        self.down_bias = constant(0.0, (E,), ("norm",))
+
+    def __call__(self, x_MPE: jax.Array) -> jax.Array:
+        dtype = x_MPE.dtype
+        hidden_MPF = quick_gelu(x_MPE @ self.up_kernel.astype(dtype) + self.up_bias.astype(dtype))
+        return hidden_MPF @ self.down_kernel.astype(dtype) + self.down_bias.astype(dtype)
+
+
+class EncoderBlock(nnx.Module):
+    """Pre-norm residual block with LayerScale."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(config.width, config.norm_eps)
+        self.attention = EncoderAttention(config, rngs=rngs)
+        self.scale1 = constant(config.layer_scale_init, (config.width,), ("norm",))
+        self.norm2 = LayerNorm(config.width, config.norm_eps)
+        self.mlp = EncoderMLP(config, rngs=rngs)
+        self.scale2 = constant(config.layer_scale_init, (config.width,), ("norm",))
+
+    def __call__(self, x_MPE: jax.Array, cos_PH: jax.Array, sin_PH: jax.Array, numerics: NumericsConfig) -> jax.Array:
+        with jax.named_scope("attention"):
+            attended_MPE = self.attention(self.norm1(x_MPE), cos_PH, sin_PH, numerics)
+            x_MPE = x_MPE + self.scale1.astype(x_MPE.dtype) * attended_MPE
+        with jax.named_scope("mlp"):
+            x_MPE = x_MPE + self.scale2.astype(x_MPE.dtype) * self.mlp(self.norm2(x_MPE))
+        return constrain(x_MPE, "batch", None, "act_embed")
+
+
+class PerceptionEncoder(nnx.Module):
+    """Pixels of square views to one feature a patch. Source: spec of PE-lang (Bolya et al. 2025) as STEP3-VL uses it."""
+
+    def __init__(self, config: VisionConfig, numerics: NumericsConfig, *, rngs: nnx.Rngs):
+        self.config, self.numerics = config, numerics
+        p, E, grid = config.patch_size, config.width, config.position_grid
+        self.patch_kernel = matrix(rngs, (p, p, 3, E), ("pixels", "pixels", "pixels", "embed"), fan_in=p * p * 3)
+        self.positions = matrix(rngs, (grid, grid, E), ("positions", "positions", "embed"), fan_in=E)
+        self.norm_pre = LayerNorm(E, config.norm_eps)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.blocks = jax.vmap(lambda key: EncoderBlock(config, rngs=nnx.Rngs(key)))(keys)
+
+    def __call__(self, views_MHWC: jax.Array) -> jax.Array:
+        """Normalised pixels [M, side, side, 3] to features [M, grid^2, E], patches row-major."""
+        config, dtype = self.config, jnp.dtype(self.numerics.compute_dtype)
+        num_views, side, width, _ = views_MHWC.shape
+        assert side == width and side % config.patch_size == 0, views_MHWC.shape
+        p, grid = config.patch_size, side // config.patch_size
+
+        with jax.named_scope("patches"):
+            # A convolution whose stride is its kernel is a matrix product over disjoint patches.
+            patches = views_MHWC.astype(dtype).reshape(num_views, grid, p, grid, p, 3)
+            x_MPE = jnp.einsum("MyhxwC,hwCE->MyxE", patches, self.patch_kernel.astype(dtype))
+            x_MPE = (x_MPE + self._positions(grid).astype(dtype)).reshape(num_views, grid * grid, config.width)
+            x_MPE = constrain(self.norm_pre(x_MPE), "batch", None, "act_embed")
+
+        cos_PH, sin_PH = rotary_2d(grid, config.head_dim, config.rope_theta)
+
+        def layer(x_MPE, block):
+            return block(x_MPE, cos_PH, sin_PH, self.numerics), None
+
+        x_MPE, _ = jax.lax.scan(remat(layer, self.numerics.remat), x_MPE, self.blocks)
+        return x_MPE
+
+    def _positions(self, grid: int) -> jax.Array:
+        table = self.positions[...].astype(jnp.float32)
+        if grid == self.config.position_grid:
+            return table
+        # Half-pixel centres and no antialiasing, as torch's interpolate(align_corners=False).
+        return jax.image.resize(table, (grid, grid, table.shape[-1]), "bilinear", antialias=False)

@@ -1,0 +1,111 @@
+"""STEP3-VL: encoder, projector and decoder as one model.
+
+Legend: B rows, T tokens, G global-view slots of a row, C crop slots of a row, F features of a row, D decoder width.
+
+The features of a row form one table, crops first and global views behind them (`feature_table` says where each lies), and
+`feature_index_BT` says which entry replaces a token's embedding. Pixels thus stay on the device that holds their text, and
+a new number of images or crops never means a new shape.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepjax.config import ModelConfig, NumericsConfig
+from stepjax.models.perception_encoder import PerceptionEncoder
+from stepjax.models.projector import Projector
+from stepjax.models.qwen3 import Cache, Qwen3
+from stepjax.sharding import constrain, model_shardings
+
+NO_FEATURE = -1  # feature_index of an ordinary token
+
+
+class StepVL(nnx.Module):
+    """The whole model. Parameters are float32 unless `numerics.param_dtype` says otherwise."""
+
+    def __init__(self, config: ModelConfig, numerics: NumericsConfig | None = None, *, rngs: nnx.Rngs):
+        numerics = numerics or NumericsConfig()
+        self.config, self.numerics = config, numerics
+        self.vision = PerceptionEncoder(config.vision, numerics, rngs=rngs)
+        self.projector = Projector(config, numerics, rngs=rngs)
+        self.decoder = Qwen3(config.decoder, numerics, init_range=config.init_range, rngs=rngs)
+
+    def encode_views(self, views_BMHWC: jax.Array) -> jax.Array:
+        """Normalised pixels of M views a row, [B, M, side, side, 3], to embeddings [B, M * tokens of a view, D]."""
+        rows, views = views_BMHWC.shape[:2]
+        x_MHWC = constrain(views_BMHWC.reshape(rows * views, *views_BMHWC.shape[2:]), "batch", None, None, None)
+        with jax.named_scope("encoder"):
+            x_MPE = self.vision(x_MHWC)
+        with jax.named_scope("projector"):
+            y_MQD = self.projector(x_MPE)
+        return constrain(y_MQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
+
+    def feature_table(self, global_views_BGHWC: jax.Array, crops_BCHWC: jax.Array) -> jax.Array:
+        """Embeddings [B, F, D] of all views of each row: the crops' in order, then the global views'."""
+        tables = [self.encode_views(views) for views in (crops_BCHWC, global_views_BGHWC) if views.shape[1]]
+        if not tables:
+            rows, dtype = global_views_BGHWC.shape[0], jnp.dtype(self.numerics.compute_dtype)
+            return jnp.zeros((rows, 0, self.config.decoder.width), dtype)
+        return jnp.concatenate(tables, axis=1)
+
+    def embed(self, tokens_BT: jax.Array, features_BFD: jax.Array, feature_index_BT: jax.Array) -> jax.Array:
+        """Token embeddings, with image features in the places that `feature_index_BT` points out; [B, T, D]."""
+        x_BTD = self.decoder.embed(tokens_BT)
+        if features_BFD.shape[1]:
+            index_BT1 = jnp.maximum(feature_index_BT, 0)[..., None]
+            gathered_BTD = jnp.take_along_axis(features_BFD, index_BT1, axis=1)
+            x_BTD = jnp.where(feature_index_BT[..., None] == NO_FEATURE, x_BTD, gathered_BTD)
+        return constrain(x_BTD, "batch", "length", "act_embed")
+
+    def __call__(
+        self,
+        *,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        feature_index_BT: jax.Array,
+        global_views_BGHWC: jax.Array,
+        crops_BCHWC: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] after the final norm (`model.decoder.logits` maps them on), and the updated cache."""
+        features_BFD = self.feature_table(global_views_BGHWC, crops_BCHWC)
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens_BT, features_BFD, feature_index_BT)
+        with jax.named_scope("decoder"):
+            return self.decoder(x_BTD, positions_BT, segment_ids_BT, cache)
+
+
+def _make(config: ModelConfig, numerics: NumericsConfig, key: jax.Array) -> StepVL:
+    model = StepVL(config, numerics, rngs=nnx.Rngs(key))
+    return jax.tree.map(lambda x: x.astype(numerics.param_dtype), model)
+
+
+def abstract_model(config: ModelConfig, numerics: NumericsConfig | None = None) -> StepVL:
+    """The model with shapes in place of arrays: no memory is used, whatever its size."""
+    return jax.eval_shape(lambda: _make(config, numerics or NumericsConfig(), jax.random.key(0)))
+
+
+def init_model(
+    config: ModelConfig,
+    numerics: NumericsConfig | None = None,
+    *,
+    seed: int | jax.Array = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> StepVL:
+    """Random parameters. With a mesh, each device makes its own shards and no device ever holds the whole.
+
+    Raises:
+        ConfigError: a parameter does not divide over the mesh.
+    """
+    numerics = numerics or NumericsConfig()
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    shardings = None if mesh is None else model_shardings(abstract_model(config, numerics), mesh)
+    return jax.jit(lambda key: _make(config, numerics, key), out_shardings=shardings)(key)
+
+
+def num_parameters(model: Any) -> int:
+    """Parameters of a model, abstract or not."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -1,0 +1,230 @@
+"""Text to token ids and back. Ids of control tokens are looked up by their string, never hard-coded.
+
+Two names are easily confused: `<|im_start|>` opens a chat turn, `<im_start>` opens the global view of an image.
+`SpecialTokens` therefore calls them `turn_start` and `image_start`.
+"""
+
+import dataclasses
+import importlib.resources
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from stepjax.config import TokenizerConfig
+from stepjax.errors import TokenError
+
+# Qwen3's tokenizer followed by these 23 gives STEP3-VL's. `<im_patch>` is confirmed at 151679; the order, and so the
+# ids, of all others is inferred from sister models. Prefer the tokenizer.json that ships with a checkpoint.
+STEP3_TOKENS = (
+    *("<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>", "<|THINK_START|>", "<|THINK_END|>"),
+    *("<|IMG_START|>", "<|IMG_END|>", "<|META_START|>", "<|META_END|>"),
+    *("<im_patch>", "<im_start>", "<im_end>"),
+    *("<dream>", "<dream_start>", "<dream_end>", "<|MASK_1e69f|>", "<|UNMASK_1e69f|>"),
+    *("<video_start>", "<video_end>"),
+    *("<patch_start>", "<patch_end>", "<patch_newline>"),
+)
+
+# Markup that the model writes for its readers. Decoding always shows it: reasoning and tool calls are parsed from it.
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+_UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER, as for bytes that are not UTF-8
+
+
+def _named(name: str):
+    return dataclasses.field(metadata={"name": name})
+
+
+def _named_optional(name: str):
+    return dataclasses.field(default=None, metadata={"name": name})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of the control tokens. The optional ones are None in tokenizers that spell them as ordinary text."""
+
+    end_of_text: int = _named("<|endoftext|>")
+    turn_start: int = _named("<|im_start|>")
+    turn_end: int = _named("<|im_end|>")
+    image_patch: int = _named("<im_patch>")  # one for every image feature
+    image_start: int = _named("<im_start>")  # around the features of a global view
+    image_end: int = _named("<im_end>")
+    patch_start: int = _named("<patch_start>")  # around the features of a crop
+    patch_end: int = _named("<patch_end>")
+    patch_newline: int = _named("<patch_newline>")  # after the last crop of a row
+    think_start: int | None = _named_optional("<think>")
+    think_end: int | None = _named_optional("</think>")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation. The image token is one of them, as in the public checkpoint's configuration."""
+        return self.end_of_text, self.turn_end, self.image_patch
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that keeps control tokens and text apart. Pickles, for data workers.
+
+    `encode` never yields a control token, whatever the text spells: a user who writes "<|im_end|>" ends no turn.
+    Control tokens are asked for by name with `special` and `encode_marker`.
+    """
+
+    def __init__(self, raw: tokenizers.Tokenizer, name: str = "tokenizer"):
+        """
+        Args:
+            raw: holds every token of `SpecialTokens` that is not optional.
+            name: stands for the tokenizer in error messages.
+
+        Raises:
+            TokenError: control tokens are missing, or its model spells them by itself.
+        """
+        self._raw = raw
+        self._added = {token.content: index for index, token in raw.get_added_tokens_decoder().items()}
+        self._hidden = frozenset(
+            index
+            for index, token in raw.get_added_tokens_decoder().items()
+            if token.special and token.content not in MARKERS
+        )
+        self._text = _without_added_tokens(raw)
+        self.special_tokens = self._resolve(name)
+        self._check_text_stays_text(name)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a decoder needs at least this many rows of embeddings."""
+        return max(self._raw.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.special_tokens.stop_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without control tokens.
+
+        Raises:
+            TokenError: `text` is not a string of Unicode characters (half a surrogate pair, for example).
+        """
+        try:
+            return self._text.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            shown = repr(text if len(repr(text)) <= 80 else text[:80])
+            raise TokenError(f"text {shown} cannot be encoded: give a str of valid Unicode characters") from error
+
+    def special(self, name: str) -> int:
+        """Id of the control token spelled `name`, such as "<im_patch>".
+
+        Raises:
+            TokenError: there is none.
+        """
+        if name not in self._added:
+            raise TokenError(f"the tokenizer has no control token {name!r}: it has {', '.join(self._added)}")
+        return self._added[name]
+
+    def encode_marker(self, name: str) -> list[int]:
+        """The control token spelled `name` if there is one, else the ids of its letters as plain text."""
+        return [self._added[name]] if name in self._added else self.encode(name)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids.
+
+        Args:
+            ids: ids beyond the vocabulary, which a decoder with spare embedding rows can sample, read as U+FFFD.
+            skip_special: leave out the control tokens, except for the markup of reasoning and of tool calls.
+        """
+        parts: list[str] = []
+        run: list[int] = []
+        for index in map(int, ids):
+            if skip_special and index in self._hidden:
+                continue
+            if 0 <= index and self._raw.id_to_token(index) is not None:
+                run.append(index)
+                continue
+            parts += [self._raw.decode(run, skip_special_tokens=False), _UNKNOWN]
+            run = []
+        return "".join([*parts, self._raw.decode(run, skip_special_tokens=False)])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a tokenizer.json that `load_tokenizer` and Hugging Face's tokenizers read."""
+        self._raw.save(os.fspath(path))
+
+    def _resolve(self, name: str) -> SpecialTokens:
+        fields = dataclasses.fields(SpecialTokens)
+        required = [field.metadata["name"] for field in fields if field.default is dataclasses.MISSING]
+        missing = [token for token in required if token not in self._added]
+        if missing:
+            remedy = "take the tokenizer.json that ships with the STEP3-VL checkpoint"
+            if set(missing) <= set(STEP3_TOKENS):
+                remedy += ", or load this one with add_missing=True to add STEP3-VL's to Qwen3's"
+            raise TokenError(f"{name} lacks the control tokens {', '.join(missing)}: {remedy}")
+        return SpecialTokens(**{field.name: self._added.get(field.metadata["name"]) for field in fields})  # type: ignore
+
+    def _check_text_stays_text(self, name: str) -> None:
+        # A model that merges the letters of a control token into its id would let user text control the model.
+        for token, index in self._added.items():
+            if index in self.encode(token):
+                raise TokenError(
+                    f"{name} turns the text {token!r} into control token {index}: remove it from the model's vocabulary"
+                )
+
+
+def load_tokenizer(source: TokenizerConfig | str | os.PathLike[str], *, add_missing: bool = False) -> Tokenizer:
+    """Reads a tokenizer.json.
+
+    Args:
+        source: the file, a directory that holds one, or "demo" for the small tokenizer that is shipped ("./demo" is
+            a directory of that name).
+        add_missing: add the STEP3-VL tokens that are missing, as for Qwen3's tokenizer; see `add_step3_tokens`.
+
+    Raises:
+        TokenError: there is no such file, it is not a tokenizer, or it lacks control tokens.
+    """
+    path = os.fspath(source.path if isinstance(source, TokenizerConfig) else source)
+    text = _demo_json() if path == "demo" else _read_json(Path(path))
+    try:
+        raw = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise TokenError(f"{path} is not a tokenizer.json: {error}") from error
+    if add_missing:
+        add_step3_tokens(raw)
+    return Tokenizer(raw, name=path)
+
+
+def add_step3_tokens(raw: tokenizers.Tokenizer) -> list[str]:
+    """Adds those of `STEP3_TOKENS` that `raw` lacks, in that order, at the next free ids.
+
+    Qwen3's tokenizer then has `<im_patch>` at 151679, as the public checkpoint does, and `<patch_newline>` at 151691.
+    Unconfirmed: the ids of all the others. With a published checkpoint use the tokenizer.json that came with it.
+
+    Returns:
+        The names that were added.
+    """
+    present = raw.get_vocab(with_added_tokens=True)
+    missing = [name for name in STEP3_TOKENS if name not in present]
+    raw.add_special_tokens(missing)
+    return missing
+
+
+def _demo_json() -> str:
+    resource = importlib.resources.files("stepjax").joinpath("assets", "demo_tokenizer", "tokenizer.json")
+    return resource.read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> str:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenError(
+            f"tokenizer {str(path)!r} cannot be read ({error}): "
+            'give a tokenizer.json, a directory that holds one, or "demo"'
+        ) from error
+
+
+def _without_added_tokens(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    # The library splits text at added tokens before its model sees it, and its own switch against that
+    # (encode_special_tokens) leaves those that are not marked special, such as <think>.
+    description = json.loads(raw.to_str())
+    # Truncation would drop text silently, and a post-processor may insert tokens.
+    description.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
+    return tokenizers.Tokenizer.from_str(json.dumps(description))

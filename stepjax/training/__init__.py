@@ -1,0 +1,1 @@
+"""Training: losses, the optimizer, the jitted step, the loop around it, checkpoints and metrics."""

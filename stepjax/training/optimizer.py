@@ -1,0 +1,222 @@
+"""AdamW, its learning-rate schedule, and the rules that pick parameters by name.
+
+The report (section 2.3) gives AdamW with beta 0.9 / 0.95, eps 1e-8 and weight decay 0.01, and two learning-rate
+phases measured in tokens: 900 B tokens from 5e-5 to 1e-5, then 300 B tokens from 1e-5 to 6e-6. Its other figures do
+not agree with these: 370 K iterations of 8,192 rows of 4,096 tokens are 12.4 T tokens, ten times the 1.2 T stated
+(which would be about 36 K such iterations). Schedules are therefore written in tokens here, the only unit in which
+both phases are given; the number of steps follows from the batch. The shape of the decay, the warm-up, and the
+gradient clipping are not reported: they are options.
+
+A parameter is named by its path in the model, "/"-separated: "decoder/layers/attention/q/kernel". Stacked layers share
+one name. Frozen parameters take no part in clipping and have no moments.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from stepjax.config import OptimizerConfig, ScheduleConfig
+from stepjax.errors import ConfigError
+
+
+def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedule:
+    """The learning rate as a function of the step (int or int32 scalar -> float32 scalar).
+
+    Step s is taken after s * tokens_per_step tokens (row slots, padding included). Within a phase the rate runs from
+    `start` to `end` along a half cosine or a line; it jumps where a phase does not start where the last one ended, and
+    stays at the last `end` afterwards. Warm-up multiplies this curve by tokens / warmup_tokens until that reaches 1: the
+    curve is not shifted, so the rate meets it at the end of the warm-up, and step 0 has rate zero.
+
+    Raises ConfigError for a phase that is not positive in tokens, or a negative rate.
+    """
+    for index, phase in enumerate(config.phases):
+        if not phase.tokens > 0:
+            raise ConfigError(f"schedule.phases[{index}].tokens={phase.tokens!r}: must be positive")
+        if phase.start < 0 or phase.end < 0:
+            raise ConfigError(f"schedule.phases[{index}]={phase!r}: learning rates must not be negative")
+
+    # 1.2e12 tokens do not fit an int32, so the boundaries are converted to (fractional) steps in double precision.
+    warmup_steps = config.warmup_tokens / tokens_per_step
+    lengths = [phase.tokens / tokens_per_step for phase in config.phases]
+    firsts = [sum(lengths[:index]) for index in range(len(lengths))]
+
+    def schedule(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        rate = jnp.float32(config.phases[-1].end)
+        for phase, first, length in reversed(list(zip(config.phases, firsts, lengths, strict=True))):
+            fraction = jnp.clip((step - first) / length, 0.0, 1.0)
+            remaining = 0.5 * (1.0 + jnp.cos(math.pi * fraction)) if config.decay == "cosine" else 1.0 - fraction
+            rate = jnp.where(step < first + length, phase.end + (phase.start - phase.end) * remaining, rate)
+        if warmup_steps > 0:
+            rate = rate * jnp.minimum(step / warmup_steps, 1.0)
+        return rate
+
+    return schedule
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The parameters of a pytree by name, in tree order: `nnx.Variable`s whole, with their metadata; other leaves as is."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]:
+        if _is_variable(leaf) and not jax.tree.leaves(leaf):
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert name not in named, f"two leaves are named {name!r}"
+        named[name] = leaf
+    return named
+
+
+def parameter_names(tree: Any) -> list[str]:
+    """The names of a pytree's parameters, in tree order. `tree` may be a model, its gradients, or a train state."""
+    return list(named_leaves(tree))
+
+
+def trained_names(config: OptimizerConfig, params_like: Any) -> frozenset[str]:
+    """The names that `config.freeze` leaves to be trained.
+
+    Raises ConfigError for a pattern that is malformed or matches nothing, and when nothing is left.
+    """
+    names = parameter_names(params_like)
+    frozen = set[str]()
+    for pattern in config.freeze:
+        frozen.update(_matches(pattern, names, "optimizer.freeze"))
+    if frozen.issuperset(names):
+        raise ConfigError(f"optimizer.freeze={config.freeze!r}: freezes every parameter; leave something to train")
+    return frozenset(names) - frozen
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, params_like: Any
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW over the trained parameters of a model.
+
+    Per trained parameter p with gradient g, all in float32 whatever the parameters' type:
+
+        g <- g * min(1, clip_norm / |g|)                 the norm is over all trained parameters together
+        p <- p - rate(step) * scale * (adam(g) + weight_decay * p)
+
+    `scale` is that of the first pattern of `learning_rate_scales` found in the name (re.search), else 1. Weight decay
+    reaches parameters with two or more axes of their own, embeddings included; the leading axis of stacked layers does
+    not count, which is why it goes by the `axes` metadata of an `nnx.Param`, and by `ndim` only for plain arrays.
+
+    `params_like` is the model or its abstract form. `init` and `update` take trees of its structure; updates are
+    float32, exactly zero where frozen. The state holds dicts from name to moment, for trained parameters only; a moment
+    keeps the type and metadata of its parameter, so that one table shards both.
+
+    Raises ConfigError for patterns that are malformed, match nothing, or can never decide, and for negative values.
+    """
+    for field in ("weight_decay", "clip_norm"):
+        value = getattr(config, field)
+        if value is not None and (value < 0 or (field == "clip_norm" and value == 0)):
+            raise ConfigError(
+                f"optimizer.{field}={value!r}: must be positive" + (", or None" if field == "clip_norm" else "")
+            )
+    trained = trained_names(config, params_like)
+    scales = _scales(config, parameter_names(params_like))
+    decayed = {
+        name: config.decay_vectors or _own_axes(leaf) >= 2
+        for name, leaf in named_leaves(params_like).items()
+        if name in trained
+    }
+
+    def scale_by_name(updates: Mapping[str, Any], params: Any) -> dict[str, Any]:
+        return {name: jax.tree.map(lambda u, s=scales[name]: u * s, update) for name, update in updates.items()}
+
+    adamw = optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+        optax.stateless(scale_by_name),
+    )
+
+    def select(tree: Any) -> dict[str, Any]:
+        float32 = lambda leaf: jax.tree.map(lambda array: array.astype(jnp.float32), leaf)  # noqa: E731
+        return {name: float32(leaf) for name, leaf in named_leaves(tree).items() if name in trained}
+
+    def init(params: Any) -> optax.OptState:
+        return adamw.init(select(params))
+
+    def update(grads: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
+        assert params is not None, "weight decay needs the parameters"
+        updates, state = adamw.update(select(grads), state, select(params), **extra)
+        return _fill(grads, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fill(tree: Any, updates: Any) -> Any:
+    """`tree` with the leaves named in `updates` replaced, and float32 zeros for the others."""
+    names = {id(leaf): name for name, leaf in named_leaves(tree).items()}
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_variable)
+
+    def filled(leaf: Any) -> Any:
+        name = names.get(id(leaf))
+        return (
+            updates[name] if name in updates else jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), leaf)
+        )
+
+    return jax.tree.unflatten(treedef, [filled(leaf) for leaf in leaves])
+
+
+def _own_axes(leaf: Any) -> int:
+    """How many axes a parameter has in one layer."""
+    if not _is_variable(leaf):
+        return leaf.ndim
+    axes = leaf.get_metadata().get("axes")
+    assert axes is not None, f"a parameter of shape {leaf.shape} was made without `axes`"
+    return len(axes)
+
+
+def _scales(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
+    """The learning-rate scale of every name."""
+    scales: dict[str, float] = {}
+    for pattern, scale in config.learning_rate_scales:
+        field = "optimizer.learning_rate_scales"
+        if not (math.isfinite(scale) and scale > 0):
+            raise ConfigError(
+                f"{field} {pattern!r}: scale {scale!r} must be positive; to train nothing there, use optimizer.freeze"
+            )
+        undecided = [name for name in _matches(pattern, names, field) if name not in scales]
+        if not undecided:
+            raise ConfigError(
+                f"{field} pattern {pattern!r} never decides: earlier patterns take all that it matches; move it up or remove it"
+            )
+        scales.update(dict.fromkeys(undecided, scale))
+    return {name: scales.get(name, 1.0) for name in names}
+
+
+def _matches(pattern: str, names: list[str], field: str) -> list[str]:
+    """The names in which a pattern is found; ConfigError if there are none."""
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{field} pattern {pattern!r} is not a regular expression: {error}") from error
+    matches = [name for name in names if regex.search(name)]
+    if matches:
+        return matches
+    top_level = _unique(name.split("/")[0] for name in names)
+    parts = _unique(part for name in names for part in name.split("/"))
+    words = re.findall(r"\w+", pattern)
+    close = _unique(
+        match for word in words if word not in parts for match in difflib.get_close_matches(word, parts, n=2)
+    )
+    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    raise ConfigError(
+        f"{field} pattern {pattern!r} matches no parameter name.{hint} Names start with {', '.join(top_level)}."
+    )
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
