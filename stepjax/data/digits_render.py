@@ -11,6 +11,7 @@ bottom) with right and bottom exclusive.
 import dataclasses
 import functools
 import math
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -23,9 +24,8 @@ SIDES = (16, 28)  # smallest and largest side, in the image, of an enlarged scan
 MAX_SIZE = (160, 100)  # no scattered image is wider or higher
 
 _PADDING = 2  # blank pixels around a scan, so that ink on its border fades out when enlarged
-_BOX_SCALE = (
-    1.2  # room for a digit of side 1 that is scaled by 1.1 and rotated by 8 degrees, with its ink 3/4 as wide as high
-)
+# Room for a digit of side 1 that is scaled by 1.1 and rotated by 8 degrees, its ink 3/4 as wide as high.
+_BOX_SCALE = 1.2
 _FAINT = 63  # of 255: ink that does not count for a digit's box
 _PAPER_SHARE = np.linspace(1.0, 0.0, 256)[:, None]  # table from ink to the share of paper in a pixel
 _SPLIT_SEED = 20_171  # fixed: no run's seed may move a scan between the splits
@@ -48,7 +48,7 @@ def load_scans() -> Scans:
     """The scans and their stratified split, about 80 to 20 in every class. Loaded once a process."""
     from sklearn.datasets import load_digits  # takes a second to import, and only the digits sources need it
 
-    digits = load_digits()
+    digits = cast(Any, load_digits())
     images = np.pad(np.asarray(digits["images"]), ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
     ink = np.round(images * (255 / SCAN_INK)).astype(np.uint8)
     labels = np.asarray(digits["target"])

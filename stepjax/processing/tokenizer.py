@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -108,8 +109,7 @@ class Tokenizer:
         try:
             return self._text.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
-            shown = repr(text if len(repr(text)) <= 80 else text[:80])
-            raise TokenError(f"text {shown} cannot be encoded: give a str of valid Unicode characters") from error
+            raise TokenError(f"text {text!r:.80} cannot be encoded: give a str of valid Unicode characters") from error
 
     def special(self, name: str) -> int:
         """Id of the control token spelled `name`, such as "<im_patch>".
@@ -157,7 +157,8 @@ class Tokenizer:
             if set(missing) <= set(STEP3_TOKENS):
                 remedy += ", or load this one with add_missing=True to add STEP3-VL's to Qwen3's"
             raise TokenError(f"{name} lacks the control tokens {', '.join(missing)}: {remedy}")
-        return SpecialTokens(**{field.name: self._added.get(field.metadata["name"]) for field in fields})  # type: ignore
+        ids: dict[str, Any] = {field.name: self._added.get(field.metadata["name"]) for field in fields}
+        return SpecialTokens(**ids)
 
     def _check_text_stays_text(self, name: str) -> None:
         # A model that merges the letters of a control token into its id would let user text control the model.
@@ -199,7 +200,7 @@ def add_step3_tokens(raw: tokenizers.Tokenizer) -> list[str]:
     Returns:
         The names that were added.
     """
-    present = raw.get_vocab(with_added_tokens=True)
+    present = {token.content for token in raw.get_added_tokens_decoder().values()}
     missing = [name for name in STEP3_TOKENS if name not in present]
     raw.add_special_tokens(missing)
     return missing

@@ -14,7 +14,7 @@ one name. Frozen parameters take no part in clipping and have no moments.
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -31,8 +31,8 @@ def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedul
 
     Step s is taken after s * tokens_per_step tokens (row slots, padding included). Within a phase the rate runs from
     `start` to `end` along a half cosine or a line; it jumps where a phase does not start where the last one ended, and
-    stays at the last `end` afterwards. Warm-up multiplies this curve by tokens / warmup_tokens until that reaches 1: the
-    curve is not shifted, so the rate meets it at the end of the warm-up, and step 0 has rate zero.
+    stays at the last `end` afterwards. Warm-up multiplies this curve by tokens / warmup_tokens until that reaches 1:
+    the curve is not shifted, so the rate meets it at the end of the warm-up, and step 0 has rate zero.
 
     Raises ConfigError for a phase that is not positive in tokens, or a negative rate.
     """
@@ -65,15 +65,17 @@ def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
+def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """(name, leaf) pairs and the treedef, where an `nnx.Variable` is one leaf."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs], treedef
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The parameters of a pytree by name, in tree order: `nnx.Variable`s whole, with their metadata; other leaves as is."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]:
-        if _is_variable(leaf) and not jax.tree.leaves(leaf):
-            continue
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert name not in named, f"two leaves are named {name!r}"
-        named[name] = leaf
+    """The leaves of a pytree by name, in tree order; an `nnx.Variable` is one leaf and keeps its metadata."""
+    pairs = [(name, leaf) for name, leaf in _flatten(tree)[0] if jax.tree.leaves(leaf)]
+    named = dict(pairs)
+    assert len(named) == len(pairs), "two leaves share a name"
     return named
 
 
@@ -96,9 +98,7 @@ def trained_names(config: OptimizerConfig, params_like: Any) -> frozenset[str]:
     return frozenset(names) - frozen
 
 
-def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, params_like: Any
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, params_like: Any) -> optax.GradientTransformation:
     """AdamW over the trained parameters of a model.
 
     Per trained parameter p with gradient g, all in float32 whatever the parameters' type:
@@ -116,12 +116,10 @@ def make_optimizer(
 
     Raises ConfigError for patterns that are malformed, match nothing, or can never decide, and for negative values.
     """
-    for field in ("weight_decay", "clip_norm"):
-        value = getattr(config, field)
-        if value is not None and (value < 0 or (field == "clip_norm" and value == 0)):
-            raise ConfigError(
-                f"optimizer.{field}={value!r}: must be positive" + (", or None" if field == "clip_norm" else "")
-            )
+    if config.weight_decay < 0:
+        raise ConfigError(f"optimizer.weight_decay={config.weight_decay!r}: must not be negative")
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise ConfigError(f"optimizer.clip_norm={config.clip_norm!r}: must be positive, or None to clip nothing")
     trained = trained_names(config, params_like)
     scales = _scales(config, parameter_names(params_like))
     decayed = {
@@ -130,7 +128,7 @@ def make_optimizer(
         if name in trained
     }
 
-    def scale_by_name(updates: Mapping[str, Any], params: Any) -> dict[str, Any]:
+    def scale_by_name(updates: Any, _: Any) -> Any:
         return {name: jax.tree.map(lambda u, s=scales[name]: u * s, update) for name, update in updates.items()}
 
     adamw = optax.chain(
@@ -142,32 +140,31 @@ def make_optimizer(
     )
 
     def select(tree: Any) -> dict[str, Any]:
-        float32 = lambda leaf: jax.tree.map(lambda array: array.astype(jnp.float32), leaf)  # noqa: E731
-        return {name: float32(leaf) for name, leaf in named_leaves(tree).items() if name in trained}
+        return {name: _float32(leaf) for name, leaf in named_leaves(tree).items() if name in trained}
 
     def init(params: Any) -> optax.OptState:
         return adamw.init(select(params))
 
-    def update(grads: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         assert params is not None, "weight decay needs the parameters"
-        updates, state = adamw.update(select(grads), state, select(params), **extra)
-        return _fill(grads, updates), state
+        trained_updates, state = adamw.update(select(updates), state, select(params))
+        return _fill(updates, trained_updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
+
+
+def _float32(leaf: Any) -> Any:
+    return jax.tree.map(lambda array: array.astype(jnp.float32), leaf)
 
 
 def _fill(tree: Any, updates: Any) -> Any:
-    """`tree` with the leaves named in `updates` replaced, and float32 zeros for the others."""
-    names = {id(leaf): name for name, leaf in named_leaves(tree).items()}
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_variable)
+    """`tree` with the leaves named in the dict `updates` replaced, and float32 zeros for the others."""
+    pairs, treedef = _flatten(tree)
 
-    def filled(leaf: Any) -> Any:
-        name = names.get(id(leaf))
-        return (
-            updates[name] if name in updates else jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), leaf)
-        )
+    def zeros(leaf: Any) -> Any:
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), leaf)
 
-    return jax.tree.unflatten(treedef, [filled(leaf) for leaf in leaves])
+    return jax.tree.unflatten(treedef, [updates[name] if name in updates else zeros(leaf) for name, leaf in pairs])
 
 
 def _own_axes(leaf: Any) -> int:
@@ -191,7 +188,7 @@ def _scales(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
         undecided = [name for name in _matches(pattern, names, field) if name not in scales]
         if not undecided:
             raise ConfigError(
-                f"{field} pattern {pattern!r} never decides: earlier patterns take all that it matches; move it up or remove it"
+                f"{field} pattern {pattern!r} never decides: earlier ones take all it matches; move it up or remove it"
             )
         scales.update(dict.fromkeys(undecided, scale))
     return {name: scales.get(name, 1.0) for name in names}

@@ -1,0 +1,58 @@
+"""Pretrain a small STEP3-VL from scratch, fully unfrozen, on images of real handwritten digits, in minutes on a laptop CPU."""
+
+from stepjax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    DigitsSource,
+    EvaluationConfig,
+    ImageConfig,
+    LoggingConfig,
+    ModelConfig,
+    NumericsConfig,
+    OptimizerConfig,
+    Phase,
+    PretrainConfig,
+    ScheduleConfig,
+    VisionConfig,
+)
+
+images = ImageConfig(global_size=112, crop_size=56, patch_size=14, max_side=448)
+
+config = PretrainConfig(
+    name="digits",
+    model=ModelConfig(
+        vision=VisionConfig(
+            width=64, num_layers=3, num_heads=4, mlp_dim=256, patch_size=14, position_grid=8, layer_scale_init=0.5
+        ),
+        decoder=DecoderConfig(
+            vocab_size=512, width=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, max_positions=1024
+        ),
+        init_range=0.1,
+    ),
+    images=images,
+    data=DataConfig(
+        sources=(
+            DigitsSource(name="transcribe", weight=0.5, task="transcribe"),
+            DigitsSource(name="count", weight=0.1, task="count"),
+            DigitsSource(name="add", weight=0.1, task="add"),
+            DigitsSource(name="point", weight=0.2, task="point"),
+            DigitsSource(name="arithmetic", weight=0.1, task="arithmetic"),
+        ),
+    ),
+    batch=BatchConfig(rows=8, tokens=256, global_views=8, crops=24),
+    schedule=ScheduleConfig(phases=(Phase(tokens=4e6, start=2e-3, end=2e-4), Phase(tokens=1e6, start=2e-4, end=2e-5)), warmup_tokens=1e5),
+    optimizer=OptimizerConfig(weight_decay=0.05),
+    numerics=NumericsConfig(compute_dtype="float32", remat="none", loss_chunk=512),
+    checkpoint=CheckpointConfig(every=500),
+    logging=LoggingConfig(every=20),
+    evaluation=EvaluationConfig(
+        sources=tuple(
+            DigitsSource(name=task, weight=1.0, task=task, split="held_out")
+            for task in ("transcribe", "count", "add", "point", "arithmetic")
+        ),
+        examples=400,
+        max_new_tokens=12,
+    ),
+)

@@ -1,0 +1,1 @@
+"""From records to packed device batches, all through Grain. Knows no model."""

@@ -1,0 +1,162 @@
+"""Host batches: the packed rows of this process's streams, made ahead by a thread or by worker processes.
+
+Legend: B rows of this process, T tokens, G global-view slots, C crop slots, HWC pixels.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+
+from stepjax.config import BatchConfig, DataConfig, ImageConfig
+from stepjax.data.mixture import Skipped, mixture
+from stepjax.data.packing import NEW_STREAM, PackedRow, PackingStream, RowBudget, StreamState
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.processing.processor import Processor
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """The rows of one step that this process holds."""
+
+    arrays: dict[str, np.ndarray]  # named with their shapes: tokens_BT, ..., global_views_BGHWC, crops_BCHWC
+    states: tuple[StreamState, ...]  # where each stream stands after its row
+    skipped: tuple[Skipped, ...]
+    names: tuple[tuple[str, ...], ...]  # examples of each row
+    used: np.ndarray  # tokens, global views and crops in use, over all rows
+
+
+class _Rows(grain.IterDataset):
+    """The rows of several streams in turn. Grain's workers take a stride of the streams each, so the order is kept."""
+
+    def __init__(self, samples: grain.MapDataset, streams: list[int], states: list[StreamState], options: dict[str, Any]):
+        super().__init__(samples)
+        self._samples, self._streams, self._states, self._options = samples, streams, states, options
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        assert not sequential_slice
+        self._streams, self._states = self._streams[sl], self._states[sl]
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _RowsIterator(
+            [
+                PackingStream(self._samples, stream=stream, state=state, **self._options)
+                for stream, state in zip(self._streams, self._states, strict=True)
+            ]
+        )
+
+
+class _RowsIterator(grain.DatasetIterator):
+    """Its Grain state is unused: every row carries the state of its stream (see data.packing)."""
+
+    def __init__(self, streams: list[PackingStream]):
+        super().__init__()
+        self._streams, self._turn = streams, 0
+
+    def __next__(self) -> PackedRow:
+        row = next(self._streams[self._turn])
+        self._turn = (self._turn + 1) % len(self._streams)
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        assert not state, state
+
+
+class Loader:
+    """Iterates over this process's share of the batches, from where a saved state left off.
+
+    The global batch has `batch.rows` streams, whatever the number of processes; this process has an equal, consecutive part.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        batch: BatchConfig,
+        images: ImageConfig,
+        processor: Processor,
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        state: dict[str, Any] | None = None,
+    ):
+        """
+        Raises:
+            ConfigError: rows do not divide over processes, or a process's rows over its workers; no sources.
+            CheckpointError: `state` was saved by a run with other data.
+            RecordError: a source cannot be opened.
+        """
+        if not data.sources:
+            raise ConfigError("data.sources=(): name at least one source")
+        if batch.rows % process_count:
+            raise ConfigError(f"batch.rows={batch.rows}: must divide over the {process_count} processes")
+        rows = batch.rows // process_count
+        if data.num_workers and rows % data.num_workers:
+            raise ConfigError(f"data.num_workers={data.num_workers}: must divide the {rows} rows of a process")
+        self._data, self._rows, self._seed = data, rows, seed
+        self._fingerprint = _fingerprint(data, batch, images, seed)
+        streams = list(range(process_index * rows, (process_index + 1) * rows))
+        states = [NEW_STREAM] * batch.rows if state is None else self._checked(state)
+        self._samples = mixture(data.sources, processor, seed=seed, bad_records=data.bad_records)
+        options = dict(
+            budget=RowBudget.of(batch, images),
+            num_streams=batch.rows,
+            open_rows=data.open_rows,
+            skip_oversize=data.bad_records == "skip",
+        )
+        self._dataset: grain.IterDataset = _Rows(self._samples, streams, [states[s] for s in streams], options)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        ahead = self._data.prefetch * self._rows
+        if self._data.num_workers:
+            per_worker = max(1, ahead // self._data.num_workers)
+            options = grain.MultiprocessingOptions(num_workers=self._data.num_workers, per_worker_buffer_size=per_worker)
+            dataset = self._dataset.mp_prefetch(options)
+        else:
+            dataset = experimental.ThreadPrefetchIterDataset(self._dataset, prefetch_buffer_size=ahead)
+        rows = iter(dataset)
+        try:
+            while True:
+                yield _stack([next(rows) for _ in range(self._rows)])
+        finally:
+            rows.close()  # ends the worker processes
+
+    def state(self, states: tuple[StreamState, ...]) -> dict[str, Any]:
+        """What to save: the states of all streams (gathered over processes), and a fingerprint of the data they belong to."""
+        return {"fingerprint": self._fingerprint, "streams": list(states)}
+
+    def _checked(self, state: dict[str, Any]) -> list[StreamState]:
+        if state.get("fingerprint") != self._fingerprint:
+            raise CheckpointError(
+                "the saved data position belongs to other data: data.sources, data.open_rows, batch, images or seed have "
+                "changed since; restore the old values, or start a new run under another name"
+            )
+        return state["streams"]
+
+
+def _stack(rows: list[PackedRow]) -> HostBatch:
+    # tokens_T of every row become tokens_BT of the batch: the suffix gains its leading axis.
+    arrays = {}
+    for key in rows[0].arrays:
+        name, _, suffix = key.rpartition("_")
+        arrays[f"{name}_B{suffix}"] = np.stack([row.arrays[key] for row in rows])
+    return HostBatch(
+        arrays=arrays,
+        states=tuple(row.state for row in rows),
+        skipped=tuple(skipped for row in rows for skipped in row.skipped),
+        names=tuple(row.names for row in rows),
+        used=np.sum([row.used for row in rows], axis=0),
+    )
+
+
+def _fingerprint(data: DataConfig, batch: BatchConfig, images: ImageConfig, seed: int) -> str:
+    """Of all that decides which examples a stream sees and how it packs them."""
+    decisive = (data.sources, data.open_rows, batch.rows, batch.tokens, batch.global_views, batch.crops, images, seed)
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]

@@ -1,0 +1,179 @@
+"""Packing: examples fill rows under three budgets at once, tokens, global views and crops.
+
+Legend: T tokens of a row, G global-view slots, C crop slots, HWC pixels.
+
+The data of row slot r comes from stream r, which reads examples r, r + R, r + 2R, ... of the mixture (R rows a batch) and
+keeps a few rows open. An example goes where it fits most tightly; when it fits nowhere the fullest row is emitted. What a
+stream does depends on its own examples alone, so the batches are the same whatever number of hosts and worker processes
+share the streams.
+
+A stream's position is small: the index of its next example, and the indices of those that wait in open rows. It travels
+with every row it emits. The state to save is thus that of the rows trained on, and prefetching cannot run ahead of it.
+"""
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from stepjax.config import BatchConfig, ImageConfig
+from stepjax.data.mixture import Sample, Skipped
+from stepjax.errors import RecordError
+
+StreamState = dict[str, Any]  # {"next": int, "open": [[int, ...], ...]}
+NEW_STREAM: StreamState = {"next": 0, "open": []}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRow:
+    """One row of the batch, and its stream's position after it."""
+
+    arrays: dict[str, np.ndarray]
+    used: np.ndarray  # tokens, global views and crops in use
+    state: StreamState
+    skipped: tuple[Skipped, ...]
+    names: tuple[str, ...]  # of the examples in the row
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBudget:
+    """What a row holds, and the size of a view in features."""
+
+    tokens: int
+    global_views: int
+    crops: int
+    images: ImageConfig
+
+    @classmethod
+    def of(cls, batch: BatchConfig, images: ImageConfig) -> "RowBudget":
+        return cls(batch.tokens, batch.global_views, batch.crops, images)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array([self.tokens, self.global_views, self.crops])
+
+
+def _sizes(sample: Sample) -> np.ndarray:
+    example = sample.example
+    return np.array([len(example.tokens), len(example.global_views), len(example.crops)])
+
+
+class PackingStream:
+    """An endless iterator of packed rows over one stride of the mixture."""
+
+    def __init__(
+        self,
+        samples: grain.MapDataset,
+        budget: RowBudget,
+        *,
+        stream: int,
+        num_streams: int,
+        open_rows: int,
+        state: StreamState = NEW_STREAM,
+        skip_oversize: bool = False,
+    ):
+        self._samples, self._budget, self._open_rows = samples, budget, open_rows
+        self._stream, self._num_streams, self._skip_oversize = stream, num_streams, skip_oversize
+        self._next = state["next"]
+        self._rows = [[(index, self._samples[index]) for index in row] for row in state["open"]]
+
+    def __iter__(self) -> "PackingStream":
+        return self
+
+    def __next__(self) -> PackedRow:
+        skipped = []
+        while True:
+            index = self._stream + self._next * self._num_streams
+            sample = self._samples[index]
+            self._next += 1
+            if isinstance(sample, Sample):
+                sample = self._refuse_oversize(sample)
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+                continue
+            row = self._tightest_row(_sizes(sample))
+            if row is not None:
+                row.append((index, sample))
+                continue
+            emitted = self._fullest_row() if len(self._rows) == self._open_rows else None
+            self._rows.append([(index, sample)])
+            if emitted is not None:
+                samples = [sample for _, sample in emitted]
+                return PackedRow(
+                    arrays=pack(samples, self._budget),
+                    used=self._budget.sizes - self._left(emitted),
+                    state=self.state(),
+                    skipped=tuple(skipped),
+                    names=tuple(sample.example.name for sample in samples),
+                )
+
+    def state(self) -> StreamState:
+        """The position after the last emitted row."""
+        return {"next": self._next, "open": [[index for index, _ in row] for row in self._rows]}
+
+    def _left(self, row: list[tuple[int, Sample]]) -> np.ndarray:
+        return self._budget.sizes - sum(_sizes(sample) for _, sample in row)
+
+    def _tightest_row(self, sizes: np.ndarray) -> list[tuple[int, Sample]] | None:
+        fitting = [row for row in self._rows if np.all(self._left(row) >= sizes)]
+        return min(fitting, key=lambda row: self._left(row)[0], default=None)
+
+    def _fullest_row(self) -> list[tuple[int, Sample]]:
+        fullest = min(range(len(self._rows)), key=lambda i: self._left(self._rows[i])[0])
+        return self._rows.pop(fullest)
+
+    def _refuse_oversize(self, sample: Sample) -> Sample | Skipped:
+        sizes, budget = _sizes(sample), self._budget.sizes
+        if np.all(sizes <= budget):
+            return sample
+        what = ", ".join(
+            f"{size} {name} of {limit}"
+            for name, size, limit in zip(("tokens", "global views", "crops"), sizes, budget, strict=True)
+            if size > limit
+        )
+        name = sample.example.name
+        reason = f"record {name} does not fit a row: {what}; raise batch.tokens, batch.global_views or batch.crops"
+        if not self._skip_oversize:
+            raise RecordError(f"{reason}, or pass over such records with data.bad_records=skip")
+        return Skipped(name, reason)
+
+
+def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
+    """Lay examples one behind the other into the arrays of a row.
+
+    `segment_ids_T` counts the examples from 1 (0 is padding), `positions_T` from 0 within each. `feature_index_T` points into
+    the row's feature table: the crops of all slots, then the global views (models.step_vl). `group_T` is twice the domain,
+    plus one where the example has images.
+    """
+    images, side_g, side_c = budget.images, budget.images.global_size, budget.images.crop_size
+    row = {
+        "tokens_T": np.zeros(budget.tokens, np.int32),
+        "segment_ids_T": np.zeros(budget.tokens, np.int32),
+        "positions_T": np.zeros(budget.tokens, np.int32),
+        "loss_weights_T": np.zeros(budget.tokens, np.float32),
+        "feature_index_T": np.full(budget.tokens, -1, np.int32),
+        "group_T": np.zeros(budget.tokens, np.int32),
+        "global_views_GHWC": np.zeros((budget.global_views, side_g, side_g, 3), np.float32),
+        "crops_CHWC": np.zeros((budget.crops, side_c, side_c, 3), np.float32),
+    }
+    token = view = crop = 0
+    for segment, sample in enumerate(samples, start=1):
+        example = sample.example
+        length, views, crops = len(example.tokens), len(example.global_views), len(example.crops)
+        span = slice(token, token + length)
+        row["tokens_T"][span] = example.tokens
+        row["segment_ids_T"][span] = segment
+        row["positions_T"][span] = np.arange(length)
+        row["loss_weights_T"][span] = example.loss_weights
+        row["group_T"][span] = 2 * sample.domain + (views > 0)
+        # The example's own table also has its crops first; move both parts to where the row keeps them.
+        index, own_crops = example.feature_index, crops * images.crop_tokens
+        to_crops = index + crop * images.crop_tokens
+        to_views = index - own_crops + budget.crops * images.crop_tokens + view * images.global_tokens
+        row["feature_index_T"][span] = np.where(index < 0, -1, np.where(index < own_crops, to_crops, to_views))
+        row["global_views_GHWC"][view : view + views] = example.global_views
+        row["crops_CHWC"][crop : crop + crops] = example.crops
+        token, view, crop = token + length, view + views, crop + crops
+    return row
+

@@ -1,0 +1,136 @@
+"""Whether an answer is right, what guessing would reach, and how sure a measured accuracy is."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from stepjax.config import DigitsSource
+from stepjax.data.digits import arithmetic_problems, num_digits_distribution, solve
+from stepjax.errors import RecordError
+
+_POINT = re.compile(r"\(\s*(\d{1,2})\s*,\s*(\d{1,2})\s*\)")
+_NORMAL_QUANTILE = 1.959964  # of 97.5 %: two-sided intervals of 95 %
+
+
+def score(record: dict[str, Any], text: str) -> bool:
+    """Whether `text`, with white space stripped from its ends, answers the record.
+
+    A point "(x, y)" is right when it falls into the box of the digit's ink; its integers name the hundredths of the
+    image's width and height, so the point tested is the middle of that cell. Every other task wants the exact text.
+
+    Raises:
+        RecordError: the record does not say what the answer is.
+    """
+    answer = record.get("answer")
+    wanted = "box" if record.get("task") == "point" else "text"
+    if not isinstance(answer, dict) or wanted not in answer:
+        raise RecordError(f"record {record.get('id')!r} has answer={answer!r}: scoring needs a dict with {wanted!r}")
+    if wanted == "text":
+        return text.strip() == answer["text"]
+    point = parse_point(text)
+    if point is None:
+        return False
+    left, top, right, bottom = answer["box"]
+    x, y = point[0] + 0.5, point[1] + 0.5
+    return left <= x <= right and top <= y <= bottom
+
+
+def parse_point(text: str) -> tuple[int, int] | None:
+    """The x and y of "(x, y)", each 0..99; None when the text, stripped, is anything else."""
+    match = _POINT.fullmatch(text.strip())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def chance_level(source: DigitsSource, num_digits: int | None = None) -> float:
+    """The accuracy that needs no look at the image or the question; computed from the task's distribution.
+
+    - transcribe, count, add, arithmetic: the best constant guess. All strings of n digits are equally likely, so for
+      three-digit transcriptions that is 1 in 1000; for sums it is the most frequent sum.
+    - point: the centre of one of the n digits in the image, at random: the mean of 1 / n. (It does take a look, to see
+      where ink is, but none at which digit it is. No constant point does as well.)
+
+    Args:
+        num_digits: as given to `DigitsRecords`.
+    """
+    distribution = num_digits_distribution(source, num_digits)
+    match source.task:
+        case "transcribe":
+            return max(probability / 10**n for n, probability in distribution.items())
+        case "count":
+            return max(distribution.values())
+        case "add":
+            ways = {n: _ways_to_sum(n) for n in distribution}
+            return max(
+                sum(probability * ways[n][total] / 10**n for n, probability in distribution.items())
+                for total in range(9 * max(distribution) + 1)
+            )
+        case "point":
+            return sum(probability / n for n, probability in distribution.items())
+        case "arithmetic":
+            answers = Counter(solve(problem) for problem in arithmetic_problems(source.split))
+            return max(answers.values()) / answers.total()
+
+
+def _ways_to_sum(num_digits: int) -> Counter[int]:
+    """In how many ways `num_digits` digits 0..9 make each sum."""
+    ways = Counter({0: 1})
+    for _ in range(num_digits):
+        ways = Counter({s: sum(ways[s - digit] for digit in range(10)) for s in range(max(ways) + 10)})
+    return ways
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson, 1927), which stays sensible near 0 and 1; (0, 1) without trials."""
+    assert 0 <= correct <= total
+    if total == 0:
+        return 0.0, 1.0
+    z, p = _NORMAL_QUANTILE, correct / total
+    centre = p + z**2 / (2 * total)
+    radius = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    return max(0.0, (centre - radius) / scale), min(1.0, (centre + radius) / scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """How many of a source's questions were answered right. Proportions are 0..1."""
+
+    name: str
+    correct: int
+    total: int
+    chance: float | None = None  # None where guessing has no meaning
+
+    @property
+    def accuracy(self) -> float:
+        """NaN when nothing was asked."""
+        return self.correct / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.correct, self.total)
+
+
+def summary_table(results: Sequence[TaskResult]) -> str:
+    """An aligned text table, one line a result under a header line; percentages."""
+    rows = [("task", "right", "accuracy", "95 % interval", "chance")]
+    for result in results:
+        low, high = result.interval
+        rows.append(
+            (
+                result.name,
+                f"{result.correct}/{result.total}",
+                f"{100 * result.accuracy:.1f} %" if result.total else "-",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+                "-" if result.chance is None else f"{100 * result.chance:.1f} %",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    )

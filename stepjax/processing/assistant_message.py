@@ -1,0 +1,107 @@
+"""What a model wrote, taken apart into content, reasoning and tool calls. `chat_template` is the other direction."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+_SPACE = re.compile(r"\s*")
+_CALL_END = re.compile(r"\s*(</tool_call>|\Z)")  # a generation may stop right after the JSON
+_WRAPPER_START = re.compile(r"<tool_calls>\s*\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class AssistantMessage:
+    """`tool_calls` holds `{"name": str, "arguments": dict}`; `reasoning_content` is None without a `<think>` block."""
+
+    content: str
+    reasoning_content: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+    def as_message(self) -> dict[str, Any]:
+        """The message to append to the conversation. It renders as the model wrote it, but for white space."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = list(self.tool_calls)
+        return message
+
+
+def parse_assistant(text: str, *, starts_thinking: bool = False) -> AssistantMessage:
+    """Takes what a model wrote apart.
+
+    Args:
+        text: decoded with its markup shown, as `Tokenizer.decode` does.
+        starts_thinking: the generation prompt had opened `<think>`. Text that never closes it is then reasoning alone,
+            as of a generation that was cut off.
+
+    Returns:
+        The message. Its reasoning ends at the last `</think>`. A call that is not the JSON of a name and an object of
+        arguments stays in the content as it is. A `<tool_calls>` around calls, which the public checkpoint is known to
+        write, is removed.
+    """
+    content, reasoning = split_reasoning(text, starts_thinking=starts_thinking)
+    content, calls = _split_calls(content)
+    return AssistantMessage(content, reasoning, tuple(calls))
+
+
+def split_reasoning(text: str, *, starts_thinking: bool = False) -> tuple[str, str | None]:
+    """Content and reasoning of an assistant's text; text without reasoning is returned as it is, with None."""
+    head, is_closed, tail = text.rpartition("</think>")
+    if not is_closed:
+        head = text
+    content = tail.lstrip("\n") if is_closed else ""
+    before, is_open, after = head.partition("<think>")
+    starts_reasoning = is_open and not before.strip()
+    if starts_reasoning or (is_open and is_closed and not starts_thinking):
+        # Text in front of the reasoning belongs to the answer.
+        return (before if before.strip() else "") + content, after.strip("\n")
+    if is_closed or starts_thinking:
+        return content, head.strip("\n")
+    return text, None
+
+
+def _split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    calls: list[dict[str, Any]] = []
+    pieces = [""]  # the text before, between and after the calls
+    position = 0
+    for match in re.finditer("<tool_call>", text):
+        if match.start() < position:
+            continue  # it is inside the arguments of the call before
+        pieces[-1] += text[position : match.start()]
+        position = match.start()
+        parsed = _parse_call(text, match.end())
+        if parsed is not None:
+            call, position = parsed
+            calls.append(call)
+            pieces.append("")
+    pieces[-1] += text[position:]
+    if not calls:
+        return text, []
+
+    for index in range(len(calls)):
+        opening = _WRAPPER_START.search(pieces[index])
+        if opening:
+            pieces[index] = pieces[index][: opening.start()]
+            closing = next((i for i in range(index + 1, len(pieces)) if "</tool_calls>" in pieces[i]), None)
+            if closing is not None:
+                pieces[closing] = pieces[closing].replace("</tool_calls>", "", 1)
+    return "\n".join(piece.strip() for piece in pieces if piece.strip()), calls
+
+
+def _parse_call(text: str, start: int) -> tuple[dict[str, Any], int] | None:
+    # The JSON decides where the call ends: its strings may hold any markup.
+    space = _SPACE.match(text, start)
+    assert space is not None
+    try:
+        call, end = json.JSONDecoder().raw_decode(text, space.end())
+    except (ValueError, RecursionError):
+        return None
+    closing = _CALL_END.match(text, end)
+    if closing is None or not isinstance(call, dict):
+        return None
+    name, arguments = call.get("name"), call.get("arguments", {})
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    return {"name": name, "arguments": arguments}, closing.end()

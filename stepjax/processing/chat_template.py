@@ -1,0 +1,301 @@
+r"""Conversations as ChatML. `assistant_message` parses what the model writes in turn.
+
+    <|im_start|>ROLE\nCONTENT<|im_end|>\n                       a turn
+    <think>\nREASONING\n</think>\n                              before the content of an assistant's turn
+    <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>  after it, in the style of Hermes
+    <tool_response>\nCONTENT\n</tool_response>                  results of tools, in a user's turn
+
+Reasoning is shown to the model only after the last user turn, as in Qwen3.
+
+Rendering gives segments, not a string: text that spells a control token stays text. Only an assistant's content may
+carry markup, its own `<think>` and `<tool_call>`.
+
+Unconfirmed: the template of the public checkpoint has not been seen. This follows its known properties and, where they
+end (tools, dropped reasoning), Qwen3's.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from stepjax.errors import TokenError
+from stepjax.processing.assistant_message import split_reasoning
+
+TrainedTurns = Literal["all", "last", "none"]
+
+_ROLES = ("system", "user", "assistant", "tool")
+_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+_CALL_MARKERS = re.compile("(</?tool_call>)")
+
+# The wording that Qwen3 was trained on: another one would be another protocol.
+_TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+)
+_TOOLS_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSegment:
+    text: str
+    trained: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialSegment:
+    """A control token, by name; as plain text where the tokenizer has no such token."""
+
+    name: str
+    trained: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSegment:
+    """An image, as the record gives it. Never trained."""
+
+    image: Any
+
+
+Segment = TextSegment | SpecialSegment | ImageSegment
+
+
+def render(
+    messages: Sequence[dict[str, Any]],
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    trained: TrainedTurns = "all",
+) -> list[Segment]:
+    """Renders a conversation, without a generation prompt.
+
+    Args:
+        messages: dicts of `role` and `content`, a string or a list of `{"type": "text", "text": ...}` and `{"type":
+            "image", "image": ...}`. An assistant's may have `reasoning_content` and `tool_calls`; its content may then
+            be None. Without `reasoning_content`, a `<think>...</think>` at the start of its content is the reasoning.
+            `name` and `tool_call_id`, which other software wants, are accepted and not shown to the model.
+        tools: JSON schemas of the functions that the assistant may call.
+        trained: the assistant turns that count in the loss, with their closing `<|im_end|>`: all of them, those after
+            the last user turn, or none. Reasoning of earlier turns is left out either way.
+
+    Returns:
+        Segments; neighbouring text of one turn is joined, so that it is tokenized as one string.
+
+    Raises:
+        TokenError: a message is malformed; names its position and the value.
+    """
+    if trained not in ("all", "last", "none"):
+        raise TokenError(f'trained={trained!r}: give "all", "last" or "none"')
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise TokenError(f"messages={messages!r}: give a non-empty list of messages")
+    for index, message in enumerate(messages):
+        _check_message(message, f"messages[{index}]")
+    roles = [message["role"] for message in messages]
+    last_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+
+    segments: list[Segment] = []
+    first = 0
+    if tools:
+        if roles[0] == "system":
+            first = 1
+            system = [*content_segments(messages[0].get("content"), "messages[0].content"), TextSegment("\n\n")]
+        else:
+            system = []
+        segments += _turn("system", [*system, *_tools(tools)])
+    for index in range(first, len(messages)):
+        message, where, role = messages[index], f"messages[{index}]", roles[index]
+        if role == "assistant":
+            is_last = index > last_user
+            is_trained = trained == "all" or (trained == "last" and is_last)
+            segments += _turn(role, _assistant(message, where, is_trained, shows_reasoning=is_last), is_trained)
+        elif role == "tool":
+            # Results of parallel calls share one turn.
+            if index == 0 or roles[index - 1] != "tool":
+                segments += [SpecialSegment("<|im_start|>"), TextSegment("user")]
+            segments += [TextSegment("\n"), SpecialSegment("<tool_response>"), TextSegment("\n")]
+            segments += content_segments(message.get("content"), f"{where}.content")
+            segments += [TextSegment("\n"), SpecialSegment("</tool_response>")]
+            if index + 1 == len(messages) or roles[index + 1] != "tool":
+                segments += [SpecialSegment("<|im_end|>"), TextSegment("\n")]
+        else:
+            segments += _turn(role, content_segments(message.get("content"), f"{where}.content"))
+    return _joined(segments)
+
+
+def generation_prompt(*, starts_thinking: bool, enable_thinking: bool | None = None) -> list[Segment]:
+    """What follows a conversation to make the model answer.
+
+    Args:
+        starts_thinking: open `<think>` for the model, if `enable_thinking` does not say.
+        enable_thinking: True opens `<think>`; False writes empty reasoning, which the model then takes as done.
+    """
+    segments: list[Segment] = [SpecialSegment("<|im_start|>"), TextSegment("assistant\n")]
+    if enable_thinking is False:
+        segments += _reasoning("", trained=False)
+    elif enable_thinking or starts_thinking:
+        segments += [SpecialSegment("<think>"), TextSegment("\n")]
+    return segments
+
+
+def content_segments(content: object, where: str, *, trained: bool = False) -> list[Segment]:
+    """Segments of a message's content, or of an interleaved document.
+
+    Args:
+        content: a string, or a list of text and image items.
+        where: stands for the content in error messages.
+
+    Raises:
+        TokenError: the content is neither, or an item is malformed.
+    """
+    if isinstance(content, str):
+        return [TextSegment(content, trained)]
+    if not isinstance(content, list):
+        raise TokenError(f"{where}={_shown(content)}: give a string, or a list of text and image items")
+    segments: list[Segment] = []
+    for index, item in enumerate(content):
+        here = f"{where}[{index}]"
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "text" and isinstance(item.get("text"), str):
+            segments.append(TextSegment(item["text"], trained))
+        elif kind == "image" and item.get("image") is not None:
+            segments.append(ImageSegment(item["image"]))
+        else:
+            raise TokenError(
+                f'{here}={_shown(item)}: give {{"type": "text", "text": str}} or {{"type": "image", "image": ...}}'
+            )
+    return segments
+
+
+def _turn(role: str, body: Sequence[Segment], trained: bool = False) -> list[Segment]:
+    return [
+        SpecialSegment("<|im_start|>"),
+        TextSegment(f"{role}\n"),
+        *body,
+        SpecialSegment("<|im_end|>", trained),
+        TextSegment("\n"),
+    ]
+
+
+def _assistant(message: dict[str, Any], where: str, trained: bool, *, shows_reasoning: bool) -> list[Segment]:
+    reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+    if message.get("content") is None and (reasoning is not None or calls):
+        content = ""
+    else:
+        parts = content_segments(message.get("content"), f"{where}.content")
+        images = [part for part in parts if not isinstance(part, TextSegment)]
+        if images:
+            raise TokenError(f"{where}.content has {len(images)} image(s): an assistant's turn can hold only text")
+        content = "".join(part.text for part in parts if isinstance(part, TextSegment))
+    if reasoning is None and "</think>" in content:
+        content, reasoning = split_reasoning(content)
+
+    segments: list[Segment] = []
+    if reasoning is not None:
+        content = content.lstrip("\n")
+        if shows_reasoning:
+            segments += _reasoning(reasoning.strip("\n"), trained)
+    segments += _marked(content, trained)
+    for index, call in enumerate(calls or ()):
+        text = _call_json(call, f"{where}.tool_calls[{index}]")
+        segments += [
+            TextSegment("\n" if content or index else "", trained),
+            SpecialSegment("<tool_call>", trained),
+            TextSegment(f"\n{text}\n", trained),
+            SpecialSegment("</tool_call>", trained),
+        ]
+    return segments
+
+
+def _reasoning(text: str, trained: bool) -> list[Segment]:
+    return [
+        SpecialSegment("<think>", trained),
+        TextSegment(f"\n{text}\n", trained),
+        SpecialSegment("</think>", trained),
+        TextSegment("\n", trained),
+    ]
+
+
+def _tools(tools: Sequence[dict[str, Any]]) -> list[Segment]:
+    lines = []
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise TokenError(f"tools[{index}]={_shown(tool)}: give a JSON schema as a dict")
+        lines.append(_json(tool, f"tools[{index}]"))
+    return [TextSegment(_TOOLS_HEAD + "\n".join(lines)), *_marked(_TOOLS_TAIL, trained=False)]
+
+
+def _call_json(call: object, where: str) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        raise TokenError(f'{where}={_shown(call)}: give {{"name": str, "arguments": dict}}')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):  # servers pass them as JSON
+        try:
+            is_object = isinstance(json.loads(arguments), dict)
+        except ValueError:
+            is_object = False
+        text = arguments
+    else:
+        is_object = isinstance(arguments, dict)
+        text = _json(arguments, f"{where}.arguments")
+    if not is_object:
+        raise TokenError(f"{where}.arguments={_shown(arguments)}: give a dict, or the JSON of an object")
+    return f'{{"name": {_json(name, where)}, "arguments": {text}}}'
+
+
+def _json(value: object, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise TokenError(f"{where}={_shown(value)} cannot be written as JSON: {error}") from error
+
+
+def _marked(text: str, trained: bool) -> list[Segment]:
+    parts = _CALL_MARKERS.split(text)  # text and markers alternate
+    return [
+        SpecialSegment(part, trained) if index % 2 else TextSegment(part, trained) for index, part in enumerate(parts)
+    ]
+
+
+def _joined(segments: Iterable[Segment]) -> list[Segment]:
+    # Tokens do not cross from an untrained to a trained segment: a prompt would end inside of them.
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if isinstance(segment, TextSegment):
+            if not segment.text:
+                continue
+            if isinstance(last, TextSegment) and last.trained == segment.trained:
+                joined[-1] = TextSegment(last.text + segment.text, segment.trained)
+                continue
+        joined.append(segment)
+    return joined
+
+
+def _check_message(message: object, where: str) -> None:
+    if not isinstance(message, dict):
+        raise TokenError(f"{where}={_shown(message)}: give a dict of role and content")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise TokenError(f"{where}.role={role!r}: give one of {', '.join(_ROLES)}")
+    unknown = [key for key, value in message.items() if key not in _KEYS and value is not None]
+    if unknown:
+        raise TokenError(f"{where} has the unknown keys {unknown}: known are {', '.join(_KEYS)}")
+    for key, kind in (("reasoning_content", str), ("tool_calls", list)):
+        value = message.get(key)
+        if value is None:
+            continue
+        if role != "assistant":
+            raise TokenError(f"{where}.{key} is set, but the role is {role!r}: only an assistant's turn can have it")
+        if not isinstance(value, kind):
+            raise TokenError(f"{where}.{key}={_shown(value)}: give a {kind.__name__}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

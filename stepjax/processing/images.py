@@ -1,0 +1,202 @@
+"""The views of an image: one global view, and crops at native detail for images that have more to show.
+
+`plan_views` is geometry alone; `make_views` cuts pixels by it. Both follow the public checkpoint's processor, whose
+order of rounding steps is kept, so that features match: 8-bit resizing for the size cap and for the grid of crops,
+then float resizing to the sizes that the encoder takes.
+
+H, W: pixels down and across. C: the 3 colours. N: crops. Sizes are (width, height), as in PIL.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from PIL import Image
+
+from stepjax.config import ImageConfig
+from stepjax.errors import ImageError
+from stepjax.processing import image_files
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPlan:
+    """How an image of some size is cut. All lengths are pixels; `window` and the grid are 0 where there are no crops.
+
+    image_size --pad if thin--> padded_size --shrink if large--> capped_size --> the global view
+                                                                      |
+                                                                      +--> resized_size --> columns x rows crops
+    """
+
+    image_size: Size
+    padded_size: Size
+    capped_size: Size
+    resized_size: Size  # what the crops are cut from; capped_size where there are none
+    window: int  # side of a crop before it is resized to crop_size
+    columns: int
+    rows: int
+
+    @property
+    def num_crops(self) -> int:
+        return self.columns * self.rows
+
+    @property
+    def num_newlines(self) -> int:
+        return max(self.rows - 1, 0)
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """(x0, y0, x1, y1) of each crop in the resized image, row by row.
+
+        A box may reach beyond an image that is lower or narrower than the window; what lies there is black.
+        """
+        starts = [(self.window * x, self.window * y) for y in range(self.rows) for x in range(self.columns)]
+        return tuple((x, y, x + self.window, y + self.window) for x, y in starts)
+
+    @property
+    def newline_after(self) -> tuple[bool, ...]:
+        """Whether `<patch_newline>` follows each crop: at the end of every row but the last."""
+        last = self.num_crops - 1
+        return tuple((i + 1) % self.columns == 0 and i != last for i in range(self.num_crops))
+
+    def num_tokens(self, config: ImageConfig) -> int:
+        """Tokens of the image in a sequence: features, the start and end token of each view, and newlines."""
+        return (config.crop_tokens + 2) * self.num_crops + self.num_newlines + config.global_tokens + 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageViews:
+    """Normalised pixels of one image. S = global_size, C = crop_size."""
+
+    global_view_HWC: np.ndarray  # float32 [S, S, 3]
+    crops_NHWC: np.ndarray  # float32 [plan.num_crops, C, C, 3]
+    plan: ViewPlan
+
+
+def plan_views(width: int, height: int, config: ImageConfig) -> ViewPlan:
+    """Decides the views of an image of `width` x `height` pixels.
+
+    Quotients and products are float64 and truncated exactly where the public processor does it, since a last bit
+    decides borderline sizes.
+
+    Raises:
+      ImageError: if the image is empty, is so thin that it would vanish when shrunk or explode when padded, or needs
+        more than `config.max_crops` crops.
+    """
+    name = f"image of {width}x{height} pixels"
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: it is empty; remove it")
+    padded_size = _pad_size(width, height, config)
+    if padded_size != (width, height) and padded_size[0] * padded_size[1] > image_files.MAX_PIXELS:
+        raise ImageError(
+            f"{name}: it is so thin that it would be padded to {padded_size[0]}x{padded_size[1]}, over the limit of "
+            f"{image_files.MAX_PIXELS} pixels; crop it or scale it down"
+        )
+    capped_size = _cap_size(*padded_size, config)
+    if min(capped_size) < 1:
+        raise ImageError(f"{name}: shrunk to images.max_side={config.max_side} it has no pixels left; crop it")
+    window = _window(*capped_size, config)
+    if window == 0:
+        return ViewPlan((width, height), padded_size, capped_size, capped_size, window=0, columns=0, rows=0)
+
+    resized_width, resized_height = (_whole_windows(side, window, config) for side in capped_size)
+    # A resized side is a multiple of the window, or is shorter than one window.
+    columns, rows = max(1, resized_width // window), max(1, resized_height // window)
+    plan = ViewPlan((width, height), padded_size, capped_size, (resized_width, resized_height), window, columns, rows)
+    if config.max_crops is not None and plan.num_crops > config.max_crops:
+        raise ImageError(
+            f"{name}: it would be cut into {plan.num_crops} crops ({plan.num_tokens(config)} tokens), over "
+            f"images.max_crops={config.max_crops}; raise the limit, or cut the image into less elongated pieces"
+        )
+    return plan
+
+
+def _pad_size(width: int, height: int, config: ImageConfig) -> Size:
+    aspect = width / height
+    is_elongated = aspect > config.elongated_aspect or aspect < 1 / config.elongated_aspect
+    if min(width, height) < config.thin_side and is_elongated:
+        return max(width, height), max(width, height)
+    return width, height
+
+
+def _cap_size(width: int, height: int, config: ImageConfig) -> Size:
+    longest = max(width, height)
+    if longest <= config.max_side:
+        return width, height
+    scale = config.max_side / longest
+    return int(width * scale), int(height * scale)
+
+
+def _window(width: int, height: int, config: ImageConfig) -> int:
+    """Side of the square crops; 0 for none."""
+    longest, shortest = max(width, height), min(width, height)
+    aspect = longest / shortest
+    is_small = longest <= config.global_size if config.small_is_inclusive else longest < config.global_size
+    if is_small:
+        return shortest if aspect > config.small_aspect else 0
+    return min(shortest, config.crop_size) if aspect > config.elongated_aspect else config.crop_size
+
+
+def _whole_windows(side: int, window: int, config: ImageConfig) -> int:
+    """`side` rounded to a multiple of the window; a side below one window is kept."""
+    if side < window:
+        return side
+    whole = side // window
+    return window * (whole + 1 if side / window - whole > config.round_up_fraction else whole)
+
+
+def make_views(image: Image.Image, config: ImageConfig) -> ImageViews:
+    """Cuts an RGB image (`image_files.open_image` makes one) into normalised float32 views.
+
+    Raises:
+      ImageError: if the image is not RGB, or `plan_views` refuses its size.
+    """
+    if image.mode != "RGB":
+        raise ImageError(f"image of mode {image.mode!r}: views need mode 'RGB'; read it with open_image")
+    plan = plan_views(*image.size, config)
+    if plan.padded_size != plan.image_size:
+        canvas = Image.new("RGB", plan.padded_size)
+        canvas.paste(image)
+        image = canvas
+    image = _resize(image, plan.capped_size)
+    global_view_HWC = np.empty((config.global_size, config.global_size, 3), np.float32)
+    _write_view(global_view_HWC, image, config)
+
+    crops_NHWC = np.empty((plan.num_crops, config.crop_size, config.crop_size, 3), np.float32)
+    image = _resize(image, plan.resized_size)
+    for crop_HWC, box in zip(crops_NHWC, plan.boxes, strict=True):
+        _write_view(crop_HWC, image.crop(box), config)
+    return ImageViews(global_view_HWC, crops_NHWC, plan)
+
+
+def _resize(image: Image.Image, size: Size) -> Image.Image:
+    """8-bit bilinear, widened when shrinking. To its own size an image is its own copy, so none is made."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _write_view(view_HWC: np.ndarray, image: Image.Image, config: ImageConfig) -> None:
+    """Resizes to the view's square in float, without rounding back to 8 bits, and normalises.
+
+    The reference normalises first. Each output of a bilinear resize is a weighted mean, weights adding up to 1, and
+    normalising is affine per channel, so the two commute; the view is mostly the smaller of the two to normalise.
+    """
+    side = len(view_HWC)
+    if image.size == (side, side):
+        view_HWC[:] = np.asarray(image)
+    else:
+        for index, channel in enumerate(image.split()):
+            channel = channel.convert("F").resize((side, side), Image.Resampling.BILINEAR)
+            view_HWC[:, :, index] = np.asarray(channel)
+    mean_row, std_row = _rows(config.mean, config.std, side)
+    rows = view_HWC.reshape(side, side * 3)  # numpy is several times slower when it broadcasts over an axis of 3
+    rows /= np.float32(255)
+    rows -= mean_row
+    rows /= std_row
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(mean: tuple[float, ...], std: tuple[float, ...], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each value in a row of `width` pixels, channels innermost."""
+    return np.tile(np.asarray(mean, np.float32), width), np.tile(np.asarray(std, np.float32), width)

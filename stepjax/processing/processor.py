@@ -1,0 +1,150 @@
+"""From a record to an `Example`: views of its images, token ids and loss weights. Training and inference share it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stepjax.config import ImageConfig, TokenizerConfig
+from stepjax.errors import ImageError, RecordError, TokenError
+from stepjax.processing import chat_template
+from stepjax.processing.chat_template import ImageSegment, Segment, SpecialSegment, TextSegment, TrainedTurns
+from stepjax.processing.image_files import open_image
+from stepjax.processing.images import ImageViews, make_views
+from stepjax.processing.tokenizer import Tokenizer, load_tokenizer
+from stepjax.processing.tokens import Example, TextSpan, assemble
+
+_KINDS = ("messages", "text", "content")
+
+
+class Processor:
+    """Pickles, for data workers."""
+
+    def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig, tokenizer_config: TokenizerConfig):
+        """
+        Args:
+            tokenizer: need not come from `tokenizer_config.path`.
+            tokenizer_config: says how generation prompts end.
+        """
+        self.tokenizer = tokenizer
+        self.image_config = image_config
+        self.tokenizer_config = tokenizer_config
+
+    @classmethod
+    def from_config(cls, images: ImageConfig, tokenizer: TokenizerConfig) -> "Processor":
+        """Loads the tokenizer that the configuration names.
+
+        Raises:
+            TokenError: it cannot be used.
+        """
+        return cls(load_tokenizer(tokenizer), images, tokenizer)
+
+    def process(self, record: dict[str, Any], *, trained: TrainedTurns = "all") -> Example:
+        """Makes the training example of a record.
+
+        Args:
+            record: has an `id`, and one of
+
+                - `messages`: a conversation, with optional `tools`; see `chat_template.render`.
+                - `text`: a document.
+                - `content`: a document of text and image items, in order.
+
+                Documents are trained whole, and end with `<|endoftext|>`. Other keys may hold what the caller likes.
+            trained: the assistant turns of a conversation that count in the loss.
+
+        Raises:
+            RecordError: the record is malformed, one of its images or messages is not usable, or nothing in it is
+                trained. Names the record and the cause.
+        """
+        name = _record_name(record)
+        try:
+            segments = self._segments(record, trained)
+            example = self._assemble(name, segments)
+        except (ImageError, TokenError) as error:
+            raise RecordError(f"record {name!r}: {error}") from error
+        if not example.loss_weights.any():
+            raise RecordError(
+                f"record {name!r} has nothing to train on (trained={trained!r}): give a document some text, "
+                "or a conversation an assistant turn, after the last user turn if only that is trained"
+            )
+        return example
+
+    def process_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        name: str = "prompt",
+    ) -> Example:
+        """Makes the prompt of a conversation that the assistant is to continue. All loss weights are zero.
+
+        Args:
+            messages: see `chat_template.render`.
+            tools: JSON schemas of the functions that the assistant may call.
+            enable_thinking: None leaves it to `TokenizerConfig.generation_starts_thinking`; see
+                `chat_template.generation_prompt`.
+            name: stands for the conversation in error messages.
+
+        Raises:
+            RecordError: a message or an image is not usable. Names the cause.
+        """
+        try:
+            return self._assemble(
+                name,
+                [
+                    *chat_template.render(messages, tools=tools, trained="none"),
+                    *chat_template.generation_prompt(
+                        starts_thinking=self.tokenizer_config.generation_starts_thinking,
+                        enable_thinking=enable_thinking,
+                    ),
+                ],
+            )
+        except (ImageError, TokenError) as error:
+            raise RecordError(f"{name}: {error}") from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids; see `Tokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special)
+
+    def _segments(self, record: dict[str, Any], trained: TrainedTurns) -> list[Segment]:
+        kinds = [kind for kind in _KINDS if record.get(kind) is not None]
+        if len(kinds) != 1:
+            raise TokenError(f"it has {kinds or 'none'} of the keys {', '.join(_KINDS)}: give exactly one")
+        tools = record.get("tools")
+        if tools is not None and kinds != ["messages"]:
+            raise TokenError("it has tools without messages: only a conversation can have tools")
+        if kinds == ["messages"]:
+            return chat_template.render(record["messages"], tools=tools, trained=trained)
+        kind = kinds[0]
+        wanted = str if kind == "text" else list
+        if not isinstance(record[kind], wanted):
+            raise TokenError(f"{kind} is a {type(record[kind]).__name__}: give a {wanted.__name__}")
+        document = chat_template.content_segments(record[kind], kind, trained=True)
+        return [*document, SpecialSegment("<|endoftext|>", trained=True)]
+
+    def _assemble(self, name: str, segments: Sequence[Segment]) -> Example:
+        spans: list[TextSpan | ImageViews] = []
+        num_images = 0
+        for segment in segments:
+            if isinstance(segment, ImageSegment):
+                image = open_image(segment.image, name=f"image {num_images}")
+                spans.append(make_views(image, self.image_config))
+                num_images += 1
+            elif isinstance(segment, TextSegment):
+                spans.append(TextSpan(self.tokenizer.encode(segment.text), float(segment.trained)))
+            else:
+                spans.append(TextSpan(self.tokenizer.encode_marker(segment.name), float(segment.trained)))
+        return assemble(name, spans, self.image_config, self.tokenizer.special_tokens)
+
+
+def _record_name(record: object) -> str:
+    if not isinstance(record, dict):
+        raise RecordError(f"a record is a {type(record).__name__}, {_shown(record)}: give a dict")
+    name = record.get("id")
+    if not isinstance(name, str) or not name:
+        raise RecordError(f"a record has id={name!r}: give a non-empty string; its keys are {list(record)}")
+    return name
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -1,0 +1,129 @@
+"""The layout of an example: where image features go among the tokens, and which tokens the loss counts.
+
+An image is laid out as all its crops and then its global view:
+
+    <patch_start> <im_patch> x crop_tokens <patch_end>  [<patch_newline> after the last crop of a row, but the last row]
+    ...
+    <im_start> <im_patch> x global_tokens <im_end>
+
+Every `<im_patch>` stands for one feature. `feature_index` says which row of the example's feature table replaces it.
+The table has the two static shapes of the encoder one after the other, so its order differs from the tokens' as soon
+as two images have crops:
+
+    tokens         image 0: crop 0, crop 1, global    image 1: crop 2, global    (and text)
+    feature table  crop 0, crop 1, crop 2, global of image 0, global of image 1
+
+Shape suffixes: T tokens, G global views, N crops, S side of a global view and C side of a crop in pixels, and a last 3
+for the colours.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepjax.config import ImageConfig
+from stepjax.processing.images import ImageViews, ViewPlan
+from stepjax.processing.tokenizer import SpecialTokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """A record that is ready to be packed. Prompts have zero `loss_weights`.
+
+    Attributes:
+        name: the record it was made of.
+        tokens: int32[T].
+        loss_weights: float32[T], weight of predicting that very token (not its successor). Zero for the first token,
+            which nothing predicts, and for the tokens of images.
+        feature_index: int32[T], row of the feature table, or -1 where the token itself is embedded.
+        global_views: float32[G, S, S, 3], normalised.
+        crops: float32[N, C, C, 3], normalised, of all images in order.
+    """
+
+    name: str
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+    feature_index: np.ndarray
+    global_views: np.ndarray
+    crops: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpan:
+    """Ids of text and control tokens, and the loss weight that each of them has."""
+
+    ids: Sequence[int]
+    loss_weight: float
+
+
+def image_tokens(plan: ViewPlan, config: ImageConfig, special_tokens: SpecialTokens) -> list[int]:
+    """Token ids of an image, `plan.num_tokens(config)` of them."""
+    crop = [
+        special_tokens.patch_start,
+        *[special_tokens.image_patch] * config.crop_tokens,
+        special_tokens.patch_end,
+    ]
+    ids: list[int] = []
+    for ends_row in plan.newline_after:
+        ids += crop
+        if ends_row:
+            ids.append(special_tokens.patch_newline)
+    ids.append(special_tokens.image_start)
+    ids += [special_tokens.image_patch] * config.global_tokens
+    ids.append(special_tokens.image_end)
+    return ids
+
+
+def assemble(
+    name: str,
+    spans: Sequence[TextSpan | ImageViews],
+    config: ImageConfig,
+    special_tokens: SpecialTokens,
+) -> Example:
+    """Lays out text and images in the order given."""
+    images = [span for span in spans if isinstance(span, ImageViews)]
+    next_crop_feature = 0
+    next_global_feature = sum(image.plan.num_crops for image in images) * config.crop_tokens
+
+    tokens: list[np.ndarray] = []
+    loss_weights: list[np.ndarray] = []
+    feature_index: list[np.ndarray] = []
+    for span in spans:
+        if isinstance(span, TextSpan):
+            tokens_T = np.asarray(span.ids, np.int32)
+            weights_T = np.full(len(tokens_T), span.loss_weight, np.float32)
+            features_T = np.full(len(tokens_T), -1, np.int32)
+        else:
+            assert len(span.crops_NHWC) == span.plan.num_crops == len(span.plan.newline_after)
+            tokens_T = np.asarray(image_tokens(span.plan, config, special_tokens), np.int32)
+            weights_T = np.zeros(len(tokens_T), np.float32)
+            features_T = np.full(len(tokens_T), -1, np.int32)
+            num_crop_features = span.plan.num_crops * config.crop_tokens
+            features_T[tokens_T == special_tokens.image_patch] = np.concatenate(
+                [
+                    np.arange(next_crop_feature, next_crop_feature + num_crop_features),
+                    np.arange(next_global_feature, next_global_feature + config.global_tokens),
+                ]
+            )
+            next_crop_feature += num_crop_features
+            next_global_feature += config.global_tokens
+        tokens.append(tokens_T)
+        loss_weights.append(weights_T)
+        feature_index.append(features_T)
+
+    weights_T = np.concatenate([np.zeros(0, np.float32), *loss_weights])
+    weights_T[:1] = 0
+    size, crop_size = config.global_size, config.crop_size
+    return Example(
+        name=name,
+        tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
+        loss_weights=weights_T,
+        feature_index=np.concatenate([np.zeros(0, np.int32), *feature_index]),
+        global_views=np.asarray([image.global_view_HWC for image in images], np.float32).reshape(
+            len(images), size, size, 3
+        ),
+        crops=np.concatenate(
+            [np.zeros((0, crop_size, crop_size, 3), np.float32), *(image.crops_NHWC for image in images)]
+        ),
+    )

@@ -1,0 +1,305 @@
+"""Checkpoints: the whole train state, the data position and the configuration, saved together by Orbax.
+
+On disk, under one directory a run:
+
+    200/state/   the train state as a flat dict from name to array: "step", "model/decoder/embed", "opt_state/1/mu/..."
+    200/data/    JSON: where the data iterator stands
+    200/meta/    JSON: format, step, configuration, package versions
+
+A checkpoint is written beside its place and renamed when complete, so a run killed at any instant leaves the previous
+one intact and never a half one that looks whole. Random keys are not stored: they derive from the seed and the step.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import zlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from stepjax.errors import CheckpointError
+from stepjax.training.optimizer import named_leaves
+
+FORMAT = 1
+PACKAGES = ("stepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+State = TypeVar("State")
+Arrays = dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores a run's checkpoints; keeps the last `keep`. Use one per run, and close it.
+
+    `directory` may be local or a bucket ("gs://..."). `config` is any dataclass or mapping that JSON can hold; it is
+    stored with every checkpoint. Opening a directory removes what killed saves left there: while a run is alive only
+    its trainer should do so; others read with `restore_model` and `read_meta`.
+    """
+
+    def __init__(self, directory: str | epath.PathLike, *, keep: int, config: Any = None):
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep={keep!r}: must be at least 1")
+        self.directory = _absolute(directory)
+        fields = config
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            fields = dataclasses.asdict(config)
+        self._config = json.loads(_json(fields, "config"))
+        self._manager = _manager(
+            self.directory, preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+        )
+
+    def save(self, step: int, state: Any, data_state: Mapping[str, Any], *, wait: bool = False) -> bool:
+        """Saves in the background; returns once the arrays are copied, so that they may be donated or deleted.
+
+        A save still under way is waited for first. A step that is saved already is left alone and False is returned.
+        On several hosts every process calls this, with the same `data_state`: it describes the whole global batch.
+
+        Raises CheckpointError where a later step is saved (it would shadow this one on resume), or where JSON would
+        change `data_state` (only strings as keys, lists for tuples). An error of the previous background save is raised
+        here.
+        """
+        self.wait()
+        latest = self._manager.latest_step()
+        if step in self._manager.all_steps():
+            return False
+        if latest is not None and step < latest:
+            raise CheckpointError(
+                f"step {step} cannot be saved in {self.directory}: step {latest} is saved there and would be taken on "
+                f"resume; remove the later checkpoints, or give the run another name"
+            )
+        data_json = _json(data_state, "data_state")
+        data_copy = json.loads(data_json)  # what is written in the background must not change meanwhile
+        if data_copy != data_state:
+            raise CheckpointError("data_state would be changed by JSON: use strings as keys, and lists for tuples")
+        multihost_utils.assert_equal(np.uint32(zlib.crc32(data_json.encode())), "data_state differs between processes")
+        meta = {"format": FORMAT, "step": step, "config": self._config, "versions": _versions()}
+        items = {
+            "state": ocp.args.PyTreeSave(_named_arrays(state)),
+            "data": ocp.args.JsonSave(data_copy),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        assert saved, f"step {step} was not saved"
+        if wait:
+            self.wait()
+        return True
+
+    def latest_step(self) -> int | None:
+        """The last step saved completely, or None."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def restore(self, state_like: State, step: int | None = None) -> tuple[State, dict[str, Any], dict[str, Any]]:
+        """The train state of `step` (the latest by default), the data position, and the metadata.
+
+        `state_like` gives the structure, shapes, types and shardings, by arrays or by `jax.ShapeDtypeStruct`s; every
+        array is read straight onto its sharding, whatever it was saved from. Leaves without a sharding go to the first
+        local device.
+
+        Raises CheckpointError when there is no such checkpoint, or when it does not hold exactly these names, shapes
+        and types; the message lists all that differ.
+        """
+        self.wait()
+        return _restore(self._manager, state_like, step)
+
+    def wait(self) -> None:
+        """Blocks until the save under way, if any, is complete; raises its error."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the directory."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def restore_model(path: str | epath.PathLike, model_like: State) -> State:
+    """The model of a checkpoint alone: nothing else is read.
+
+    `path` is a run's checkpoint directory (the latest step is taken) or one step in it. `model_like` is as in
+    `Checkpointer.restore`, except that its types may differ from the stored ones: arrays are cast as they are read.
+    Raises CheckpointError as there.
+    """
+    manager, step = _open(path)
+    with manager:
+        source = _source(manager, step)
+        wanted = _named_arrays(model_like, prefix="model/")
+        stored = {name: array for name, array in _stored(manager, step).items() if name.startswith("model/")}
+        _check_same(stored, wanted, source, types=False)
+        return _filled(model_like, _read(manager, step, wanted))
+
+
+def read_meta(path: str | epath.PathLike) -> dict[str, Any]:
+    """The metadata of a checkpoint: {"format", "step", "config", "versions"}. `path` is as in `restore_model`."""
+    manager, step = _open(path)
+    with manager:
+        return _read_meta(manager, step)
+
+
+# Finding a step ------------------------------------------------------------------------------------------------------
+
+
+def _absolute(path: str | epath.PathLike) -> epath.Path:
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else epath.Path(path.absolute())
+
+
+def _manager(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    state, text = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+    registry.add("state", ocp.args.PyTreeSave, state)
+    registry.add("state", ocp.args.PyTreeRestore, state)
+    for item in ("data", "meta"):
+        registry.add(item, ocp.args.JsonSave, text)
+        registry.add(item, ocp.args.JsonRestore, text)
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options), handler_registry=registry)
+
+
+def _open(path: str | epath.PathLike) -> tuple[ocp.CheckpointManager, int]:
+    """A manager to read with, and the step that a path to a run's checkpoints, or to one of them, stands for."""
+    directory = _absolute(path)
+    step = None
+    if directory.name.isdigit() and (directory / "state").exists():
+        step, directory = int(directory.name), directory.parent
+    if not directory.is_dir():
+        raise CheckpointError(f"{path}: there is no such checkpoint directory")
+    manager = _manager(directory, create=False)
+    return manager, _existing(manager, step)
+
+
+def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise CheckpointError(f"{manager.directory} holds no complete checkpoint; check the path")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise CheckpointError(f"{manager.directory} has no step {step}; it has {', '.join(map(str, steps))}")
+    return step
+
+
+def _source(manager: ocp.CheckpointManager, step: int) -> str:
+    return str(epath.Path(manager.directory) / str(step))
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def _restore(
+    manager: ocp.CheckpointManager, state_like: State, step: int | None
+) -> tuple[State, dict[str, Any], dict[str, Any]]:
+    step = _existing(manager, step)
+    source = _source(manager, step)
+    meta = _read_meta(manager, step)
+    wanted = _named_arrays(state_like)
+    _check_same(_stored(manager, step), wanted, source, types=True)
+    data_state = _read_json(manager, step, "data")
+    return _filled(state_like, _read(manager, step, wanted)), data_state, meta
+
+
+def _read_json(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+    except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{_source(manager, step)}: {item!r} is missing or damaged; use another step") from error
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    meta = _read_json(manager, step, "meta")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{_source(manager, step)} has format {meta.get('format')!r}, this version of stepjax reads {FORMAT}; "
+            f"use the version that wrote it: {meta.get('versions')}"
+        )
+    return meta
+
+
+def _stored(manager: ocp.CheckpointManager, step: int) -> Arrays:
+    """Shapes and types of the stored arrays by name."""
+    try:
+        metadata = manager.item_metadata(step)["state"]
+    except (FileNotFoundError, KeyError) as error:
+        raise CheckpointError(f"{_source(manager, step)}: 'state' is missing or damaged; use another step") from error
+    if metadata is None:
+        raise CheckpointError(f"{_source(manager, step)}: 'state' is missing or damaged; use another step")
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in metadata.tree.items()}
+
+
+def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays) -> list[jax.Array]:
+    """The wanted arrays in order, each on its sharding; the stored ones that are not wanted stay on disk."""
+    arguments = ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    arrays = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+    return [arrays[name] for name in wanted]
+
+
+def _check_same(stored: Arrays, wanted: Arrays, source: str, *, types: bool) -> None:
+    def show(array: Any) -> str:
+        return f"{array.dtype.name}{list(array.shape)}"
+
+    problems = [f"  missing: {name} {show(wanted[name])}" for name in wanted if name not in stored]
+    problems += [f"  unexpected: {name} {show(stored[name])}" for name in stored if name not in wanted]
+    for name in wanted:
+        if name not in stored:
+            continue
+        differs = stored[name].shape != wanted[name].shape or types and stored[name].dtype != wanted[name].dtype
+        if differs:
+            problems.append(f"  different: {name} is {show(stored[name])}, wanted {show(wanted[name])}")
+    if problems:
+        listed = "\n".join(problems)
+        raise CheckpointError(
+            f"{source} does not fit this configuration:\n{listed}\n"
+            "Use the configuration it was saved with (meta/ holds it), or start a run of another name."
+        )
+
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+
+
+def _named_arrays(tree: Any, prefix: str = "") -> Arrays:
+    """The arrays of a pytree by parameter name; abstract ones with a sharding."""
+    arrays = {}
+    for name, leaf in named_leaves(tree).items():
+        (array,) = jax.tree.leaves(leaf)
+        if isinstance(array, jax.ShapeDtypeStruct) and array.sharding is None:
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            array = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
+        assert isinstance(array, jax.Array | jax.ShapeDtypeStruct), f"{name} is a {type(array)}, not a JAX array"
+        arrays[prefix + name] = array
+    return arrays
+
+
+def _filled(tree: State, arrays: list[jax.Array]) -> State:
+    """`tree` with its arrays replaced, in order."""
+    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
+
+
+# Metadata ------------------------------------------------------------------------------------------------------------
+
+
+def _json(value: Any, name: str) -> str:
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be stored as JSON: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # such as stepjax run from a checkout
+    return versions

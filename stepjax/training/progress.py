@@ -1,0 +1,157 @@
+"""The progress line: how the run is doing, in one line of at most 160 columns.
+
+    step 1200/50000  loss 2.341 (image 2.512 text 2.104)  grad 0.83  lr 4.98e-05  12.3k tok/s  85.1 img/s  mfu 43.1%
+    533ms/step  wait 0.4%  pack 98/84%  ckpt 62s ago  eta 7h13m
+
+On a terminal one live line is refreshed; elsewhere (a log file, a pod's console) lines are printed at an interval.
+"""
+
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+NUMBER_SUFFIXES = ("", "k", "M", "B", "T")
+
+# The metrics that are shown, in order: (keys, text of their values). A field is shown when one of its keys is present;
+# the absent ones are given as None. What a key means:
+#   loss, loss/image, loss/text               mean over all tokens; of rows or sources with and without images
+#   grad_norm, learning_rate
+#   tokens_per_second, images_per_second      over all devices
+#   mfu, data_wait                            fractions of 1: of peak FLOP/s; of the time that the step waited for data
+#   step_seconds                              seconds per step
+#   packing/tokens, packing/vision            fractions of 1: filled token slots of the rows, filled view slots
+#   seconds_since_checkpoint
+FIELDS: tuple[tuple[tuple[str, ...], Callable[..., str]], ...] = (
+    (("loss", "loss/image", "loss/text"), lambda loss, image, text: _losses(loss, image, text)),
+    (("grad_norm",), lambda norm: f"grad {norm:.3g}"),
+    (("learning_rate",), lambda rate: f"lr {rate:.2e}"),
+    (("tokens_per_second",), lambda rate: f"{human_number(rate)} tok/s"),
+    (("images_per_second",), lambda rate: f"{human_number(rate)} img/s"),
+    (("mfu",), lambda fraction: f"mfu {100 * fraction:.1f}%"),
+    (("step_seconds",), lambda seconds: f"{human_time(seconds)}/step"),
+    (("data_wait",), lambda fraction: f"wait {100 * fraction:.1f}%"),
+    (("packing/tokens", "packing/vision"), lambda tokens, vision: f"pack {_percentages(tokens, vision)}"),
+    (("seconds_since_checkpoint",), lambda seconds: f"ckpt {human_time(seconds)} ago"),
+)
+# On a narrow terminal these go first, in this order.
+EXPENDABLE = (
+    "packing/tokens",
+    "seconds_since_checkpoint",
+    "learning_rate",
+    "data_wait",
+    "images_per_second",
+    "grad_norm",
+)
+
+
+class ProgressLine:
+    """Prints or refreshes the progress of a run of `total_steps`.
+
+    `update` may be called at every step: lines are printed where the step is a multiple of `every`, and at the last.
+    `print` puts a message on a line of its own without tearing the live one. `close` ends the live line.
+    """
+
+    def __init__(self, total_steps: int, *, every: int = 1, stream: TextIO | None = None):
+        self._total_steps = total_steps
+        self._every = every
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._shown = ""
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """`metrics` holds any of the numbers named at `FIELDS`; others are ignored."""
+        fields = format_progress(step, self._total_steps, metrics)
+        if self._live:
+            self._show(fit(fields, shutil.get_terminal_size((120, 24)).columns - 1))
+        elif step % self._every == 0 or step == self._total_steps:
+            self._stream.write("  ".join(fields.values()) + "\n")
+            self._stream.flush()
+
+    def print(self, message: str) -> None:
+        shown = self._shown
+        if shown:
+            self._show("")
+        self._stream.write(message + "\n")
+        self._stream.flush()
+        if shown:
+            self._show(shown)
+
+    def close(self) -> None:
+        if self._shown:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._shown = ""
+
+    def _show(self, line: str) -> None:
+        self._stream.write("\r\x1b[2K" + line)  # to the first column, erase the line
+        self._stream.flush()
+        self._shown = line
+
+
+def format_progress(step: int, total_steps: int, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of the line by their first key, in order. Numbers that are not finite are shown as they are."""
+    fields = {"step": f"step {step}/{total_steps}"}
+    for keys, text in FIELDS:
+        values = [float(metrics[key]) if key in metrics else None for key in keys]
+        if any(value is not None for value in values):
+            fields[keys[0]] = text(*values)
+    if "step_seconds" in metrics and step < total_steps:
+        fields["eta"] = f"eta {human_time((total_steps - step) * float(metrics['step_seconds']))}"
+    return fields
+
+
+def fit(fields: Mapping[str, str], columns: int) -> str:
+    """The line in at most `columns` columns, without the most expendable fields where it is too long."""
+    fields = dict(fields)
+    for key in EXPENDABLE:
+        if len("  ".join(fields.values())) <= columns:
+            break
+        fields.pop(key, None)
+    return "  ".join(fields.values())[: max(columns, 0)]
+
+
+def human_number(value: float) -> str:
+    """Three digits and a suffix: 12345 -> "12.3k"."""
+    if not math.isfinite(value):
+        return f"{value}"
+    magnitude = abs(value)
+    for power, suffix in enumerate(NUMBER_SUFFIXES):
+        scaled = magnitude / 1000**power
+        # 999.5 would be rounded to four digits: it belongs to the next suffix.
+        if scaled < 999.5 or suffix == NUMBER_SUFFIXES[-1]:
+            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+            return f"{'-' if value < 0 else ''}{scaled:.{digits}f}{suffix}"
+    raise AssertionError("unreachable")
+
+
+def human_time(seconds: float) -> str:
+    """The two largest units: "533ms", "4.55s", "62s", "5m20s", "7h12m", "3d04h"."""
+    if not math.isfinite(seconds):
+        return f"{seconds}"
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f}ms"
+    if seconds < 9.995:
+        return f"{seconds:.2f}s"
+    total = round(seconds)
+    if total < 120:
+        return f"{total}s"
+    minutes, hours = round(total / 60), total // 3600
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = round(total / 3600)
+    return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def _losses(loss: float | None, image: float | None, text: float | None) -> str:
+    parts = [f"{name} {value:.3f}" for name, value in (("image", image), ("text", text)) if value is not None]
+    whole = "" if loss is None else f" {loss:.3f}"
+    return f"loss{whole}" + (f" ({' '.join(parts)})" if parts else "")
+
+
+def _percentages(tokens: float | None, vision: float | None) -> str:
+    shown = ["-" if value is None else f"{100 * value:.0f}" for value in (tokens, vision)]
+    return "/".join(shown) + "%"

@@ -1,0 +1,122 @@
+"""One optimizer step as a pure function: (state, batch) -> (state, metrics).
+
+Legend: A micro-batches, B rows, T tokens, X groups (twice the number of sources: without and with images).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stepjax.config import PretrainConfig
+from stepjax.models.step_vl import StepVL
+from stepjax.training.losses import next_tokens, token_scores
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step, but for the data position. Keys derive from (seed, step), so none is kept."""
+
+    step: jax.Array  # int32, steps done
+    model: StepVL
+    opt_state: Any
+
+
+def new_state(model: StepVL, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+
+def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[jax.Array, Metrics]:
+    """Weighted sum of the token losses of a batch, and sums for the metrics.
+
+    Returns:
+        The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums per group [X].
+    """
+    hidden_BTD, _ = model(
+        tokens_BT=batch["tokens_BT"],
+        positions_BT=batch["positions_BT"],
+        segment_ids_BT=batch["segment_ids_BT"],
+        feature_index_BT=batch["feature_index_BT"],
+        global_views_BGHWC=batch["global_views_BGHWC"],
+        crops_BCHWC=batch["crops_BCHWC"],
+    )
+    targets_BT, weights_BT = next_tokens(batch["tokens_BT"], batch["loss_weights_BT"])
+    with jax.named_scope("loss"):
+        scores = token_scores(hidden_BTD, targets_BT, model.decoder.logits, chunk=config.numerics.loss_chunk)
+        cross_entropy_BT = -scores.log_probs_BT
+        z_BT = jnp.square(scores.log_normalizers_BT)
+        total = jnp.sum(weights_BT * (cross_entropy_BT + config.loss.z_loss * z_BT))
+
+    def by_group(values_BT):
+        num_groups = 2 * len(config.data.sources)
+        return jnp.zeros(num_groups, jnp.float32).at[batch["group_BT"]].add(values_BT)
+
+    sums = {
+        "loss_X": by_group(weights_BT * cross_entropy_BT),
+        "correct_X": by_group(weights_BT * scores.correct_BT),
+        "weight_X": by_group(weights_BT),
+        "z": jnp.sum(weights_BT * z_BT),
+    }
+    return total, sums
+
+
+def make_train_step(
+    config: PretrainConfig, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step for this configuration; jit it with the state donated.
+
+    The loss is the weighted mean over all tokens of the step, whatever micro-batch they fall in: accumulation changes
+    memory, not the result.
+    """
+
+    def gradients(model: StepVL, batch: Batch) -> tuple[StepVL, Metrics]:
+        total_weight = jnp.sum(batch["loss_weights_BT"])
+
+        def mean_loss(model, micro_batch):
+            total, sums = loss_sum(model, micro_batch, config=config)
+            return total / jnp.maximum(total_weight, 1e-6), sums
+
+        gradient = jax.grad(mean_loss, has_aux=True)
+        if config.batch.accumulation == 1:
+            return gradient(model, batch)
+
+        # Micro-batch i takes rows i, i + A, ...: every device keeps its rows, and has some in every micro-batch.
+        def split(x):
+            return x.reshape(-1, config.batch.accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+        def accumulate(total, micro_batch):
+            return jax.tree.map(jnp.add, total, gradient(model, micro_batch)), None
+
+        micro_batches = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(gradient, model, jax.tree.map(lambda x: x[0], micro_batches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(accumulate, zeros, micro_batches)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums = gradients(state.model, batch)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+        weight = jnp.maximum(jnp.sum(sums["weight_X"]), 1e-6)
+        metrics = {
+            "loss": jnp.sum(sums["loss_X"]) / weight,
+            "accuracy": jnp.sum(sums["correct_X"]) / weight,
+            "z": sums["z"] / weight,
+            "loss_X": sums["loss_X"],
+            "correct_X": sums["correct_X"],
+            "weight_X": sums["weight_X"],
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(state.model),
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, model, opt_state), metrics
+
+    return train_step
