@@ -41,9 +41,14 @@ class VisionConfig:
     layer_scale_init: float = 0.1
 
     def __post_init__(self):
-        _require(self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}")
         _require(
-            self.head_dim % 4 == 0, "vision.num_heads", self.num_heads, "width / num_heads must be a multiple of 4 (2-D rotary)"
+            self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}"
+        )
+        _require(
+            self.head_dim % 4 == 0,
+            "vision.num_heads",
+            self.num_heads,
+            "width / num_heads must be a multiple of 4 (2-D rotary)",
         )
 
     @property
@@ -70,7 +75,10 @@ class DecoderConfig:
 
     def __post_init__(self):
         _require(
-            self.num_heads % self.num_kv_heads == 0, "decoder.num_kv_heads", self.num_kv_heads, f"must divide num_heads {self.num_heads}"
+            self.num_heads % self.num_kv_heads == 0,
+            "decoder.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide num_heads {self.num_heads}",
         )
         _require(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "must be even (rotary pairs)")
 
@@ -119,7 +127,12 @@ class ImageConfig:
     def __post_init__(self):
         for name in ("global_size", "crop_size"):
             size = getattr(self, name)
-            _require(size % self.patch_size == 0, f"images.{name}", size, f"must be a multiple of patch_size {self.patch_size}")
+            _require(
+                size % self.patch_size == 0,
+                f"images.{name}",
+                size,
+                f"must be a multiple of patch_size {self.patch_size}",
+            )
 
     @property
     def global_grid(self) -> int:
@@ -219,7 +232,9 @@ class BatchConfig:
     accumulation: int = 1  # micro-batches that the rows are split into
 
     def __post_init__(self):
-        _require(self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}")
+        _require(
+            self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}"
+        )
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -243,7 +258,10 @@ class ScheduleConfig:
     def __post_init__(self):
         _require(bool(self.phases), "schedule.phases", self.phases, "needs at least one phase")
         _require(
-            self.warmup_tokens <= self.phases[0].tokens, "schedule.warmup_tokens", self.warmup_tokens, "must end within the first phase"
+            self.warmup_tokens <= self.phases[0].tokens,
+            "schedule.warmup_tokens",
+            self.warmup_tokens,
+            "must end within the first phase",
         )
 
     @property
@@ -287,7 +305,12 @@ class MeshConfig:
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and num_devices % known == 0:
             sizes[sizes.index(-1)] = num_devices // known
-        _require(math.prod(sizes) == num_devices, "mesh", sizes, f"the axes must multiply to the {num_devices} devices present")
+        _require(
+            math.prod(sizes) == num_devices,
+            "mesh",
+            sizes,
+            f"the axes must multiply to the {num_devices} devices present",
+        )
         return tuple(sizes)
 
 
@@ -338,7 +361,10 @@ class PretrainConfig:
     def __post_init__(self):
         vision, images = self.model.vision, self.images
         _require(
-            vision.patch_size == images.patch_size, "images.patch_size", images.patch_size, f"must equal vision.patch_size {vision.patch_size}"
+            vision.patch_size == images.patch_size,
+            "images.patch_size",
+            images.patch_size,
+            f"must equal vision.patch_size {vision.patch_size}",
         )
         _require(
             vision.position_grid == images.global_grid,

@@ -5,11 +5,10 @@ front of them are layer stacks. Activations are pinned where it matters with `co
 device and on a pod: on one device the mesh has one device and every rule still applies.
 """
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -57,35 +56,42 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
-def _params(tree: Any) -> Iterator[tuple[str, nnx.Param]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+def _is_param(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
-def param_axes(param: nnx.Param) -> tuple[str, ...]:
+def param_axes(param: nnx.Variable) -> tuple[str, ...]:
     """Logical axes of a parameter, the layer stack included."""
     axes = param.get_metadata()["axes"]
     return ("layers",) * (len(param.shape) - len(axes)) + tuple(axes)
 
 
-def model_shardings(model: Any, mesh: Mesh) -> Any:
-    """Shardings of a model (or of an abstract one), in a tree of its structure.
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of a model, a train state, or the abstract form of one, in a tree of its structure.
+
+    Parameters, and optimizer moments that keep their parameter's axes, go by the table; other arrays are replicated.
 
     Raises:
         ConfigError: a dimension is not divisible by the mesh axes it is spread over; the parameter is named.
     """
-    for name, param in _params(model):
-        for dim, axis in zip(param.shape, param_axes(param), strict=True):
-            mesh_axes = RULES[axis]
-            names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-            parts = int(np.prod([mesh.shape[n] for n in names], dtype=int))
-            if dim % parts:
-                raise ConfigError(
-                    f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of "
-                    f"mesh axes {names}; make those mesh axes smaller"
-                )
 
-    def sharding(param):
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec(*param_axes(param))), param)
+    def sharding(path, node):
+        if not _is_param(node):
+            return NamedSharding(mesh, PartitionSpec())
+        axes = param_axes(node)
+        for dim, axis in zip(node.shape, axes, strict=True):
+            _check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), dim, axis, mesh)
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec(*axes)), node)
 
-    return jax.tree.map(sharding, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=_is_param)
+
+
+def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
+    rule = RULES[axis]
+    mesh_axes = () if rule is None else (rule,) if isinstance(rule, str) else rule
+    parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    if dim % parts:
+        raise ConfigError(
+            f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of mesh axes "
+            f"{mesh_axes}; make those mesh axes smaller"
+        )

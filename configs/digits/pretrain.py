@@ -27,7 +27,14 @@ config = PretrainConfig(
             width=64, num_layers=3, num_heads=4, mlp_dim=256, patch_size=14, position_grid=8, layer_scale_init=0.5
         ),
         decoder=DecoderConfig(
-            vocab_size=512, width=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, max_positions=1024
+            vocab_size=512,
+            width=128,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            mlp_dim=384,
+            max_positions=1024,
         ),
         init_range=0.1,
     ),
@@ -41,8 +48,10 @@ config = PretrainConfig(
             DigitsSource(name="arithmetic", weight=0.1, task="arithmetic"),
         ),
     ),
-    batch=BatchConfig(rows=8, tokens=256, global_views=8, crops=24),
-    schedule=ScheduleConfig(phases=(Phase(tokens=4e6, start=2e-3, end=2e-4), Phase(tokens=1e6, start=2e-4, end=2e-5)), warmup_tokens=1e5),
+    batch=BatchConfig(rows=16, tokens=128, global_views=4, crops=10),
+    schedule=ScheduleConfig(
+        phases=(Phase(tokens=4e6, start=2e-3, end=2e-4), Phase(tokens=1e6, start=2e-4, end=2e-5)), warmup_tokens=1e5
+    ),
     optimizer=OptimizerConfig(weight_decay=0.05),
     numerics=NumericsConfig(compute_dtype="float32", remat="none", loss_chunk=512),
     checkpoint=CheckpointConfig(every=500),

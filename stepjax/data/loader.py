@@ -27,13 +27,15 @@ class HostBatch:
     states: tuple[StreamState, ...]  # where each stream stands after its row
     skipped: tuple[Skipped, ...]
     names: tuple[tuple[str, ...], ...]  # examples of each row
-    used: np.ndarray  # tokens, global views and crops in use, over all rows
+    used: np.ndarray  # tokens, global views, crops and attention pairs in use, over all rows (see PackedRow)
 
 
 class _Rows(grain.IterDataset):
     """The rows of several streams in turn. Grain's workers take a stride of the streams each, so the order is kept."""
 
-    def __init__(self, samples: grain.MapDataset, streams: list[int], states: list[StreamState], options: dict[str, Any]):
+    def __init__(
+        self, samples: grain.MapDataset, streams: list[int], states: list[StreamState], options: dict[str, Any]
+    ):
         super().__init__(samples)
         self._samples, self._streams, self._states, self._options = samples, streams, states, options
 
@@ -117,7 +119,9 @@ class Loader:
         ahead = self._data.prefetch * self._rows
         if self._data.num_workers:
             per_worker = max(1, ahead // self._data.num_workers)
-            options = grain.MultiprocessingOptions(num_workers=self._data.num_workers, per_worker_buffer_size=per_worker)
+            options = grain.MultiprocessingOptions(
+                num_workers=self._data.num_workers, per_worker_buffer_size=per_worker
+            )
             dataset = self._dataset.mp_prefetch(options)
         else:
             dataset = experimental.ThreadPrefetchIterDataset(self._dataset, prefetch_buffer_size=ahead)

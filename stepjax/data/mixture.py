@@ -33,7 +33,9 @@ class Skipped:
     reason: str
 
 
-def mixture(sources: tuple[Source, ...], processor: Processor, *, seed: int, bad_records: BadRecords) -> grain.MapDataset:
+def mixture(
+    sources: tuple[Source, ...], processor: Processor, *, seed: int, bad_records: BadRecords
+) -> grain.MapDataset:
     """Sample i of the endless training mixture depends on (sources, seed, i) alone; elements are Sample or Skipped.
 
     Raises:

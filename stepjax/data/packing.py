@@ -30,7 +30,7 @@ class PackedRow:
     """One row of the batch, and its stream's position after it."""
 
     arrays: dict[str, np.ndarray]
-    used: np.ndarray  # tokens, global views and crops in use
+    used: np.ndarray  # tokens, global views and crops in use, and (query, key) pairs of causal attention
     state: StreamState
     skipped: tuple[Skipped, ...]
     names: tuple[str, ...]  # of the examples in the row
@@ -57,6 +57,11 @@ class RowBudget:
 def _sizes(sample: Sample) -> np.ndarray:
     example = sample.example
     return np.array([len(example.tokens), len(example.global_views), len(example.crops)])
+
+
+def _usage(samples: list[Sample]) -> np.ndarray:
+    lengths = np.array([len(sample.example.tokens) for sample in samples], np.int64)
+    return np.append(sum(_sizes(sample) for sample in samples), np.sum(lengths * (lengths + 1) // 2))
 
 
 class PackingStream:
@@ -102,7 +107,7 @@ class PackingStream:
                 samples = [sample for _, sample in emitted]
                 return PackedRow(
                     arrays=pack(samples, self._budget),
-                    used=self._budget.sizes - self._left(emitted),
+                    used=_usage(samples),
                     state=self.state(),
                     skipped=tuple(skipped),
                     names=tuple(sample.example.name for sample in samples),
@@ -176,4 +181,3 @@ def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
         row["crops_CHWC"][crop : crop + crops] = example.crops
         token, view, crop = token + length, view + views, crop + crops
     return row
-

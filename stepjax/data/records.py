@@ -76,7 +76,9 @@ class ArrayRecords:
         self._name, self._paths = name, paths
         missing = [path for path in paths if not Path(path).exists()]
         if missing or not paths:
-            raise RecordError(f"source {name!r}: no such ArrayRecord file: {', '.join(missing) or 'no paths were given'}")
+            raise RecordError(
+                f"source {name!r}: no such ArrayRecord file: {', '.join(missing) or 'no paths were given'}"
+            )
         self._records = grain.sources.ArrayRecordDataSource(list(paths))
 
     def __len__(self) -> int:

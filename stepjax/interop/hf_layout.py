@@ -155,8 +155,14 @@ def config_from_hf(hf: dict) -> tuple[ModelConfig, ImageConfig]:
     """
     try:
         vision, text = hf["vision_config"], hf["text_config"]
-        if vision.get("hidden_act", "quick_gelu") != "quick_gelu" or vision.get("use_cls_token") or vision.get("use_ln_post"):
-            raise CheckpointError(f"vision_config={vision}: only quick_gelu without class token and final norm is supported")
+        if (
+            vision.get("hidden_act", "quick_gelu") != "quick_gelu"
+            or vision.get("use_cls_token")
+            or vision.get("use_ln_post")
+        ):
+            raise CheckpointError(
+                f"vision_config={vision}: only quick_gelu without class token and final norm is supported"
+            )
         if text.get("rope_scaling"):
             raise CheckpointError(f"text_config.rope_scaling={text['rope_scaling']!r}: rotary scaling is not supported")
         patch, width = vision["patch_size"], vision["width"]

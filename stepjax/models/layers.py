@@ -1,6 +1,6 @@
-"""The small parts that both towers share: parameter creation, norms, rotary angles, attention.
+"""The small parts that both towers share: parameter creation, norms, rotary angles.
 
-Legend: B batch, T query tokens, S key tokens, N query heads, K key-value heads, H head dim, D any feature width.
+Legend: B batch, T tokens, P patches, N heads, H head dim, D any feature width.
 
 Initial values (`D` is the size of the contracted dimensions):
 
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stepjax.config import AttentionImplementation
 
-
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float = 1.0) -> nnx.Param:
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float = 1.0
+) -> nnx.Param:
     """A weight with normal entries of standard deviation scale / sqrt(fan_in)."""
     std = scale / math.sqrt(fan_in)
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
@@ -71,7 +71,9 @@ def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> 
     """Rotate the pairs (x[i], x[i + H/2]): the NeoX convention of the decoder."""
     low_BTNH, high_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos_BT1H, sin_BT1H = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    rotated = jnp.concatenate([low_BTNH * cos_BT1H - high_BTNH * sin_BT1H, high_BTNH * cos_BT1H + low_BTNH * sin_BT1H], axis=-1)
+    rotated = jnp.concatenate(
+        [low_BTNH * cos_BT1H - high_BTNH * sin_BT1H, high_BTNH * cos_BT1H + low_BTNH * sin_BT1H], axis=-1
+    )
     return rotated.astype(x_BTNH.dtype)
 
 
@@ -95,37 +97,3 @@ def rotate_pairs(x_BPNH: jax.Array, cos_PH: jax.Array, sin_PH: jax.Array) -> jax
     cos_P1H, sin_P1H = cos_PH[:, None], sin_PH[:, None]
     rotated = jnp.stack([even_BPNH * cos_P1H - odd_BPNH * sin_P1H, odd_BPNH * cos_P1H + even_BPNH * sin_P1H], axis=-1)
     return rotated.reshape(x_BPNH.shape).astype(x_BPNH.dtype)
-
-
-# Attention ---------------------------------------------------------------------------------------------------------------
-
-
-def attend(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    *,
-    causal: bool = False,
-    segment_ids_BT: jax.Array | None = None,
-    mask_BTS: jax.Array | None = None,
-    implementation: AttentionImplementation = "xla",
-) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v with grouped queries, softmax in float32; [B, T, N, H].
-
-    A token sees the tokens of its own segment only (packed rows), those up to itself if `causal`, and where `mask_BTS` is
-    true. Two packed examples of two and three tokens, then one of padding (segment 0), causal:
-
-        segment_ids  1 1 2 2 2 0
-        token 0      1 . . . . .
-        token 1      1 1 . . . .
-        token 2      . . 1 . . .
-        token 3      . . 1 1 . .
-        token 4      . . 1 1 1 .
-        token 5      . . . . . 1    padding sees padding: finite, and weighed by zero in the loss
-    """
-    assert implementation == "xla", implementation
-    if segment_ids_BT is not None:
-        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-        mask_BTS = same_BTS if mask_BTS is None else mask_BTS & same_BTS
-    mask_B1TS = None if mask_BTS is None else mask_BTS[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=causal, implementation="xla")

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from stepjax.config import NumericsConfig, VisionConfig
-from stepjax.models.layers import LayerNorm, attend, constant, matrix, rotary_2d, rotate_pairs
+from stepjax.models.attention import attend
+from stepjax.models.layers import LayerNorm, constant, matrix, rotary_2d, rotate_pairs
 from stepjax.models.remat import ATTENTION_OUTPUT, remat
 from stepjax.sharding import constrain
 

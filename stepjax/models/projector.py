@@ -27,9 +27,7 @@ class DownSampler(nnx.Module):
         # Explicit padding of one on both sides as PyTorch has it; "SAME" would pad the far side only. The nine taps as one
         # matrix product: five times faster than XLA's convolution gradient on CPU, the same operation on a TPU.
         padded = jnp.pad(x_MHWE, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        taps = [
-            padded[:, y : y + 2 * rows - 1 : 2, x : x + 2 * columns - 1 : 2] for y in range(3) for x in range(3)
-        ]
+        taps = [padded[:, y : y + 2 * rows - 1 : 2, x : x + 2 * columns - 1 : 2] for y in range(3) for x in range(3)]
         kernel = self.kernel.astype(x_MHWE.dtype).reshape(9 * channels, -1)
         return jnp.concatenate(taps, axis=-1) @ kernel + self.bias.astype(x_MHWE.dtype)
 

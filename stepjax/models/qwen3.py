@@ -15,7 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from stepjax.config import DecoderConfig, NumericsConfig
-from stepjax.models.layers import RMSNorm, attend, matrix, rotary_1d, rotate_halves
+from stepjax.models.attention import attend
+from stepjax.models.layers import RMSNorm, matrix, rotary_1d, rotate_halves
 from stepjax.models.remat import ATTENTION_OUTPUT, remat
 from stepjax.sharding import constrain
 
@@ -91,7 +92,9 @@ class DecoderBlock(nnx.Module):
 
     def __call__(self, x_BTD, rotary, positions_BT, segment_ids_BT, cache, numerics: NumericsConfig):
         with jax.named_scope("attention"):
-            attended_BTD, cache = self.attention(self.norm1(x_BTD), rotary, positions_BT, segment_ids_BT, cache, numerics)
+            attended_BTD, cache = self.attention(
+                self.norm1(x_BTD), rotary, positions_BT, segment_ids_BT, cache, numerics
+            )
             x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + self.mlp(self.norm2(x_BTD))

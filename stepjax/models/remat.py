@@ -1,9 +1,9 @@
 """Rematerialisation policies by name: what the backward pass keeps of a layer, and what it computes again.
 
-    none        keep everything
-    full        keep the input of every layer only
-    dots        keep the results of matrix products that have no batch dimension (projections, not attention scores)
-    attention   keep the attention output of every layer, so that the quadratic part is not computed twice
+none        keep everything
+full        keep the input of every layer only
+dots        keep the results of matrix products that have no batch dimension (projections, not attention scores)
+attention   keep the attention output of every layer, so that the quadratic part is not computed twice
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from stepjax.config import ModelConfig, NumericsConfig
 from stepjax.models.perception_encoder import PerceptionEncoder
 from stepjax.models.projector import Projector
 from stepjax.models.qwen3 import Cache, Qwen3
-from stepjax.sharding import constrain, model_shardings
+from stepjax.sharding import constrain, shardings
 
 NO_FEATURE = -1  # feature_index of an ordinary token
 
@@ -102,8 +102,8 @@ def init_model(
     """
     numerics = numerics or NumericsConfig()
     key = jax.random.key(seed) if isinstance(seed, int) else seed
-    shardings = None if mesh is None else model_shardings(abstract_model(config, numerics), mesh)
-    return jax.jit(lambda key: _make(config, numerics, key), out_shardings=shardings)(key)
+    layout = None if mesh is None else shardings(abstract_model(config, numerics), mesh)
+    return jax.jit(lambda key: _make(config, numerics, key), out_shardings=layout)(key)
 
 
 def num_parameters(model: Any) -> int:

@@ -57,7 +57,7 @@ def _optional(package: str, field: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"{field}=True needs the package {package!r}: `pip install stepjax[tracking]`, or set {field}=False"
+            f"{field}=True needs {package!r}: `pip install stepjax[tracking]`, or set {field}=False ({error})"
         ) from error
 
 
@@ -97,21 +97,16 @@ def truncate_after(path: str | os.PathLike, step: int) -> int:
     path = pathlib.Path(path)
     if not path.exists():
         return 0
-    temporary = path.with_name(path.name + ".tmp")
-    removed = 0
-    with open(temporary, "w", encoding="utf-8") as kept:
-        for line, record_step in _records(path):
-            if record_step is None or record_step > step:
-                removed += 1
-            else:
-                kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    if removed:
+    records = list(_records(path))
+    kept = [line for line, record_step in records if record_step is not None and record_step <= step]
+    if len(kept) < len(records):
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    else:
-        temporary.unlink()
-    return removed
+    return len(records) - len(kept)
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, int | None]]:

@@ -107,8 +107,9 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, params_lik
         p <- p - rate(step) * scale * (adam(g) + weight_decay * p)
 
     `scale` is that of the first pattern of `learning_rate_scales` found in the name (re.search), else 1. Weight decay
-    reaches parameters with two or more axes of their own, embeddings included; the leading axis of stacked layers does
-    not count, which is why it goes by the `axes` metadata of an `nnx.Param`, and by `ndim` only for plain arrays.
+    reaches parameters with two or more axes of their own, embeddings included, and no bias, though its axes may be
+    split into heads; with `decay_vectors` it reaches all. The leading axis of stacked layers does not count, which is
+    why this goes by the `axes` metadata of an `nnx.Param`, and by `ndim` only for plain arrays.
 
     `params_like` is the model or its abstract form. `init` and `update` take trees of its structure; updates are
     float32, exactly zero where frozen. The state holds dicts from name to moment, for trained parameters only; a moment
@@ -123,7 +124,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, params_lik
     trained = trained_names(config, params_like)
     scales = _scales(config, parameter_names(params_like))
     decayed = {
-        name: config.decay_vectors or _own_axes(leaf) >= 2
+        name: config.decay_vectors or _is_matrix(name, leaf)
         for name, leaf in named_leaves(params_like).items()
         if name in trained
     }
@@ -167,13 +168,15 @@ def _fill(tree: Any, updates: Any) -> Any:
     return jax.tree.unflatten(treedef, [updates[name] if name in updates else zeros(leaf) for name, leaf in pairs])
 
 
-def _own_axes(leaf: Any) -> int:
-    """How many axes a parameter has in one layer."""
+def _is_matrix(name: str, leaf: Any) -> bool:
+    """Whether a parameter is a matrix (or kernel, or table) in each layer, rather than a vector."""
+    if name.endswith("bias"):
+        return False
     if not _is_variable(leaf):
-        return leaf.ndim
+        return leaf.ndim >= 2
     axes = leaf.get_metadata().get("axes")
-    assert axes is not None, f"a parameter of shape {leaf.shape} was made without `axes`"
-    return len(axes)
+    assert axes is not None, f"{name} of shape {leaf.shape} was made without `axes`"
+    return len(axes) >= 2
 
 
 def _scales(config: OptimizerConfig, names: list[str]) -> dict[str, float]:

@@ -1,7 +1,10 @@
-"""The progress line: how the run is doing, in one line of at most 160 columns.
+"""The progress line: how the run is doing, in one line of about 160 columns.
 
-    step 1200/50000  loss 2.341 (image 2.512 text 2.104)  grad 0.83  lr 4.98e-05  12.3k tok/s  85.1 img/s  mfu 43.1%
-    533ms/step  wait 0.4%  pack 98/84%  ckpt 62s ago  eta 7h13m
+    step 1200/50000  533ms  loss 2.341 (img 2.51 txt 2.10)  grad 0.831  lr 4.98e-5  12.3k tok/s  85.1 img/s  mfu 43.1%
+    wait 0.4%  pack 98/84%  ckpt 62s  eta 7h14m
+
+(that is one line; after the step its duration, "pack" is the share of token slots and of view slots that are filled,
+"ckpt" the time since the last checkpoint)
 
 On a terminal one live line is refreshed; elsewhere (a log file, a pod's console) lines are printed at an interval.
 """
@@ -16,24 +19,24 @@ NUMBER_SUFFIXES = ("", "k", "M", "B", "T")
 
 # The metrics that are shown, in order: (keys, text of their values). A field is shown when one of its keys is present;
 # the absent ones are given as None. What a key means:
+#   step_seconds                              wall time of a step
 #   loss, loss/image, loss/text               mean over all tokens; of rows or sources with and without images
 #   grad_norm, learning_rate
 #   tokens_per_second, images_per_second      over all devices
 #   mfu, data_wait                            fractions of 1: of peak FLOP/s; of the time that the step waited for data
-#   step_seconds                              seconds per step
 #   packing/tokens, packing/vision            fractions of 1: filled token slots of the rows, filled view slots
 #   seconds_since_checkpoint
 FIELDS: tuple[tuple[tuple[str, ...], Callable[..., str]], ...] = (
+    (("step_seconds",), lambda seconds: human_time(seconds)),
     (("loss", "loss/image", "loss/text"), lambda loss, image, text: _losses(loss, image, text)),
     (("grad_norm",), lambda norm: f"grad {norm:.3g}"),
-    (("learning_rate",), lambda rate: f"lr {rate:.2e}"),
+    (("learning_rate",), lambda rate: "lr " + f"{rate:.2e}".replace("e-0", "e-")),
     (("tokens_per_second",), lambda rate: f"{human_number(rate)} tok/s"),
     (("images_per_second",), lambda rate: f"{human_number(rate)} img/s"),
     (("mfu",), lambda fraction: f"mfu {100 * fraction:.1f}%"),
-    (("step_seconds",), lambda seconds: f"{human_time(seconds)}/step"),
     (("data_wait",), lambda fraction: f"wait {100 * fraction:.1f}%"),
     (("packing/tokens", "packing/vision"), lambda tokens, vision: f"pack {_percentages(tokens, vision)}"),
-    (("seconds_since_checkpoint",), lambda seconds: f"ckpt {human_time(seconds)} ago"),
+    (("seconds_since_checkpoint",), lambda seconds: f"ckpt {human_time(seconds)}"),
 )
 # On a narrow terminal these go first, in this order.
 EXPENDABLE = (
@@ -137,9 +140,9 @@ def human_time(seconds: float) -> str:
     total = round(seconds)
     if total < 120:
         return f"{total}s"
-    minutes, hours = round(total / 60), total // 3600
     if total < 3600:
         return f"{total // 60}m{total % 60:02d}s"
+    minutes = round(total / 60)
     if minutes < 48 * 60:
         return f"{minutes // 60}h{minutes % 60:02d}m"
     hours = round(total / 3600)
@@ -147,7 +150,7 @@ def human_time(seconds: float) -> str:
 
 
 def _losses(loss: float | None, image: float | None, text: float | None) -> str:
-    parts = [f"{name} {value:.3f}" for name, value in (("image", image), ("text", text)) if value is not None]
+    parts = [f"{name} {value:.2f}" for name, value in (("img", image), ("txt", text)) if value is not None]
     whole = "" if loss is None else f" {loss:.3f}"
     return f"loss{whole}" + (f" ({' '.join(parts)})" if parts else "")
 

@@ -190,6 +190,18 @@ def test_places_without_a_checkpoint(tmp_path):
         Checkpointer(tmp_path / "new", keep=0)
 
 
+def test_opening_removes_what_a_killed_save_left(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(1, {"x": jnp.ones(3)}, {})
+    shutil.copytree(tmp_path / "1", tmp_path / "7.orbax-checkpoint-tmp")
+    assert read_meta(tmp_path)["step"] == 1
+    assert (tmp_path / "7.orbax-checkpoint-tmp").exists()  # readers leave alone what may be a save under way
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        checkpointer.save(2, {"x": jnp.ones(3)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
 @pytest.mark.parametrize("item", ["state", "data", "meta"])
 def test_damaged_checkpoint_is_named(tmp_path, item):
     with Checkpointer(tmp_path, keep=1) as checkpointer:

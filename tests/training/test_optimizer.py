@@ -32,10 +32,10 @@ class Model(nnx.Module):
         self.vision = Stack(normal)
         self.decoder = Stack(normal)
         self.embed = nnx.Param(normal(6, 4), axes=("vocab", "embed"))
-        self.bias = nnx.Param(normal(4), axes=("embed",))
+        self.qkv_bias = nnx.Param(normal(3, 2), axes=("qkv", "heads"))  # no matrix, though it has two axes
 
 
-NAMES = ["bias", "decoder/kernel", "decoder/scale", "embed", "vision/kernel", "vision/scale"]
+NAMES = ["decoder/kernel", "decoder/scale", "embed", "qkv_bias", "vision/kernel", "vision/scale"]
 
 
 def model(seed: int = 0, scale: float = 1.0, dtype: Any = np.float32) -> Any:
@@ -138,7 +138,7 @@ CASES = {
         OptimizerConfig(weight_decay=3.0, freeze=("^decoder/", "bias")),
         {},
         MATRICES,
-        {"decoder/kernel", "decoder/scale", "bias"},
+        {"decoder/kernel", "decoder/scale", "qkv_bias"},
     ),
 }
 
@@ -238,7 +238,7 @@ def test_pattern_that_matches_nothing_is_refused_with_suggestions(field):
         make_optimizer(config, constant, model())
     message = str(caught.value)
     assert f"optimizer.{field}" in message and "'^visoin/'" in message and "Did you mean 'vision'?" in message
-    assert "Names start with bias, decoder, embed, vision." in message
+    assert "Names start with decoder, embed, qkv_bias, vision." in message
 
 
 @pytest.mark.parametrize(
