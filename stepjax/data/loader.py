@@ -5,7 +5,7 @@ Legend: B rows of this process, T tokens, G global-view slots, C crop slots, HWC
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -115,7 +115,7 @@ class Loader:
         )
         self._dataset: grain.IterDataset = _Rows(self._samples, streams, [states[s] for s in streams], options)
 
-    def __iter__(self) -> Iterator[HostBatch]:
+    def __iter__(self) -> Generator[HostBatch, None, None]:
         ahead = self._data.prefetch * self._rows
         if self._data.num_workers:
             per_worker = max(1, ahead // self._data.num_workers)

@@ -104,9 +104,10 @@ class PerceptionEncoder(nnx.Module):
 
         with jax.named_scope("patches"):
             # A convolution whose stride is its kernel is a matrix product over disjoint patches.
-            patches = views_MHWC.astype(dtype).reshape(num_views, grid, p, grid, p, 3)
-            x_MPE = jnp.einsum("MyhxwC,hwCE->MyxE", patches, self.patch_kernel.astype(dtype))
-            x_MPE = (x_MPE + self._positions(grid).astype(dtype)).reshape(num_views, grid * grid, config.width)
+            patches = views_MHWC.astype(dtype).reshape(num_views, grid, p, grid, p * 3).transpose(0, 1, 3, 2, 4)
+            patches = patches.reshape(num_views, grid * grid, p * p * 3)
+            x_MPE = patches @ self.patch_kernel.astype(dtype).reshape(p * p * 3, config.width)
+            x_MPE = x_MPE + self._positions(grid).astype(dtype).reshape(grid * grid, config.width)
             x_MPE = constrain(self.norm_pre(x_MPE), "batch", None, "act_embed")
 
         cos_PH, sin_PH = rotary_2d(grid, config.head_dim, config.rope_theta)

@@ -1,0 +1,175 @@
+"""`stepjax <verb>`: parses, calls, prints. Users' mistakes are answered with one line, not with a traceback."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from stepjax.errors import ConfigError, StepjaxError
+
+USAGE = """usage: stepjax VERB ...
+
+  pretrain RECIPE [--dry-run] [--section.field VALUE ...]   train; run it again to go on after an interruption
+  eval RUN [--examples N] [--split held_out|train]          score a run's last checkpoint on held-out questions
+  generate RUN --prompt TEXT [--image FILE ...]             answer a question about image files
+
+RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits.
+`stepjax VERB --help` says more.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0 well, 1 a user's mistake, 2 bad usage, 143/130 stopped by a signal."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbs = {"pretrain": _pretrain, "eval": _eval, "generate": _generate}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb in ("-V", "--version"):
+        import stepjax
+
+        print(f"stepjax {stepjax.__version__}")
+        return 0
+    if verb not in verbs:
+        print(f"stepjax: no verb {verb!r}; there are {', '.join(verbs)}", file=sys.stderr)
+        return 2
+    try:
+        return verbs[verb](rest)
+    except StepjaxError as error:
+        print(f"stepjax {verb}: {error}", file=sys.stderr)
+        return 1
+
+
+# Verbs. The imports are inside, so that usage errors do not wait for JAX. ----------------------------------------------
+
+
+def _pretrain(arguments: list[str]) -> int:
+    from stepjax.config_file import load_recipe, override
+    from stepjax.training.loop import pretrain, run_directory
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: stepjax pretrain RECIPE [--dry-run] [--section.field VALUE ...]")
+        print("       stepjax pretrain RECIPE --help   lists every field with its value in the recipe")
+        return 0 if arguments else 2
+    recipe, rest = arguments[0], arguments[1:]
+    dry_run = "--dry-run" in rest
+    rest = [argument for argument in rest if argument != "--dry-run"]
+    preset = load_recipe(recipe)
+    config = override(preset, rest, prog=f"stepjax pretrain {recipe}")
+    if dry_run:
+        from stepjax.training.dry_run import describe
+
+        print(describe(config, preset))
+        return 0
+    from stepjax.config_file import differences
+
+    for line in differences(config, preset):
+        print(f"override  {line}")
+
+    sources = config.evaluation.sources
+
+    def report(model, processor, step):
+        _report(model, processor, config, run_directory(config), f"step {step}")
+
+    outcome = pretrain(config, on_evaluation=report if sources else None)
+    if outcome.stopped_by is not None:
+        return {"SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
+    if sources:
+        report(outcome.model, outcome.processor, outcome.step)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalArguments:
+    run: Annotated[str, tyro.conf.Positional]  # directory of a run
+    examples: int | None = None  # questions per source; the recipe's number by default
+    split: str = "held_out"  # held_out or train
+
+
+def _eval(arguments: list[str]) -> int:
+    args = tyro.cli(_EvalArguments, args=arguments, prog="stepjax eval", description="Score a run's last checkpoint.")
+    model, processor, config = _load_run(args.run)
+    if args.split not in ("held_out", "train"):
+        raise ConfigError(f"--split {args.split}: choose held_out or train")
+    evaluation = config.evaluation
+    sources = tuple(dataclasses.replace(source, split=args.split) for source in evaluation.sources)
+    evaluation = dataclasses.replace(evaluation, sources=sources, examples=args.examples or evaluation.examples)
+    _report(model, processor, dataclasses.replace(config, evaluation=evaluation), Path(args.run), f"{args.split} data")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _GenerateArguments:
+    run: Annotated[str, tyro.conf.Positional]  # directory of a run
+    prompt: str  # the question
+    image: tuple[str, ...] = ()  # image files, shown before the question
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0 always takes the likeliest token
+    seed: int = 0
+    thinking: bool = False  # let the answer start with a thought
+
+
+def _generate(arguments: list[str]) -> int:
+    from stepjax.inference.generate import generate
+
+    args = tyro.cli(_GenerateArguments, args=arguments, prog="stepjax generate", description="Answer a question.")
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature {args.temperature}: must not be negative")
+    model, processor, _ = _load_run(args.run)
+    items = [{"type": "image", "image": image} for image in args.image] + [{"type": "text", "text": args.prompt}]
+    prompt = processor.process_prompt([{"role": "user", "content": items}], enable_thinking=args.thinking)
+    (generation,) = generate(
+        model,
+        [prompt],
+        processor.image_config,
+        stop_ids=processor.tokenizer.stop_ids,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    print(processor.decode(generation.tokens))
+    if generation.finish_reason == "length":
+        print(f"(cut off after --max-new-tokens {args.max_new_tokens})", file=sys.stderr)
+    return 0
+
+
+# Shared parts ----------------------------------------------------------------------------------------------------------
+
+
+def _load_run(run: str):
+    """Model, processor and configuration of a run's last checkpoint."""
+    from stepjax.config_file import from_json
+    from stepjax.models.step_vl import abstract_model
+    from stepjax.training.checkpoint import read_meta, restore_model
+    from stepjax.training.loop import make_processor
+
+    checkpoints = Path(run).absolute() / "checkpoints"
+    config = from_json(read_meta(checkpoints)["config"])
+    return restore_model(checkpoints, abstract_model(config.model, config.numerics)), make_processor(config), config
+
+
+def _report(model, processor, config, directory: Path, title: str) -> None:
+    """Evaluate, print the table, and leave it and the picture beside the run."""
+    import json
+
+    from stepjax.evaluation.contact_sheet import contact_sheet, pick_items
+    from stepjax.evaluation.evaluate import evaluate
+    from stepjax.evaluation.scoring import summary_table
+
+    report = evaluate(model, processor, config.evaluation, seed=config.seed, progress=lambda m: print(m, file=sys.stderr))
+    print(f"\n{config.name}, {title}\n{summary_table(report.results)}\n")
+    picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
+    contact_sheet(pick_items(report.items, 20), picture, title=f"{config.name}: held-out questions and the model's answers")
+    rows = [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in report.results]
+    table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
+    print(f"answers shown in {picture}, figures in {table}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

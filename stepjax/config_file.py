@@ -1,0 +1,107 @@
+"""Recipes on disk and on the command line: load `configs/*.py`, apply overrides, show differences, go through JSON.
+
+A recipe is a Python file that leaves a `PretrainConfig` in the name `config`. It is the user's own code and runs like any
+script; configuration read back from a checkpoint is data only and goes through validation instead.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tyro
+
+from stepjax.config import PretrainConfig
+from stepjax.errors import CheckpointError, ConfigError
+
+_TYPE = pydantic.TypeAdapter(PretrainConfig)
+
+
+def load_recipe(path: str | Path) -> PretrainConfig:
+    """The configuration that a recipe file builds.
+
+    Raises:
+        ConfigError: there is no such file, or it does not leave a PretrainConfig in `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*/*.py"))) or "none in ./configs"
+        raise ConfigError(f"{str(path)!r} is not a recipe file; recipes here: {found}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    # Neighbouring files of a recipe may be imported; nothing is written beside them.
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"recipe {path} fails: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    config = getattr(module, "config", None)
+    if not isinstance(config, PretrainConfig):
+        raise ConfigError(f"recipe {path} must leave a PretrainConfig in `config`; it is {type(config).__name__}")
+    return config
+
+
+def override(config: PretrainConfig, arguments: Sequence[str], *, prog: str) -> PretrainConfig:
+    """`config` with `--section.field value` arguments applied; a wrong name is answered with the nearest ones (tyro).
+
+    Raises:
+        ConfigError: the values do not fit together. SystemExit with a message where an argument does not parse.
+    """
+    return tyro.cli(
+        PretrainConfig,
+        default=config,
+        args=list(arguments),
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def to_json(config: PretrainConfig) -> dict[str, Any]:
+    return _TYPE.dump_python(config, mode="json")
+
+
+def from_json(fields: dict[str, Any]) -> PretrainConfig:
+    """The configuration that a checkpoint was saved with.
+
+    Raises:
+        CheckpointError: the fields are not those of this version; they are named.
+    """
+    try:
+        return _TYPE.validate_python(fields)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"the checkpoint's configuration does not fit this version of stepjax: {problems}") from error
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted path, as it is named on the command line."""
+    if dataclasses.is_dataclass(config):
+        parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    elif isinstance(config, tuple) and any(dataclasses.is_dataclass(item) for item in config):
+        parts = {str(i): item for i, item in enumerate(config)}
+    else:
+        return {prefix: config}
+    fields = {}
+    for name, value in parts.items():
+        fields |= flat(value, f"{prefix}.{name}" if prefix else name)
+    return fields
+
+
+def differences(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
+    """One line a field that differs: `optimizer.weight_decay: 0.01 -> 0.1`."""
+    old, new = flat(preset), flat(config)
+    names = [*new, *(name for name in old if name not in new)]
+    absent = "(absent)"
+    return [
+        f"{name}: {old.get(name, absent)!r} -> {new.get(name, absent)!r}"
+        for name in names
+        if old.get(name, absent) != new.get(name, absent)
+    ]

@@ -1,0 +1,234 @@
+"""The pretraining run, top to bottom: set up, resume, train, save."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from stepjax.config import PretrainConfig
+from stepjax.config_file import to_json
+from stepjax.data.loader import HostBatch, Loader
+from stepjax.data.packing import StreamState
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_parameters
+from stepjax.processing.processor import Processor
+from stepjax.sharding import make_mesh, shardings, spec
+from stepjax.training.checkpoint import Checkpointer, read_meta
+from stepjax.training.hardware import peak_flops
+from stepjax.training.meter import Meter, Profile
+from stepjax.training.metrics import make_trackers
+from stepjax.training.optimizer import learning_rate, make_optimizer
+from stepjax.training.preemption import StopRequest
+from stepjax.training.progress import ProgressLine
+from stepjax.training.rows import fetch_rows, interval_means
+from stepjax.training.step import TrainState, make_train_step, new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    model: StepVL
+    processor: Processor
+    step: int
+    stopped_by: str | None  # name of the signal that ended it early
+    directory: Path
+
+
+def run_directory(config: PretrainConfig) -> Path:
+    return Path(config.out) / config.name
+
+
+def make_processor(config: PretrainConfig) -> Processor:
+    """The processor of a run.
+
+    Raises:
+        ConfigError: the tokenizer has more ids than the model has embeddings.
+    """
+    processor = Processor.from_config(config.images, config.tokenizer)
+    size, vocab_size = processor.tokenizer.vocab_size, config.model.decoder.vocab_size
+    if size > vocab_size:
+        raise ConfigError(f"model.decoder.vocab_size={vocab_size}: the tokenizer has {size} ids; raise it to at least that")
+    return processor
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    on_evaluation: Callable[[StepVL, Processor, int], None] | None = None,
+) -> Outcome:
+    """Train until the schedule ends, or a signal asks to stop; continue from the last checkpoint if there is one.
+
+    Every step is a pure function of the state and the batch, keys derive from the seed, and the data position is saved with
+    the state: a run that was killed and started again leaves the same losses as one that was not.
+
+    Args:
+        on_evaluation: called with the model, its processor and the step, every `evaluation.every` steps.
+
+    Raises:
+        ConfigError, RecordError: the configuration or the data is not usable.
+        CheckpointError: the directory holds a run of another configuration.
+        TrainingDivergedError: the loss or gradients stopped being finite; nothing is saved after the last good check.
+    """
+    began = time.monotonic()
+    # Set up: everything that can be wrong is found out before anything is written.
+    processor = make_processor(config)
+    directory = run_directory(config)
+    mesh = make_mesh(config.mesh)
+    schedule = learning_rate(config.schedule, config.tokens_per_step)
+    optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
+    train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpointer = Checkpointer(
+            directory.absolute() / "checkpoints", keep=config.checkpoint.keep, config=to_json(config)
+        )
+        stack.callback(checkpointer.close)
+
+        # Resume where the last checkpoint stands, or start from random parameters.
+        start = checkpointer.latest_step()
+        state, data_state = _restore_or_init(config, checkpointer, optimizer, mesh, start)
+        loader = Loader(
+            config.data,
+            config.batch,
+            config.images,
+            processor,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            state=data_state,
+        )
+        first_step = start or 0
+        progress = ProgressLine(config.num_steps, every=config.logging.every)
+        stack.callback(progress.close)
+        say = progress.print if jax.process_index() == 0 else lambda message: None
+        trackers = make_trackers(config.logging, directory, to_json(config), start)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+
+        def log(step: int, row: dict[str, float]) -> None:
+            for tracker in trackers:
+                tracker.log(step, row)
+
+        say(
+            f"{config.name}: {num_parameters(state.model):,} parameters, {config.num_steps} steps of "
+            f"{config.tokens_per_step:,} tokens on {mesh.size} {jax.devices()[0].device_kind} device(s), in {directory}"
+        )
+        if start is not None:
+            say(f"resumed at step {start} from {checkpointer.directory}")
+        if first_step >= config.num_steps:
+            say("the schedule has ended already; nothing to train")
+            return Outcome(state.model, processor, first_step, None, directory)
+
+        # Train. From here on nothing may move between host and device unasked: a hidden sync would stall the device.
+        meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size)
+        batches = iter(loader)
+        stack.callback(batches.close)
+        stop = stack.enter_context(StopRequest())
+        profile = stack.enter_context(Profile(config.logging.profile, directory / "profile"))
+        stack.enter_context(jax.transfer_guard("disallow"))
+        step, pending, saved_at = first_step, [], time.monotonic()
+        while step < config.num_steps and stop.received is None:
+            profile.before(step + 1)
+            batch = meter.wait_for(batches)
+            state, metrics = train_step(state, _to_devices(batch, mesh))
+            step += 1
+            profile.after(step, state)
+            pending.append((step, metrics, batch.skipped))
+            for skipped in batch.skipped:
+                say(f"skipped {skipped.name}: {skipped.reason}")
+            if step == first_step + 1:
+                # Compilation is over: leave it out of the rates.
+                jax.block_until_ready(metrics)
+                say(f"first step done {time.monotonic() - began:.0f} s after the start, compilation included")
+                meter.reset()
+
+            last = step == config.num_steps
+            save = last or step % config.checkpoint.every == 0 or stop.received is not None
+            if (save or step % config.logging.every == 0) and step > first_step + 1:
+                rows, pending = fetch_rows(config, pending), []
+                speed = meter.summary()
+                for row_step, row in rows:
+                    log(row_step, row if row_step < step else row | {f"speed/{k}": v for k, v in speed.items()})
+                shown = rows[-1][1] | interval_means(rows) | speed
+                progress.update(step, shown | {"seconds_since_checkpoint": time.monotonic() - saved_at})
+            if save:
+                checkpointer.save(step, state, loader.state(_all_streams(batch.states)))
+                saved_at = time.monotonic()
+            every = config.evaluation.every
+            if on_evaluation is not None and every and step % every == 0 and not last:
+                with jax.transfer_guard("allow"), meter.paused():
+                    on_evaluation(state.model, processor, step)
+        checkpointer.wait()
+        if stop.received is not None:
+            say(f"{stop.received.name}: saved step {step} in {checkpointer.directory}; run the same command to go on")
+        return Outcome(state.model, processor, step, stop.received.name if stop.received else None, directory)
+
+
+def _restore_or_init(
+    config: PretrainConfig,
+    checkpointer: Checkpointer,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    start: int | None,
+) -> tuple[TrainState, dict[str, Any] | None]:
+    abstract = jax.eval_shape(lambda: new_state(init_model(config.model, config.numerics, seed=0), optimizer))
+    layout = shardings(abstract, mesh)
+    if start is None:
+        model = init_model(config.model, config.numerics, seed=config.seed, mesh=mesh)
+        return jax.jit(partial(new_state, optimizer=optimizer), out_shardings=layout)(model), None
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    _check_same_run(read_meta(checkpointer.directory)["config"], to_json(config))
+    state, data_state, _ = checkpointer.restore(like, start)
+    return state, data_state
+
+
+# What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.
+_MAY_CHANGE = {"name", "out", "logging", "checkpoint", "mesh", "evaluation"}
+_DATA_MAY_CHANGE = {"num_workers", "prefetch", "bad_records"}
+
+
+def _check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    def decisive(config):
+        fields = {key: value for key, value in config.items() if key not in _MAY_CHANGE}
+        fields["data"] = {key: value for key, value in config["data"].items() if key not in _DATA_MAY_CHANGE}
+        return fields
+
+    old, new = decisive(saved), decisive(current)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        raise CheckpointError(
+            f"the run in this directory was made with another {', '.join(changed)}; restore the old values, or give the new run "
+            f"another --name"
+        )
+
+
+def _to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Each process hands its rows to its own devices; rows are spread over the data axes."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("batch")), x)
+
+    return {name: put(x) for name, x in batch.arrays.items()}
+
+
+def _all_streams(states: tuple[StreamState, ...]) -> list[StreamState]:
+    """The positions of every process's streams, in order."""
+    if jax.process_count() == 1:
+        return list(states)
+    text = np.frombuffer(json.dumps(states).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(np.max(sizes)) - text.size)))
+    parts = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+    return [state for part in parts for state in part]
