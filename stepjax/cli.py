@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-# Verbs. The imports are inside, so that usage errors do not wait for JAX. ----------------------------------------------
+# Verbs. The imports are inside, so that usage errors do not wait for JAX.
 
 
 def _pretrain(arguments: list[str]) -> int:
@@ -139,7 +139,7 @@ def _generate(arguments: list[str]) -> int:
     return 0
 
 
-# Shared parts ----------------------------------------------------------------------------------------------------------
+# Shared parts
 
 
 def _load_run(run: str):
@@ -162,10 +162,14 @@ def _report(model, processor, config, directory: Path, title: str) -> None:
     from stepjax.evaluation.evaluate import evaluate
     from stepjax.evaluation.scoring import summary_table
 
-    report = evaluate(model, processor, config.evaluation, seed=config.seed, progress=lambda m: print(m, file=sys.stderr))
+    report = evaluate(
+        model, processor, config.evaluation, seed=config.seed, progress=lambda m: print(m, file=sys.stderr)
+    )
     print(f"\n{config.name}, {title}\n{summary_table(report.results)}\n")
     picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
-    contact_sheet(pick_items(report.items, 20), picture, title=f"{config.name}: held-out questions and the model's answers")
+    contact_sheet(
+        pick_items(report.items, 20), picture, title=f"{config.name}: held-out questions and the model's answers"
+    )
     rows = [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in report.results]
     table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
     print(f"answers shown in {picture}, figures in {table}")

@@ -1,7 +1,7 @@
 """Recipes on disk and on the command line: load `configs/*.py`, apply overrides, show differences, go through JSON.
 
-A recipe is a Python file that leaves a `PretrainConfig` in the name `config`. It is the user's own code and runs like any
-script; configuration read back from a checkpoint is data only and goes through validation instead.
+A recipe is a Python file that leaves a `PretrainConfig` in the name `config`. It is the user's own code and runs like
+any script; configuration read back from a checkpoint is data only and goes through validation instead.
 """
 
 import dataclasses
@@ -78,7 +78,9 @@ def from_json(fields: dict[str, Any]) -> PretrainConfig:
         return _TYPE.validate_python(fields)
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(f"the checkpoint's configuration does not fit this version of stepjax: {problems}") from error
+        raise CheckpointError(
+            f"the checkpoint's configuration does not fit this version of stepjax: {problems}"
+        ) from error
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

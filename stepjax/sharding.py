@@ -50,7 +50,7 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pin the layout of an activation to the mesh in scope; without a mesh (plain single-device use) return it as it is."""
+    """Pin the layout of an activation to the mesh in scope; without a mesh (plain use) return it as it is."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
@@ -92,6 +92,6 @@ def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
     parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
     if dim % parts:
         raise ConfigError(
-            f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of mesh axes "
-            f"{mesh_axes}; make those mesh axes smaller"
+            f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of "
+            f"mesh axes {mesh_axes}; make those mesh axes smaller"
         )

@@ -1,4 +1,6 @@
-"""Pretrain a small STEP3-VL from scratch, fully unfrozen, on images of real handwritten digits, in minutes on a laptop CPU."""
+"""Pretrain a small STEP3-VL from scratch, fully unfrozen, on images of real handwritten digits, in minutes on a laptop
+CPU.
+"""
 
 from stepjax.config import (
     BatchConfig,

@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from grain import experimental
 
 from stepjax.config import BatchConfig, DataConfig, ImageConfig
@@ -74,7 +75,8 @@ class _RowsIterator(grain.DatasetIterator):
 class Loader:
     """Iterates over this process's share of the batches, from where a saved state left off.
 
-    The global batch has `batch.rows` streams, whatever the number of processes; this process has an equal, consecutive part.
+    The global batch has `batch.rows` streams, whatever the number of processes; this process has an equal, consecutive
+    part.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class Loader:
     def __iter__(self) -> Generator[HostBatch, None, None]:
         ahead = self._data.prefetch * self._rows
         if self._data.num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's workers read flags that only absl's own `app.run` parses
             per_worker = max(1, ahead // self._data.num_workers)
             options = grain.MultiprocessingOptions(
                 num_workers=self._data.num_workers, per_worker_buffer_size=per_worker
@@ -133,14 +137,14 @@ class Loader:
             rows.close()  # ends the worker processes
 
     def state(self, states: tuple[StreamState, ...]) -> dict[str, Any]:
-        """What to save: the states of all streams (gathered over processes), and a fingerprint of the data they belong to."""
+        """What to save: the states of all streams (gathered over processes), and a fingerprint of their data."""
         return {"fingerprint": self._fingerprint, "streams": list(states)}
 
     def _checked(self, state: dict[str, Any]) -> list[StreamState]:
         if state.get("fingerprint") != self._fingerprint:
             raise CheckpointError(
-                "the saved data position belongs to other data: data.sources, data.open_rows, batch, images or seed have "
-                "changed since; restore the old values, or start a new run under another name"
+                "the saved data position belongs to other data: data.sources, data.open_rows, batch, images or seed "
+                "have changed since; restore the old values, or start a new run under another name"
             )
         return state["streams"]
 

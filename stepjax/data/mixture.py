@@ -46,13 +46,13 @@ def mixture(
         # Not `map` on the source: reading must fail inside `_process`, which knows what to do about it.
         dataset = grain.MapDataset.range(len(records := open_source(source, seed)))
         dataset = dataset.seed(seed + domain).shuffle().repeat()
-        datasets.append(dataset.map(partial(_process, records, domain, processor, bad_records)))
+        datasets.append(dataset.map(partial(_process, records, source.name, domain, processor, bad_records)))
     mixed = grain.MapDataset.mix(datasets, [source.weight for source in sources])
     return experimental.WindowShuffleMapDataset(mixed, window_size=SHUFFLE_WINDOW, seed=seed)
 
 
 def _process(
-    records: Records, domain: int, processor: Processor, bad_records: BadRecords, index: int
+    records: Records, source: str, domain: int, processor: Processor, bad_records: BadRecords, index: int
 ) -> Sample | Skipped:
     record: Record | None = None
     try:
@@ -61,4 +61,4 @@ def _process(
     except RecordError as error:
         if bad_records == "error":
             raise RecordError(f"{error} (data.bad_records=skip passes over such records and counts them)") from error
-        return Skipped(str((record or {}).get("id", f"index {index}")), str(error))
+        return Skipped(str((record or {}).get("id", f"{source}/{index}")), str(error))

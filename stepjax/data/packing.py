@@ -2,32 +2,35 @@
 
 Legend: T tokens of a row, G global-view slots, C crop slots, HWC pixels.
 
-The data of row slot r comes from stream r, which reads examples r, r + R, r + 2R, ... of the mixture (R rows a batch) and
-keeps a few rows open. An example goes where it fits most tightly; when it fits nowhere the fullest row is emitted. What a
-stream does depends on its own examples alone, so the batches are the same whatever number of hosts and worker processes
-share the streams.
+The data of row slot r comes from stream r, which reads examples r, r + R, r + 2R, ... of the mixture (R rows a batch)
+and keeps a few rows open. An example goes where it fits most tightly; when it fits nowhere the fullest row is emitted,
+or the oldest once that has waited too long: where views run out before tokens, rows with tokens to spare would stay
+open for ever. What a stream does depends on its own examples alone, so the batches are the same whatever number of
+hosts and worker processes share the streams.
 
 A stream's position is small: the index of its next example, and the indices of those that wait in open rows. It travels
 with every row it emits. The state to save is thus that of the rows trained on, and prefetching cannot run ahead of it.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from stepjax.config import BatchConfig, ImageConfig
 from stepjax.data.mixture import Sample, Skipped
-from stepjax.errors import RecordError
+from stepjax.errors import CheckpointError, RecordError
 
 StreamState = dict[str, Any]  # {"next": int, "open": [[int, ...], ...]}
 NEW_STREAM: StreamState = {"next": 0, "open": []}
 
+MAX_WAIT = 16  # examples for every open row that an open row may see pass; costs no room in any mix of sizes we tried
+MAX_SKIPPED = 1000  # records in succession that may be unusable before this is an error
 
-@dataclasses.dataclass(frozen=True)
-class PackedRow:
-    """One row of the batch, and its stream's position after it."""
+
+class PackedRow(NamedTuple):
+    """One row of the batch, and its stream's position after it. A tuple: Grain passes its arrays in shared memory."""
 
     arrays: dict[str, np.ndarray]
     used: np.ndarray  # tokens, global views and crops in use, and (query, key) pairs of causal attention
@@ -64,6 +67,20 @@ def _usage(samples: list[Sample]) -> np.ndarray:
     return np.append(sum(_sizes(sample) for sample in samples), np.sum(lengths * (lengths + 1) // 2))
 
 
+class _OpenRow:
+    """A row that is being filled."""
+
+    def __init__(self, budget: RowBudget):
+        self.indices: list[int] = []
+        self.samples: list[Sample] = []
+        self.left = budget.sizes
+
+    def add(self, index: int, sample: Sample) -> None:
+        self.indices.append(index)
+        self.samples.append(sample)
+        self.left = self.left - _sizes(sample)
+
+
 class PackingStream:
     """An endless iterator of packed rows over one stride of the mixture."""
 
@@ -81,13 +98,18 @@ class PackingStream:
         self._samples, self._budget, self._open_rows = samples, budget, open_rows
         self._stream, self._num_streams, self._skip_oversize = stream, num_streams, skip_oversize
         self._next = state["next"]
-        self._rows = [[(index, self._samples[index]) for index in row] for row in state["open"]]
+        self._rows = [self._reopened(indices) for indices in state["open"]]  # in the order of their first examples
 
     def __iter__(self) -> "PackingStream":
         return self
 
     def __next__(self) -> PackedRow:
-        skipped = []
+        """
+        Raises:
+            RecordError: a record is malformed or larger than a row, or nearly all are.
+        """
+        skipped: list[Skipped] = []
+        in_succession = 0
         while True:
             index = self._stream + self._next * self._num_streams
             sample = self._samples[index]
@@ -96,37 +118,59 @@ class PackingStream:
                 sample = self._refuse_oversize(sample)
             if isinstance(sample, Skipped):
                 skipped.append(sample)
+                in_succession += 1
+                if in_succession == MAX_SKIPPED:
+                    raise RecordError(
+                        f"{MAX_SKIPPED} records in succession cannot be used; the last: {sample.reason}. Mend the "
+                        "data, or set data.bad_records=error to stop at the first"
+                    )
                 continue
+            in_succession = 0
             row = self._tightest_row(_sizes(sample))
-            if row is not None:
-                row.append((index, sample))
-                continue
-            emitted = self._fullest_row() if len(self._rows) == self._open_rows else None
-            self._rows.append([(index, sample)])
+            emitted = None
+            if row is None:
+                if len(self._rows) == self._open_rows:
+                    emitted = self._fullest_row(index)
+                    self._rows.remove(emitted)
+                row = _OpenRow(self._budget)
+                self._rows.append(row)
+            row.add(index, sample)
             if emitted is not None:
-                samples = [sample for _, sample in emitted]
                 return PackedRow(
-                    arrays=pack(samples, self._budget),
-                    used=_usage(samples),
+                    arrays=pack(emitted.samples, self._budget),
+                    used=_usage(emitted.samples),
                     state=self.state(),
                     skipped=tuple(skipped),
-                    names=tuple(sample.example.name for sample in samples),
+                    names=tuple(sample.example.name for sample in emitted.samples),
                 )
 
     def state(self) -> StreamState:
         """The position after the last emitted row."""
-        return {"next": self._next, "open": [[index for index, _ in row] for row in self._rows]}
+        return {"next": self._next, "open": [list(row.indices) for row in self._rows]}
 
-    def _left(self, row: list[tuple[int, Sample]]) -> np.ndarray:
-        return self._budget.sizes - sum(_sizes(sample) for _, sample in row)
+    def _reopened(self, indices: list[int]) -> _OpenRow:
+        row = _OpenRow(self._budget)
+        for index in indices:
+            sample = self._samples[index]
+            if isinstance(sample, Skipped):
+                raise CheckpointError(
+                    f"the saved data position holds a record that cannot be used now: {sample.reason}. The data files "
+                    "have changed since; restore them, or start a new run under another name"
+                )
+            assert isinstance(sample, Sample), sample
+            row.add(index, sample)
+        return row
 
-    def _tightest_row(self, sizes: np.ndarray) -> list[tuple[int, Sample]] | None:
-        fitting = [row for row in self._rows if np.all(self._left(row) >= sizes)]
-        return min(fitting, key=lambda row: self._left(row)[0], default=None)
+    def _tightest_row(self, sizes: np.ndarray) -> _OpenRow | None:
+        fitting = [row for row in self._rows if np.all(row.left >= sizes)]
+        return min(fitting, key=lambda row: row.left[0], default=None)
 
-    def _fullest_row(self) -> list[tuple[int, Sample]]:
-        fullest = min(range(len(self._rows)), key=lambda i: self._left(self._rows[i])[0])
-        return self._rows.pop(fullest)
+    def _fullest_row(self, index: int) -> _OpenRow:
+        oldest = self._rows[0]
+        waited = (index - oldest.indices[0]) // self._num_streams
+        if waited > MAX_WAIT * self._open_rows:
+            return oldest
+        return min(self._rows, key=lambda row: row.left[0])
 
     def _refuse_oversize(self, sample: Sample) -> Sample | Skipped:
         sizes, budget = _sizes(sample), self._budget.sizes
@@ -147,9 +191,9 @@ class PackingStream:
 def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
     """Lay examples one behind the other into the arrays of a row.
 
-    `segment_ids_T` counts the examples from 1 (0 is padding), `positions_T` from 0 within each. `feature_index_T` points into
-    the row's feature table: the crops of all slots, then the global views (models.step_vl). `group_T` is twice the domain,
-    plus one where the example has images.
+    `segment_ids_T` counts the examples from 1 (0 is padding), `positions_T` from 0 within each. `feature_index_T`
+    points into the row's feature table: the crops of all slots, then the global views (models.step_vl). `group_T` is
+    twice the domain, plus one where the example has images.
     """
     images, side_g, side_c = budget.images, budget.images.global_size, budget.images.crop_size
     row = {

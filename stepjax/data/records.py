@@ -50,12 +50,13 @@ class JsonlRecords:
     def __init__(self, name: str, path: str | Path):
         self._name, self._path = name, Path(path)
         try:
-            lengths = np.fromiter((len(line) for line in self._path.open("rb")), np.int64)
+            with self._path.open("rb") as file:
+                lines = np.fromiter(((len(line), not line.isspace()) for line in file), np.dtype("i8, ?"))
         except OSError as error:
             raise RecordError(f"source {name!r}: {path} cannot be read: {error.strerror}") from error
+        lengths, filled = lines["f0"], lines["f1"]
         starts = np.cumsum(lengths) - lengths
-        filled = lengths > 1  # a lone newline is no record
-        self._starts, self._lengths = starts[filled], lengths[filled]
+        self._starts, self._lengths, self._lines = starts[filled], lengths[filled], np.flatnonzero(filled) + 1
         if not len(self):
             raise RecordError(f"source {name!r}: {path} holds no record")
 
@@ -66,7 +67,8 @@ class JsonlRecords:
         with self._path.open("rb") as file:
             file.seek(self._starts[index])
             line = file.read(self._lengths[index])
-        return parse_record(line, f"{self._name}/{index}", self._path.parent)
+        place = f"line {self._lines[index]} of {self._path}"
+        return parse_record(line, f"{self._name}/{index}", place, self._path.parent)
 
 
 class ArrayRecords:
@@ -79,17 +81,20 @@ class ArrayRecords:
             raise RecordError(
                 f"source {name!r}: no such ArrayRecord file: {', '.join(missing) or 'no paths were given'}"
             )
-        self._records = grain.sources.ArrayRecordDataSource(list(paths))
+        self._records: Any = grain.sources.ArrayRecordDataSource(list(paths))
+        if not len(self):
+            raise RecordError(f"source {name!r}: {', '.join(paths)} hold no record")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        return parse_record(self._records[index], f"{self._name}/{index}", Path(self._paths[0]).parent)
+        place = f"record {index} of {len(self)} in {', '.join(self._paths)}"
+        return parse_record(self._records[index], f"{self._name}/{index}", place, Path(self._paths[0]).parent)
 
 
-def parse_record(line: bytes, name: str, folder: Path) -> Record:
-    """A record from its JSON, with relative image paths resolved against `folder`.
+def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
+    """A record from its JSON, with relative image paths resolved against `folder`. `name` is its id if it has none.
 
     Raises:
         RecordError: the line is no JSON object.
@@ -97,9 +102,10 @@ def parse_record(line: bytes, name: str, folder: Path) -> Record:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"record {name}: not valid JSON ({error}): {line[:80]!r}") from error
+        raise RecordError(f"record {name} ({place}): not valid JSON ({error}): {line[:80]!r}") from error
     if not isinstance(record, dict):
-        raise RecordError(f"record {name}: a record is a JSON object, this is {type(record).__name__}: {line[:80]!r}")
+        kind = type(record).__name__
+        raise RecordError(f"record {name} ({place}): a record is a JSON object, this is {kind}: {line[:80]!r}")
     record.setdefault("id", name)
     for content in [record.get("content"), *(_contents(record.get("messages")))]:
         for item in content if isinstance(content, list) else ():

@@ -2,8 +2,8 @@
 
 Legend: B rows, T prompt tokens (padded on the right), S cache slots, G global-view slots, C crop slots, V vocabulary.
 
-Shapes are rounded up to a few sizes, so that new prompts seldom compile. A sampled token depends on (seed, request, position)
-alone, never on the other rows of its batch.
+Shapes are rounded up to a few sizes, so that new prompts seldom compile. A sampled token depends on (seed, request,
+position) alone, never on the other rows of its batch.
 """
 
 import dataclasses
@@ -42,16 +42,19 @@ def generate(
     """Continue every prompt, greedily at temperature 0. A request's number for the seed is its index in `prompts`.
 
     Raises:
-        TokenError: a prompt and its continuation are longer than the model's positions.
+        TokenError: a prompt is empty, or with its continuation longer than the model's positions.
     """
     if not prompts:
         return []
+    for example in prompts:
+        if not len(example.tokens):
+            raise TokenError(f"prompt {example.name} has no tokens: there is nothing to continue")
     longest = max(prompts, key=lambda example: len(example.tokens))
     limit = model.config.decoder.max_positions
     if len(longest.tokens) + max_new_tokens > limit:
         raise TokenError(
-            f"prompt {longest.name} has {len(longest.tokens)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
-            f"model's {limit} positions: shorten one of them"
+            f"prompt {longest.name} has {len(longest.tokens)} tokens; with max_new_tokens={max_new_tokens} that is "
+            f"more than the model's {limit} positions: shorten one of them"
         )
     budget = RowBudget(
         tokens=_round_up(len(longest.tokens), 32),
@@ -62,7 +65,7 @@ def generate(
     rows = [pack_prompt(example, budget) for example in prompts]
     rows += [rows[0]] * (_power_of_two(len(rows)) - len(rows))  # compiled for a few batch sizes only
     arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    lengths_B = np.array([len(example.tokens) for example in prompts] + [1] * (len(rows) - len(prompts)), np.int32)
+    lengths_B = np.array([len(example.tokens) for example in prompts] + [0] * (len(rows) - len(prompts)), np.int32)
 
     tokens_BS, finished_B = _generate(
         model,
@@ -102,7 +105,8 @@ def _generate(model, arrays, lengths_B, stop_ids, temperature, key, *, max_new_t
         sampled_B = jax.vmap(sample)(jnp.arange(rows), positions_B, logits_BV)
         return jnp.where(temperature > 0, sampled_B, greedy_B).astype(jnp.int32)
 
-    # Right padding also enters the cache, behind the prompt: those slots are out of sight until a new token overwrites them.
+    # Right padding also enters the cache, behind the prompt: those slots are out of sight until a new token overwrites
+    # them.
     cache = make_cache(model.config.decoder, rows, slots, dtype)
     positions_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
     hidden_BTD, cache = model(
@@ -131,7 +135,7 @@ def _generate(model, arrays, lengths_B, stop_ids, temperature, key, *, max_new_t
         return step + 1, token_B, cache, done_B, out_BS
 
     out_BS = jnp.zeros((rows, max_new_tokens), jnp.int32)
-    carry = (jnp.int32(0), token_B, cache, jnp.zeros(rows, bool), out_BS)
+    carry = (jnp.int32(0), token_B, cache, lengths_B == 0, out_BS)  # rows that only fill the batch are done
     *_, done_B, out_BS = jax.lax.while_loop(unfinished, decode, carry)
     return out_BS, done_B
 

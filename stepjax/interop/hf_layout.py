@@ -1,8 +1,8 @@
 """Which tensor of the public checkpoint is which parameter of ours, and how the two are reshaped into each other.
 
-Public tensors are PyTorch's: linear weights [out, in], convolutions [out, in, height, width], one tensor a layer. Ours keep
-the contracted dimensions first, split the heads, and stack the layers. Both layouts of the public keys are read: the one on
-disk (`vision_model.*`, `model.layers.*`) and the one that Transformers re-saves (`model.vision_model.*`,
+Public tensors are PyTorch's: linear weights [out, in], convolutions [out, in, height, width], one tensor a layer. Ours
+keep the contracted dimensions first, split the heads, and stack the layers. Both layouts of the public keys are read:
+the one on disk (`vision_model.*`, `model.layers.*`) and the one that Transformers re-saves (`model.vision_model.*`,
 `model.language_model.*`).
 """
 
@@ -30,6 +30,10 @@ class Tensor:
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.key
+
+    def hf_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the public tensor that fills a parameter (of a stacked one: one layer) of the shape `ours`."""
+        return self.to_hf(np.broadcast_to(np.float32(0), ours)).shape
 
 
 def _same(x: Array) -> Array:
@@ -163,8 +167,6 @@ def config_from_hf(hf: dict) -> tuple[ModelConfig, ImageConfig]:
             raise CheckpointError(
                 f"vision_config={vision}: only quick_gelu without class token and final norm is supported"
             )
-        if text.get("rope_scaling"):
-            raise CheckpointError(f"text_config.rope_scaling={text['rope_scaling']!r}: rotary scaling is not supported")
         patch, width = vision["patch_size"], vision["width"]
         image_size = vision["image_size"]
         model = ModelConfig(
@@ -189,8 +191,16 @@ def config_from_hf(hf: dict) -> tuple[ModelConfig, ImageConfig]:
 
 
 def decoder_config_from_hf(text: dict) -> DecoderConfig:
-    """Decoder configuration from a Qwen3 or Llama `config.json` (or the `text_config` of a STEP3-VL one)."""
-    qwen = "Qwen3" in "".join(text.get("architectures") or ["Qwen3"])
+    """Decoder configuration from a Qwen3 or Llama `config.json` (or the `text_config` of a STEP3-VL one).
+
+    Raises:
+        CheckpointError: its rotary positions are scaled.
+    """
+    family = " ".join([text.get("model_type") or "", *(text.get("architectures") or [])]).lower()
+    qwen = "qwen3" in family or not family.strip()
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # Transformers 5 writes the first
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise CheckpointError(f"rotary scaling {rope!r} is not supported; only plain rotary positions are")
     return DecoderConfig(
         vocab_size=text["vocab_size"],
         width=text["hidden_size"],
@@ -200,7 +210,7 @@ def decoder_config_from_hf(text: dict) -> DecoderConfig:
         head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
         mlp_dim=text["intermediate_size"],
         norm_eps=text.get("rms_norm_eps", 1e-6),
-        rope_theta=text.get("rope_theta", 1e6 if qwen else 1e4),
+        rope_theta=rope.get("rope_theta") or text.get("rope_theta", 1e6 if qwen else 1e4),
         qk_norm=qwen,
         tie_embeddings=text.get("tie_word_embeddings", False),
         max_positions=text.get("max_position_embeddings", 65_536),

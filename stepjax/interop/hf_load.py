@@ -20,9 +20,11 @@ def fill(abstract: Any, tensors: Iterable[Tensor], read: Callable[[str], np.ndar
     """The model of `abstract`'s structure with the values that `read` returns for public keys.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape; all of them are named.
+        CheckpointError: tensors are missing, unexpected, of another shape or given twice; all of them are named.
     """
+    keys = list(keys)
     by_disk_key = {disk_key(key): key for key in keys}
+    repeated = [key for key in keys if by_disk_key[disk_key(key)] != key]
     by_name = {tensor.name: tensor for tensor in tensors}
     missing, misshapen, used = [], [], set()
 
@@ -42,15 +44,11 @@ def fill(abstract: Any, tensors: Iterable[Tensor], read: Callable[[str], np.ndar
             value = public(key)
             if value is None:
                 continue
-            expected = leaf.shape[1:] if tensor.stacked else leaf.shape
-            try:
-                ours = tensor.to_ours(value)
-            except ValueError:  # the sizes do not even factor
-                ours = value
-            if ours.shape != expected:
-                misshapen.append(f"{key} {value.shape} (becomes {ours.shape}, expected {expected})")
+            expected = tensor.hf_shape(leaf.shape[1:] if tensor.stacked else leaf.shape)
+            if value.shape != expected:
+                misshapen.append(f"{key} {value.shape} (expected {expected})")
                 continue
-            values.append(ours)
+            values.append(tensor.to_ours(value))
         if missing or misshapen:
             return leaf
         value = np.stack(values) if tensor.stacked else values[0]
@@ -60,7 +58,12 @@ def fill(abstract: Any, tensors: Iterable[Tensor], read: Callable[[str], np.ndar
     unexpected = sorted(set(by_disk_key) - used)
     problems = [
         f"{label}: {', '.join(entries)}"
-        for label, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for label, entries in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+            ("in both public layouts", repeated),
+        )
         if entries
     ]
     if problems:
@@ -91,7 +94,12 @@ def load_hf(directory: str | Path, numerics: NumericsConfig | None = None) -> tu
     try:
         for file in files:
             with safe_open(file, "np") as tensors:
-                where |= dict.fromkeys(tensors.keys(), file)
+                for key in tensors.keys():
+                    if key in where:
+                        raise CheckpointError(
+                            f"{key} is in both {where[key].name} and {file.name} of {directory}; remove one of the files"
+                        )
+                    where[key] = file
 
         def read(key: str) -> np.ndarray:
             with safe_open(where[key], "np") as tensors:

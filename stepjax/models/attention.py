@@ -1,6 +1,7 @@
 """Attention with grouped queries over packed rows.
 
-Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R query heads a key-value head, H head dim.
+Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R query heads a key-value head, H head
+dim.
 """
 
 import jax
@@ -23,8 +24,8 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v with grouped queries, softmax in float32; [B, T, N, H].
 
-    A token sees the tokens of its own segment only (packed rows), those up to itself if `causal`, and where `mask_BTS` is
-    true. Two packed examples of two and three tokens, then one of padding (segment 0), causal:
+    A token sees the tokens of its own segment only (packed rows), those up to itself if `causal`, and where `mask_BTS`
+    is true. Two packed examples of two and three tokens, then one of padding (segment 0), causal:
 
         segment_ids  1 1 2 2 2 0
         token 0      1 . . . . .
@@ -42,8 +43,8 @@ def attend(
         if mask is not None:
             visible_BTS = mask if visible_BTS is None else visible_BTS & mask
 
-    # The R query heads that share a key-value head become R * T queries of it: plain batched matrix products, which every
-    # backend has a fast path for, and no repeated keys.
+    # The R query heads that share a key-value head become R * T queries of it: plain batched matrix products, which
+    # every backend has a fast path for, and no repeated keys.
     q_BKQH = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H) * H**-0.5
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
     scores_BKQS = jnp.matmul(q_BKQH, k_BKHS, preferred_element_type=jnp.float32)

@@ -3,9 +3,10 @@
 A matrix product of [m, k] by [k, n] counts 2 m k n; everything that is not a matrix product counts nothing.
 
     per token     2 * (decoder matrices + output projection); the embedding is a look-up
-    attention     4 * heads * head_dim * layers per visible (query, key) pair; a causal segment of n tokens has n (n + 1) / 2
-    per view      2 * patches * encoder matrices + 4 * width * layers * patches^2, and the two convolutions and the projector
-                  at the positions they are applied to
+    attention     4 * heads * head_dim * layers per visible (query, key) pair; a causal segment of n tokens has
+                  n (n + 1) / 2
+    per view      2 * patches * encoder matrices + 4 * width * layers * patches^2, and the two convolutions and the
+                  projector at the positions they are applied to
 
 Training costs three forward passes (one forward, two for the gradients of inputs and weights). Rematerialisation is not
 counted: MFU is about useful work. Padding and empty slots are not counted either.

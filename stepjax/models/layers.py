@@ -57,11 +57,11 @@ class LayerNorm(nnx.Module):
         return (x32_D * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x_D.dtype)
 
 
-# Rotary positions. The model has two conventions: the encoder rotates adjacent pairs, the decoder the two halves. -------
+# Rotary positions. The model has two conventions: the encoder rotates adjacent pairs, the decoder the two halves.
 
 
 def rotary_1d(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, head_dim / 2] of the decoder: the angle of frequency i is position * theta^(-2i/head_dim)."""
+    """Cosines and sines [B, T, H / 2] of the decoder: the angle of frequency i is position * theta^(-2i / H)."""
     frequencies_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
     return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
@@ -78,10 +78,10 @@ def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> 
 
 
 def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [grid^2, head_dim / 2] of the encoder: the first half turns with the column, the second with the row.
+    """Cosines and sines [P, H / 2] of the encoder: the first half turns with the column, the second with the row.
 
-    Positions are the patch's own column and row from 0, whatever the size of the view: a 36 x 36 crop uses the corner of
-    the 52 x 52 table, not a rescaled one.
+    Positions are the patch's own column and row from 0, whatever the size of the view: a 36 x 36 crop uses the
+    corner of the 52 x 52 table, not a rescaled one.
     """
     per_axis = head_dim // 2
     frequencies_H = theta ** (-jnp.arange(0, per_axis, 2, dtype=jnp.float32) / per_axis)

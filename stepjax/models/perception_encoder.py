@@ -84,7 +84,9 @@ class EncoderBlock(nnx.Module):
 
 
 class PerceptionEncoder(nnx.Module):
-    """Pixels of square views to one feature a patch. Source: spec of PE-lang (Bolya et al. 2025) as STEP3-VL uses it."""
+    """Pixels of square views to one feature a patch. Source: spec of PE-lang (Bolya et al. 2025) as STEP3-VL uses
+    it.
+    """
 
     def __init__(self, config: VisionConfig, numerics: NumericsConfig, *, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics

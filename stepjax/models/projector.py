@@ -24,8 +24,8 @@ class DownSampler(nnx.Module):
         """[M, h, w, E] to [M, (h - 1) // 2 + 1, (w - 1) // 2 + 1, O]."""
         num_views, height, width, channels = x_MHWE.shape
         rows, columns = (height - 1) // 2 + 1, (width - 1) // 2 + 1
-        # Explicit padding of one on both sides as PyTorch has it; "SAME" would pad the far side only. The nine taps as one
-        # matrix product: five times faster than XLA's convolution gradient on CPU, the same operation on a TPU.
+        # Explicit padding of one on both sides as PyTorch has it; "SAME" would pad the far side only. The nine taps as
+        # one matrix product: five times faster than XLA's convolution gradient on CPU, the same operation on a TPU.
         padded = jnp.pad(x_MHWE, ((0, 0), (1, 1), (1, 1), (0, 0)))
         taps = [padded[:, y : y + 2 * rows - 1 : 2, x : x + 2 * columns - 1 : 2] for y in range(3) for x in range(3)]
         kernel = self.kernel.astype(x_MHWE.dtype).reshape(9 * channels, -1)

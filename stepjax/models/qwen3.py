@@ -1,7 +1,7 @@
 """The Qwen3 decoder: grouped-query attention with per-head query and key norms, rotary halves, SwiGLU.
 
-Legend: B rows, T tokens, S cache slots, D width, N query heads, K key-value heads, H head dim, F MLP width, V vocabulary,
-L layers.
+Legend: B rows, T tokens, S cache slots, D width, N query heads, K key-value heads, H head dim, F MLP width, V
+vocabulary, L layers.
 
 `qk_norm=False` and `tie_embeddings=True` make it a plain Llama-like decoder.
 """
@@ -102,7 +102,9 @@ class DecoderBlock(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """Embeddings in, final hidden states out; `embed` and `logits` are the two ends, apart so that losses can be chunked."""
+    """Embeddings in, final hidden states out; `embed` and `logits` are the two ends, apart so that losses can be
+    chunked.
+    """
 
     def __init__(self, config: DecoderConfig, numerics: NumericsConfig, *, init_range: float = 0.02, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
@@ -126,8 +128,8 @@ class Qwen3(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the final norm, and the cache with these tokens written at their positions.
 
-        Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment a row). With one,
-        they attend to every slot up to their own position. Positions count from 0 within a segment.
+        Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment a row). With
+        one, they attend to every slot up to their own position. Positions count from 0 within a segment.
         """
         config, numerics = self.config, self.numerics
         rotary = rotary_1d(positions_BT, config.head_dim, config.rope_theta)

@@ -2,9 +2,9 @@
 
 Legend: B rows, T tokens, G global-view slots of a row, C crop slots of a row, F features of a row, D decoder width.
 
-The features of a row form one table, crops first and global views behind them (`feature_table` says where each lies), and
-`feature_index_BT` says which entry replaces a token's embedding. Pixels thus stay on the device that holds their text, and
-a new number of images or crops never means a new shape.
+The features of a row form one table, crops first and global views behind them (`feature_table` says where each lies),
+and `feature_index_BT` says which entry replaces a token's embedding. Pixels thus stay on the device that holds their
+text, and a new number of images or crops never means a new shape.
 """
 
 from typing import Any

@@ -41,7 +41,10 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
     lines += ["", "overrides of the recipe"] + [f"  {line}" for line in changes or ["none"]]
     lines += ["", f"parameters  {sum(sizes.values()):,}, of which {trained:,} trained"]
     lines += [f"  {part:<10} {count:,}" for part, count in parts.items()]
-    lines += ["", f"tokenizer   {processor.tokenizer.vocab_size:,} ids in {config.model.decoder.vocab_size:,} embeddings"]
+    lines += [
+        "",
+        f"tokenizer   {processor.tokenizer.vocab_size:,} ids in {config.model.decoder.vocab_size:,} embeddings",
+    ]
     lines += ["", *_step_lines(config)]
     lines += ["", *_memory_lines(config, state)]
     lines += ["", f"the run would live in {run_directory(config)}"]
@@ -62,11 +65,12 @@ def _step_lines(config: PretrainConfig) -> list[str]:
         global_grid=images.global_grid,
         crop_grid=images.crop_grid,
     )
+    total = human_number(flops * config.num_steps)
     return [
         f"steps       {config.num_steps:,} of {slots:,} tokens, {batch.rows * batch.global_views:,} global views "
         f"({images.global_size} px, {images.global_tokens} tokens) and {batch.rows * batch.crops:,} crops "
         f"({images.crop_size} px, {images.crop_tokens} tokens)",
-        f"FLOPs       {human_number(flops)} a step with all slots full, {human_number(flops * config.num_steps)} in all",
+        f"FLOPs       {human_number(flops)} a step with all slots full, {total} in all",
     ]
 
 
@@ -79,11 +83,15 @@ def _memory_lines(config: PretrainConfig, state: Any) -> list[str]:
     pixels = batch.global_views * images.global_size**2 + batch.crops * images.crop_size**2
     batch_gib = batch.rows * (pixels * 3 * 4 + batch.tokens * 6 * 4) / _GIB
     width = jnp.dtype(config.numerics.compute_dtype).itemsize
-    residuals = batch.rows // batch.accumulation * (
-        batch.tokens * config.model.decoder.width * config.model.decoder.num_layers
-        + (batch.global_views * images.global_grid**2 + batch.crops * images.crop_grid**2)
-        * config.model.vision.width
-        * config.model.vision.num_layers
+    residuals = (
+        batch.rows
+        // batch.accumulation
+        * (
+            batch.tokens * config.model.decoder.width * config.model.decoder.num_layers
+            + (batch.global_views * images.global_grid**2 + batch.crops * images.crop_grid**2)
+            * config.model.vision.width
+            * config.model.vision.num_layers
+        )
     )
     parameters, moments = gib(state.model), gib(state.opt_state)
     rows = {
@@ -94,7 +102,9 @@ def _memory_lines(config: PretrainConfig, state: Any) -> list[str]:
         "layer inputs": residuals * width / _GIB,
     }
     total = sum(rows.values())
-    lines = [f"memory      {total:.2f} GiB in all, {total / devices:.2f} GiB on each of {devices} device(s) if spread evenly"]
+    lines = [
+        f"memory      {total:.2f} GiB in all, {total / devices:.2f} GiB on each of {devices} device(s) if spread evenly"
+    ]
     lines += [f"  {name:<12} {value:.2f} GiB" for name, value in rows.items()]
     lines.append(f"  (layer inputs are what remat={config.numerics.remat!r} keeps at least; temporaries come on top)")
     return lines

@@ -10,18 +10,23 @@ import jax.numpy as jnp
 _PEAK_BF16 = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "TPU7x": 1155e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA B200": 2250e12,
 }
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of a device by its kind; measured on CPUs, which have no figure of their own; None where it is not known."""
+    """FLOP/s of a device by its kind; measured on CPUs, which have no figure of their own; None where unknown."""
     if device.platform == "cpu":
         # Simulated devices share the one processor.
         return _measured_cpu_peak() / jax.local_device_count()

@@ -58,7 +58,9 @@ def make_processor(config: PretrainConfig) -> Processor:
     processor = Processor.from_config(config.images, config.tokenizer)
     size, vocab_size = processor.tokenizer.vocab_size, config.model.decoder.vocab_size
     if size > vocab_size:
-        raise ConfigError(f"model.decoder.vocab_size={vocab_size}: the tokenizer has {size} ids; raise it to at least that")
+        raise ConfigError(
+            f"model.decoder.vocab_size={vocab_size}: the tokenizer has {size} ids; raise it to at least that"
+        )
     return processor
 
 
@@ -69,8 +71,8 @@ def pretrain(
 ) -> Outcome:
     """Train until the schedule ends, or a signal asks to stop; continue from the last checkpoint if there is one.
 
-    Every step is a pure function of the state and the batch, keys derive from the seed, and the data position is saved with
-    the state: a run that was killed and started again leaves the same losses as one that was not.
+    Every step is a pure function of the state and the batch, keys derive from the seed, and the data position is saved
+    with the state: a run that was killed and started again leaves the same losses as one that was not.
 
     Args:
         on_evaluation: called with the model, its processor and the step, every `evaluation.every` steps.
@@ -209,8 +211,8 @@ def _check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise CheckpointError(
-            f"the run in this directory was made with another {', '.join(changed)}; restore the old values, or give the new run "
-            f"another --name"
+            f"the run in this directory was made with another {', '.join(changed)}; restore the old values, or give "
+            f"the new run another --name"
         )
 
 

@@ -2,8 +2,8 @@
 
 Legend: B rows, T tokens, D width, V vocabulary, C positions of a chunk.
 
-At 4,096 tokens and 151,936 words the float32 logits of one row are 2.5 GB, so they are made for a few positions at a time,
-reduced to three numbers a token, and made again in the backward pass.
+At 4,096 tokens and 151,936 words the float32 logits of one row are 2.5 GB, so they are made for a few positions at a
+time, reduced to three numbers a token, and made again in the backward pass.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,11 @@ class TokenScores(NamedTuple):
 def token_scores(
     hidden_BTD: jax.Array, targets_BT: jax.Array, logits_fn: Callable[[jax.Array], jax.Array], *, chunk: int
 ) -> TokenScores:
-    """Score `targets_BT` under `logits_fn(hidden)` ([B, C, D] to float32 [B, C, V]), `chunk` positions of each row at a time."""
-    rows, length, width = hidden_BTD.shape
+    """Score `targets_BT` under `logits_fn(hidden)`, `chunk` positions of each row at a time.
+
+    `logits_fn` maps [B, C, D] to float32 [B, C, V].
+    """
+    rows, length, _ = hidden_BTD.shape
     chunk = min(chunk, length)
     padding = -length % chunk
 
@@ -50,7 +53,7 @@ def token_scores(
 def next_tokens(tokens_BT: jax.Array, loss_weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The target of every position and its weight.
 
-    The weight of a token is that of predicting it from the position before. The first token of every segment has weight 0,
-    so that rotating by one never predicts across segments, nor a row's first token from its last.
+    The weight of a token is that of predicting it from the position before. The first token of every segment has weight
+    0, so that rotating by one never predicts across segments, nor a row's first token from its last.
     """
     return jnp.roll(tokens_BT, -1, axis=1), jnp.roll(loss_weights_BT, -1, axis=1)

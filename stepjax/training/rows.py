@@ -17,7 +17,8 @@ def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) ->
     """One row a step, from (step, device metrics, skipped records) of the steps since the last fetch.
 
     Raises:
-        TrainingDivergedError: a loss or gradient norm is not finite; the range of steps and the first bad one are named.
+        TrainingDivergedError: a loss or gradient norm is not finite; the range of steps and the first bad one are
+        named.
     """
     names = [source.name for source in config.data.sources]
     rows = []
@@ -39,9 +40,9 @@ def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) ->
     bad = [step for step, row in rows if not np.isfinite([row["loss"], row["grad_norm"]]).all()]
     if bad:
         raise TrainingDivergedError(
-            f"loss or gradient norm is not finite at step {bad[0]} (in the check of steps {rows[0][0]} to {rows[-1][0]}); "
-            f"nothing was saved since. Lower the learning rates of schedule.phases or optimizer.clip_norm, or look at the "
-            f"records of these steps"
+            f"loss or gradient norm is not finite at step {bad[0]} (checked steps {rows[0][0]} to {rows[-1][0]}); "
+            f"nothing was saved since. Lower the learning rates of schedule.phases or optimizer.clip_norm, or look at "
+            f"the records of these steps"
         )
     return rows
 

@@ -29,7 +29,7 @@ class TrainState:
     opt_state: Any
 
 
-def new_state(model: StepVL, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
@@ -76,7 +76,7 @@ def make_train_step(
     memory, not the result.
     """
 
-    def gradients(model: StepVL, batch: Batch) -> tuple[StepVL, Metrics]:
+    def gradients(model: StepVL, batch: Batch) -> tuple[Any, Metrics]:
         total_weight = jnp.sum(batch["loss_weights_BT"])
 
         def mean_loss(model, micro_batch):
@@ -102,8 +102,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = gradients(state.model, batch)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-            model = optax.apply_updates(state.model, updates)
+            params: Any = state.model  # optax's types do not know that a module is a pytree
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+            model: Any = optax.apply_updates(params, updates)
         weight = jnp.maximum(jnp.sum(sums["weight_X"]), 1e-6)
         metrics = {
             "loss": jnp.sum(sums["loss_X"]) / weight,

@@ -1,0 +1,49 @@
+# Two commands do everything, set-up included: `make pretrain` and `make test`.
+
+PYTHON ?= python3
+RECIPE ?= configs/digits/pretrain.py
+COMPAT_PYTHON ?= $(firstword $(foreach v,3.13 3.12,$(shell command -v python$(v) 2>/dev/null)))
+
+.PHONY: pretrain test parity lint compat clean
+
+pretrain: .venv/installed  ## train the demo model, evaluate it and draw the picture
+	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
+
+test: .venv-test/installed  ## the test suite, in its own environment, without torch
+	.venv-test/bin/python -m pytest $(ARGS)
+
+parity: .venv-parity/installed  ## live comparison with PyTorch and Transformers
+	.venv-parity/bin/python -m pytest tests/parity $(ARGS)
+
+lint: .venv-dev/installed  ## style, and types
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/pyright --pythonpath .venv-dev/bin/python
+
+compat:  ## a fast subset on the newest JAX, where Python 3.12 or 3.13 is present
+ifeq ($(COMPAT_PYTHON),)
+	@echo "compat: no python3.12 or python3.13 on this machine; skipped"
+else
+	$(MAKE) .venv-compat/installed PYTHON=$(COMPAT_PYTHON)
+	.venv-compat/bin/python -m pytest -m "not slow" $(COMPAT_TESTS) $(ARGS)
+endif
+
+COMPAT_TESTS = tests/models tests/inference tests/interop tests/training/test_step.py tests/training/test_optimizer.py \
+	tests/training/test_checkpoint.py tests/data/test_loader.py tests/test_sharding.py
+
+# An environment is made again when the project's requirements change.
+.venv/installed: EXTRAS = cpu
+.venv-test/installed: EXTRAS = cpu,test
+.venv-parity/installed: EXTRAS = cpu,parity
+.venv-dev/installed: EXTRAS = cpu,dev
+.venv-compat/installed: EXTRAS = cpu,test
+
+.venv%/installed .venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("stepjax needs Python 3.11 or newer; say PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* runs build *.egg-info

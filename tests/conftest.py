@@ -1,0 +1,83 @@
+"""Eight simulated CPU devices, and the small models that the tests share.
+
+The device count must be set before JAX makes its backend, hence here and not in the tests that need it. Most tests
+compile more than they compute, so LLVM's optimisations are off; XLA's own passes, sharding among them, run as always.
+"""
+
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # LLVM's
+if jax.__version_info__ < (0, 11):  # XLA refuses to start on a flag that it does not know (any more)
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, NumericsConfig, VisionConfig  # noqa: E402
+from stepjax.interop.hf_load import load_hf  # noqa: E402
+
+DATA = Path(__file__).parent / "data"
+FLOAT32 = NumericsConfig(compute_dtype="float32", remat="none")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """What the reference implementations compute from the tiny checkpoint (float32)."""
+    return load_file(DATA / "tiny_vl_golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir():
+    """The tiny checkpoint in the public layout."""
+    return DATA / "tiny_vl"
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tiny_dir):
+    """The tiny checkpoint as a float32 model, and its image configuration."""
+    return load_hf(tiny_dir, FLOAT32)
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """A smaller model yet, whose every dimension divides over eight devices where the table spreads it."""
+    return ModelConfig(
+        vision=VisionConfig(width=32, num_layers=2, num_heads=2, mlp_dim=48, patch_size=4, position_grid=6),
+        decoder=DecoderConfig(
+            vocab_size=64,
+            width=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            mlp_dim=48,
+            max_positions=128,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def small_images():
+    """The views of `small_config`: 4 features a global view, 1 a crop."""
+    return ImageConfig(global_size=24, crop_size=16, patch_size=4)
+
+
+@pytest.fixture(scope="session")
+def randomized():
+    """A function that fills an abstract model with normal values, one seed a model.
+
+    Unlike initial values these exercise biases and norm scales, and unlike `init_model` it compiles nothing.
+    """
+
+    def fill(abstract, seed=0, spread=0.3):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda leaf: jax.numpy.asarray(spread * rng.standard_normal(leaf.shape), leaf.dtype), abstract
+        )
+
+    return fill
