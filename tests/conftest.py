@@ -1,9 +1,11 @@
 """Eight simulated CPU devices, and the small models that the tests share.
 
 The device count must be set before JAX makes its backend, hence here and not in the tests that need it. Most tests
-compile more than they compute, so LLVM's optimisations are off; XLA's own passes, sharding among them, run as always.
+compile more than they compute, so code generation is told to hurry, which halves the time of a run and more. What XLA
+does before it, partitioning over devices among it, is as always.
 """
 
+import os
 from pathlib import Path
 
 import jax
@@ -20,9 +22,24 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, NumericsConfig, VisionConfig  # noqa: E402
 from stepjax.interop.hf_load import load_hf  # noqa: E402
+from stepjax.models.step_vl import abstract_model, init_model  # noqa: E402
+from stepjax.processing.images import ImageViews, ViewPlan  # noqa: E402
+from stepjax.processing.tokenizer import SpecialTokens  # noqa: E402
+from stepjax.processing.tokens import TextSpan, assemble  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 FLOAT32 = NumericsConfig(compute_dtype="float32", remat="none")
+SPECIAL_TOKENS = SpecialTokens(
+    end_of_text=55,
+    turn_start=56,
+    turn_end=57,
+    image_patch=58,
+    image_start=59,
+    image_end=60,
+    patch_start=61,
+    patch_end=62,
+    patch_newline=63,
+)
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +98,36 @@ def randomized():
         )
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config, randomized):
+    """A float32 model of `small_config`."""
+    return randomized(abstract_model(small_config, FLOAT32))
+
+
+@pytest.fixture(scope="session")
+def initial_model(small_config):
+    """`init_model` of `small_config` with seed 3, on one device."""
+    return init_model(small_config, FLOAT32, seed=3)
+
+
+@pytest.fixture(scope="session")
+def make_example(small_images):
+    """A function from parts to an example for `small_model`: n is that many text tokens, (columns, rows) an image."""
+
+    def image(rng, columns, rows):
+        side, crop_side = small_images.global_size, small_images.crop_size
+        plan = ViewPlan((side, side), (side, side), (side, side), (side, side), crop_side, columns, rows)
+        pixels = [rng.standard_normal(s) for s in ((side, side, 3), (columns * rows, crop_side, crop_side, 3))]
+        return ImageViews(*(p.astype(np.float32) for p in pixels), plan)
+
+    def make(*parts, seed=0):
+        rng = np.random.default_rng([seed, len(parts)])
+        spans = [
+            TextSpan(rng.integers(0, 55, part).tolist(), 1.0) if isinstance(part, int) else image(rng, *part)
+            for part in parts
+        ]
+        return assemble(f"example-{seed}", spans, small_images, SPECIAL_TOKENS)
+
+    return make

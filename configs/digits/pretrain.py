@@ -20,22 +20,28 @@ from stepjax.config import (
     VisionConfig,
 )
 
-images = ImageConfig(global_size=112, crop_size=56, patch_size=14, max_side=448)
+images = ImageConfig(global_size=80, crop_size=40, patch_size=10, max_side=320, thin_side=8)
 
 config = PretrainConfig(
     name="digits",
     model=ModelConfig(
         vision=VisionConfig(
-            width=64, num_layers=3, num_heads=4, mlp_dim=256, patch_size=14, position_grid=8, layer_scale_init=0.5
+            width=64,
+            num_layers=3,
+            num_heads=2,
+            mlp_dim=192,
+            patch_size=10,
+            position_grid=images.global_grid,
+            layer_scale_init=1.0,
         ),
         decoder=DecoderConfig(
-            vocab_size=512,
-            width=128,
+            vocab_size=384,
+            width=96,
             num_layers=3,
-            num_heads=4,
-            num_kv_heads=2,
+            num_heads=3,
+            num_kv_heads=1,
             head_dim=32,
-            mlp_dim=384,
+            mlp_dim=256,
             max_positions=1024,
         ),
         init_range=0.1,
@@ -43,10 +49,10 @@ config = PretrainConfig(
     images=images,
     data=DataConfig(
         sources=(
-            DigitsSource(name="transcribe", weight=0.5, task="transcribe"),
+            DigitsSource(name="transcribe", weight=0.55, task="transcribe"),
             DigitsSource(name="count", weight=0.1, task="count"),
             DigitsSource(name="add", weight=0.1, task="add"),
-            DigitsSource(name="point", weight=0.2, task="point"),
+            DigitsSource(name="point", weight=0.15, task="point"),
             DigitsSource(name="arithmetic", weight=0.1, task="arithmetic"),
         ),
     ),

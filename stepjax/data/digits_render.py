@@ -20,8 +20,9 @@ from stepjax.config import Split
 
 SCAN_SIDE = 8
 SCAN_INK = 16  # the darkest value of a scan
-SIDES = (16, 28)  # smallest and largest side, in the image, of an enlarged scan
-MAX_SIZE = (160, 100)  # no scattered image is wider or higher
+BOXES = (12, 15)  # smallest and largest side of the square that a digit is drawn in
+MAX_STRETCH = 0.15  # of a square: how much wider than its squares a strip may be
+MAX_SIZE = (110, 70)  # no scattered image is wider or higher
 
 _PADDING = 2  # blank pixels around a scan, so that ink on its border fades out when enlarged
 # Room for a digit of side 1 that is scaled by 1.1 and rotated by 8 degrees, its ink 3/4 as wide as high.
@@ -78,21 +79,17 @@ class Layout:
 
 
 def strip_layout(rng: np.random.Generator, num_digits: int) -> Layout:
-    """Digits in a row, about as wide as high each: 20x20 for one small digit, 160x42 for five large ones."""
-    side = rng.uniform(*SIDES)
-    box = math.ceil(_BOX_SCALE * side)
-    # Ink fills about 3/4 of a scan's width: at this pitch neighbours are close but seldom touch.
-    pitch = side * rng.uniform(0.9, 1.05)
-    margin_x, margin_y = rng.integers(0, 5, size=2).tolist()
-    jitter = rng.uniform(-0.05, 0.05, size=num_digits) * side
-    lift = rng.uniform(0.0, 1.0, size=num_digits) * 2 * margin_y
-    lefts = margin_x + pitch * np.arange(num_digits) + jitter
-    width = math.ceil(pitch * (num_digits - 1)) + box + 2 * margin_x
-    corners = tuple(
-        (min(max(round(left), 0), width - box), round(top))
-        for left, top in zip(lefts.tolist(), lift.tolist(), strict=True)
-    )
-    return Layout(width=width, height=box + 2 * margin_y, side=side, box=box, corners=corners)
+    """Digits in a row, each about the middle of a square as high as the strip: 12x12 for a small one, 77x15 for five.
+
+    The aspect ratio is the number of digits and a little more, as in a line of evenly written figures.
+    """
+    box = int(rng.integers(BOXES[0], BOXES[1] + 1))
+    width = math.ceil(num_digits * box * (1 + rng.uniform(0.0, MAX_STRETCH) / num_digits))
+    slack = width - num_digits * box
+    # Jitter moves a digit by what the stretch leaves, and a pixel or two into its neighbour's margin.
+    shifts = np.clip(slack / 2 + rng.uniform(-0.08, 0.08, size=num_digits) * box, 0, None)
+    lefts = [min(round(i * box + shift), width - box) for i, shift in enumerate(shifts.tolist())]
+    return Layout(width=width, height=box, side=box / _BOX_SCALE, box=box, corners=tuple((left, 0) for left in lefts))
 
 
 def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> Layout:
@@ -101,8 +98,7 @@ def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> 
     The canvas is drawn for `capacity` digits, however many there are: its size says nothing about their number.
     """
     assert num_digits <= capacity
-    side = rng.uniform(*SIDES)
-    box = math.ceil(_BOX_SCALE * side)
+    box = int(rng.integers(BOXES[0], BOXES[1] + 1))
     grids = [
         (columns, rows)
         for columns in range(1, 7)
@@ -122,7 +118,7 @@ def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> 
         left = math.ceil(column * slot_width) + int(slack_x * math.floor(slot_width - box))
         top = math.ceil(row * slot_height) + int(slack_y * math.floor(slot_height - box))
         corners.append((min(left, width - box), min(top, height - box)))
-    return Layout(width=width, height=height, side=side, box=box, corners=tuple(corners))
+    return Layout(width=width, height=height, side=box / _BOX_SCALE, box=box, corners=tuple(corners))
 
 
 def compose(

@@ -39,14 +39,15 @@ def names(samples, indices) -> list[str]:
 # Order ---------------------------------------------------------------------------------------------------------------
 
 
-def test_weights_hold_in_every_window(tmp_path):
+def test_weights_hold_in_every_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture_module, "SHUFFLE_WINDOW", 500)
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     samples = mixed(*(jsonl(tmp_path, name, 1000, weight) for name, weight in weights.items()))
     for window in (0, 3_000_000):
-        indices = range(window * SHUFFLE_WINDOW, (window + 1) * SHUFFLE_WINDOW)
+        indices = range(window * 500, (window + 1) * 500)
         counts = collections.Counter(samples[i].domain for i in indices)
-        shares = [counts[domain] / SHUFFLE_WINDOW for domain in range(3)]
-        np.testing.assert_allclose(shares, list(weights.values()), atol=0.002)
+        shares = [counts[domain] / 500 for domain in range(3)]
+        np.testing.assert_allclose(shares, list(weights.values()), atol=0.005)
 
 
 def test_weights_need_not_add_up_to_one(tmp_path):
@@ -58,13 +59,13 @@ def test_weights_need_not_add_up_to_one(tmp_path):
     assert names(small, range(50)) == names(large, range(50))
 
 
-@pytest.mark.parametrize("num_streams", [2, 4, 10, 16])
+@pytest.mark.parametrize("num_streams", [2, 16])
 def test_no_stride_falls_in_step_with_the_mixing_rhythm(tmp_path, num_streams):
     """Without the shuffle, sources of weights 1:1 alternate, and a stream of an even stride sees one of them only."""
     samples = mixed(jsonl(tmp_path, "a", 1000), jsonl(tmp_path, "b", 1000))
     for stream in range(num_streams):
-        domains = [samples[stream + i * num_streams].domain for i in range(100)]
-        assert 0.25 < np.mean(domains) < 0.75, (stream, np.mean(domains))
+        domains = [samples[stream + i * num_streams].domain for i in range(40)]
+        assert 0.2 < np.mean(domains) < 0.8, (stream, np.mean(domains))
 
 
 def test_streams_wider_than_the_window_see_all_sources(tmp_path):
@@ -109,10 +110,11 @@ def test_every_epoch_sees_every_record_once_in_an_order_of_its_own(tmp_path, mon
     assert everything != epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_windows_only_reorder(tmp_path):
+def test_windows_only_reorder(tmp_path, monkeypatch):
     """Each window holds what the plain mixture has there: nothing is repeated or left out."""
-    samples = mixed(jsonl(tmp_path, "docs", SHUFFLE_WINDOW))
-    assert len(set(names(samples, range(SHUFFLE_WINDOW)))) == SHUFFLE_WINDOW
+    monkeypatch.setattr(mixture_module, "SHUFFLE_WINDOW", 500)
+    samples = mixed(jsonl(tmp_path, "docs", 500))
+    assert len(set(names(samples, range(500)))) == 500
 
 
 # Bad records ---------------------------------------------------------------------------------------------------------

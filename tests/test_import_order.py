@@ -1,0 +1,82 @@
+"""Dependencies point one way: a room imports only what stands below it, and nothing heavy happens at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "stepjax"
+
+# Room -> the rooms it may import. Files directly in the package are rooms of their own name.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "config_file": {"errors", "config"},
+    "sharding": {"errors", "config"},
+    "processing": {"errors", "config"},
+    "data": {"errors", "config", "processing"},
+    "models": {"errors", "config", "sharding"},
+    "interop": {"errors", "config", "models"},
+    "inference": {"errors", "config", "models", "data", "processing"},
+    "training": {"errors", "config", "config_file", "sharding", "models", "data", "processing"},
+    "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
+    "cli": None,  # the top: may import all
+}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            if node.module == "stepjax":
+                names = [f"stepjax.{alias.name}" for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("stepjax.")}
+    return rooms
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    room = room_of(path)
+    assert room in ALLOWED, f"{room} has no place in the order yet: add it to ALLOWED and to CONTRIBUTING.md"
+    allowed = ALLOWED[room]
+    if allowed is not None:
+        assert rooms_imported(path) - {room} <= allowed
+
+
+def test_the_order_has_no_cycle():
+    done: set[str] = set()
+    waiting = {room: set(allowed) for room, allowed in ALLOWED.items() if allowed is not None}
+    while waiting:
+        ready = [room for room, allowed in waiting.items() if allowed <= done]
+        assert ready, f"a cycle among {sorted(waiting)}"
+        done |= set(ready)
+        for room in ready:
+            del waiting[room]
+
+
+def test_only_sharding_names_mesh_axes():
+    for path in FILES:
+        if path.name in ("sharding.py", "config.py"):
+            continue
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & {"fsdp", "tensor"}, path
+
+
+def test_importing_the_package_neither_starts_jax_nor_reaches_out():
+    code = "import sys, stepjax, stepjax.config, stepjax.cli; assert 'jax' not in sys.modules, 'jax was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
