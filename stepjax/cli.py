@@ -110,7 +110,7 @@ class _GenerateArguments:
     max_new_tokens: int = 64
     temperature: float = 0.0  # 0 always takes the likeliest token
     seed: int = 0
-    thinking: bool = False  # let the answer start with a thought
+    thinking: bool | None = None  # start with a thought, or close it at once; the run's own way by default
 
 
 def _generate(arguments: list[str]) -> int:

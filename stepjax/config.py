@@ -311,7 +311,8 @@ class MeshConfig:
             sizes,
             f"the axes must multiply to the {num_devices} devices present",
         )
-        return tuple(sizes)
+        data, fsdp, context, tensor = sizes
+        return data, fsdp, context, tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

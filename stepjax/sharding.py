@@ -6,6 +6,7 @@ device and on a pod: on one device the mesh has one device and every rule still 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh that `config` asks for, over all devices by default."""
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))

@@ -17,6 +17,7 @@ from stepjax.config import (
     Phase,
     PretrainConfig,
     ScheduleConfig,
+    TokenizerConfig,
     VisionConfig,
 )
 
@@ -47,13 +48,14 @@ config = PretrainConfig(
         init_range=0.1,
     ),
     images=images,
+    tokenizer=TokenizerConfig(path="demo", generation_starts_thinking=False),
     data=DataConfig(
         sources=(
-            DigitsSource(name="transcribe", weight=0.55, task="transcribe"),
-            DigitsSource(name="count", weight=0.1, task="count"),
-            DigitsSource(name="add", weight=0.1, task="add"),
-            DigitsSource(name="point", weight=0.15, task="point"),
-            DigitsSource(name="arithmetic", weight=0.1, task="arithmetic"),
+            DigitsSource(name="transcribe", weight=0.75, task="transcribe"),
+            DigitsSource(name="count", weight=0.06, task="count"),
+            DigitsSource(name="add", weight=0.05, task="add"),
+            DigitsSource(name="point", weight=0.08, task="point"),
+            DigitsSource(name="arithmetic", weight=0.06, task="arithmetic"),
         ),
     ),
     batch=BatchConfig(rows=16, tokens=128, global_views=4, crops=10),

@@ -5,7 +5,7 @@ Legend: B rows of this process, T tokens, G global-view slots, C crop slots, HWC
 
 import dataclasses
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import grain
@@ -136,7 +136,7 @@ class Loader:
         finally:
             rows.close()  # ends the worker processes
 
-    def state(self, states: tuple[StreamState, ...]) -> dict[str, Any]:
+    def state(self, states: Sequence[StreamState]) -> dict[str, Any]:
         """What to save: the states of all streams (gathered over processes), and a fingerprint of their data."""
         return {"fingerprint": self._fingerprint, "streams": list(states)}
 

@@ -43,10 +43,7 @@ def evaluate(
         correct = 0
         for start in range(0, config.examples, config.batch_size):
             batch = [records[i] for i in range(start, min(start + config.batch_size, config.examples))]
-            prompts = [
-                processor.process_prompt(record["messages"][:-1], enable_thinking=False, name=record["id"])
-                for record in batch
-            ]
+            prompts = [processor.process_prompt(record["messages"][:-1], name=record["id"]) for record in batch]
             generations = generate(
                 model,
                 prompts,

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ _PEAK_BF16 = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """FLOP/s of a device by its kind; measured on CPUs, which have no figure of their own; None where unknown."""
     if device.platform == "cpu":
         # Simulated devices share the one processor.

@@ -100,7 +100,9 @@ def make_train_step(
         return jax.lax.scan(accumulate, zeros, micro_batches)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = gradients(state.model, batch)
+        grads: Any
+        model: Any = state.model
+        grads, sums = gradients(model, batch)
         with jax.named_scope("optimizer"):
             params: Any = state.model  # optax's types do not know that a module is a pytree
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
@@ -114,7 +116,7 @@ def make_train_step(
             "correct_X": sums["correct_X"],
             "weight_X": sums["weight_X"],
             "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(state.model),
+            "param_norm": optax.global_norm(model),
             "update_norm": optax.global_norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
