@@ -87,12 +87,20 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=_is_param)
 
 
-def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
+def _mesh_axes(axis: str) -> tuple[str, ...]:
     rule = RULES[axis]
-    mesh_axes = () if rule is None else (rule,) if isinstance(rule, str) else rule
-    parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    return () if rule is None else (rule,) if isinstance(rule, str) else rule
+
+
+def num_parts(axis: str, mesh: Mesh) -> int:
+    """Into how many parts a mesh cuts a logical axis."""
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
+
+
+def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
+    parts = num_parts(axis, mesh)
     if dim % parts:
         raise ConfigError(
             f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of "
-            f"mesh axes {mesh_axes}; make those mesh axes smaller"
+            f"mesh axes {_mesh_axes(axis)}; make those mesh axes smaller"
         )

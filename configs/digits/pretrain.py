@@ -58,7 +58,7 @@ config = PretrainConfig(
             DigitsSource(name="arithmetic", weight=0.06, task="arithmetic"),
         ),
     ),
-    batch=BatchConfig(rows=16, tokens=128, global_views=4, crops=10),
+    batch=BatchConfig(rows=8, tokens=128, global_views=4, crops=8),
     schedule=ScheduleConfig(
         phases=(Phase(tokens=4e6, start=2e-3, end=2e-4), Phase(tokens=1e6, start=2e-4, end=2e-5)), warmup_tokens=1e5
     ),

@@ -57,9 +57,9 @@ def generate(
             f"more than the model's {limit} positions: shorten one of them"
         )
     budget = RowBudget(
-        tokens=_round_up(len(longest.tokens), 32),
+        tokens=_round_up(len(longest.tokens), 64),
         global_views=_power_of_two(max(len(example.global_views) for example in prompts)),
-        crops=_power_of_two(max(len(example.crops) for example in prompts)),
+        crops=_power_of_two(max(len(example.crops) for example in prompts), least=8),
         images=images,
     )
     rows = [pack_prompt(example, budget) for example in prompts]
@@ -144,5 +144,5 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _power_of_two(n: int) -> int:
-    return 0 if n == 0 else 1 << (n - 1).bit_length()
+def _power_of_two(n: int, least: int = 1) -> int:
+    return 0 if n == 0 else max(least, 1 << (n - 1).bit_length())

@@ -16,13 +16,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from stepjax.config import PretrainConfig
-from stepjax.config_file import to_json
+from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import HostBatch, Loader
 from stepjax.data.packing import StreamState
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_parameters
 from stepjax.processing.processor import Processor
-from stepjax.sharding import make_mesh, shardings, spec
+from stepjax.sharding import make_mesh, num_parts, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
 from stepjax.training.hardware import peak_flops
 from stepjax.training.meter import Meter, Profile
@@ -89,6 +89,7 @@ def pretrain(
     mesh = make_mesh(config.mesh)
     schedule = learning_rate(config.schedule, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
+    _check_batch(config, mesh)
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
 
     with contextlib.ExitStack() as stack:
@@ -140,8 +141,8 @@ def pretrain(
         stop = stack.enter_context(StopRequest())
         profile = stack.enter_context(Profile(config.logging.profile, directory / "profile"))
         stack.enter_context(jax.transfer_guard("disallow"))
-        step, pending, saved_at = first_step, [], time.monotonic()
-        while step < config.num_steps and stop.received is None:
+        step, pending, saved_at, stopped_by = first_step, [], time.monotonic(), None
+        while step < config.num_steps and stopped_by is None:
             profile.before(step + 1)
             batch = meter.wait_for(batches)
             state, metrics = train_step(state, _to_devices(batch, mesh))
@@ -156,9 +157,11 @@ def pretrain(
                 say(f"first step done {time.monotonic() - began:.0f} s after the start, compilation included")
                 meter.reset()
 
+            # Looked at once a step: a signal that comes during what follows is for the next step to save.
+            stopped_by = stop.after(step, agree_every=config.logging.every)
             last = step == config.num_steps
-            save = last or step % config.checkpoint.every == 0 or stop.received is not None
-            if (save or step % config.logging.every == 0) and step > first_step + 1:
+            save = last or step % config.checkpoint.every == 0 or stopped_by is not None
+            if save or step % config.logging.every == 0:
                 rows, pending = fetch_rows(config, pending), []
                 speed = meter.summary()
                 for row_step, row in rows:
@@ -166,16 +169,31 @@ def pretrain(
                 shown = rows[-1][1] | interval_means(rows) | speed
                 progress.update(step, shown | {"seconds_since_checkpoint": time.monotonic() - saved_at})
             if save:
-                checkpointer.save(step, state, loader.state(_all_streams(batch.states)))
+                with jax.transfer_guard("allow"):  # the state goes to the host, and is meant to
+                    checkpointer.save(step, state, loader.state(_all_streams(batch.states)))
                 saved_at = time.monotonic()
             every = config.evaluation.every
-            if on_evaluation is not None and every and step % every == 0 and not last:
+            if on_evaluation is not None and every and step % every == 0 and not last and stopped_by is None:
                 with jax.transfer_guard("allow"), meter.paused():
                     on_evaluation(state.model, processor, step)
         checkpointer.wait()
-        if stop.received is not None:
-            say(f"{stop.received.name}: saved step {step} in {checkpointer.directory}; run the same command to go on")
-        return Outcome(state.model, processor, step, stop.received.name if stop.received else None, directory)
+        stopped_by = stopped_by or stop.received  # one may have come while the last step was saved
+        if stopped_by is not None:
+            say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}; run the same command to go on")
+        return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, directory)
+
+
+def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
+    batch = config.batch
+    parts = num_parts("batch", mesh)
+    if batch.rows // batch.accumulation % parts:
+        raise ConfigError(
+            f"batch.rows={batch.rows}: the rows of each of batch.accumulation={batch.accumulation} micro-batches must "
+            f"divide over {parts} devices (mesh.data x mesh.fsdp)"
+        )
+    parts = num_parts("length", mesh)
+    if batch.tokens % parts:
+        raise ConfigError(f"batch.tokens={batch.tokens}: must divide over {parts} devices (mesh.context)")
 
 
 def _restore_or_init(
@@ -191,28 +209,23 @@ def _restore_or_init(
         model = init_model(config.model, config.numerics, seed=config.seed, mesh=mesh)
         return jax.jit(partial(new_state, optimizer=optimizer), out_shardings=layout)(model), None
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    _check_same_run(read_meta(checkpointer.directory)["config"], to_json(config))
+    _check_same_run(from_json(read_meta(checkpointer.directory)["config"]), config)
     state, data_state, _ = checkpointer.restore(like, start)
     return state, data_state
 
 
 # What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.
-_MAY_CHANGE = {"name", "out", "logging", "checkpoint", "mesh", "evaluation"}
-_DATA_MAY_CHANGE = {"num_workers", "prefetch", "bad_records"}
+_MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation")
+_MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records")
 
 
-def _check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    def decisive(config):
-        fields = {key: value for key, value in config.items() if key not in _MAY_CHANGE}
-        fields["data"] = {key: value for key, value in config["data"].items() if key not in _DATA_MAY_CHANGE}
-        return fields
-
-    old, new = decisive(saved), decisive(current)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if changed:
+def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:
+    changes = differences(current, saved)
+    decisive = [line for line in changes if not line.startswith(tuple(f"{s}{p}" for s in _MAY_CHANGE for p in ".:"))]
+    if decisive:
         raise CheckpointError(
-            f"the run in this directory was made with another {', '.join(changed)}; restore the old values, or give "
-            f"the new run another --name"
+            f"the run in this directory was made with another configuration: {'; '.join(decisive)}. Restore the old "
+            f"values, or give the new run another --name"
         )
 
 

@@ -39,7 +39,12 @@ class Meter:
         self._since += time.monotonic() - start
 
     def summary(self) -> dict[str, float]:
-        """Rates over all devices since the last summary, under the names of `progress`; starts the next interval."""
+        """Rates over all devices since the last summary, under the names of `progress`; starts the next interval.
+
+        Empty where no step was taken since: after a first step, whose time is that of its compilation.
+        """
+        if not self._steps:
+            return {}
         config, batch, seconds, steps = self._config, self._config.batch, time.monotonic() - self._since, self._steps
         # Other processes hold as much, to a good approximation.
         tokens, views, crops, pairs = (float(used) for used in self._used * jax.process_count())

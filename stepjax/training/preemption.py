@@ -4,6 +4,10 @@ import signal
 from types import FrameType
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 
 class StopRequest:
     """A context in which the first signal is remembered, and a second one acts as it did before.
@@ -22,6 +26,19 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+    def after(self, step: int, *, agree_every: int) -> signal.Signals | None:
+        """The signal to act on now that `step` is done.
+
+        A signal reaches several processes between different steps, or one of them only, and yet all must leave after
+        the same step: they agree at the multiples of `agree_every`.
+        """
+        if jax.process_count() == 1:
+            return self.received
+        if step % agree_every:
+            return None
+        number = int(np.max(multihost_utils.process_allgather(np.array(self.received or 0))))
+        return signal.Signals(number) if number else None
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)

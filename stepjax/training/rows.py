@@ -41,8 +41,8 @@ def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) ->
     if bad:
         raise TrainingDivergedError(
             f"loss or gradient norm is not finite at step {bad[0]} (checked steps {rows[0][0]} to {rows[-1][0]}); "
-            f"nothing was saved since. Lower the learning rates of schedule.phases or optimizer.clip_norm, or look at "
-            f"the records of these steps"
+            f"nothing was saved since. Give a new run of another --name lower learning rates (schedule.phases) or a "
+            f"lower optimizer.clip_norm, or look at the records of these steps"
         )
     return rows
 

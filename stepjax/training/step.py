@@ -100,13 +100,11 @@ def make_train_step(
         return jax.lax.scan(accumulate, zeros, micro_batches)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads: Any
-        model: Any = state.model
+        model: Any = state.model  # optax's types do not know that a module is a pytree
         grads, sums = gradients(model, batch)
         with jax.named_scope("optimizer"):
-            params: Any = state.model  # optax's types do not know that a module is a pytree
-            updates, opt_state = optimizer.update(grads, state.opt_state, params)
-            model: Any = optax.apply_updates(params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, model)
+            new_model: Any = optax.apply_updates(model, updates)
         weight = jnp.maximum(jnp.sum(sums["weight_X"]), 1e-6)
         metrics = {
             "loss": jnp.sum(sums["loss_X"]) / weight,
@@ -120,6 +118,6 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, model, opt_state), metrics
+        return TrainState(state.step + 1, new_model, opt_state), metrics
 
     return train_step

@@ -60,7 +60,9 @@ def test_batch_holds_the_shapes_that_its_names_say(expected):
     rows, tokens = BATCH.rows, BATCH.tokens
     for batch in expected:
         assert {name: array.shape for name, array in batch.arrays.items()} == {
-            **{f"{name}_BT": (rows, tokens) for name in ("tokens", "segment_ids", "positions", "loss_weights", "group")},
+            **{
+                f"{name}_BT": (rows, tokens) for name in ("tokens", "segment_ids", "positions", "loss_weights", "group")
+            },
             "feature_index_BT": (rows, tokens),
             "global_views_BGHWC": (rows, 3, 56, 56, 3),
             "crops_BCHWC": (rows, 20, 28, 28, 3),
@@ -78,9 +80,7 @@ def test_batch_holds_the_shapes_that_its_names_say(expected):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_hold_consecutive_parts_of_the_same_batches(expected, process_count):
-    parts = [
-        batches(loader(process_index=index, process_count=process_count), 3) for index in range(process_count)
-    ]
+    parts = [batches(loader(process_index=index, process_count=process_count), 3) for index in range(process_count)]
     for step in range(3):
         hosts = [part[step] for part in parts]
         whole = HostBatch(

@@ -32,7 +32,18 @@ def image(value) -> dict:
 
 def test_records_are_found_by_index_among_blank_lines(tmp_path):
     texts = ["first", "zwei \u00fc\u4e2d", "3" * 5000, "last"]
-    lines = ["", {"text": texts[0]}, "   ", "\t", {"text": texts[1]}, {"text": texts[2]}, "", {"text": texts[3]}, "", ""]
+    lines = [
+        "",
+        {"text": texts[0]},
+        "   ",
+        "\t",
+        {"text": texts[1]},
+        {"text": texts[2]},
+        "",
+        {"text": texts[3]},
+        "",
+        "",
+    ]
     records = JsonlRecords("docs", write(tmp_path / "a.jsonl", *lines))
     assert len(records) == 4
     assert [records[i]["text"] for i in (3, 1, 0, 2)] == [texts[i] for i in (3, 1, 0, 2)]
@@ -96,7 +107,9 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
         JsonlRecords("docs", write(tmp_path / "a.jsonl", b'{"text": "\xff\xfe"}'))[0]
 
 
-@pytest.mark.parametrize("messages", ["hello", [1, "a", None], [{"role": "user"}], [{"content": ["a", {"image": 5}]}], 7])
+@pytest.mark.parametrize(
+    "messages", ["hello", [1, "a", None], [{"role": "user"}], [{"content": ["a", {"image": 5}]}], 7]
+)
 def test_malformed_messages_are_left_to_the_processor(tmp_path, messages):
     records = JsonlRecords("chat", write(tmp_path / "a.jsonl", {"messages": messages}))
     assert records[0]["messages"] == messages

@@ -33,7 +33,7 @@ def pixels(num_views, side, seed=0):
 
 
 def rotate_reference(x_PNH, grid, theta):
-    """Pair i of the first half of a head turns by column * theta^(-2i / (H/2)), of the second half by row * the same."""
+    """Pair i of the first half of a head turns by column * theta^(-2i / (H/2)), of the second by row * the same."""
     out = np.array(x_PNH, np.float64)
     per_axis = x_PNH.shape[-1] // 2
     for patch, head in np.ndindex(x_PNH.shape[:2]):
