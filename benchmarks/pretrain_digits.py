@@ -22,7 +22,15 @@ import machine
 
 ROOT = Path(__file__).parent.parent
 CURVE_POINTS = 40
-RATES = ("step_seconds", "tokens_per_second", "images_per_second", "mfu", "data_wait", "packing/tokens", "packing/vision")
+RATES = (
+    "step_seconds",
+    "tokens_per_second",
+    "images_per_second",
+    "mfu",
+    "data_wait",
+    "packing/tokens",
+    "packing/vision",
+)
 
 
 def main() -> None:
@@ -43,7 +51,15 @@ def main() -> None:
 
 
 def run(out: Path) -> dict:
-    command = [sys.executable, "-m", "stepjax.cli", "pretrain", str(ROOT / "configs/digits/pretrain.py"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "stepjax.cli",
+        "pretrain",
+        str(ROOT / "configs/digits/pretrain.py"),
+        "--out",
+        str(out),
+    ]
     environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the Makefile sets it
     start = time.monotonic()
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from stepjax.config import Split
 from stepjax.errors import ConfigError, StepjaxError
 
 USAGE = """usage: stepjax VERB ...
@@ -87,14 +88,14 @@ def _pretrain(arguments: list[str]) -> int:
 class _EvalArguments:
     run: Annotated[str, tyro.conf.Positional]  # directory of a run
     examples: int | None = None  # questions per source; the recipe's number by default
-    split: str = "held_out"  # held_out or train
+    split: Split = "held_out"
 
 
 def _eval(arguments: list[str]) -> int:
     args = tyro.cli(_EvalArguments, args=arguments, prog="stepjax eval", description="Score a run's last checkpoint.")
+    if args.examples is not None and args.examples < 1:
+        raise ConfigError(f"--examples {args.examples}: must be at least 1")
     model, processor, config = _load_run(args.run)
-    if args.split not in ("held_out", "train"):
-        raise ConfigError(f"--split {args.split}: choose held_out or train")
     evaluation = config.evaluation
     sources = tuple(dataclasses.replace(source, split=args.split) for source in evaluation.sources)
     evaluation = dataclasses.replace(evaluation, sources=sources, examples=args.examples or evaluation.examples)
@@ -167,9 +168,8 @@ def _report(model, processor, config, directory: Path, title: str) -> None:
     )
     print(f"\n{config.name}, {title}\n{summary_table(report.results)}\n")
     picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
-    contact_sheet(
-        pick_items(report.items, 20), picture, title=f"{config.name}: held-out questions and the model's answers"
-    )
+    heading = f"{config.name}, {title}: questions and the model's answers"
+    contact_sheet(pick_items(report.items, 20), picture, title=heading)
     rows = [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in report.results]
     table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
     print(f"answers shown in {picture}, figures in {table}")

@@ -23,6 +23,11 @@ def _require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{name}={value!r}: {remedy}")
 
 
+def _require_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, f"{section}.{name}", getattr(config, name), "must be positive")
+
+
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -41,6 +46,7 @@ class VisionConfig:
     layer_scale_init: float = 0.1
 
     def __post_init__(self):
+        _require_positive("vision", self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "position_grid")
         _require(
             self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}"
         )
@@ -74,6 +80,8 @@ class DecoderConfig:
     max_positions: int = 65_536
 
     def __post_init__(self):
+        _require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
+        _require_positive("decoder", self, "head_dim", "mlp_dim", "max_positions")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             "decoder.num_kv_heads",
@@ -103,6 +111,9 @@ class NumericsConfig:
     attention: AttentionImplementation = "xla"
     loss_chunk: int = 2048  # tokens whose logits exist at one time
 
+    def __post_init__(self):
+        _require_positive("numerics", self, "loss_chunk")
+
 
 # Images and tokens ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +136,7 @@ class ImageConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
+        _require_positive("images", self, "global_size", "crop_size", "patch_size", "max_side")
         for name in ("global_size", "crop_size"):
             size = getattr(self, name)
             _require(
@@ -215,6 +227,8 @@ class DataConfig:
     prefetch: int = 4  # batches made ahead
 
     def __post_init__(self):
+        _require_positive("data", self, "open_rows", "prefetch")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
         names = [source.name for source in self.sources]
         _require(len(set(names)) == len(names), "data.sources", names, "give every source a name of its own")
         for source in self.sources:
@@ -232,6 +246,9 @@ class BatchConfig:
     accumulation: int = 1  # micro-batches that the rows are split into
 
     def __post_init__(self):
+        _require_positive("batch", self, "rows", "tokens", "accumulation")
+        for name in ("global_views", "crops"):
+            _require(getattr(self, name) >= 0, f"batch.{name}", getattr(self, name), "must not be negative")
         _require(
             self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}"
         )
@@ -301,6 +318,7 @@ class MeshConfig:
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
         """Sizes of (data, fsdp, context, tensor) for `num_devices` devices."""
         sizes = [self.data, self.fsdp, self.context, self.tensor]
+        _require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1")
         _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and num_devices % known == 0:
@@ -320,6 +338,9 @@ class CheckpointConfig:
     every: int = 1000  # steps
     keep: int = 3
 
+    def __post_init__(self):
+        _require_positive("checkpoint", self, "every", "keep")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
@@ -327,6 +348,12 @@ class LoggingConfig:
     tensorboard: bool = False
     wandb: bool = False
     profile: tuple[int, int] | None = None  # trace these steps, from first to last, into OUT/profile
+
+    def __post_init__(self):
+        _require_positive("logging", self, "every")
+        if self.profile is not None:
+            first, last = self.profile
+            _require(1 <= first <= last, "logging.profile", self.profile, "name a first step from 1, and a last one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,6 +363,17 @@ class EvaluationConfig:
     max_new_tokens: int = 16
     batch_size: int = 64
     every: int | None = None  # steps between evaluations during training; None: at the end only
+
+    def __post_init__(self):
+        _require_positive("evaluation", self, "examples", "max_new_tokens", "batch_size")
+        _require(self.every is None or self.every > 0, "evaluation.every", self.every, "must be positive, or None")
+        for source in self.sources:
+            _require(
+                isinstance(source, DigitsSource),
+                f"evaluation.sources.{source.name}",
+                type(source).__name__,
+                "only digits sources can be scored so far",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,6 +398,8 @@ class PretrainConfig:
     out: str = "runs"  # the run lives in OUT/NAME
 
     def __post_init__(self):
+        _require(bool(self.name), "name", self.name, "must not be empty: the run lives in OUT/NAME")
+        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         vision, images = self.model.vision, self.images
         _require(
             vision.patch_size == images.patch_size,

@@ -7,6 +7,7 @@ any script; configuration read back from a checkpoint is data only and goes thro
 import dataclasses
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def load_recipe(path: str | Path) -> PretrainConfig:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"recipe {path} fails: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ConfigError(f"recipe {where} fails: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent))
     config = getattr(module, "config", None)
@@ -53,7 +56,7 @@ def override(config: PretrainConfig, arguments: Sequence[str], *, prog: str) -> 
     """`config` with `--section.field value` arguments applied; a wrong name is answered with the nearest ones (tyro).
 
     Raises:
-        ConfigError: the values do not fit together. SystemExit with a message where an argument does not parse.
+        SystemExit: an argument does not parse or the values do not fit together; the message is printed.
     """
     return tyro.cli(
         PretrainConfig,
@@ -74,13 +77,24 @@ def from_json(fields: dict[str, Any]) -> PretrainConfig:
     Raises:
         CheckpointError: the fields are not those of this version; they are named.
     """
+    message = "the checkpoint's configuration does not fit this version of stepjax: "
     try:
-        return _TYPE.validate_python(fields)
+        config = _TYPE.validate_python(fields)
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(
-            f"the checkpoint's configuration does not fit this version of stepjax: {problems}"
-        ) from error
+        raise CheckpointError(message + problems) from error
+    # Pydantic passes over keys that a dataclass does not have.
+    unknown = sorted(_paths(fields) - _paths(to_json(config)))
+    if unknown:
+        raise CheckpointError(f"{message}unknown {', '.join(unknown)}")
+    return config
+
+
+def _paths(fields: Any, prefix: str = "") -> set[str]:
+    """Every key of nested dicts and lists, by its dotted path."""
+    items = fields if isinstance(fields, dict) else dict(enumerate(fields)) if isinstance(fields, list) else {}
+    paths = {f"{prefix}{key}" for key in items}
+    return paths.union(*(_paths(value, f"{prefix}{key}.") for key, value in items.items()))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

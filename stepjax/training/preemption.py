@@ -37,7 +37,8 @@ class StopRequest:
             return self.received
         if step % agree_every:
             return None
-        number = int(np.max(multihost_utils.process_allgather(np.array(self.received or 0))))
+        with jax.transfer_guard("allow"):
+            number = int(np.max(multihost_utils.process_allgather(np.array(self.received or 0))))
         return signal.Signals(number) if number else None
 
     def _remember(self, number: int, _: FrameType | None) -> None:

@@ -6,14 +6,18 @@ Legend: B rows, T tokens, V vocabulary.
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from stepjax.config import NumericsConfig
+from stepjax.config import ImageConfig, ModelConfig, NumericsConfig, VisionConfig
 from stepjax.inference.generate import generate
 from stepjax.interop.hf_layout import decoder_config_from_hf, decoder_tensors
 from stepjax.interop.hf_load import fill
 from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import abstract_model
+from stepjax.processing.tokens import Example
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -55,15 +59,9 @@ def decoder(reference, tmp_path_factory):
     reference.config.save_pretrained(directory)
     config = decoder_config_from_hf(json.loads((directory / "config.json").read_text()))
     assert (config.rope_theta, config.qk_norm, config.norm_eps) == (50_000.0, True, 1e-5)
-    abstract = jax.eval_shape(lambda: Qwen3(config, FLOAT32, rngs=nnx_rngs()))
+    abstract = jax.eval_shape(lambda: Qwen3(config, FLOAT32, rngs=nnx.Rngs(0)))
     weights = {key: value.numpy() for key, value in reference.state_dict().items()}
     return fill(abstract, decoder_tensors(config, prefix=""), weights.__getitem__, weights)
-
-
-def nnx_rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 @jax.jit
@@ -135,7 +133,7 @@ def test_gradients_of_the_loss(reference, decoder, tokens_BT):
     def loss_and_grad(decoder):
         hidden_BTD, _ = decoder(decoder.embed(tokens_BT), positions_BT)
         log_probs_BTV = jax.nn.log_softmax(decoder.logits(hidden_BTD)[:, :-1])
-        return -jax.numpy.mean(jax.numpy.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1))
+        return -jnp.mean(jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1))
 
     loss, grads = loss_and_grad(decoder)
     reference.zero_grad()
@@ -154,17 +152,14 @@ def test_gradients_of_the_loss(reference, decoder, tokens_BT):
 
 def test_greedy_generation(reference, decoder, tokens_BT):
     """Our engine, with this decoder in a model whose encoder has nothing to do, against their `generate`."""
-    from stepjax.config import ImageConfig, ModelConfig, VisionConfig
-    from stepjax.models.step_vl import init_model
-    from stepjax.processing.tokens import Example
-
     config = ModelConfig(
         vision=VisionConfig(width=8, num_layers=1, num_heads=1, mlp_dim=8, patch_size=4, position_grid=4),
         decoder=decoder.config,
     )
     images = ImageConfig(global_size=16, crop_size=8, patch_size=4)
-    model = init_model(config, FLOAT32)
+    model = abstract_model(config, FLOAT32)
     model.decoder = decoder
+    model = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, model)
 
     def prompt(tokens_T):
         views = np.zeros((0, 16, 16, 3), np.float32), np.zeros((0, 8, 8, 3), np.float32)
@@ -176,7 +171,13 @@ def test_greedy_generation(reference, decoder, tokens_BT):
     prompts = [tokens_T[:n] for tokens_T, n in zip(tokens_BT, lengths, strict=True)]
     ours = generate(model, [prompt(tokens_T) for tokens_T in prompts], images, stop_ids=(), max_new_tokens=24)
     for generation, tokens_T in zip(ours, prompts, strict=True):
+        ids_1T = torch.tensor(tokens_T[None])
         theirs = reference.generate(
-            torch.tensor(tokens_T[None]), do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert list(generation.tokens) == theirs[0, len(tokens_T) :].tolist()

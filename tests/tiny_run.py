@@ -1,0 +1,79 @@
+"""Fixtures around the tiny recipe; test files ask for them with `pytest_plugins = ("tiny_run",)`."""
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import stepjax.training.loop
+from stepjax.cli import main
+from stepjax.sharding import make_mesh
+
+RECIPE = Path(__file__).parent / "tiny_recipe.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    out: Path
+    directory: Path
+    stdout: str
+    stderr: str
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(row: dict) -> dict:
+    """What must not depend on when or where a step was taken."""
+    return {key: value for key, value in row.items() if not key.startswith("speed/")}
+
+
+@pytest.fixture(scope="session")
+def _cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compilation_cache")
+
+
+@contextlib.contextmanager
+def _quick_runs(cache: Path) -> Iterator[None]:
+    """Runs use the first of the eight devices, and compile the same program once."""
+    options = {
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepjax.training.loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def quick_runs(_cache) -> Iterator[None]:
+    with _quick_runs(_cache):
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(_cache, tmp_path_factory) -> FinishedRun:
+    """The tiny recipe, trained and evaluated by the command line. Leave it as it is: all tests share it."""
+    out = tmp_path_factory.mktemp("runs")
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with _quick_runs(_cache), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = main(["pretrain", str(RECIPE), "--out", str(out)])
+    assert status == 0, stderr.getvalue()
+    return FinishedRun(out, out / "tiny", stdout.getvalue(), stderr.getvalue())

@@ -1,0 +1,358 @@
+"""The loop in one process: what a run leaves behind, how it ends, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_recipe import config as tiny
+from tiny_run import read_metrics, without_speed
+
+import stepjax.training.loop as loop
+from stepjax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DigitsSource,
+    JsonlSource,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Phase,
+    ScheduleConfig,
+    TokenizerConfig,
+)
+from stepjax.errors import CheckpointError, ConfigError, RecordError, TrainingDivergedError
+from stepjax.training.checkpoint import Checkpointer, read_meta
+from stepjax.training.loop import pretrain
+
+pytest_plugins = ("tiny_run",)
+
+STEPS = tiny.num_steps
+
+
+def steps_saved(directory) -> list[int]:
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def files(directory) -> dict:
+    return {path: path.stat().st_mtime_ns for path in sorted(directory.rglob("*"))}
+
+
+def schedule(steps: int, rate: float = 1e-3) -> ScheduleConfig:
+    return ScheduleConfig(phases=(Phase(tokens=steps * tiny.tokens_per_step, start=rate, end=rate),))
+
+
+# What a run leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_every_step_once_with_losses_by_source_and_modality(finished_run):
+    rows = read_metrics(finished_run.directory)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert {"loss", "accuracy", "z", "grad_norm", "param_norm", "update_norm", "learning_rate"} <= row.keys()
+        # Each source is of one modality here, so the two groupings must agree, and the mean lies between them.
+        assert row.get("loss/source/transcribe") == row.get("loss/image")
+        assert row.get("loss/source/arithmetic") == row.get("loss/text")
+        parts = [row[key] for key in ("loss/image", "loss/text") if key in row]
+        assert min(parts) - 1e-5 <= row["loss"] <= max(parts) + 1e-5
+    assert any("loss/image" in row for row in rows) and any("loss/text" in row for row in rows)
+
+
+def test_the_loss_falls_and_warm_up_starts_from_zero(finished_run):
+    rows = read_metrics(finished_run.directory)
+    assert rows[0]["learning_rate"] == 0 and rows[0]["update_norm"] == 0
+    assert rows[2]["learning_rate"] == max(row["learning_rate"] for row in rows)
+    assert np.mean([row["loss"] for row in rows[-4:]]) < rows[0]["loss"] - 1
+
+
+def test_speeds_are_logged_at_the_interval(finished_run):
+    for row in read_metrics(finished_run.directory):
+        speeds = {key.removeprefix("speed/") for key in row if key.startswith("speed/")}
+        if row["step"] % tiny.logging.every:
+            assert not speeds
+        else:
+            assert speeds == {
+                "step_seconds",
+                "tokens_per_second",
+                "images_per_second",
+                "data_wait",
+                "packing/tokens",
+                "packing/vision",
+                "mfu",
+            }
+            assert 0 < row["speed/packing/tokens"] <= 1 and 0 <= row["speed/data_wait"] <= 1
+            assert row["speed/tokens_per_second"] <= tiny.tokens_per_step / row["speed/step_seconds"] * 1.001
+
+
+def test_the_last_checkpoints_are_kept_with_their_configuration(finished_run):
+    assert steps_saved(finished_run.directory) == [8, 12, 16]
+    meta = read_meta(finished_run.directory / "checkpoints")
+    assert meta["step"] == STEPS and meta["config"]["name"] == "tiny"
+
+
+def test_the_console_tells_what_is_run_and_where(finished_run):
+    first = finished_run.stderr.splitlines()[0]
+    assert first.startswith(f"tiny: 79,248 parameters, {STEPS} steps of 256 tokens on 1 cpu device(s)")
+    assert str(finished_run.directory) in first
+    shown = [line.split()[1] for line in finished_run.stderr.splitlines() if line.startswith("step ")]
+    assert shown == [f"{step}/{STEPS}" for step in range(2, STEPS + 1, 2)]
+
+
+def test_a_step_is_logged_before_it_is_saved(tmp_path, monkeypatch, quick_runs):
+    """Or a kill after the save would lose its line: the first step after a start is no exception."""
+    seen = []
+    save = Checkpointer.save
+
+    def checked_save(self, step, *args, **kwargs):
+        seen.append((step, [row["step"] for row in read_metrics(tmp_path / "tiny")]))
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, "save", checked_save)
+    config = dataclasses.replace(
+        tiny,
+        out=str(tmp_path),
+        checkpoint=CheckpointConfig(every=1),
+        logging=LoggingConfig(every=100),
+        schedule=schedule(3),
+    )
+    pretrain(config)
+    assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]
+
+
+def test_profile_and_tensorboard(tmp_path, quick_runs):
+    logging = LoggingConfig(every=2, profile=(2, 3), tensorboard=True)
+    pretrain(dataclasses.replace(tiny, out=str(tmp_path), logging=logging, schedule=schedule(4)))
+    assert list((tmp_path / "tiny" / "profile").rglob("*.xplane.pb"))
+    (events,) = (tmp_path / "tiny" / "tensorboard").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"loss/source/transcribe" in content and b"speed/mfu" in content
+
+
+def test_evaluation_during_training_sees_the_model_of_its_step(tmp_path, quick_runs):
+    calls = []
+    evaluation = dataclasses.replace(tiny.evaluation, every=2)
+    config = dataclasses.replace(tiny, out=str(tmp_path), evaluation=evaluation, schedule=schedule(5))
+    pretrain(config, on_evaluation=lambda model, _, step: calls.append((step, norm(model))))
+    rows = read_metrics(tmp_path / "tiny")
+    assert [step for step, _ in calls] == [2, 4]
+    # `param_norm` is that of the parameters that a step starts from.
+    for step, value in calls:
+        np.testing.assert_allclose(value, rows[step]["param_norm"], rtol=1e-5)
+
+
+def norm(model) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(np.asarray(leaf))) for leaf in jax.tree.leaves(model))))
+
+
+# How it ends ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_nothing_to_train(finished_run, capsys, quick_runs):
+    before = files(finished_run.directory)
+    outcome = pretrain(dataclasses.replace(tiny, out=str(finished_run.out)))
+    assert (outcome.step, outcome.stopped_by) == (STEPS, None)
+    assert "nothing to train" in capsys.readouterr().err
+    assert files(finished_run.directory).keys() == before.keys()
+
+
+@pytest.mark.parametrize("moment", ["save", "evaluation", "last save"])
+def test_a_signal_at_any_moment_saves_before_leaving(tmp_path, monkeypatch, capsys, finished_run, moment, quick_runs):
+    """The next look at signals comes after a step, which is then saved; the same command goes on to an equal end."""
+    kill = {"save": 4, "evaluation": 6, "last save": STEPS}[moment]
+    save = Checkpointer.save
+
+    def save_and_kill(self, step, *args, **kwargs):
+        if step == kill:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, step, *args, **kwargs)
+
+    def evaluate_and_kill(model, processor, step):
+        if step == kill:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    evaluation = dataclasses.replace(tiny.evaluation, every=2)
+    config = dataclasses.replace(tiny, out=str(tmp_path), evaluation=evaluation)
+    with monkeypatch.context() as patch:
+        if moment == "evaluation":
+            outcome = pretrain(config, on_evaluation=evaluate_and_kill)
+        else:
+            patch.setattr(Checkpointer, "save", save_and_kill)
+            outcome = pretrain(config)
+    expected = min(kill + 1, STEPS)
+    assert (outcome.step, outcome.stopped_by) == (expected, "SIGTERM")
+    assert steps_saved(tmp_path / "tiny")[-1] == expected
+    assert f"SIGTERM: saved step {expected}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    outcome = pretrain(config)
+    assert (outcome.step, outcome.stopped_by) == (STEPS, None)
+    rows, unbroken = read_metrics(tmp_path / "tiny"), read_metrics(finished_run.directory)
+    assert [without_speed(row) for row in rows] == [without_speed(row) for row in unbroken]
+
+
+def test_divergence_stops_the_run_and_saves_nothing_more(tmp_path, quick_runs):
+    """Also where the bad step is the first after a start, and every step is a checkpoint."""
+    config = dataclasses.replace(
+        tiny,
+        out=str(tmp_path),
+        schedule=schedule(6, rate=1e30),
+        optimizer=OptimizerConfig(clip_norm=None),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    for _ in range(2):
+        with pytest.raises(TrainingDivergedError, match=r"not finite at step 2 \(checked steps 2 to 2\)"):
+            pretrain(config)
+        assert steps_saved(tmp_path / "tiny") == [1]
+    assert [row["step"] for row in read_metrics(tmp_path / "tiny")] == [1]
+
+
+def test_divergence_between_checks_names_the_range(tmp_path, quick_runs):
+    config = dataclasses.replace(
+        tiny, out=str(tmp_path), schedule=schedule(6, rate=1e30), optimizer=OptimizerConfig(clip_norm=None)
+    )
+    config = dataclasses.replace(config, logging=LoggingConfig(every=5), checkpoint=CheckpointConfig(every=5))
+    with pytest.raises(TrainingDivergedError, match=r"not finite at step 2 \(checked steps 1 to 5\)"):
+        pretrain(config)
+    assert steps_saved(tmp_path / "tiny") == []
+
+
+# Going on with another configuration ---------------------------------------------------------------------------------
+
+DECISIVE = {
+    "schedule.phases.0.start: 0.003 -> 0.001": lambda c: dataclasses.replace(c, schedule=schedule(STEPS)),
+    "model.decoder.width: 32 -> 48": lambda c: dataclasses.replace(
+        c, model=dataclasses.replace(c.model, decoder=dataclasses.replace(c.model.decoder, width=48))
+    ),
+    "data.sources.1.weight: 0.5 -> 0.25": lambda c: dataclasses.replace(
+        c,
+        data=dataclasses.replace(
+            c.data, sources=(c.data.sources[0], dataclasses.replace(c.data.sources[1], weight=0.25))
+        ),
+    ),
+    "seed: 0 -> 1": lambda c: dataclasses.replace(c, seed=1),
+    "optimizer.freeze: () -> ('vision',)": lambda c: dataclasses.replace(
+        c, optimizer=OptimizerConfig(freeze=("vision",))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", DECISIVE)
+def test_what_decides_the_result_may_not_change(finished_run, change, quick_runs):
+    before = files(finished_run.directory)
+    config = DECISIVE[change](dataclasses.replace(tiny, out=str(finished_run.out)))
+    with pytest.raises(CheckpointError, match="another configuration") as error:
+        pretrain(config)
+    assert change in str(error.value) and "--name" in str(error.value) and "\n" not in str(error.value)
+    assert files(finished_run.directory) == before
+
+
+def test_what_does_not_decide_it_may(finished_run, capsys):
+    """Eight devices instead of one among it; here without the fixture that takes one."""
+    config = dataclasses.replace(
+        tiny,
+        out=str(finished_run.out),
+        logging=LoggingConfig(every=7),
+        checkpoint=CheckpointConfig(every=5, keep=9),
+        mesh=MeshConfig(data=2, fsdp=1, context=4),
+        data=dataclasses.replace(tiny.data, num_workers=1, prefetch=2, bad_records="skip"),
+        evaluation=dataclasses.replace(tiny.evaluation, examples=8),
+    )
+    outcome = pretrain(config)
+    assert outcome.step == STEPS
+    assert len(jax.tree.leaves(outcome.model)[0].devices()) == 8
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A source of sums and of images, two of them broken."""
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "white.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "white.png").read_bytes()[:40])
+    with open(tmp_path / "records.jsonl", "w") as file:
+        for i in range(12):
+            image = {5: "broken.png", 8: "missing.png"}.get(i, "white.png")
+            question = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"Picture {i}."}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return JsonlSource(name="pictures", weight=1.0, path=str(tmp_path / "records.jsonl"))
+
+
+def test_skipped_records_are_counted_and_named(tmp_path, jsonl, capsys, quick_runs):
+    data = DataConfig(sources=(jsonl,), bad_records="skip")
+    pretrain(dataclasses.replace(tiny, out=str(tmp_path), data=data, schedule=schedule(4)))
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+    assert {line.split(":")[0] for line in named} == {"skipped pictures/5", "skipped pictures/8"}
+    assert "missing.png" in next(line for line in named if "pictures/8" in line)
+    assert sum(row.get("skipped", 0) for row in read_metrics(tmp_path / "tiny")) == len(named)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_record_stops_the_run_by_default(tmp_path, jsonl, num_workers, quick_runs):
+    data = DataConfig(sources=(jsonl,), num_workers=num_workers)
+    with pytest.raises(RecordError, match=r"record 'pictures/(5|8)': image 0: .*data.bad_records=skip") as error:
+        pretrain(dataclasses.replace(tiny, out=str(tmp_path), data=data))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_found_before_anything_is_compiled(tmp_path, monkeypatch, quick_runs):
+    data = DataConfig(sources=(JsonlSource(name="docs", weight=1.0, path=str(tmp_path / "none.jsonl")),))
+    with pytest.raises(RecordError, match="source 'docs': .*none.jsonl cannot be read"):
+        pretrain(dataclasses.replace(tiny, out=str(tmp_path), data=data))
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+
+# Devices and sizes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(mesh=MeshConfig()), r"batch.rows=2: .* divide over 8 devices"),
+        (
+            dict(mesh=MeshConfig(data=2, fsdp=1, context=4), batch=BatchConfig(rows=2, tokens=128, accumulation=2)),
+            r"batch.rows=2: .*batch.accumulation=2 micro-batches must divide over 2 devices",
+        ),
+        (
+            dict(mesh=MeshConfig(data=2, fsdp=1, context=4), batch=BatchConfig(rows=2, tokens=126)),
+            r"batch.tokens=126: must divide over 4 devices",
+        ),
+        (dict(mesh=MeshConfig(data=3)), r"mesh=\[3, -1, 1, 1\]: .*8 devices"),
+        (dict(optimizer=OptimizerConfig(freeze=("visoin",))), r"'visoin' matches no parameter name"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrain(dataclasses.replace(tiny, out=str(tmp_path), **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    decoder = dataclasses.replace(tiny.model.decoder, vocab_size=100)
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, decoder=decoder))
+    with pytest.raises(ConfigError, match=r"model.decoder.vocab_size=100: the tokenizer has \d+ ids"):
+        loop.make_processor(config)
+    with pytest.raises(ValueError, match="nowhere"):
+        loop.make_processor(dataclasses.replace(tiny, tokenizer=TokenizerConfig(path="nowhere")))
+
+
+def test_one_row_in_a_batch_and_one_step(tmp_path, quick_runs):
+    """The smallest run there is: its only step is first and last."""
+    source = DigitsSource(name="sums", weight=1.0, task="arithmetic")
+    config = dataclasses.replace(
+        tiny,
+        out=str(tmp_path),
+        data=DataConfig(sources=(source,)),
+        batch=BatchConfig(rows=1, tokens=64, global_views=0, crops=0),
+        schedule=ScheduleConfig(phases=(Phase(tokens=64, start=1e-3, end=1e-3),)),
+    )
+    pretrain(config)
+    (row,) = read_metrics(tmp_path / "tiny")
+    assert row["step"] == 1 and row["loss"] == row["loss/text"] == row["loss/source/sums"]
+    assert steps_saved(tmp_path / "tiny") == [1]
