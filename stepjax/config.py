@@ -274,6 +274,11 @@ class ScheduleConfig:
 
     def __post_init__(self):
         _require(bool(self.phases), "schedule.phases", self.phases, "needs at least one phase")
+        for i, phase in enumerate(self.phases):
+            _require_positive(f"schedule.phases.{i}", phase, "tokens")
+            for name in ("start", "end"):
+                rate = getattr(phase, name)
+                _require(rate >= 0, f"schedule.phases.{i}.{name}", rate, "a learning rate must not be negative")
         _require(
             self.warmup_tokens <= self.phases[0].tokens,
             "schedule.warmup_tokens",

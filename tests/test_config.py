@@ -56,6 +56,12 @@ REFUSED = {
     "batch.accumulation=0: must be positive": lambda: BatchConfig(rows=4, accumulation=0),
     "batch.crops=-1: must not be negative": lambda: BatchConfig(rows=4, crops=-1),
     "schedule.phases=(): needs at least one phase": lambda: ScheduleConfig(phases=()),
+    "schedule.phases.1.tokens=0: must be positive": lambda: ScheduleConfig(
+        phases=(PHASE, dataclasses.replace(PHASE, tokens=0))
+    ),
+    "schedule.phases.0.end=-1e-05: a learning rate must not be negative": lambda: ScheduleConfig(
+        phases=(dataclasses.replace(PHASE, end=-1e-5),)
+    ),
     "schedule.warmup_tokens=101: must end within the first phase": lambda: ScheduleConfig(
         phases=(PHASE,), warmup_tokens=101
     ),

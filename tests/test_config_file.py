@@ -87,7 +87,7 @@ def test_an_interrupt_in_a_recipe_is_not_swallowed(tmp_path):
         (["--optimizer.weight_decay=0.1"], "optimizer.weight_decay: 0.01 -> 0.1"),
         (["--optimizer.clip-norm", "None"], "optimizer.clip_norm: 1.0 -> None"),
         (["--optimizer.freeze", "vision", "embed"], "optimizer.freeze: () -> ('vision', 'embed')"),
-        (["--optimizer.learning-rate-scales", "vision", "0.1"], "optimizer.learning_rate_scales: () -> (('vision', 0.1),)"),
+        (["--optimizer.learning-rate-scales", "b", "0.1"], "optimizer.learning_rate_scales: () -> (('b', 0.1),)"),
         (["--data.sources.0.weight", "2"], "data.sources.0.weight: 0.5 -> 2.0"),
         (["--data.sources.1.task", "count"], "data.sources.1.task: 'arithmetic' -> 'count'"),
         (["--schedule.phases.0.tokens", "1e6"], "schedule.phases.0.tokens: 4096 -> 1000000.0"),

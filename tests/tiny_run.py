@@ -3,19 +3,19 @@
 import contextlib
 import dataclasses
 import io
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from run_files import RECIPE
 
-import stepjax.training.loop
+import stepjax.training.loop as loop
 from stepjax.cli import main
+from stepjax.config import PretrainConfig
 from stepjax.sharding import make_mesh
-
-RECIPE = Path(__file__).parent / "tiny_recipe.py"
+from stepjax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +26,18 @@ class FinishedRun:
     stderr: str
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_speed(row: dict) -> dict:
-    """What must not depend on when or where a step was taken."""
-    return {key: value for key, value in row.items() if not key.startswith("speed/")}
-
-
 @pytest.fixture(scope="session")
 def _cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compilation_cache")
+
+
+def _train_step(config: PretrainConfig, optimizer, schedule):
+    """The same function for configurations that compile to the same step, so that JAX traces it once."""
+    key = tuple(map(repr, (config.batch, config.schedule, config.optimizer, config.loss, config.numerics, config.data)))
+    return _train_steps.setdefault(key, make_train_step(config, optimizer, schedule))
+
+
+_train_steps: dict[tuple, Callable] = {}
 
 
 @contextlib.contextmanager
@@ -50,7 +50,8 @@ def _quick_runs(cache: Path) -> Iterator[None]:
     }
     before = {name: getattr(jax.config, name) for name in options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepjax.training.loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(loop, "make_train_step", _train_step)
         for name, value in options.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

@@ -31,7 +31,7 @@ NUM_RECORDS = 10_000_000  # of every source; more than a run reads
 
 # Probability of each number of digits in a picture.
 NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
-    "transcribe": {1: 0.35, 2: 0.25, 3: 0.3, 4: 0.06, 5: 0.04},  # short ones first teach what a digit is
+    "transcribe": {1: 0.4, 2: 0.3, 3: 0.25, 4: 0.03, 5: 0.02},  # short ones first teach what a digit is
     "count": {n: 1 / 6 for n in range(1, 7)},
     "add": {2: 0.5, 3: 0.5},
     "point": {n: 1 / 3 for n in range(2, 5)},

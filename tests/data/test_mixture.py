@@ -4,11 +4,12 @@ import collections
 import dataclasses
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 
-from stepjax.config import DigitsSource, ImageConfig, JsonlSource, TokenizerConfig
+from stepjax.config import BadRecords, DigitsSource, ImageConfig, JsonlSource, Source, TokenizerConfig
 from stepjax.data import mixture as mixture_module
 from stepjax.data.mixture import SHUFFLE_WINDOW, Sample, Skipped, mixture
 from stepjax.errors import RecordError
@@ -28,7 +29,7 @@ def jsonl(tmp_path, name: str, records: int | list, weight: float = 1.0) -> Json
     return JsonlSource(name=name, weight=weight, path=str(path))
 
 
-def mixed(*sources, seed: int = 0, bad_records="error"):
+def mixed(*sources: Source, seed: int = 0, bad_records: BadRecords = "error") -> Any:
     return mixture(sources, processor, seed=seed, bad_records=bad_records)
 
 

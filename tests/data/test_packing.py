@@ -64,7 +64,7 @@ def budget(tokens: int, global_views: int, crops: int) -> RowBudget:
     return RowBudget(tokens, global_views, crops, IMAGES)
 
 
-def cycle(sizes: list[Sizes]) -> grain.MapDataset:
+def cycle(sizes: list[Sizes]) -> Any:
     """An endless data set of examples of these sizes in turn, named by their indices."""
     return grain.MapDataset.range(10**9).map(functools.partial(_cycled, tuple(sizes)))
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from run_files import read_metrics, steps_saved, without_speed
 from tiny_recipe import config as tiny
-from tiny_run import read_metrics, without_speed
 
 import stepjax.training.loop as loop
 from stepjax.config import (
@@ -33,10 +33,6 @@ from stepjax.training.loop import pretrain
 pytest_plugins = ("tiny_run",)
 
 STEPS = tiny.num_steps
-
-
-def steps_saved(directory) -> list[int]:
-    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def files(directory) -> dict:

@@ -65,7 +65,7 @@ BUDGET = RowBudget.of(CONFIG.batch, CONFIG.images)
 def packed_samples() -> list[list[Sample]]:
     """The examples of four packed rows."""
     processor = Processor.from_config(CONFIG.images, CONFIG.tokenizer)
-    mixed = mixture(CONFIG.data.sources, processor, seed=0, bad_records="error")
+    mixed: Any = mixture(CONFIG.data.sources, processor, seed=0, bad_records="error")
     samples = [mixed[i] for i in range(24)]
     by_name = {sample.example.name: sample for sample in samples}
     stream = PackingStream(grain.MapDataset.source(samples), BUDGET, stream=0, num_streams=1, open_rows=1)
@@ -271,7 +271,7 @@ def test_loss_falls_on_a_batch_seen_thirty_times():
     assert history[-1]["accuracy"] > history[0]["accuracy"] + 0.3
     assert int(state.step) == 30
     schedule = learning_rate(CONFIG.schedule, CONFIG.tokens_per_step)
-    np.testing.assert_allclose([m["learning_rate"] for m in history], [schedule(i) for i in range(30)], rtol=1e-6)
+    np.testing.assert_allclose([m["learning_rate"] for m in history], np.array([schedule(i) for i in range(30)]), 1e-6)
 
 
 def test_two_runs_are_equal_to_the_last_bit():

@@ -1,0 +1,249 @@
+"""The command line: every mistake is answered with one line and a status, and what is no mistake is not hidden."""
+
+import json
+import os
+import signal
+
+import pytest
+from PIL import Image
+from run_files import RECIPE
+
+import stepjax
+from stepjax import cli
+from stepjax.cli import main
+from stepjax.training.checkpoint import Checkpointer
+
+pytest_plugins = ("tiny_run",)
+
+
+def assert_one_line(capsys, status, *parts, verb):
+    """The answer to a user's mistake."""
+    assert status == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith(f"stepjax {verb}: ") and "Traceback" not in captured.err
+    assert sum(line.startswith("stepjax ") for line in lines) == 1
+    for part in parts:
+        assert part in lines[-1]
+
+
+# Usage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_no_verb_and_help_show_the_usage(capsys):
+    assert main([]) == 2
+    usage = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == usage
+    assert all(verb in usage for verb in ("pretrain", "eval", "generate"))
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stepjax {stepjax.__version__}\n"
+
+
+def test_an_unknown_verb_names_those_there_are(capsys):
+    assert main(["pretrian"]) == 2
+    assert capsys.readouterr().err == "stepjax: no verb 'pretrian'; there are pretrain, eval, generate\n"
+
+
+def test_pretrain_without_a_recipe(capsys):
+    assert main(["pretrain"]) == 2
+    assert main(["pretrain", "--help"]) == 0
+    assert "stepjax pretrain RECIPE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["pretrain", str(RECIPE), "--help"], "--optimizer.weight-decay FLOAT"),
+        (["eval", "--help"], "--split {held_out,train}"),
+        (["generate", "--help"], "--prompt STR"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_help_of_a_verb_lists_its_options(arguments, field, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 0
+    assert field in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["pretrain", str(RECIPE), "--checkpont.every", "3"], "--checkpoint.every"),
+        (["eval", "runs/x", "--exmples", "3"], "--examples"),
+        (["eval", "runs/x", "--split", "test"], "held_out"),
+        (["generate", "runs/x", "--promt", "hello"], "--prompt"),
+        (["generate", "runs/x"], "--prompt"),
+        (["eval"], "RUN"),
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_answered_with_what_was_meant(arguments, answer, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert answer in capsys.readouterr().err
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_that_cannot_be_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(RECIPE.parent.parent)
+    assert_one_line(
+        capsys,
+        main(["pretrain", "configs/digits.py"]),
+        "'configs/digits.py'",
+        "configs/digits/pretrain.py",
+        verb="pretrain",
+    )
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("raise RuntimeError('no data today')\n")
+    assert_one_line(
+        capsys, main(["pretrain", str(recipe)]), "recipe.py, line 1", "RuntimeError: no data today", verb="pretrain"
+    )
+    recipe.write_text("settings = 1\n")
+    assert_one_line(capsys, main(["pretrain", str(recipe)]), "must leave a PretrainConfig in `config`", verb="pretrain")
+
+
+def test_dry_run_prints_a_page_and_writes_nothing(tmp_path, capsys):
+    arguments = ["pretrain", str(RECIPE), "--dry-run", "--out", str(tmp_path), "--seed", "5"]
+    assert main(arguments) == 0
+    page = capsys.readouterr().out
+    assert "parameters  79,248" in page and "seed: 0 -> 5" in page and f"would live in {tmp_path}/tiny" in page
+    assert not list(tmp_path.iterdir())
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_trained_evaluated_and_drawn(finished_run):
+    assert f"override  out: 'runs' -> '{finished_run.out}'" in finished_run.stdout
+    assert "tiny, step 16\n" in finished_run.stdout
+    for task in ("transcribe", "arithmetic"):
+        (line,) = [line for line in finished_run.stdout.splitlines() if line.startswith(task)]
+        assert "/4" in line
+    table = json.loads((finished_run.directory / "evaluation.json").read_text())
+    assert table["title"] == "step 16"
+    assert [(row["name"], row["total"]) for row in table["results"]] == [("transcribe", 4), ("arithmetic", 4)]
+    for row in table["results"]:
+        assert row["accuracy"] == row["correct"] / row["total"]
+    with Image.open(finished_run.directory / "contact_sheet.png") as sheet:
+        assert sheet.format == "PNG" and min(sheet.size) > 300
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(finished_run, capsys, quick_runs):
+    metrics = (finished_run.directory / "metrics.jsonl").read_bytes()
+    assert main(["pretrain", str(RECIPE), "--out", str(finished_run.out)]) == 0
+    captured = capsys.readouterr()
+    assert "nothing to train" in captured.err
+    assert captured.out == finished_run.stdout
+    assert (finished_run.directory / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_another_configuration_is_refused(finished_run, capsys, quick_runs):
+    status = main(["pretrain", str(RECIPE), "--out", str(finished_run.out), "--schedule.phases.0.start", "0.1"])
+    assert_one_line(capsys, status, "schedule.phases.0.start: 0.003 -> 0.1", "--name", verb="pretrain")
+
+
+def test_divergence_is_one_line(tmp_path, capsys, quick_runs):
+    schedule = ["--schedule.phases.0.start", "1e30", "--schedule.warmup-tokens", "0", "--optimizer.clip-norm", "None"]
+    status = main(["pretrain", str(RECIPE), "--out", str(tmp_path), *schedule])
+    assert_one_line(capsys, status, "not finite at step 2 (checked steps 1 to 2)", verb="pretrain")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_its_status(tmp_path, capsys, monkeypatch, number, status, quick_runs):
+    save = Checkpointer.save
+
+    def save_and_signal(self, step, *args, **kwargs):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, "save", save_and_signal)
+    assert main(["pretrain", str(RECIPE), "--out", str(tmp_path)]) == status
+    captured = capsys.readouterr()
+    assert f"{number.name}: saved step 5 in " in captured.err and "run the same command to go on" in captured.err
+    assert "accuracy" not in captured.out
+
+
+# A trained run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy_of_run(finished_run, tmp_path):
+    """A run that may be written to: its checkpoints are shared."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(finished_run.directory / "checkpoints")
+    return tmp_path / "run"
+
+
+def test_eval_scores_as_many_questions_as_asked_of_a_split(copy_of_run, capsys, quick_runs):
+    assert main(["eval", str(copy_of_run), "--examples", "2", "--split", "train"]) == 0
+    assert "tiny, train data\n" in capsys.readouterr().out
+    table = json.loads((copy_of_run / "evaluation.json").read_text())
+    assert [row["total"] for row in table["results"]] == [2, 2]
+    assert (copy_of_run / "contact_sheet.png").exists()
+
+
+def test_eval_agrees_with_the_evaluation_of_the_run(copy_of_run, finished_run, capsys, quick_runs):
+    assert main(["eval", str(copy_of_run)]) == 0
+    mine, run = (json.loads((d / "evaluation.json").read_text()) for d in (copy_of_run, finished_run.directory))
+    assert mine["results"] == run["results"]
+
+
+def test_generate_answers_text_and_images(copy_of_run, tmp_path, capsys, quick_runs):
+    arguments = ["generate", str(copy_of_run), "--prompt", "What is 1 + 1?", "--max-new-tokens", "4"]
+    assert main(arguments) == 0
+    greedy = capsys.readouterr()
+    assert greedy.out.endswith("\n")
+    assert main(arguments) == 0
+    assert capsys.readouterr() == greedy
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (30, 15), "white").save(tmp_path / name)
+    assert main([*arguments, "--image", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--temperature", "1"]) == 0
+
+
+def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_runs):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    ask = ["--prompt", "What is it?"]
+    for verb, rest in (("eval", []), ("generate", ask)):
+        assert_one_line(capsys, main([verb, str(tmp_path / "none"), *rest]), "none", verb=verb)
+        assert_one_line(capsys, main([verb, str(tmp_path / "empty"), *rest]), "no complete checkpoint", verb=verb)
+    assert_one_line(capsys, main(["eval", str(copy_of_run), "--examples", "0"]), "--examples 0", verb="eval")
+    generate = ["generate", str(copy_of_run), *ask]
+    missing, text = tmp_path / "missing.png", tmp_path / "text.png"
+    text.write_text("not a picture")
+    for arguments, part in {
+        ("--image", str(missing)): "no such file",
+        ("--image", str(text)): "no image in a known format",
+        ("--image", str(tmp_path)): "image 0",
+        ("--max-new-tokens", "0"): "--max-new-tokens 0",
+        ("--max-new-tokens", "1000"): "512 positions",
+        ("--temperature", "-1"): "--temperature -1",
+    }.items():
+        assert_one_line(capsys, main([*generate, *arguments]), part, verb="generate")
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_the_field(finished_run, tmp_path, capsys, monkeypatch):
+    meta = json.loads(json.dumps({"config": {"name": "old", "epochs": 3}}))
+    monkeypatch.setattr("stepjax.training.checkpoint.read_meta", lambda path: meta)
+    assert_one_line(capsys, main(["eval", str(finished_run.directory)]), "data: Field required", verb="eval")
+
+
+# What is no user's mistake -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("surprise", [KeyboardInterrupt, BrokenPipeError, RuntimeError, AssertionError])
+def test_surprises_are_not_hidden(monkeypatch, surprise):
+    def fail(_):
+        raise surprise
+
+    monkeypatch.setattr(cli, "_eval", fail)
+    with pytest.raises(surprise):
+        main(["eval", "runs/x"])
