@@ -2,8 +2,8 @@
 
     python benchmarks/pretrain_digits.py [--keep DIR]
 
-Takes as long as `make pretrain`. Writes results/pretrain_digits.json: wall times, median rates, the loss curve and held-out
-accuracy, and puts the picture into docs/.
+Takes as long as `make pretrain`. Writes results/pretrain_digits.json: wall times, median rates, the loss curve and
+held-out accuracy, and puts the picture into docs/.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(arguments.keep or temporary)
         figures = run(out)
+        (ROOT / "docs").mkdir(exist_ok=True)
         shutil.copy(out / "digits" / "contact_sheet.png", ROOT / "docs" / "contact_sheet.png")
     path = machine.write("pretrain_digits", figures)
     print(f"\n{figures['total_seconds']:.0f} s in all, first step after {figures['first_step_seconds']} s")

@@ -97,7 +97,7 @@ def load_hf(directory: str | Path, numerics: NumericsConfig | None = None) -> tu
                 for key in tensors.keys():
                     if key in where:
                         raise CheckpointError(
-                            f"{key} is in both {where[key].name} and {file.name} of {directory}; remove one of the files"
+                            f"{key} is in both {where[key].name} and {file.name} of {directory}; remove one of them"
                         )
                     where[key] = file
 

@@ -23,7 +23,7 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
     """A page of text. Allocates nothing, whatever the model's size.
 
     Raises:
-        ConfigError: the run would refuse the configuration. Data and devices, which may be elsewhere, are not looked at.
+        ConfigError: the run would refuse the configuration. Neither the data nor the devices are looked at.
     """
     processor = make_processor(config)
     model = abstract_model(config.model, config.numerics)

@@ -106,7 +106,7 @@ def test_worker_processes_make_the_same_batches_and_end(expected, num_workers):
         assert_same(batch, expectation)
 
 
-@pytest.mark.parametrize("prefetch", [0, 8])
+@pytest.mark.parametrize("prefetch", [1, 8])
 def test_prefetching_does_not_run_the_states_ahead(expected, prefetch):
     made = batches(loader(dataclasses.replace(DATA, prefetch=prefetch)), 3)
     for batch, expectation in zip(made, expected, strict=False):

@@ -213,6 +213,24 @@ def test_rematerialisation_does_not_change_the_result(small_config, randomized):
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
+def test_rematerialisation_keeps_what_its_policy_says(small_config):
+    """Numbers kept from the forward for the backward pass: what the vector-Jacobian product closes over."""
+    decoder = abstract_model(dataclasses.replace(small_config, decoder=QWEN), FLOAT32).decoder
+
+    def kept(remat):
+        def residuals(decoder):
+            def hidden(x_BTD):
+                return with_numerics(decoder, dataclasses.replace(FLOAT32, remat=remat))(x_BTD, positions_of(TOKENS_BT))
+
+            return jax.vjp(lambda x_BTD: hidden(x_BTD)[0], decoder.embed(TOKENS_BT))[1]
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, decoder)))
+
+    layers, heads, head_dim = QWEN.num_layers, QWEN.num_heads, QWEN.head_dim
+    assert kept("none") > kept("dots") > kept("attention") > kept("full")
+    assert kept("attention") - kept("full") == layers * TOKENS_BT.size * heads * head_dim
+
+
 def test_tied_embeddings_have_no_head_and_are_the_head(decoder):
     tied = decoder.config.tie_embeddings
     assert (decoder.head_kernel is None) == tied
