@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 RECIPE ?= configs/digits/pretrain.py
-COMPAT_PYTHON ?= $(firstword $(foreach v,3.13 3.12,$(shell command -v python$(v) 2>/dev/null)))
+# The newest interpreter that runs: pyenv's shims exist for versions that are not active, so each is tried.
+NEWEST_PYTHON = for p in python3.13 python3.12 $$HOME/.pyenv/versions/3.13*/bin/python3.13 \
+	$$HOME/.pyenv/versions/3.12*/bin/python3.12; do if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done
 
 .PHONY: pretrain test parity lint compat clean
 
@@ -22,13 +24,11 @@ lint: .venv-dev/installed  ## style, and types
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/pyright --pythonpath .venv-dev/bin/python
 
+compat: COMPAT_PYTHON ?= $(shell $(NEWEST_PYTHON))
 compat:  ## a fast subset on the newest JAX, where Python 3.12 or 3.13 is present
-ifeq ($(COMPAT_PYTHON),)
-	@echo "compat: no python3.12 or python3.13 on this machine; skipped"
-else
-	$(MAKE) .venv-compat/installed PYTHON=$(COMPAT_PYTHON)
-	.venv-compat/bin/python -m pytest -m "not slow" $(COMPAT_TESTS) $(ARGS)
-endif
+	@if [ -z "$(COMPAT_PYTHON)" ]; then echo "compat: no Python 3.12 or 3.13 on this machine; skipped"; else \
+		$(MAKE) .venv-compat/installed PYTHON=$(COMPAT_PYTHON) && \
+		.venv-compat/bin/python -m pytest -m "not slow" $(COMPAT_TESTS) $(ARGS); fi
 
 COMPAT_TESTS = tests/models tests/inference tests/interop tests/training/test_step.py tests/training/test_optimizer.py \
 	tests/training/test_checkpoint.py tests/data/test_loader.py tests/test_sharding.py

@@ -84,9 +84,12 @@ def _pretrain(arguments: list[str]) -> int:
     return 0
 
 
+_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
 @dataclasses.dataclass(frozen=True)
 class _EvalArguments:
-    run: Annotated[str, tyro.conf.Positional]  # directory of a run
+    run: _Run  # directory of a run
     examples: int | None = None  # questions per source; the recipe's number by default
     split: Split = "held_out"
 
@@ -105,7 +108,7 @@ def _eval(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _GenerateArguments:
-    run: Annotated[str, tyro.conf.Positional]  # directory of a run
+    run: _Run  # directory of a run
     prompt: str  # the question
     image: tuple[str, ...] = ()  # image files, shown before the question
     max_new_tokens: int = 64

@@ -58,7 +58,7 @@ def test_pretrain_without_a_recipe(capsys):
     ("arguments", "field"),
     [
         (["pretrain", str(RECIPE), "--help"], "--optimizer.weight-decay FLOAT"),
-        (["eval", "--help"], "--split {held_out,train}"),
+        (["eval", "--help"], "--split {train,held_out}"),
         (["generate", "--help"], "--prompt STR"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -151,8 +151,8 @@ def test_another_configuration_is_refused(finished_run, capsys, quick_runs):
 
 
 def test_divergence_is_one_line(tmp_path, capsys, quick_runs):
-    schedule = ["--schedule.phases.0.start", "1e30", "--schedule.warmup-tokens", "0", "--optimizer.clip-norm", "None"]
-    status = main(["pretrain", str(RECIPE), "--out", str(tmp_path), *schedule])
+    diverging = ["--schedule.phases.0.start", "1e30", "--schedule.warmup-tokens", "0", "--optimizer.clip-norm", "None"]
+    status = main(["pretrain", str(RECIPE), "--out", str(tmp_path), *diverging])
     assert_one_line(capsys, status, "not finite at step 2 (checked steps 1 to 2)", verb="pretrain")
 
 
