@@ -94,7 +94,7 @@ def test_rate_jumps_between_phases_that_do_not_meet():
 
 @pytest.mark.parametrize("phase", [Phase(tokens=0, start=1, end=1), Phase(tokens=5, start=1, end=-1e-6)])
 def test_impossible_phases_are_refused_by_index(phase):
-    with pytest.raises(ConfigError, match=r"schedule\.phases\[1\]"):
+    with pytest.raises(ConfigError, match=r"schedule\.phases\.1\."):
         learning_rate(ScheduleConfig(phases=(Phase(tokens=5, start=1, end=1), phase)), 1)
 
 

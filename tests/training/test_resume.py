@@ -64,7 +64,10 @@ class Process:
         self._process.send_signal(number)
 
     def end(self) -> int:
-        status = self._process.wait(TIMEOUT)
+        try:
+            status = self._process.wait(TIMEOUT)
+        finally:
+            self._process.kill()  # where it hangs, or the test is interrupted
         self.output_at_end = self.output
         self._log.close()
         return status
