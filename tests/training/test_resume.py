@@ -92,7 +92,8 @@ def final_state(directory: Path):
 @pytest.mark.slow
 def test_killed_at_any_instant_and_started_again_the_result_is_the_same(tmp_path):
     whole, broken, cache = tmp_path / "whole", tmp_path / "broken", tmp_path / "cache"
-    whole.mkdir(), broken.mkdir()
+    whole.mkdir()
+    broken.mkdir()
     process = Process(whole, cache)
     assert process.end() == 0, process.output_at_end
 
