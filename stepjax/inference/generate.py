@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.config import ImageConfig
+from stepjax.data.mixture import Sample
 from stepjax.data.packing import RowBudget, pack
 from stepjax.errors import TokenError
 from stepjax.models.qwen3 import make_cache
@@ -86,8 +87,6 @@ def generate(
 
 def pack_prompt(example: Example, budget: RowBudget) -> dict[str, np.ndarray]:
     """A row that holds one example: the training layout, so that there is one layout."""
-    from stepjax.data.mixture import Sample
-
     return pack([Sample(example, domain=0)], budget)
 
 
