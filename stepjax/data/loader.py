@@ -104,18 +104,18 @@ class Loader:
         rows = batch.rows // process_count
         if data.num_workers and rows % data.num_workers:
             raise ConfigError(f"data.num_workers={data.num_workers}: must divide the {rows} rows of a process")
-        self._data, self._rows, self._seed = data, rows, seed
+        self._data, self._rows = data, rows
         self._fingerprint = _fingerprint(data, batch, images, seed)
         streams = list(range(process_index * rows, (process_index + 1) * rows))
         states = [NEW_STREAM] * batch.rows if state is None else self._checked(state)
-        self._samples = mixture(data.sources, processor, seed=seed, bad_records=data.bad_records)
+        samples = mixture(data.sources, processor, seed=seed, bad_records=data.bad_records)
         options = dict(
             budget=RowBudget.of(batch, images),
             num_streams=batch.rows,
             open_rows=data.open_rows,
             skip_oversize=data.bad_records == "skip",
         )
-        self._dataset: grain.IterDataset = _Rows(self._samples, streams, [states[s] for s in streams], options)
+        self._dataset: grain.IterDataset = _Rows(samples, streams, [states[s] for s in streams], options)
 
     def __iter__(self) -> Generator[HostBatch, None, None]:
         ahead = self._data.prefetch * self._rows

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, flat
 from stepjax.models.flops import training_flops
-from stepjax.models.step_vl import abstract_model, init_model
+from stepjax.models.step_vl import abstract_model
 from stepjax.training.loop import make_processor, run_directory
 from stepjax.training.optimizer import learning_rate, make_optimizer, named_leaves, trained_names
 from stepjax.training.progress import human_number
-from stepjax.training.step import new_state
+from stepjax.training.step import abstract_state
 
 _GIB = 1024**3
 
@@ -28,7 +28,7 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
     processor = make_processor(config)
     model = abstract_model(config.model, config.numerics)
     optimizer = make_optimizer(config.optimizer, learning_rate(config.schedule, config.tokens_per_step), model)
-    state = jax.eval_shape(lambda: new_state(init_model(config.model, config.numerics), optimizer))
+    state = abstract_state(config, optimizer)
 
     sizes = {name: leaf.size for name, leaf in named_leaves(model).items()}
     trained = sum(sizes[name] for name in trained_names(config.optimizer, model))

@@ -31,7 +31,7 @@ from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.preemption import StopRequest
 from stepjax.training.progress import ProgressLine
 from stepjax.training.rows import fetch_rows, interval_means
-from stepjax.training.step import TrainState, make_train_step, new_state
+from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _restore_or_init(
     mesh: Mesh,
     start: int | None,
 ) -> tuple[TrainState, dict[str, Any] | None]:
-    abstract = jax.eval_shape(lambda: new_state(init_model(config.model, config.numerics, seed=0), optimizer))
+    abstract = abstract_state(config, optimizer)
     layout = shardings(abstract, mesh)
     if start is None:
         model = init_model(config.model, config.numerics, seed=config.seed, mesh=mesh)

@@ -5,6 +5,7 @@ Legend: A micro-batches, B rows, T tokens, X groups (twice the number of sources
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from stepjax.config import PretrainConfig
-from stepjax.models.step_vl import StepVL
+from stepjax.models.step_vl import StepVL, abstract_model
 from stepjax.training.losses import next_tokens, token_scores
 
 Batch = dict[str, jax.Array]
@@ -31,6 +32,11 @@ class TrainState:
 
 def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+
+def abstract_state(config: PretrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state with shapes in place of arrays: what a checkpoint is restored onto, and what a dry run adds up."""
+    return jax.eval_shape(partial(new_state, optimizer=optimizer), abstract_model(config.model, config.numerics))
 
 
 def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[jax.Array, Metrics]:
@@ -113,9 +119,9 @@ def make_train_step(
             "loss_X": sums["loss_X"],
             "correct_X": sums["correct_X"],
             "weight_X": sums["weight_X"],
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(model),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(model),
+            "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, new_model, opt_state), metrics
