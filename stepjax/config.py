@@ -15,7 +15,7 @@ from stepjax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "dots", "attention"]
-AttentionImplementation = Literal["xla"]
+AttentionImplementation = Literal["auto", "xla", "tpu", "gpu"]
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -108,7 +108,7 @@ class NumericsConfig:
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
     remat: RematPolicy = "full"
-    attention: AttentionImplementation = "xla"
+    attention: AttentionImplementation = "auto"  # the Mosaic kernel on TPU, XLA elsewhere; "gpu" is cuDNN
     loss_chunk: int = 2048  # tokens whose logits exist at one time
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepjax.config import MeshConfig
 from stepjax.errors import ConfigError
@@ -48,6 +48,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def spec(*logical_axes: str | None) -> PartitionSpec:
     """Partition of an array whose dimensions have these logical axes (None: not partitioned)."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in logical_axes))
+
+
+def target_platform() -> str:
+    """What the computation in scope is compiled for, "cpu", "gpu" or "tpu": by the mesh, without one JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def part_index(axis: str) -> int | jax.Array:
+    """Inside `jax.shard_map`: which part of a logical axis this device has."""
+    mesh_axes = _mesh_axes(axis)
+    return jax.lax.axis_index(mesh_axes) if num_parts(axis, jax.sharding.get_abstract_mesh()) > 1 else 0
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -92,7 +104,7 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def num_parts(axis: str, mesh: Mesh) -> int:
+def num_parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a mesh cuts a logical axis."""
     return math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
 

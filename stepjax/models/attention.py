@@ -1,66 +1,79 @@
-"""Attention with grouped queries over packed rows.
+"""Attention of the models: which implementation computes it, and how it is spread over a mesh.
 
-Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R query heads a key-value head, H head
-dim.
+Legend: B rows, T query tokens, S key tokens or cache slots, N query heads, K key-value heads, H head dim.
 """
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import Implementation, flash_attention
+from pallas_kernels.flash_attention.reference import masked_attention
 from stepjax.config import AttentionImplementation
+from stepjax.sharding import part_index, spec, target_platform
 
-_MASKED = -1e30  # finite, so that a row without any visible key gives a mean and not NaN
+# "gpu" (cuDNN) has to be asked for until it has been run on a GPU.
+_AUTOMATIC: dict[str, Implementation] = {"tpu": "tpu"}
+
+
+def resolve(implementation: AttentionImplementation, platform: str) -> Implementation:
+    """The implementation that a configured one means on a platform ("cpu", "gpu", "tpu")."""
+    return _AUTOMATIC.get(platform, "xla") if implementation == "auto" else implementation
 
 
 def attend(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     *,
     causal: bool = False,
     segment_ids_BT: jax.Array | None = None,
-    mask_BTS: jax.Array | None = None,
-    implementation: AttentionImplementation = "xla",
+    length_axis: str | None = None,
+    implementation: AttentionImplementation = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v with grouped queries, softmax in float32; [B, T, N, H].
+    """softmax(q k^T / sqrt(H)) v with grouped queries; [B, T, N, H].
 
-    A token sees the tokens of its own segment only (packed rows), those up to itself if `causal`, and where `mask_BTS`
-    is true. Two packed examples of two and three tokens, then one of padding (segment 0), causal:
+    A token sees the tokens of its own segment only (packed rows), and those up to itself if `causal`. Segment 0 is
+    padding: it neither sees nor is seen, and gives zero.
 
-        segment_ids  1 1 2 2 2 0
-        token 0      1 . . . . .
-        token 1      1 1 . . . .
-        token 2      . . 1 . . .
-        token 3      . . 1 1 . .
-        token 4      . . 1 1 1 .
-        token 5      . . . . . 1    padding sees padding: finite, and weighed by zero in the loss
+    Args:
+        length_axis: logical axis of T, if a mesh may spread it.
+        implementation: "auto" is resolved by the platform of the mesh in scope, without one by JAX's default.
+
+    Raises:
+        ArgumentError: the implementation cannot do these shapes or this dtype.
     """
-    assert implementation == "xla", implementation
-    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-    R = N // K
-    visible_BTS = mask_BTS
-    for mask in (_causal(T, S) if causal else None, _same_segment(segment_ids_BT)):
-        if mask is not None:
-            visible_BTS = mask if visible_BTS is None else visible_BTS & mask
+    chosen = resolve(implementation, target_platform())
+    # Packing counts segments from 1, the kernels take negative ids for padding.
+    segment_ids = () if segment_ids_BT is None else (segment_ids_BT - 1,)
+    if chosen == "xla" or jax.sharding.get_abstract_mesh().empty:
+        q_ids = segment_ids[0] if segment_ids else None
+        return flash_attention(q_BTNH, k_BTKH, v_BTKH, causal=causal, q_segment_ids_BT=q_ids, implementation=chosen)
 
-    # The R query heads that share a key-value head become R * T queries of it: plain batched matrix products, which
-    # every backend has a fast path for, and no repeated keys.
-    q_BKQH = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H) * H**-0.5
-    k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
-    scores_BKQS = jnp.matmul(q_BKQH, k_BKHS, preferred_element_type=jnp.float32)
-    if visible_BTS is not None:
-        scores_BKQS += jnp.tile(jnp.where(visible_BTS, 0.0, _MASKED), (1, R, 1))[:, None]
-    # The division by the sum waits until after the second product, where there is less to divide.
-    weights_BKQS = jnp.exp(scores_BKQS - jax.lax.stop_gradient(jnp.max(scores_BKQS, axis=-1, keepdims=True)))
-    sums_BKQ1 = jnp.sum(weights_BKQS, axis=-1, keepdims=True)
-    out_BKQH = jnp.matmul(weights_BKQS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32) / sums_BKQ1
-    out_BTNH = out_BKQH.reshape(B, K, R, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-    return out_BTNH.astype(q_BTNH.dtype)
+    def of_device(q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=None):
+        first = part_index(length_axis) * q_BTNH.shape[1] if causal and length_axis is not None else 0
+        return flash_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            causal=causal,
+            q_offset=first,
+            q_segment_ids_BT=q_ids_BT,
+            kv_segment_ids_BS=kv_ids_BS,
+            implementation=chosen,
+        )
+
+    # The partitioner cannot look into a kernel, so every device is given its rows, its heads and its part of the
+    # queries, and all the keys of those rows.
+    q_spec, kv_spec = spec("batch", length_axis, "heads", None), spec("batch", None, "kv_heads", None)
+    ids_specs = (spec("batch", length_axis), spec("batch", None)) if segment_ids else ()
+    sharded = jax.shard_map(
+        of_device, in_specs=(q_spec, kv_spec, kv_spec, *ids_specs), out_specs=q_spec, check_vma=False
+    )
+    return sharded(q_BTNH, k_BTKH, v_BTKH, *(2 * segment_ids))
 
 
-def _causal(queries: int, keys: int) -> jax.Array:
-    return (jnp.arange(keys) <= jnp.arange(queries)[:, None])[None]
-
-
-def _same_segment(segment_ids_BT: jax.Array | None) -> jax.Array | None:
-    return None if segment_ids_BT is None else segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+def attend_to_cache(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Attention to the slots of a key-value cache up to each token's own position, by XLA; [B, T, N, H]."""
+    # A slot's index is its position, so a token sees the slots up to its own; later ones are not written yet.
+    visible_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, :, None]
+    return masked_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=q_BTNH.shape[-1] ** -0.5)[0]

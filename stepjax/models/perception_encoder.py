@@ -14,12 +14,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from stepjax.config import NumericsConfig, VisionConfig
 from stepjax.models.attention import attend
 from stepjax.models.layers import LayerNorm, constant, matrix, rotary_2d, rotate_pairs
-from stepjax.models.remat import ATTENTION_OUTPUT, remat
+from stepjax.models.remat import remat
 from stepjax.sharding import constrain
 
 
@@ -45,7 +44,6 @@ class EncoderAttention(nnx.Module):
         q_MPNH = rotate_pairs(q_MPNH, cos_PH, sin_PH)
         k_MPNH = rotate_pairs(k_MPNH, cos_PH, sin_PH)
         attended_MPNH = attend(q_MPNH, k_MPNH, v_MPNH, implementation=numerics.attention)
-        attended_MPNH = checkpoint_name(attended_MPNH, ATTENTION_OUTPUT)
         return jnp.einsum("MPNH,NHE->MPE", attended_MPNH, self.out_kernel.astype(dtype)) + self.out_bias.astype(dtype)
 
 

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from stepjax.config import DecoderConfig, NumericsConfig
-from stepjax.models.attention import attend
+from stepjax.models.attention import attend, attend_to_cache
 from stepjax.models.layers import RMSNorm, matrix, rotary_1d, rotate_halves
-from stepjax.models.remat import ATTENTION_OUTPUT, remat
+from stepjax.models.remat import remat
 from stepjax.sharding import constrain
 
 
@@ -56,17 +55,20 @@ class DecoderAttention(nnx.Module):
 
         if cache is None:
             attended_BTNH = attend(
-                q_BTNH, k_BTKH, v_BTKH, causal=True, segment_ids_BT=segment_ids_BT, implementation=numerics.attention
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                causal=True,
+                segment_ids_BT=segment_ids_BT,
+                length_axis="length",
+                implementation=numerics.attention,
             )
         else:
             rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
             k_BSKH = cache.k_LBSKH.at[rows_B1, positions_BT].set(k_BTKH)
             v_BSKH = cache.v_LBSKH.at[rows_B1, positions_BT].set(v_BTKH)
             cache = Cache(k_BSKH, v_BSKH)
-            # A slot's index is its position, so a token sees the slots up to its own; later ones are not written yet.
-            mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, :, None]
-            attended_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS=mask_BTS, implementation=numerics.attention)
-        attended_BTNH = checkpoint_name(attended_BTNH, ATTENTION_OUTPUT)
+            attended_BTNH = attend_to_cache(q_BTNH, k_BSKH, v_BSKH, positions_BT)
         return jnp.einsum("BTNH,NHD->BTD", attended_BTNH, self.out_kernel.astype(dtype)), cache
 
 

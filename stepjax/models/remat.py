@@ -3,16 +3,15 @@
 none        keep everything
 full        keep the input of every layer only
 dots        keep the results of matrix products that have no batch dimension (projections, not attention scores)
-attention   keep the attention output of every layer, so that the quadratic part is not computed twice
+attention   keep what the attention kernel computed of every layer (output, log-sum-exp), so that it runs only once
 """
 
 from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.flash_attention import RESIDUAL_NAMES
 from stepjax.config import RematPolicy
-
-ATTENTION_OUTPUT = "attention_output"
 
 
 def remat(layer: Callable, policy: RematPolicy) -> Callable:
@@ -22,7 +21,7 @@ def remat(layer: Callable, policy: RematPolicy) -> Callable:
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+        "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
     }
     # Inside a scan the loop itself keeps XLA from merging the two computations; the barrier would only cost.
     return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)

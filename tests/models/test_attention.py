@@ -1,39 +1,41 @@
-"""Attention against a softmax written out in float64 numpy.
+"""Attention of the models against a softmax written out in float64 numpy, on one device and spread over a mesh.
 
 Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
-
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepjax.models.attention import attend
+from pallas_kernels.flash_attention import flash_attention
+from stepjax.config import MeshConfig
+from stepjax.models import attention
+from stepjax.models.attention import attend, attend_to_cache, resolve
+from stepjax.sharding import make_mesh, target_platform
 
-SEGMENTS_BT = np.array([[1, 1, 2, 2, 2, 3, 0], [1, 1, 1, 1, 1, 0, 0]])
+SEGMENTS_BT = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
 B, T, H = *SEGMENTS_BT.shape, 4
 
 
-def qkv(heads, kv_heads, *, keys=T, scale=1.0, seed=0):
+def qkv(heads, kv_heads, *, rows=B, keys=T, scale=1.0, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = (B, T, heads, H), (B, keys, kv_heads, H), (B, keys, kv_heads, H)
-    return [(scale * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
+    shapes = (rows, T, heads, H), (rows, keys, kv_heads, H), (rows, keys, kv_heads, H)
+    return [jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def visibility(*, causal=False, segments=False, mask_BTS=None, keys=T):
-    visible = np.ones((B, T, keys), bool) if mask_BTS is None else mask_BTS.copy()
+def visibility(*, causal=False, segments=False):
+    visible = np.ones((B, T, T), bool)
     for b, t, s in np.ndindex(visible.shape):
         visible[b, t, s] &= not causal or s <= t
-        visible[b, t, s] &= not segments or SEGMENTS_BT[b, t] == SEGMENTS_BT[b, s]
+        visible[b, t, s] &= not segments or SEGMENTS_BT[b, t] == SEGMENTS_BT[b, s] != 0
     return visible
 
 
 def naive(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
-    """One query and one head at a time; a query that sees no key is left at NaN."""
+    """One query and one head at a time; a query that sees no key gives zero."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
-    out = np.full(q.shape, np.nan)
+    out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
         seen = np.flatnonzero(visible_BTS[b, t])
@@ -45,26 +47,26 @@ def naive(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("causal, segments, masked", list(itertools.product([False, True], repeat=3)))
-def test_equals_naive_softmax(heads, kv_heads, causal, segments, masked):
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segments", [False, True])
+def test_equals_naive_softmax(heads, kv_heads, causal, segments):
+    """Padding gives zero."""
     q, k, v = qkv(heads, kv_heads)
-    mask_BTS = np.random.default_rng(1).random((B, T, T)) < 0.7 if masked else None
-    out = attend(
-        q, k, v, causal=causal, segment_ids_BT=jnp.asarray(SEGMENTS_BT) if segments else None, mask_BTS=mask_BTS
-    )
-    expected = naive(q, k, v, visibility(causal=causal, segments=segments, mask_BTS=mask_BTS))
-    seen = ~np.isnan(expected)
-    np.testing.assert_allclose(np.asarray(out)[seen], expected[seen], rtol=0, atol=2e-6)
+    out = attend(q, k, v, causal=causal, segment_ids_BT=jnp.asarray(SEGMENTS_BT) if segments else None)
+    expected = naive(q, k, v, visibility(causal=causal, segments=segments))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
 
 
-def test_keys_may_be_longer_than_queries():
+def test_cache_is_seen_up_to_the_position_of_each_token():
     q, k, v = qkv(4, 2, keys=11)
-    mask_BTS = np.arange(11) <= np.array([[3], [10], [0], [5], [7], [2], [9]]) + np.zeros((B, 1, 1), int)
-    np.testing.assert_allclose(attend(q, k, v, mask_BTS=mask_BTS), naive(q, k, v, mask_BTS), rtol=0, atol=2e-6)
+    positions_BT = np.array([[3, 10, 0, 5, 7, 2, 9, 1], np.arange(T)])
+    visible_BTS = np.arange(11) <= positions_BT[:, :, None]
+    out = attend_to_cache(q, k, v, jnp.asarray(positions_BT))
+    np.testing.assert_allclose(out, naive(q, k, v, visible_BTS), rtol=0, atol=2e-6)
 
 
 def test_bfloat16_rounds_inputs_and_output_but_not_the_softmax():
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(4, 2, scale=3.0))
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(4, 2, scale=3.0))
     out = attend(q, k, v, causal=True)
     assert out.dtype == jnp.bfloat16
     # Weights and output have 8 bits of mantissa: 2^-8 of the largest value each.
@@ -79,38 +81,98 @@ def test_large_scores_do_not_overflow():
     )
 
 
-def test_row_that_sees_nothing_is_finite_and_changes_no_other():
+def test_gradients_equal_those_of_the_textbook_formula_and_padding_has_none():
     q, k, v = qkv(4, 2)
-    mask_BTS = np.ones((B, T, T), bool)
-    mask_BTS[0, 2] = False
-    out = np.asarray(attend(q, k, v, mask_BTS=mask_BTS))
-    assert np.isfinite(out).all()
-    expected = naive(q, k, v, mask_BTS)
-    others = ~np.isnan(expected)
-    assert not others[0, 2].any() and others.sum() == others.size - 4 * H
-    np.testing.assert_allclose(out[others], expected[others], rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("blind_rows", [False, True])
-def test_gradients_equal_those_of_the_textbook_formula_and_are_finite(blind_rows):
-    q, k, v = qkv(4, 2)
-    visible_BTS = visibility(causal=True, segments=True)
-    mask_BTS = np.ones((B, T, T), bool)
-    if blind_rows:
-        mask_BTS[:, 3] = False
+    padding_BT = SEGMENTS_BT == 0
     weight_BTNH = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
-    weight_BTNH[:, 3] *= not blind_rows  # the loss does not count rows that see nothing
+    visible_BTS = visibility(causal=True, segments=True)
 
     def ours(q, k, v):
-        out = attend(q, k, v, causal=True, segment_ids_BT=jnp.asarray(SEGMENTS_BT), mask_BTS=mask_BTS)
+        out = attend(q, k, v, causal=True, segment_ids_BT=jnp.asarray(SEGMENTS_BT))
         return jnp.sum(weight_BTNH * out)
 
     def textbook(q, k, v):
         k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(H)
-        weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores, -np.inf), axis=-1)
+        scores = jnp.where(visible_BTS[:, None] | padding_BT[:, None, :, None], scores, -np.inf)
+        weights = jax.nn.softmax(scores, axis=-1) * ~padding_BT[:, None, :, None]
         return jnp.sum(weight_BTNH * jnp.einsum("BNTS,BSNH->BTNH", weights, v))
 
     for mine, reference in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(textbook, (0, 1, 2))(q, k, v), strict=True):
-        assert np.isfinite(mine).all()
+        assert not np.asarray(mine)[padding_BT].any() and np.asarray(mine)[~padding_BT].any()
         np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-5)
+
+
+# Which implementation ------------------------------------------------------------------------------------------------
+
+
+def test_automatic_choice_goes_by_the_platform_and_an_explicit_one_stands():
+    assert [resolve("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["xla", "xla", "tpu"]
+    assert [resolve(name, platform) for name in ("xla", "gpu") for platform in ("cpu", "tpu")] == ["xla"] * 2 + [
+        "gpu"
+    ] * 2
+
+
+def test_platform_is_that_of_the_mesh_in_scope():
+    abstract = jax.sharding.AbstractMesh(
+        (1,), ("data",), abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
+    )
+    assert target_platform() == "cpu"
+    with jax.sharding.use_abstract_mesh(abstract):
+        assert target_platform() == "tpu"
+
+
+# Over a mesh ---------------------------------------------------------------------------------------------------------
+
+
+MESHES = [
+    MeshConfig(data=2, fsdp=1, context=2, tensor=2),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=1, fsdp=2, context=4),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["all but fsdp", "fsdp", "fsdp and context"])
+@pytest.mark.parametrize(
+    "causal, segments, length_axis", [(True, True, "length"), (True, False, "length"), (False, True, None)]
+)
+def test_kernel_is_given_the_part_of_each_device_and_the_results_are_those_of_one(
+    mesh, causal, segments, length_axis, monkeypatch
+):
+    """Rows, heads and queries are divided, with all the keys of a row. XLA's form stands in for the kernel."""
+    shapes = []
+
+    def kernel(q_BTNH, k_BSKH, v_BSKH, *, implementation, **options):
+        shapes.append((implementation, q_BTNH.shape, k_BSKH.shape))
+        return flash_attention(q_BTNH, k_BSKH, v_BSKH, implementation="xla", **options)
+
+    segments_BT = jnp.asarray(np.tile(SEGMENTS_BT, (4, 1))) if segments else None
+
+    def value_and_gradients(implementation):
+        def attended(q, k, v):
+            return attend(
+                q,
+                k,
+                v,
+                causal=causal,
+                segment_ids_BT=segments_BT,
+                length_axis=length_axis,
+                implementation=implementation,
+            )
+
+        @jax.jit
+        def run(q, k, v):
+            out, pullback = jax.vjp(attended, q, k, v)
+            return out, *pullback(jnp.cos(out))
+
+        return run(*qkv(4, 2, rows=8))
+
+    expected = value_and_gradients("xla")
+    monkeypatch.setattr(attention, "flash_attention", kernel)
+    with jax.set_mesh(make_mesh(mesh)):
+        results = value_and_gradients("tpu")
+
+    rows, queries = 8 // (mesh.data * mesh.fsdp), T // (mesh.context if length_axis else 1)
+    assert set(shapes) == {("tpu", (rows, queries, 4 // mesh.tensor, H), (rows, T, 2 // mesh.tensor, H))}
+    for mine, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6)

@@ -1,0 +1,197 @@
+"""Flash attention on TPUs: from the public layout to the kernels' and back, and the gradient.
+
+Legend: B rows, T queries, S keys, N query heads, K key-value heads, R = N / K, G = R * T, H head dim.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.checks import check
+from pallas_kernels.flash_attention import blocks, tpu_backward, tpu_forward
+from pallas_kernels.flash_attention.block_sizes import BlockSizes, choose
+from pallas_kernels.flash_attention.residuals import LSE_NAME, OUT_NAME
+from pallas_kernels.flash_attention.tpu_forward import LOG2E
+
+_UNSEEN = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - it) is 0 for every score
+
+
+class _Static(NamedTuple):
+    """What a compiled program depends on beside shapes."""
+
+    causal: bool
+    static_offset: int | None
+    scale: float
+    block_sizes: BlockSizes
+    interpret: Any
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    causal: bool,
+    q_offset: int | jax.Array,
+    q_segment_ids_BT: jax.Array | None,
+    kv_segment_ids_BS: jax.Array | None,
+    scale: float,
+    interpret: Any = False,
+    block_sizes: BlockSizes | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, N, H] and log-sum-exp [B, T, N], differentiable in q, k and v. See the public function.
+
+    Raises:
+        ArgumentError: block sizes that do not suit the tiling of registers, or make too many blocks.
+    """
+    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    segmented = q_segment_ids_BT is not None
+    if block_sizes is None:
+        block_sizes = choose(T, S, H, causal=causal, segmented=segmented, itemsize=q_BTNH.dtype.itemsize)
+    for name, size in (("q", block_sizes.q), ("q_backward", block_sizes.q_backward)):
+        check(size > 0 and size % 128 == 0, f"block_sizes.{name} is {size}; it must be a positive multiple of 128")
+    for name, size in (("kv", block_sizes.kv), ("kv_backward", block_sizes.kv_backward)):
+        whole = not segmented and size >= S and size % 16 == 0
+        check(
+            size > 0 and (size % 128 == 0 or whole),
+            f"block_sizes.{name} is {size}; it must be a multiple of 128, or without segment ids a multiple of 16 that holds "
+            f"all {S} keys",
+        )
+    static = _Static(causal, q_offset if isinstance(q_offset, int) else None, scale, block_sizes, _hashable(interpret))
+    return _attention(
+        static, q_BTNH, k_BSKH, v_BSKH, jnp.asarray(q_offset, jnp.int32), q_segment_ids_BT, kv_segment_ids_BS
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
+    return _forward(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS)
+
+
+def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
+    geometry, lengths = _geometry(static, q_BTNH.shape[1], k_BSKH.shape[1], "forward")
+    B, T = q_BTNH.shape[:2]
+
+    def plan(ids_BT, ids_BS):
+        visited_BIJ, kind_BIJ = blocks.structure(geometry, B, q_offset, ids_BT, ids_BS)
+        return blocks.forward_items(visited_BIJ, kind_BIJ, blocks.max_visits(geometry), _is_static(static, ids_BT))
+
+    ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
+    out_BNTH, lse_BN1T = tpu_forward.forward(
+        _heads_first(_scaled(static, q_BTNH), lengths[0]),
+        _heads_first(k_BSKH, lengths[1]),
+        _heads_first(v_BSKH, lengths[1]),
+        *(None if x is None else x[:, None] for x in ids),
+        q_offset[None],
+        _planned(static, plan, ids),
+        geometry,
+        _interpret(static),
+    )
+    return out_BNTH.transpose(0, 2, 1, 3)[:, :T], lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
+
+
+def _forward_rule(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
+    out_BTNH, lse_BTN = _forward(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS)
+    # Named here, where they become residuals: a policy that keeps the names need not run the kernel again.
+    out_BTNH, lse_BTN = checkpoint_name(out_BTNH, OUT_NAME), checkpoint_name(lse_BTN, LSE_NAME)
+    return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS, out_BTNH, lse_BTN)
+
+
+def _backward_rule(static: _Static, residuals, cotangents):
+    q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS, out_BTNH, lse_BTN = residuals
+    d_out_BTNH, d_lse_BTN = cotangents
+    geometry, lengths = _geometry(static, q_BTNH.shape[1], k_BSKH.shape[1], "backward")
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    R = N // K
+    chunk = tpu_backward.chunk_blocks(R * geometry.num_query_blocks, geometry.block_q, H)
+
+    def plan(ids_BT, ids_BS):
+        visited_BIJ, kind_BIJ = blocks.structure(geometry, B, q_offset, ids_BT, ids_BS)
+        limit = blocks.max_visits(geometry)
+        return blocks.backward_items(visited_BIJ, kind_BIJ, R, chunk, limit, _is_static(static, ids_BT))
+
+    def grouped(x_BNTX):
+        """[B, N, T, X] to [B, K, R * T, X]"""
+        return x_BNTX.reshape(B, K, R * lengths[0], x_BNTX.shape[-1])
+
+    def lanes(x_BTN, fill):
+        x_BNT = jnp.pad(x_BTN.swapaxes(1, 2), ((0, 0), (0, 0), (0, lengths[0] - T)), constant_values=fill)
+        return x_BNT.reshape(B, K, 1, R * lengths[0])
+
+    delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1) - d_lse_BTN
+    lse_BTN = jnp.where(lse_BTN == -jnp.inf, _UNSEEN, lse_BTN * LOG2E)
+    # No gradient passes a query that sees nothing, whatever is asked of its log-sum-exp.
+    delta_BTN = jnp.where(lse_BTN == _UNSEEN, 0.0, delta_BTN)
+    ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
+    dq_BKGH, dk_PBKSH, dv_PBKSH = tpu_backward.backward(
+        grouped(_heads_first(_scaled(static, q_BTNH), lengths[0])),
+        _heads_first(k_BSKH, lengths[1]),
+        _heads_first(v_BSKH, lengths[1]),
+        grouped(_heads_first(d_out_BTNH, lengths[0])),
+        lanes(lse_BTN, _UNSEEN),
+        lanes(delta_BTN, 0.0),
+        *(None if x is None else x[:, None] for x in ids),
+        q_offset[None],
+        _planned(static, plan, ids),
+        geometry,
+        chunk,
+        _interpret(static),
+    )
+    dq_BTNH = dq_BKGH.reshape(B, N, lengths[0], H)[:, :, :T].swapaxes(1, 2)
+    dq_BTNH = (dq_BTNH.astype(jnp.float32) * static.scale).astype(q_BTNH.dtype)
+    dk_BSKH, dv_BSKH = (jnp.sum(x, axis=0)[:, :, :S].swapaxes(1, 2).astype(k_BSKH.dtype) for x in (dk_PBKSH, dv_PBKSH))
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, None, None
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _geometry(static: _Static, T: int, S: int, which: str) -> tuple[blocks.Geometry, tuple[int, int]]:
+    """The block structure of a pass, and the lengths padded to whole blocks."""
+    sizes = static.block_sizes
+    block_q, block_kv = (sizes.q, sizes.kv) if which == "forward" else (sizes.q_backward, sizes.kv_backward)
+    num_q, num_kv = -(-T // block_q), -(-S // block_kv)
+    geometry = blocks.Geometry(num_q, num_kv, block_q, block_kv, S, static.causal, static.static_offset)
+    return geometry, (num_q * block_q, num_kv * block_kv)
+
+
+def _planned(static: _Static, plan, ids) -> blocks.Items:
+    if _is_static(static, ids[0]):
+        with jax.ensure_compile_time_eval():  # the list becomes a constant, and the grid's size a number
+            return plan(*ids)
+    return plan(*ids)
+
+
+def _is_static(static: _Static, ids: jax.Array | None) -> bool:
+    return ids is None and static.static_offset is not None
+
+
+def _padded_ids(q_ids_BT, kv_ids_BS, lengths):
+    if q_ids_BT is None:
+        return None, None
+    return tuple(
+        jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), constant_values=-1)
+        for ids, length in zip((q_ids_BT, kv_ids_BS), lengths, strict=True)
+    )
+
+
+def _heads_first(x_BTNH: jax.Array, length: int) -> jax.Array:
+    """[B, N, T, H] with T padded by zeros."""
+    padding = ((0, 0), (0, 0), (0, length - x_BTNH.shape[1]), (0, 0))
+    return jnp.pad(x_BTNH.transpose(0, 2, 1, 3), padding)
+
+
+def _scaled(static: _Static, q_BTNH: jax.Array) -> jax.Array:
+    """Queries whose scores are in units of log2, so that the kernels exponentiate with the hardware's exp2."""
+    return (q_BTNH.astype(jnp.float32) * (static.scale * LOG2E)).astype(q_BTNH.dtype)
+
+
+def _hashable(interpret: Any) -> Any:
+    return interpret
+
+
+def _interpret(static: _Static) -> Any:
+    return static.interpret

@@ -1,0 +1,248 @@
+"""The forward kernel on a TPU core.
+
+Legend: B rows, N query heads, K key-value heads, T queries, S keys, H head dim; in a tile Q queries, C keys.
+
+Scores are computed transposed, S_CQ = k q^T, so that the statistics of a query are one number a lane: maxima and sums over
+keys are additions of whole registers, and the tile of weights is pushed into the matrix unit as it stands while only the H
+rows of v^T stream past it. On the 256-wide units of v6e and later the second product then costs half of what the other
+order costs.
+
+The softmax is optimistic. The textbook's online softmax needs the maximum of a tile before it can exponentiate the first
+score, so all scores go to memory and come back, and the matrix unit waits. But softmax is the same for any reference r
+in exp2(s - r) that neither overflows nor lets everything underflow. So a tile is computed against the reference its
+queries already have (0 at first), and the sums tell afterwards whether that was safe:
+
+    2^-60 <= sum <= 2^100    for every query that sees a key
+
+If it was not, for any query, the tile's result is thrown away and the tile is computed again, online. That takes logits beyond
++-41 nats or so and happens mostly once a query block, since the repair leaves the true maximum as the new reference.
+Nothing is approximated: weights are floating-point numbers, whose relative precision does not depend on the reference.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.flash_attention import blocks
+from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nt, dot_tn, visible
+
+LOG2E = 1.4426950408889634
+_LOW, _HIGH = 2.0**-60, 2.0**100
+_REPAIR_KEYS = 256  # keys of a step of the repair; small, since its program is seldom run but always stored
+VMEM_LIMIT = 60 * 2**20  # v5p and tpu7x have 64 MiB
+
+
+def forward(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_ids_B1T: jax.Array | None,
+    kv_ids_B1S: jax.Array | None,
+    q_offset_1: jax.Array,
+    items: blocks.Items,
+    geometry: blocks.Geometry,
+    interpret: bool | pltpu.InterpretParams,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, N, T, H] and natural log-sum-exp [B, N, 1, T] of queries already scaled by scale * log2(e).
+
+    Lengths are whole blocks. A query that sees no key gives 0 and -inf.
+    """
+    B, N, T, H = q_BNTH.shape
+    R = N // k_BKSH.shape[1]
+    g = geometry
+
+    def at_query(n, m, where, what, offset):
+        row, query = blocks.row_and_query(where[m])
+        return row, n, query, 0
+
+    def at_query_lanes(n, m, where, what, offset):
+        row, query = blocks.row_and_query(where[m])
+        return row, n, 0, query
+
+    def at_key(n, m, where, what, offset):
+        return blocks.row_and_query(where[m])[0], n // R, blocks.key(what[m]), 0
+
+    q_spec = pl.BlockSpec((None, None, g.block_q, H), at_query)
+    kv_spec = pl.BlockSpec((None, None, g.block_kv, H), at_key)
+    in_specs, inputs = [q_spec, kv_spec, kv_spec], [q_BNTH, k_BKSH, v_BKSH]
+    if q_ids_B1T is not None and kv_ids_B1S is not None:
+        in_specs += [
+            pl.BlockSpec((None, 1, g.block_q), lambda n, m, *s: (at_query(n, m, *s)[0], 0, at_query(n, m, *s)[2])),
+            pl.BlockSpec((None, 1, g.block_kv), lambda n, m, *s: (at_key(n, m, *s)[0], 0, at_key(n, m, *s)[2])),
+        ]
+        inputs += [q_ids_B1T, kv_ids_B1S]
+
+    pairs = B * N * T * k_BKSH.shape[2] / (2 if g.causal else 1)
+    return pl.pallas_call(
+        partial(_kernel, geometry=g, segmented=len(inputs) > 3),
+        name="flash_attention_forward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(N, items.count),
+            in_specs=in_specs,
+            out_specs=[q_spec, pl.BlockSpec((None, None, 1, g.block_q), at_query_lanes)],
+            scratch_shapes=[
+                pltpu.VMEM((1, g.block_q), jnp.float32),  # reference
+                pltpu.VMEM((2, 1, g.block_q), jnp.float32),  # sum of weights; two slots: before and after a tile
+                pltpu.VMEM((2, H, g.block_q), jnp.float32),  # weighted values
+                pltpu.VMEM((1, g.block_q), jnp.float32),  # the highest score that a query sees
+                pltpu.SMEM((1,), jnp.int32),  # the slot that holds
+                pltpu.SMEM((1,), jnp.int32),  # whether the tile must be repaired
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
+            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=int(4 * pairs * H),
+            transcendentals=int(pairs),
+            bytes_accessed=int(sum(x.size * x.dtype.itemsize for x in (q_BNTH, q_BNTH, k_BKSH, v_BKSH))),
+        ),
+        interpret=interpret,
+    )(items.where_M, items.what_M, q_offset_1, *inputs)
+
+
+def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometry: blocks.Geometry, segmented: bool):
+    (q_ids_ref, kv_ids_ref), refs = (refs[:2], refs[2:]) if segmented else ((None, None), refs)
+    out_ref, lse_ref, reference_ref, sum_ref, acc_ref, seen_ref, slot_ref, repairs_ref = refs
+    g = geometry
+    item = pl.program_id(1)
+    what = what_ref[item]
+    kind, key_block = blocks.kind(what), blocks.key(what)
+    _, query_block = blocks.row_and_query(where_ref[item])
+    first_query, first_key = query_block * g.block_q + offset_ref[0], key_block * g.block_kv
+
+    @pl.when((what & blocks.FIRST_OF_QUERY) > 0)
+    def _():
+        slot_ref[0] = 0
+        reference_ref[...] = jnp.zeros_like(reference_ref)
+        sum_ref[0] = jnp.zeros_like(sum_ref[0])
+        acc_ref[0] = jnp.zeros_like(acc_ref[0])
+
+    old, new = slot_ref[0], 1 - slot_ref[0]
+
+    def masked(scores_CQ, keys, queries, causal=g.causal):
+        """Scores of a part of the tile with what no query sees struck out; `keys` and `queries` are (start, size)."""
+        q_ids = kv_ids = None
+        if segmented:
+            q_ids = q_ids_ref[:, pl.ds(*queries)]
+            kv_ids = jnp.broadcast_to(column(kv_ids_ref[:, pl.ds(*keys)], 128)[:, :1], scores_CQ.shape)
+        mask = visible(
+            scores_CQ.shape,
+            q_axis=1,
+            first_query=first_query + queries[0],
+            first_key=first_key + keys[0],
+            causal=causal,
+            num_keys=g.num_keys if g.num_keys % g.block_kv else None,
+            q_ids=q_ids,
+            kv_ids=kv_ids,
+        )
+        return jnp.where(mask, scores_CQ, MASKED)
+
+    def weigh(scores_CQ, keys, queries):
+        """The sum of the weights [1, Q] and of the weighted values [H, Q] of a part of the tile."""
+        weights_CQ = jnp.exp2(scores_CQ - reference_ref[:, pl.ds(*queries)])
+        weighted_HQ = dot_tn(v_ref[pl.ds(*keys), :], weights_CQ.astype(v_ref.dtype))
+        return jnp.sum(weights_CQ, axis=0, keepdims=True), weighted_HQ
+
+    def judge(sees_1Q):
+        """Take over the new slot, or have the tile repaired, when a query that sees a key left the safe range."""
+        sums_1Q = sum_ref[new]
+        safe_1Q = (sums_1Q >= _LOW) & (sums_1Q <= _HIGH)
+        if sees_1Q is not None:
+            safe_1Q |= ~(sees_1Q | (sum_ref[old] > 0))
+        unsafe = jnp.max(jnp.where(safe_1Q, 0.0, 1.0)) > 0
+        slot_ref[0] = jnp.where(unsafe, old, new)
+        repairs_ref[0] = unsafe.astype(jnp.int32)
+
+    whole_keys, whole_queries = (0, g.block_kv), (0, g.block_q)
+
+    @pl.when(kind == blocks.FULL)
+    def _():
+        sum_1Q, weighted_HQ = weigh(dot_nt(k_ref[...], q_ref[...]), whole_keys, whole_queries)
+        sum_ref[new] = sum_ref[old] + sum_1Q
+        acc_ref[new] = acc_ref[old] + weighted_HQ
+        judge(None)
+
+    if geometry.causal or segmented or g.num_keys % g.block_kv:
+
+        @pl.when(kind == blocks.GENERAL)
+        def _():
+            scores_CQ = masked(dot_nt(k_ref[...], q_ref[...]), whole_keys, whole_queries)
+            sum_1Q, weighted_HQ = weigh(scores_CQ, whole_keys, whole_queries)
+            sum_ref[new] = sum_ref[old] + sum_1Q
+            acc_ref[new] = acc_ref[old] + weighted_HQ
+            judge(jnp.max(scores_CQ, axis=0, keepdims=True) > MASKED)
+
+    if g.has_triangles:
+
+        @pl.when(kind == blocks.TRIANGLE)
+        def _():
+            step = triangle_step(g.block_q)
+            seen_ref[...] = jnp.full_like(seen_ref, MASKED)
+            sum_ref[new], acc_ref[new] = sum_ref[old], acc_ref[old]
+            for start in range(0, g.block_q, step):
+                # These keys are seen by the queries from `start` on, and by the first `step` of them only in part.
+                keys, queries = (start, step), (start, g.block_q - start)
+                q = slice(start, g.block_q)
+                scores_CQ = dot_nt(k_ref[start : start + step, :], q_ref[q, :])
+                if segmented:
+                    scores_CQ = masked(scores_CQ, keys, queries)
+                    seen_ref[:, q] = jnp.maximum(seen_ref[:, q], jnp.max(scores_CQ, axis=0, keepdims=True))
+                else:
+                    corner_CC = masked(scores_CQ[:, :step], keys, (start, step))
+                    scores_CQ = jnp.concatenate([corner_CC, scores_CQ[:, step:]], axis=1)
+                sum_1Q, weighted_HQ = weigh(scores_CQ, keys, queries)
+                sum_ref[new, :, q] += sum_1Q
+                acc_ref[new, :, q] += weighted_HQ
+            judge(seen_ref[...] > MASKED if segmented else None)
+
+    # A loop of no or one turn: the compiler would make predicated code of a branch, which always takes its time.
+    @partial(_repeat, repairs_ref[0])
+    def _():
+        step = _REPAIR_KEYS if g.block_kv % _REPAIR_KEYS == 0 else g.block_kv
+
+        @partial(_repeat, g.block_kv // step)
+        def _(i):
+            keys = pl.multiple_of(i * step, step), step
+            scores_CQ = masked(dot_nt(k_ref[pl.ds(*keys), :], q_ref[...]), keys, whole_queries)
+            max_1Q = jnp.max(scores_CQ, axis=0, keepdims=True)
+            before_1Q, any_1Q = reference_ref[...], sum_ref[old] > 0
+            first_1Q = jnp.where(max_1Q > MASKED, max_1Q, before_1Q)
+            reference_ref[...] = jnp.where(any_1Q, jnp.maximum(before_1Q, max_1Q), first_1Q)
+            decay_1Q = jnp.where(any_1Q, jnp.exp2(before_1Q - reference_ref[...]), 0.0)
+            sum_1Q, weighted_HQ = weigh(scores_CQ, keys, whole_queries)
+            sum_ref[old] = sum_ref[old] * decay_1Q + sum_1Q
+            acc_ref[old] = acc_ref[old] * decay_1Q + weighted_HQ
+
+    @pl.when((what & blocks.LAST_OF_QUERY) > 0)
+    def _():
+        slot = slot_ref[0]
+        sum_1Q = sum_ref[slot]
+        sees_1Q = sum_1Q != 0  # NaN stays NaN
+        out_HQ = acc_ref[slot] * jnp.where(sees_1Q, 1.0 / sum_1Q, 0.0)
+        out_ref[...] = out_HQ.T.astype(out_ref.dtype)
+        lse_1Q = (reference_ref[...] + jnp.log2(sum_1Q)) / LOG2E
+        lse_ref[...] = jnp.where(sees_1Q, lse_1Q, -jnp.inf)
+
+
+def triangle_step(block: int) -> int:
+    """Keys of a sub-block on the diagonal: eight a block, in whole registers."""
+    return max(128, block // 8 // 128 * 128) if block % 128 == 0 else block
+
+
+def _repeat(times, body):
+    takes_index = body.__code__.co_argcount == 1
+
+    def turn(i, carry):
+        body(i) if takes_index else body()
+        return carry
+
+    jax.lax.fori_loop(0, times, turn, 0)

@@ -1,0 +1,31 @@
+"""Compile for a TPU that is not here: the half of a kernel's test that interpret mode cannot give."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from pallas_kernels import chips
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is published for 64-bit x86 Linux only"
+)
+every_chip = pytest.mark.parametrize("chip", tuple(chips.CHIPS))
+
+
+def compile_for(chip: str, f: Callable[..., Any], *args: Any) -> Any:
+    """`f` compiled by the real TPU compiler for `chip`, on arguments given as anything with a shape and a dtype."""
+    mesh = chips.compile_only_mesh(chip)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
+    # libtpu reads XLA_FLAGS when it first compiles, and aborts on a flag of the CPU's that it does not know: conftest's.
+    flags = os.environ.pop("XLA_FLAGS", None)
+    try:
+        with jax.set_mesh(mesh):
+            return jax.jit(f).lower(*specs).compile()
+    finally:
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
