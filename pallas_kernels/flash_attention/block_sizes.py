@@ -14,6 +14,7 @@ class BlockSizes:
     kv: int
     q_backward: int
     kv_backward: int
+    diagonal: int = 256  # keys of a sub-block of a tile on the diagonal; its parts above the diagonal are left out
 
 
 def choose(num_queries: int, num_keys: int, head_dim: int, *, causal: bool, segmented: bool, itemsize: int) -> BlockSizes:

@@ -17,7 +17,7 @@ visited.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ MAX_ITEMS = 60_000  # two words an item, in a scalar memory of 1 MiB
 
 _NO_SEGMENT = np.iinfo(np.int32).max
 
+Array = jax.Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -45,11 +47,22 @@ class Geometry:
     num_keys: int
     causal: bool
     static_offset: int | None  # position of query 0 among the keys; None where it is traced
+    diagonal: int  # keys of a sub-block of a triangle
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the last key block holds places past the end."""
+        return self.num_keys % self.block_kv != 0
 
     @property
     def has_triangles(self) -> bool:
         aligned = self.static_offset is not None and self.static_offset % self.block_q == 0
-        return self.causal and self.block_q == self.block_kv and aligned
+        return self.causal and self.block_q == self.block_kv and aligned and self.block_q % self.diagonal == 0
+
+    @property
+    def has_general(self) -> bool:
+        """Whether blocks can need a mask of their own for another reason than segments."""
+        return self.is_ragged or (self.causal and not self.has_triangles)
 
 
 class Items(NamedTuple):
@@ -83,24 +96,27 @@ def structure(
     q_offset: jax.Array | int,
     q_segment_ids_BT: jax.Array | None,
     kv_segment_ids_BS: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Which blocks are visited and of what kind they are: bool [B, I, J], int32 [B, I, J].
 
-    Segment ids are padded to whole blocks with negative ids, which see and are seen by nothing.
+    Segment ids are padded to whole blocks with negative ids, which see and are seen by nothing. Where nothing is traced the
+    answer is NumPy's: the list becomes a constant of the program, and the size of the grid a number.
     """
     g = geometry
-    first_query_I = jnp.arange(g.num_query_blocks) * g.block_q + q_offset
-    first_key_J = jnp.arange(g.num_key_blocks) * g.block_kv
-    visited_IJ = jnp.ones((g.num_query_blocks, g.num_key_blocks), bool) & (first_key_J < g.num_keys)
+    static = g.static_offset is not None and q_segment_ids_BT is None
+    xp, offset = (np, g.static_offset) if static else (jnp, q_offset)
+    first_query_I = xp.arange(g.num_query_blocks) * g.block_q + offset
+    first_key_J = xp.arange(g.num_key_blocks) * g.block_kv
+    visited_IJ = xp.ones((g.num_query_blocks, g.num_key_blocks), bool) & (first_key_J < g.num_keys)
     full_IJ = visited_IJ & (first_key_J + g.block_kv <= g.num_keys)
     if g.causal:
         visited_IJ &= first_key_J <= first_query_I[:, None] + g.block_q - 1
         full_IJ &= first_key_J + g.block_kv - 1 <= first_query_I[:, None]
-    kind_IJ = jnp.where(full_IJ, FULL, GENERAL)
+    kind_IJ = xp.where(full_IJ, FULL, GENERAL)
     if g.has_triangles:
-        kind_IJ = jnp.where(first_key_J == first_query_I[:, None], TRIANGLE, kind_IJ)
+        kind_IJ = xp.where(first_key_J == first_query_I[:, None], TRIANGLE, kind_IJ)
     shape = num_rows, g.num_query_blocks, g.num_key_blocks
-    visited_BIJ, kind_BIJ = jnp.broadcast_to(visited_IJ, shape), jnp.broadcast_to(kind_IJ, shape)
+    visited_BIJ, kind_BIJ = xp.broadcast_to(visited_IJ, shape), xp.broadcast_to(kind_IJ, shape)
     if q_segment_ids_BT is None or kv_segment_ids_BS is None:
         return visited_BIJ, kind_BIJ
 
@@ -130,33 +146,29 @@ def max_visits(geometry: Geometry) -> int:
     return int(np.clip(last_key // g.block_kv + 1, 1, g.num_key_blocks).sum())
 
 
-def forward_items(visited_BIJ: jax.Array, kind_BIJ: jax.Array, limit: int, static: bool) -> Items:
+def forward_items(visited_BIJ: Array, kind_BIJ: Array, limit: int) -> Items:
     """Every query block's keys in a row. A block that sees nothing is visited once, to write its zeros."""
-    visited_BIJ = visited_BIJ.at[:, :, 0].set(visited_BIJ[:, :, 0] | ~jnp.any(visited_BIJ, axis=2))
+    visited_BIJ = _visit_first(visited_BIJ, axis=2)
     flags_BIJ = _first(visited_BIJ, 2) * FIRST_OF_QUERY + _last(visited_BIJ, 2) * LAST_OF_QUERY
     B, I, J = visited_BIJ.shape
-    b, i, j = jnp.meshgrid(jnp.arange(B), jnp.arange(I), jnp.arange(J), indexing="ij")
-    return _pack(visited_BIJ, b, i, j, kind_BIJ + flags_BIJ, B * limit, static)
+    b, i, j = np.meshgrid(*map(np.arange, (B, I, J)), indexing="ij")
+    return _pack(visited_BIJ, b, i, j, kind_BIJ + flags_BIJ, B * limit)
 
 
-def backward_items(
-    visited_BIJ: jax.Array, kind_BIJ: jax.Array, heads: int, chunk: int, limit: int, static: bool
-) -> Items:
+def backward_items(visited_BIJ: Array, kind_BIJ: Array, heads: int, chunk: int, limit: int) -> Items:
     """Every key block's queries in a row, of all `heads` that share it, for one chunk of query blocks after another.
 
     Query blocks are counted over the heads: number r * I + i, padded to whole chunks. Every query block and, in each chunk,
     every key block is visited at least once, to write its zeros.
     """
+    xp = _namespace(visited_BIJ)
     B, I, J = visited_BIJ.shape
-    visited_BCQJ = _fold(visited_BIJ, heads, chunk, False)
-    exists_CQ = jnp.arange(visited_BCQJ.shape[1] * chunk).reshape(-1, chunk) < heads * I
-    unseen_BCQ = ~jnp.any(visited_BCQJ, axis=3) & exists_CQ
-    visited_BCQJ = visited_BCQJ.at[..., 0].set(visited_BCQJ[..., 0] | unseen_BCQ)
-    unseen_BCJ = ~jnp.any(visited_BCQJ, axis=2)
-    visited_BCQJ = visited_BCQJ.at[:, :, 0].set(visited_BCQJ[:, :, 0] | unseen_BCJ)
+    needed_BCQJ = _fold(visited_BIJ, heads, chunk, False)
+    exists_CQ1 = (np.arange(needed_BCQJ.shape[1] * chunk) < heads * I).reshape(-1, chunk, 1)
+    visited_BCQJ = _visit_first(needed_BCQJ, axis=3) & exists_CQ1
+    visited_BCQJ = _visit_first(visited_BCQJ, axis=2)
     # Blocks visited only to write zeros must compute a mask, whatever they would have been.
-    forced_BCQJ = visited_BCQJ & ~_fold(visited_BIJ, heads, chunk, False)
-    kind_BCQJ = jnp.where(forced_BCQJ, GENERAL, _fold(kind_BIJ, heads, chunk, GENERAL))
+    kind_BCQJ = xp.where(needed_BCQJ, _fold(kind_BIJ, heads, chunk, GENERAL), GENERAL)
 
     visited_BCJQ, kind_BCJQ = visited_BCQJ.swapaxes(2, 3), kind_BCQJ.swapaxes(2, 3)
     flags_BCJQ = (
@@ -166,46 +178,63 @@ def backward_items(
         + _last(visited_BCJQ, 3) * LAST_OF_KEY
     )
     C = visited_BCJQ.shape[1]
-    b, c, j, q = jnp.meshgrid(*map(jnp.arange, (B, C, J, chunk)), indexing="ij")
+    b, c, j, q = np.meshgrid(*map(np.arange, (B, C, J, chunk)), indexing="ij")
     slack = C * (J + chunk)  # visits forced on blocks that hold nothing
     limit = min(limit * heads + slack, C * chunk * J)
-    return _pack(visited_BCJQ, b, c * chunk + q, j, kind_BCJQ + flags_BCJQ, B * limit, static)
+    return _pack(visited_BCJQ, b, c * chunk + q, j, kind_BCJQ + flags_BCJQ, B * limit)
 
 
-def _fold(x_BIJ: jax.Array, heads: int, chunk: int, fill: object) -> jax.Array:
+def _namespace(x: Array) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp
+
+
+def _visit_first(visited: Array, axis: int) -> Array:
+    """`visited`, with the first place along `axis` where there was none."""
+    xp = _namespace(visited)
+    shape = [1] * visited.ndim
+    shape[axis] = -1
+    return visited | (~xp.any(visited, axis=axis, keepdims=True) & (np.arange(visited.shape[axis]) == 0).reshape(shape))
+
+
+def _fold(x_BIJ: Array, heads: int, chunk: int, fill: object) -> Array:
     """[B, I, J] to [B, chunks, chunk, J]: the query blocks of all heads, one head after the other."""
+    xp = _namespace(x_BIJ)
     B, I, J = x_BIJ.shape
-    x_BQJ = jnp.tile(x_BIJ, (1, heads, 1))
-    x_BQJ = jnp.pad(x_BQJ, ((0, 0), (0, -heads * I % chunk), (0, 0)), constant_values=fill)
+    x_BQJ = xp.tile(x_BIJ, (1, heads, 1))
+    x_BQJ = xp.pad(x_BQJ, ((0, 0), (0, -heads * I % chunk), (0, 0)), constant_values=fill)
     return x_BQJ.reshape(B, -1, chunk, J)
 
 
-def _first(visited: jax.Array, axis: int) -> jax.Array:
-    return (visited & (jnp.cumsum(visited, axis) == 1)).astype(jnp.int32)
+def _first(visited: Array, axis: int) -> Array:
+    xp = _namespace(visited)
+    return (visited & (xp.cumsum(visited, axis) == 1)).astype(np.int32)
 
 
-def _last(visited: jax.Array, axis: int) -> jax.Array:
-    return jnp.flip(_first(jnp.flip(visited, axis), axis), axis)
+def _last(visited: Array, axis: int) -> Array:
+    xp = _namespace(visited)
+    return xp.flip(_first(xp.flip(visited, axis), axis), axis)
 
 
-def _pack(
-    visited: jax.Array, row: jax.Array, query: jax.Array, key: jax.Array, what: jax.Array, limit: int, static: bool
-):
-    limit = int(jnp.sum(visited)) if static else limit
+def _pack(visited: Array, row: np.ndarray, query: np.ndarray, key: np.ndarray, what: Array, limit: int) -> Items:
+    xp = _namespace(visited)
+    count = int(visited.sum()) if xp is np else jnp.sum(visited).astype(jnp.int32)
+    size = count if isinstance(count, int) else limit
     check(
-        limit <= MAX_ITEMS,
-        f"block_sizes make {limit:,} blocks to visit in one call, more than the {MAX_ITEMS:,} the scalar memory holds: "
+        size <= MAX_ITEMS,
+        f"block_sizes make {size:,} blocks to visit in one call, more than the {MAX_ITEMS:,} the scalar memory holds: "
         "make the blocks larger or split the batch",
     )
-    count = jnp.sum(visited).astype(jnp.int32)
-    index_M = jnp.nonzero(visited.ravel(), size=limit, fill_value=0)[0]
-    index_M = jnp.where(jnp.arange(limit) < count, index_M, index_M[jnp.maximum(count - 1, 0)])
-    where_M = ((row << _ROW_SHIFT) | query).ravel()[index_M].astype(jnp.int32)
-    what_M = ((key << _KIND_BITS) | what).ravel()[index_M].astype(jnp.int32)
-    # The next item at or after each that finishes a query block; after the last one, that one.
-    finishes_M = ((what_M & LAST_OF_QUERY) > 0) & (jnp.arange(limit) < count)
-    position_M = jnp.where(finishes_M, jnp.arange(limit), limit)
-    next_M = jnp.flip(jax.lax.cummin(jnp.flip(position_M)))
-    final = jnp.max(jnp.where(finishes_M, jnp.arange(limit), 0))
-    done_M = where_M[jnp.where(next_M < limit, next_M, final)]
-    return Items(where_M, what_M, done_M, limit if static else count)
+    if isinstance(count, int):
+        index_M = np.flatnonzero(visited)
+    else:
+        index_M = jnp.nonzero(visited.ravel(), size=size, fill_value=0)[0]
+        index_M = jnp.where(jnp.arange(size) < count, index_M, index_M[count - 1])
+    where_M = xp.asarray((row << _ROW_SHIFT) | query).ravel()[index_M].astype(np.int32)
+    what_M = (xp.asarray(key << _KIND_BITS) | what).ravel()[index_M].astype(np.int32)
+    # The next item at or after each that finishes a query block; after the last such item, that one.
+    position_M = np.arange(size)
+    finishes_M = ((what_M & LAST_OF_QUERY) > 0) & (position_M < count)
+    next_M = xp.flip(xp.minimum.accumulate(xp.flip(xp.where(finishes_M, position_M, size))))
+    final = xp.max(xp.where(finishes_M, position_M, 0))
+    done_M = where_M[xp.where(next_M < size, next_M, final)]
+    return Items(jnp.asarray(where_M), jnp.asarray(what_M), jnp.asarray(done_M), count)

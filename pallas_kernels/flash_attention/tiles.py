@@ -28,6 +28,11 @@ def dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
     return _dot(a, b, (0, 0))
 
 
+def dot_tt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a^T b^T"""
+    return _dot(a, b, (0, 1))
+
+
 def column(row_1X: jax.Array, width: int) -> jax.Array:
     """A row [1, X] as X equal columns [X, width]; X and width are multiples of 128."""
     block_X128 = jnp.broadcast_to(row_1X, (128, row_1X.shape[1])).T

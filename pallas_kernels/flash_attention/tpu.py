@@ -60,7 +60,7 @@ def attention(
             f"block_sizes.{name} is {size}; it must be a multiple of 128, or without segment ids a multiple of 16 that holds "
             f"all {S} keys",
         )
-    static = _Static(causal, q_offset if isinstance(q_offset, int) else None, scale, block_sizes, _hashable(interpret))
+    static = _Static(causal, q_offset if isinstance(q_offset, int) else None, scale, block_sizes, interpret)
     return _attention(
         static, q_BTNH, k_BSKH, v_BSKH, jnp.asarray(q_offset, jnp.int32), q_segment_ids_BT, kv_segment_ids_BS
     )
@@ -77,7 +77,7 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids
 
     def plan(ids_BT, ids_BS):
         visited_BIJ, kind_BIJ = blocks.structure(geometry, B, q_offset, ids_BT, ids_BS)
-        return blocks.forward_items(visited_BIJ, kind_BIJ, blocks.max_visits(geometry), _is_static(static, ids_BT))
+        return blocks.forward_items(visited_BIJ, kind_BIJ, blocks.max_visits(geometry))
 
     ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
     out_BNTH, lse_BN1T = tpu_forward.forward(
@@ -86,9 +86,9 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids
         _heads_first(v_BSKH, lengths[1]),
         *(None if x is None else x[:, None] for x in ids),
         q_offset[None],
-        _planned(static, plan, ids),
+        plan(*ids),
         geometry,
-        _interpret(static),
+        static.interpret,
     )
     return out_BNTH.transpose(0, 2, 1, 3)[:, :T], lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
 
@@ -111,7 +111,7 @@ def _backward_rule(static: _Static, residuals, cotangents):
     def plan(ids_BT, ids_BS):
         visited_BIJ, kind_BIJ = blocks.structure(geometry, B, q_offset, ids_BT, ids_BS)
         limit = blocks.max_visits(geometry)
-        return blocks.backward_items(visited_BIJ, kind_BIJ, R, chunk, limit, _is_static(static, ids_BT))
+        return blocks.backward_items(visited_BIJ, kind_BIJ, R, chunk, limit)
 
     def grouped(x_BNTX):
         """[B, N, T, X] to [B, K, R * T, X]"""
@@ -135,10 +135,10 @@ def _backward_rule(static: _Static, residuals, cotangents):
         lanes(delta_BTN, 0.0),
         *(None if x is None else x[:, None] for x in ids),
         q_offset[None],
-        _planned(static, plan, ids),
+        plan(*ids),
         geometry,
         chunk,
-        _interpret(static),
+        static.interpret,
     )
     dq_BTNH = dq_BKGH.reshape(B, N, lengths[0], H)[:, :, :T].swapaxes(1, 2)
     dq_BTNH = (dq_BTNH.astype(jnp.float32) * static.scale).astype(q_BTNH.dtype)
@@ -154,19 +154,8 @@ def _geometry(static: _Static, T: int, S: int, which: str) -> tuple[blocks.Geome
     sizes = static.block_sizes
     block_q, block_kv = (sizes.q, sizes.kv) if which == "forward" else (sizes.q_backward, sizes.kv_backward)
     num_q, num_kv = -(-T // block_q), -(-S // block_kv)
-    geometry = blocks.Geometry(num_q, num_kv, block_q, block_kv, S, static.causal, static.static_offset)
+    geometry = blocks.Geometry(num_q, num_kv, block_q, block_kv, S, static.causal, static.static_offset, sizes.diagonal)
     return geometry, (num_q * block_q, num_kv * block_kv)
-
-
-def _planned(static: _Static, plan, ids) -> blocks.Items:
-    if _is_static(static, ids[0]):
-        with jax.ensure_compile_time_eval():  # the list becomes a constant, and the grid's size a number
-            return plan(*ids)
-    return plan(*ids)
-
-
-def _is_static(static: _Static, ids: jax.Array | None) -> bool:
-    return ids is None and static.static_offset is not None
 
 
 def _padded_ids(q_ids_BT, kv_ids_BS, lengths):
@@ -187,11 +176,3 @@ def _heads_first(x_BTNH: jax.Array, length: int) -> jax.Array:
 def _scaled(static: _Static, q_BTNH: jax.Array) -> jax.Array:
     """Queries whose scores are in units of log2, so that the kernels exponentiate with the hardware's exp2."""
     return (q_BTNH.astype(jnp.float32) * (static.scale * LOG2E)).astype(q_BTNH.dtype)
-
-
-def _hashable(interpret: Any) -> Any:
-    return interpret
-
-
-def _interpret(static: _Static) -> Any:
-    return static.interpret

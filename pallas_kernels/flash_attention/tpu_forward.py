@@ -140,7 +140,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
             first_query=first_query + queries[0],
             first_key=first_key + keys[0],
             causal=causal,
-            num_keys=g.num_keys if g.num_keys % g.block_kv else None,
+            num_keys=g.num_keys if g.is_ragged else None,
             q_ids=q_ids,
             kv_ids=kv_ids,
         )
@@ -171,7 +171,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
         acc_ref[new] = acc_ref[old] + weighted_HQ
         judge(None)
 
-    if geometry.causal or segmented or g.num_keys % g.block_kv:
+    if g.has_general or segmented:
 
         @pl.when(kind == blocks.GENERAL)
         def _():
@@ -185,7 +185,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
 
         @pl.when(kind == blocks.TRIANGLE)
         def _():
-            step = triangle_step(g.block_q)
+            step = g.diagonal
             seen_ref[...] = jnp.full_like(seen_ref, MASKED)
             sum_ref[new], acc_ref[new] = sum_ref[old], acc_ref[old]
             for start in range(0, g.block_q, step):
@@ -198,7 +198,8 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
                     seen_ref[:, q] = jnp.maximum(seen_ref[:, q], jnp.max(scores_CQ, axis=0, keepdims=True))
                 else:
                     corner_CC = masked(scores_CQ[:, :step], keys, (start, step))
-                    scores_CQ = jnp.concatenate([corner_CC, scores_CQ[:, step:]], axis=1)
+                    rest = [scores_CQ[:, step:]] if queries[1] > step else []
+                    scores_CQ = jnp.concatenate([corner_CC, *rest], axis=1)
                 sum_1Q, weighted_HQ = weigh(scores_CQ, keys, queries)
                 sum_ref[new, :, q] += sum_1Q
                 acc_ref[new, :, q] += weighted_HQ
@@ -231,11 +232,6 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
         out_ref[...] = out_HQ.T.astype(out_ref.dtype)
         lse_1Q = (reference_ref[...] + jnp.log2(sum_1Q)) / LOG2E
         lse_ref[...] = jnp.where(sees_1Q, lse_1Q, -jnp.inf)
-
-
-def triangle_step(block: int) -> int:
-    """Keys of a sub-block on the diagonal: eight a block, in whole registers."""
-    return max(128, block // 8 // 128 * 128) if block % 128 == 0 else block
 
 
 def _repeat(times, body):
