@@ -38,6 +38,9 @@ from pallas_kernels.checks import ArgumentError, check
 _LABELS = "(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization|post-delay-converter)"
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{")
+_LOOP_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*(>*)\s*\{")
+_BRANCH = re.compile(r"target bundleno = (\d+)")
+_BRANCH_DELAY = {"tpu7x": 6}  # bundles issued while a branch is taken; 4 on the others
 _VMEM = re.compile(r"#allocation\S* \[.*space=vmem, size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)")
 
 
@@ -57,6 +60,15 @@ class Region:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop, the grid's included, for kernels that do not use the matrix unit."""
+
+    first: int  # index of its first bundle
+    depth: int  # of loops, 1 for the outermost
+    bundles: int  # of one trip, without those of the loops inside it
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """The compiled schedule of one kernel."""
 
@@ -65,6 +77,7 @@ class Schedule:
     slots: Mapping[str, int]  # operations a bundle can hold, by unit
     regions: tuple[Region, ...]
     vmem_bytes: int
+    loops: tuple[Loop, ...] = ()
 
     @property
     def bundles(self) -> int:
@@ -100,7 +113,7 @@ def read(folder: Path, chip: str) -> list[Schedule]:
         slots, use = _read_use(following["pre-delay_hlo-static-per-bundle-utilization"])
         regions = _read_regions(path, use)
         vmem = _read_vmem(following["post-delay-converter"])
-        schedules.append(Schedule(re.sub(r"\.\d+$", "", kernel), chip, slots, regions, vmem))
+        schedules.append(Schedule(re.sub(r"\.\d+$", "", kernel), chip, slots, regions, vmem, _read_loops(path, chip)))
     return schedules
 
 
@@ -166,6 +179,31 @@ def _read_regions(path: Path, use: Sequence[Mapping[str, int]]) -> tuple[Region,
     return tuple(sorted(regions, key=lambda region: region.first))
 
 
+def _read_loops(path: Path, chip: str) -> tuple[Loop, ...]:
+    """From where a branch jumps back to, up to that branch and the bundles that are issued while it is taken."""
+    depth: dict[int, int] = {}  # by the loop's first bundle
+    length: dict[int, int] = {}
+    index = -1
+    with path.open() as lines:
+        for line in lines:
+            if match := _LOOP_BUNDLE.match(line):
+                label, nesting = match.groups()
+                index += 1
+                if label == "LB":
+                    depth[index] = len(nesting)
+            for target in map(int, _BRANCH.findall(line)):
+                if target in depth and target <= index:
+                    length[target] = index + 1 + _BRANCH_DELAY.get(chip, 4) - target
+
+    def inside(inner: int, outer: int) -> bool:
+        return depth[inner] == depth[outer] + 1 and outer < inner < outer + length[outer]
+
+    return tuple(
+        Loop(first, depth[first], length[first] - sum(length[other] for other in length if inside(other, first)))
+        for first in sorted(length)
+    )
+
+
 def _read_vmem(path: Path) -> int:
     with path.open() as lines:
         ends = [int(match[1], 0) + int(match[2], 0) for line in lines if (match := _VMEM.search(line))]
@@ -192,7 +230,8 @@ def compile_target(target: str, chip: str, arguments: Mapping[str, Any] | None =
         # The compiler reads its flags once, when it starts; a process of its own also bounds its memory.
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false"
         flags += f" --xla_jf_dump_llo_pass_label_regex={_LABELS}"
-        environment = os.environ | {
+        # libtpu aborts on flags of other backends.
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
             "JAX_PLATFORMS": "cpu",
             "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),

@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"errors", "config", "sharding", "pallas_kernels"},
     "interop": {"errors", "config", "models"},
     "inference": {"errors", "config", "models", "data", "processing"},
-    "training": {"errors", "config", "config_file", "sharding", "models", "data", "processing"},
+    "training": {"errors", "config", "config_file", "sharding", "models", "data", "processing", "pallas_kernels"},
     "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
     "cli": None,  # the top: may import all
 }

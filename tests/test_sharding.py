@@ -68,7 +68,7 @@ def evaluate(model, batch):
             crops_BCHWC=batch["crops_CHWC"],
         )
         targets_BT, weights_BT = next_tokens(batch["tokens_T"], batch["loss_weights_T"])
-        scores = token_scores(hidden_BTD, targets_BT, model.decoder.logits, chunk=16)
+        scores = token_scores(hidden_BTD, model.decoder.head(), targets_BT, chunk=16)
         loss = -jnp.sum(weights_BT * scores.log_probs_BT) / jnp.sum(weights_BT)
         return loss, model.decoder.logits(hidden_BTD[:, ::8])
 

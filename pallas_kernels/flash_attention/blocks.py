@@ -227,7 +227,9 @@ def _pack(visited: Array, row: np.ndarray, query: np.ndarray, key: np.ndarray, w
     if isinstance(count, int):
         index_M = np.flatnonzero(visited)
     else:
-        index_M = jnp.nonzero(visited.ravel(), size=size, fill_value=0)[0]
+        # A stable sort puts the visited ones first, in order. (jnp.nonzero's scatter goes to the sparse cores of v5p and
+        # later, where libtpu 0.0.52 fails to compile it.)
+        index_M = jnp.argsort(~visited.ravel(), stable=True)[:size]
         index_M = jnp.where(jnp.arange(size) < count, index_M, index_M[count - 1])
     where_M = xp.asarray((row << _ROW_SHIFT) | query).ravel()[index_M].astype(np.int32)
     what_M = (xp.asarray(key << _KIND_BITS) | what).ravel()[index_M].astype(np.int32)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention.blocks import Geometry
+
 MASKED = -1e30  # a score that no query sees; finite, so that differences of two stay numbers
 
 
@@ -37,6 +39,15 @@ def column(row_1X: jax.Array, width: int) -> jax.Array:
     """A row [1, X] as X equal columns [X, width]; X and width are multiples of 128."""
     block_X128 = jnp.broadcast_to(row_1X, (128, row_1X.shape[1])).T
     return jnp.concatenate([block_X128] * (width // 128), axis=1)
+
+
+def strike_tail(scores: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
+    """The scores of the last key block, keys along `axis`, with the places past the end struck out and no others looked at."""
+    real = geometry.num_keys % geometry.block_kv
+    whole = real // 128 * 128
+    kept, tail = jax.lax.slice_in_dim(scores, 0, whole, axis=axis), jax.lax.slice_in_dim(scores, whole, None, axis=axis)
+    tail = jnp.where(jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis) < real - whole, tail, MASKED)
+    return jnp.concatenate([kept, tail] if whole else [tail], axis=axis)
 
 
 def visible(

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import blocks
-from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nn, dot_nt, dot_tn, dot_tt, visible
+from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nn, dot_nt, dot_tn, dot_tt, strike_tail, visible
 from pallas_kernels.flash_attention.tpu_forward import LOG2E, VMEM_LIMIT
 
 _CHUNK_BYTES = 16 * 2**20  # of vector memory for the gradients of a chunk of queries
@@ -156,6 +156,8 @@ def _kernel(
 
     def masked(scores_QC, queries, keys):
         """Scores of a part of the tile with what no query sees struck out; `queries` and `keys` are (start, size)."""
+        if not g.causal and not segmented:
+            return strike_tail(scores_QC, g, axis=1)
         q_ids = kv_ids = None
         if segmented:
             q_ids = jnp.broadcast_to(column(q_ids_ref[:, pl.ds(*queries)], 128)[:, :1], scores_QC.shape)

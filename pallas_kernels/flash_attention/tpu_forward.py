@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import blocks
-from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nt, dot_tn, visible
+from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nt, dot_tn, strike_tail, visible
 
 LOG2E = 1.4426950408889634
 _LOW, _HIGH = 2.0**-60, 2.0**100
@@ -128,8 +128,12 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
 
     old, new = slot_ref[0], 1 - slot_ref[0]
 
+    whole_keys, whole_queries = (0, g.block_kv), (0, g.block_q)
+
     def masked(scores_CQ, keys, queries, causal=g.causal):
         """Scores of a part of the tile with what no query sees struck out; `keys` and `queries` are (start, size)."""
+        if not causal and not segmented and keys is whole_keys:
+            return strike_tail(scores_CQ, g, axis=0)
         q_ids = kv_ids = None
         if segmented:
             q_ids = q_ids_ref[:, pl.ds(*queries)]
@@ -161,8 +165,6 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
         unsafe = jnp.max(jnp.where(safe_1Q, 0.0, 1.0)) > 0
         slot_ref[0] = jnp.where(unsafe, old, new)
         repairs_ref[0] = unsafe.astype(jnp.int32)
-
-    whole_keys, whole_queries = (0, g.block_kv), (0, g.block_q)
 
     @pl.when(kind == blocks.FULL)
     def _():

@@ -21,7 +21,7 @@ def compile_for(chip: str, f: Callable[..., Any], *args: Any) -> Any:
     mesh = chips.compile_only_mesh(chip)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
-    # libtpu reads XLA_FLAGS when it first compiles, and aborts on a flag of the CPU's that it does not know: conftest's.
+    # libtpu reads XLA_FLAGS when it first compiles, and aborts on a flag that it does not know, conftest's for the CPU.
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
         with jax.set_mesh(mesh):

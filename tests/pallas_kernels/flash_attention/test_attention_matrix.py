@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels.flash_attention import RESIDUAL_NAMES, flash_attention
 
-IMPLEMENTATIONS = ("xla", "gpu")
+IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +206,8 @@ def test_output_and_gradients_are_those_of_the_definition(implementation, case):
     # gradients of q and k are differences of rounded terms; scores and log-sum-exp are float32 always.
     rounding = 2**-8 if case.dtype == "bfloat16" else 4e-6
     tolerances = {"out": 2 * rounding, "lse": 4e-6, "dq": 4 * rounding, "dk": 4 * rounding, "dv": 4 * rounding}
+    if implementation == "tpu" and case.dtype == "bfloat16":
+        tolerances["lse"] = 2**-12  # the scale is folded into the queries, which rounds them once more
     for (name, tolerance), ours, wanted in zip(tolerances.items(), results, expected(case), strict=True):
         atol = tolerance * np.abs(wanted[np.isfinite(wanted)]).max(initial=1e-3)
         np.testing.assert_allclose(np.asarray(ours, np.float32), wanted, rtol=0, atol=atol, err_msg=name)
