@@ -3,14 +3,14 @@
     pip install jax libtpu tokamax        # Python 3.12 or newer; without tokamax its columns stay empty
     python benchmarks/attention_schedules.py [--chips v5e v6e] [--tune]
 
-Needs no TPU. Every kernel is compiled by the real compiler for every chip, its bundles are read (pallas_kernels/schedule.py) and
-a whole call is added up:
+Needs no TPU. Every kernel is compiled by the real compiler for every chip, its bundles are read
+(pallas_kernels/schedule.py) and a whole call is added up:
 
     bundles = full tiles * body of a full tile + diagonal tiles * body of a diagonal tile
               + tiles * what runs at every grid step + rows of tiles * what runs once a row (initialise, write)
 
-and useful floating-point operations (4 L^2 D forward and 10 L^2 D backward, half of it if causal) are divided by that. Each
-kernel gets the best of several block sizes and options. Our forward pass is counted without its repair (see
+and useful floating-point operations (4 L^2 D forward and 10 L^2 D backward, half of it if causal) are divided by that.
+Each kernel gets the best of several block sizes and options. Our forward pass is counted without its repair (see
 pallas_kernels/flash_attention/tpu_forward.py): it does not run while logits stay within +-41 nats. The last columns
 give what a tile costs if it is repaired. Writes results/attention_schedules.json.
 """
@@ -18,6 +18,7 @@ give what a tile costs if it is repaired. Writes results/attention_schedules.jso
 import argparse
 import dataclasses
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -131,7 +132,9 @@ class Cost:
         return (tiles - rows) * self.full + rows * self.diagonal + tiles * self.step + rows * self.row
 
 
-def cost(found: schedule.Schedule, shape: Shape, block_q: int, block_kv: int, kernel: str, ragged: bool = False) -> Cost:
+def cost(
+    found: schedule.Schedule, shape: Shape, block_q: int, block_kv: int, kernel: str, ragged: bool = False
+) -> Cost:
     bodies = found.bodies
     repair = 0
     if kernel == "ours" and "forward" in found.kernel:  # the last body is the loop of the repair
@@ -170,7 +173,9 @@ def candidates(kernel: str, shape: Shape, chip: str, tune: bool) -> Iterable[tup
                 yield label, which, {"blocks": blocks}, *(blocks[:2] if which == "forward" else blocks[2:4])
             continue
         # What their own tuning guides try at these shapes; smaller tiles are slower throughout.
-        sides = (1024, 2048) if shape.causal else (padded(math.ceil(shape.length / math.ceil(shape.length / 1408)), 128),)
+        sides = (
+            (1024, 2048) if shape.causal else (padded(math.ceil(shape.length / math.ceil(shape.length / 1408)), 128),)
+        )
         choices: list[dict[str, Any]] = [{}]
         if kernel == "tokamax" and shape.causal:
             choices += [{"qk_diag_skip": True, "sv_diag_skip": True}]
@@ -204,9 +209,7 @@ def chosen_sizes(shape: Shape, chip: str) -> list[int]:
     from pallas_kernels.flash_attention.block_sizes import choose
 
     with jax.set_mesh(compile_only_mesh(chip)):
-        sizes = choose(
-            shape.length, shape.length, shape.head_dim, causal=shape.causal, segmented=False, itemsize=2
-        )
+        sizes = choose(shape.length, shape.length, shape.head_dim, causal=shape.causal, segmented=False, itemsize=2)
     return list(dataclasses.astuple(sizes))
 
 
@@ -273,24 +276,25 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--tune", action="store_true", help="our kernels over all block sizes, for block_sizes.py; writes nothing")
+    parser.add_argument(
+        "--tune", action="store_true", help="our kernels over all block sizes, for block_sizes.py; writes nothing"
+    )
     arguments = parser.parse_args()
-    print(f"{'chip':<6} {'shape':<20} {'pass':<9} {'ours':>14} {'tokamax':>14} {'jax splash':>14}  ours/tokamax, useful flop/bundle")
-    rows = run(arguments.chips, arguments.tune)
-    if not arguments.tune:
-        packages = ("jax", "libtpu", "tokamax")
-        versions = {p: machine_version(p) for p in packages}
-        path = machine.write("attention_schedules", {"compiler": versions, "rows": rows})
-        print(f"written to {path}")
+    columns = f"{'ours':>14} {'tokamax':>14} {'jax splash':>14}  ours/tokamax, useful flop/bundle"
+    print(f"{'chip':<6} {'shape':<20} {'pass':<9} {columns}")
+    for chip in arguments.chips:
+        rows = run([chip], arguments.tune)
+        if not arguments.tune:
+            keep(rows)
 
 
-def machine_version(package: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def keep(rows: list[dict[str, Any]]) -> None:
+    """Put the rows of a chip in the place of those that the results file has of it."""
+    path = machine.RESULTS / "attention_schedules.json"
+    others = json.loads(path.read_text())["rows"] if path.exists() else []
+    others = [row for row in others if row["chip"] != rows[0]["chip"]]
+    versions = {package: machine.version(package) for package in ("jax", "libtpu", "tokamax")}
+    machine.write("attention_schedules", {"compiler": versions, "rows": others + rows})
 
 
 if __name__ == "__main__":

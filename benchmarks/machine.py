@@ -10,6 +10,14 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def version(package: str) -> str | None:
+    """Its installed version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     packages = ("stepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     cpu = platform.processor() or platform.machine()
@@ -19,7 +27,7 @@ def describe() -> dict[str, Any]:
             break
     return {
         "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": {package: version(package) for package in packages},
         "cpu": cpu,
         "cores": os.cpu_count(),
         "system": platform.system(),

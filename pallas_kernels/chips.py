@@ -1,7 +1,8 @@
 """The TPU generations kernels are built for: how to name one for a compilation, and which one is being compiled for.
 
-A kernel's block sizes depend on the chip that will run it, which need not be in this machine. So the chip comes from the
-mesh the program is lowered under (`jax.set_mesh`), real or of a topology description, and never from `jax.devices()`.
+A kernel's block sizes depend on the chip that will run it, which need not be in this machine. So the chip comes from
+the mesh the program is lowered under (`jax.set_mesh`), real or of a topology description, and never from
+`jax.devices()`.
 """
 
 import dataclasses

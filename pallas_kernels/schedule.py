@@ -3,21 +3,23 @@
     python -m pallas_kernels.schedule pallas_kernels.flash_attention.schedules:forward --chip v6e length=4096
 
 A TPU core issues one bundle (a very long instruction word) a cycle, in order, and the compiler decides at compile time
-which operations share a bundle. So the compiled program itself says most of what a kernel will cost. This module compiles
-a function for a named TPU with libtpu, lets the compiler write down its bundles, and reads from them, for every kernel:
+which operations share a bundle. So the compiled program itself says most of what a kernel will cost. This module
+compiles a function for a named TPU with libtpu, lets the compiler write down its bundles, and reads from them, for
+every kernel:
 
-    body        a stretch of the program that feeds the matrix unit: the steady state of a loop or of a grid step, apart from
-                what surrounds it (pipeline prologue and epilogue, initialisation, the final write)
+    body        a stretch of the program that feeds the matrix unit: the steady state of a loop or of a grid step, apart
+                from what surrounds it (pipeline prologue and epilogue, initialisation, the final write)
     bundles     the cycles of one pass through it, stalls that the compiler foresaw included
-    matrix      the share of those bundles in which a matrix unit is busy, averaged over the units. A unit that multiplies
-                a 128-deep operand on a 256-deep array is busy and half idle: flop/bundle shows that, this does not
+    matrix      the share of those bundles in which a matrix unit is busy, averaged over the units. A unit that
+                multiplies a 128-deep operand on a 256-deep array is busy and half idle: flop/bundle shows that, this
+                does not
     spills      stores of vector registers that did not fit, and their loads
     flop/bundle useful floating-point operations (the caller says how many) a bundle, and the ceiling of the chip
     vmem        the largest address of vector memory in use: windows, scratch and spills
 
-It is an estimate, made for comparing kernels compiled by the same compiler, never a measured speed. It cannot see: stalls
-on DMA (a kernel bound by HBM bandwidth looks as fast as one that is not), what a branch decides at run time, contention
-between the cores of a chip, clock throttling. A loop is counted once; multiply by its trips.
+It is an estimate, made for comparing kernels compiled by the same compiler, never a measured speed. It cannot see:
+stalls on DMA (a kernel bound by HBM bandwidth looks as fast as one that is not), what a branch decides at run time,
+contention between the cores of a chip, clock throttling. A loop is counted once; multiply by its trips.
 """
 
 import argparse
@@ -118,7 +120,7 @@ def read(folder: Path, chip: str) -> list[Schedule]:
 
 
 def _is_kernel(folder: Path, prefix: str) -> bool:
-    """Whether a dump is of a Mosaic kernel: the compiler's own analysis names the operation that the bundles carry out."""
+    """Whether a dump is of a Mosaic kernel: the compiler's own analysis names the operation it is of."""
     analyses = folder.glob(f"{prefix}-schedule-analysis_packed-bundles-post-ra.txt")
     return any('custom_call_target="tpu_custom_call"' in path.read_text() for path in analyses)
 
@@ -172,7 +174,9 @@ def _read_regions(path: Path, use: Sequence[Mapping[str, int]]) -> tuple[Region,
                 for unit, count in use[index].items():
                     inner[unit] += count
     if index + 1 != len(use):
-        raise RuntimeError(f"{path.name} has {index + 1} bundles and its utilization table {len(use)}: unknown dump format")
+        raise RuntimeError(
+            f"{path.name} has {index + 1} bundles and its utilization table {len(use)}: unknown dump format"
+        )
     regions = [
         Region(number, first[number], depth[number], count.pop("bundles"), count) for number, count in counts.items()
     ]
@@ -214,8 +218,8 @@ def compile_target(target: str, chip: str, arguments: Mapping[str, Any] | None =
     """Compile `target` for `chip` in a process of its own and read its schedules.
 
     Args:
-      target: "module:function"; called with `arguments`, it returns (f, args) where `f(*args)` is to be compiled and args are
-        jax.ShapeDtypeStruct trees.
+      target: "module:function"; called with `arguments`, it returns (f, args) where `f(*args)` is to be compiled
+        and args are jax.ShapeDtypeStruct trees.
       chip: one of pallas_kernels.chips.CHIPS.
       arguments: keyword arguments of `target`, JSON values.
 
@@ -276,28 +280,35 @@ def table(schedules: Sequence[Schedule], flops: float | None = None) -> str:
     """A line for every body of every kernel. `flops`: useful floating-point operations of one pass through a body."""
     from pallas_kernels.chips import CHIPS
 
-    lines = ["kernel                              body  bundles  matrix   VALU    EUP    XLU  spills   fills   flop/bundle      us"]
+    columns = "body  bundles  matrix   VALU    EUP    XLU  spills   fills   flop/bundle      us"
+    lines = [f"{'kernel':34s}  {columns}"]
     for schedule in schedules:
+        facts, peak = CHIPS[schedule.chip], ceiling(schedule.chip)
         for region in schedule.bodies or schedule.regions[-1:]:
-            useful = f"{flops / region.bundles:9,.0f} {flops / region.bundles / ceiling(schedule.chip):4.0%}" if flops else " " * 14
+            use = "".join(f" {schedule.use(region, unit):6.0%}" for unit in ("MATMUL", "VALU", "EUP", "XLU"))
+            spilled = "".join(f" {region.operations[unit]:7,d}" for unit in ("VSTORE:SPILL", "VLOAD:FILL"))
+            rate = flops / region.bundles if flops else None
+            useful = f"{rate:9,.0f} {rate / peak:4.0%}" if rate else " " * 14
+            microseconds = region.bundles / facts.clock_ghz / 1e3
             lines.append(
-                f"{schedule.kernel[:34]:34s} {region.number:5d} {region.bundles:8,d}  {schedule.use(region, 'MATMUL'):6.0%}"
-                f" {schedule.use(region, 'VALU'):6.0%} {schedule.use(region, 'EUP'):6.0%} {schedule.use(region, 'XLU'):6.0%}"
-                f" {region.operations['VSTORE:SPILL']:7,d} {region.operations['VLOAD:FILL']:7,d}"
-                f" {useful} {region.bundles / CHIPS[schedule.chip].clock_ghz / 1e3:7.2f}"
+                f"{schedule.kernel[:34]:34s} {region.number:5d} {region.bundles:8,d} {use}{spilled} {useful}"
+                f" {microseconds:7.2f}"
             )
         lines.append(
-            f"{'':34s} whole {schedule.bundles:8,d}  vmem {schedule.vmem_bytes / 2**20:.1f} MiB of "
-            f"{CHIPS[schedule.chip].vmem_mib}; ceiling {ceiling(schedule.chip):,.0f} flop/bundle on {schedule.chip} at "
-            f"{CHIPS[schedule.chip].clock_ghz} GHz"
+            f"{'':34s} whole {schedule.bundles:8,d}  vmem {schedule.vmem_bytes / 2**20:.1f} MiB of {facts.vmem_mib}; "
+            f"ceiling {peak:,.0f} flop/bundle on {schedule.chip} at {facts.clock_ghz} GHz"
         )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.schedule", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.schedule", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("target", help="module:function that returns (f, args), args as jax.ShapeDtypeStruct")
-    parser.add_argument("arguments", nargs="*", metavar="name=value", help="keyword arguments of the function, values in JSON")
+    parser.add_argument(
+        "arguments", nargs="*", metavar="name=value", help="keyword arguments of the function, values in JSON"
+    )
     parser.add_argument("--chip", default="v5e", help="v5e, v5p, v6e or tpu7x")
     parser.add_argument("--flops", type=float, help="useful floating-point operations of one pass through a body")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)

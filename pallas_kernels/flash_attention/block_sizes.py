@@ -28,7 +28,12 @@ class BlockSizes:
 
 
 # Chip: the longest side of a tile forward and backward, and the sub-block on the diagonal.
-CAUSAL_LIMITS = {"v5e": (2048, 1024, 256), "v5p": (2048, 1024, 256), "v6e": (2048, 2048, 512), "tpu7x": (2048, 2048, 512)}
+CAUSAL_LIMITS = {
+    "v5e": (2048, 1024, 256),
+    "v5p": (2048, 1024, 256),
+    "v6e": (2048, 2048, 512),
+    "tpu7x": (2048, 2048, 512),
+}
 SEGMENTED_LIMIT = 1024
 # Without a mask, all keys of a view of an image fit a tile: its queries are divided, its keys are not.
 FULL_LIMIT = 1408

@@ -11,9 +11,9 @@ structure leave empty cost nothing. Causal attention over two packed segments (a
     i=2  ab   G G G .     G general: a mask is computed
     i=3  b    . . G T     . not visited
 
-The list is made of array operations: where segment ids or offsets are traced it is computed on the device at run time, and
-a change of the packing compiles nothing. It is conservative: a block whose range of segment ids meets that of its keys is
-visited.
+The list is made of array operations: where segment ids or offsets are traced it is computed on the device at run time,
+and a change of the packing compiles nothing. It is conservative: a block whose range of segment ids meets that of its
+keys is visited.
 """
 
 import dataclasses
@@ -99,8 +99,8 @@ def structure(
 ) -> tuple[Array, Array]:
     """Which blocks are visited and of what kind they are: bool [B, I, J], int32 [B, I, J].
 
-    Segment ids are padded to whole blocks with negative ids, which see and are seen by nothing. Where nothing is traced the
-    answer is NumPy's: the list becomes a constant of the program, and the size of the grid a number.
+    Segment ids are padded to whole blocks with negative ids, which see and are seen by nothing. Where nothing is traced
+    the answer is NumPy's: the list becomes a constant of the program, and the size of the grid a number.
     """
     g = geometry
     static = g.static_offset is not None and q_segment_ids_BT is None
@@ -158,8 +158,8 @@ def forward_items(visited_BIJ: Array, kind_BIJ: Array, limit: int) -> Items:
 def backward_items(visited_BIJ: Array, kind_BIJ: Array, heads: int, chunk: int, limit: int) -> Items:
     """Every key block's queries in a row, of all `heads` that share it, for one chunk of query blocks after another.
 
-    Query blocks are counted over the heads: number r * I + i, padded to whole chunks. Every query block and, in each chunk,
-    every key block is visited at least once, to write its zeros.
+    Query blocks are counted over the heads: number r * I + i, padded to whole chunks. Every query block and, in each
+    chunk, every key block is visited at least once, to write its zeros.
     """
     xp = _namespace(visited_BIJ)
     B, I, J = visited_BIJ.shape
@@ -227,8 +227,8 @@ def _pack(visited: Array, row: np.ndarray, query: np.ndarray, key: np.ndarray, w
     if isinstance(count, int):
         index_M = np.flatnonzero(visited)
     else:
-        # A stable sort puts the visited ones first, in order. (jnp.nonzero's scatter goes to the sparse cores of v5p and
-        # later, where libtpu 0.0.52 fails to compile it.)
+        # A stable sort puts the visited ones first, in order. (jnp.nonzero's scatter goes to the sparse cores of v5p
+        # and later, where libtpu 0.0.52 fails to compile it.)
         index_M = jnp.argsort(~visited.ravel(), stable=True)[:size]
         index_M = jnp.where(jnp.arange(size) < count, index_M, index_M[count - 1])
     where_M = xp.asarray((row << _ROW_SHIFT) | query).ravel()[index_M].astype(np.int32)

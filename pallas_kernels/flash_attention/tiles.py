@@ -42,10 +42,11 @@ def column(row_1X: jax.Array, width: int) -> jax.Array:
 
 
 def strike_tail(scores: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
-    """The scores of the last key block, keys along `axis`, with the places past the end struck out and no others looked at."""
+    """The scores of the last key block, keys along `axis`, with the places past the end struck out."""
     real = geometry.num_keys % geometry.block_kv
-    whole = real // 128 * 128
-    kept, tail = jax.lax.slice_in_dim(scores, 0, whole, axis=axis), jax.lax.slice_in_dim(scores, whole, None, axis=axis)
+    whole = real // 128 * 128  # whole registers of real keys are not looked at
+    kept = jax.lax.slice_in_dim(scores, 0, whole, axis=axis)
+    tail = jax.lax.slice_in_dim(scores, whole, None, axis=axis)
     tail = jnp.where(jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis) < real - whole, tail, MASKED)
     return jnp.concatenate([kept, tail] if whole else [tail], axis=axis)
 
@@ -63,8 +64,8 @@ def visible(
 ) -> jax.Array:
     """The mask of a tile whose queries run along `q_axis`.
 
-    `num_keys` is given where keys past the end are among the tile's. The ids are broadcast to the tile: a row for what runs
-    along axis 1, columns for axis 0.
+    `num_keys` is given where keys past the end are among the tile's. The ids are broadcast to the tile: a row for what
+    runs along axis 1, columns for axis 0.
     """
     query = jax.lax.broadcasted_iota(jnp.int32, shape, q_axis)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)

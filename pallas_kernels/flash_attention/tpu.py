@@ -57,8 +57,8 @@ def attention(
         whole = not segmented and size >= S and size % 16 == 0
         check(
             size > 0 and (size % 128 == 0 or whole),
-            f"block_sizes.{name} is {size}; it must be a multiple of 128, or without segment ids a multiple of 16 that holds "
-            f"all {S} keys",
+            f"block_sizes.{name} is {size}; it must be a multiple of 128, or without segment ids a multiple of 16 "
+            f"that holds all {S} keys",
         )
     static = _Static(causal, q_offset if isinstance(q_offset, int) else None, scale, block_sizes, interpret)
     return _attention(

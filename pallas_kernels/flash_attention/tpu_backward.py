@@ -1,17 +1,17 @@
 """The backward kernel on a TPU core: the gradients of queries, keys and values in one pass over the tiles.
 
-Legend: B rows, K key-value heads, R query heads a key-value head, T queries, S keys, H head dim, G = R * T queries of all heads
-that share a key-value head; in a tile Q queries, C keys; P partial sums.
+Legend: B rows, K key-value heads, R query heads a key-value head, T queries, S keys, H head dim, G = R * T queries of
+all heads that share a key-value head; in a tile Q queries, C keys; P partial sums.
 
-With s = q k^T in units of log2, the weights are p = exp2(s - lse): the forward pass already knows the log-sum-exp, so no maximum
-is needed. For a cotangent do of the output and dlse of the log-sum-exp,
+With s = q k^T in units of log2, the weights are p = exp2(s - lse): the forward pass already knows the log-sum-exp, so
+no maximum is needed. For a cotangent do of the output and dlse of the log-sum-exp,
 
     dv = p^T do    dp = do v^T    ds = p (dp - delta)    dq = ds k    dk = ds^T q    delta = sum(do * out) - dlse
 
-Tiles are visited key block by key block. The gradients of a key block stay in vector memory over its queries, as dk^T and dv^T:
-then the tiles of p and ds are what the matrix unit holds while the H rows of q^T and do^T stream past, which is half the
-work on 256-wide units. The gradients of a chunk of queries stay too, so that every tile is made once and nothing is added up in
-HBM; what exceeds the chunk (see `chunk_blocks`) costs a partial sum of dk and dv a chunk.
+Tiles are visited key block by key block. The gradients of a key block stay in vector memory over its queries, as dk^T
+and dv^T: then the tiles of p and ds are what the matrix unit holds while the H rows of q^T and do^T stream past, which
+is half the work on 256-wide units. The gradients of a chunk of queries stay too, so that every tile is made once and
+nothing is added up in HBM; what exceeds the chunk (see `chunk_blocks`) costs a partial sum of dk and dv a chunk.
 """
 
 from functools import partial
@@ -52,8 +52,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients with respect to the scaled queries (in units of log2), the keys and the values.
 
-    `lse` is in units of log2, +inf-like (1e30) for queries that see nothing. dk and dv come as [P, B, K, S, H]: to be summed
-    over P, in float32 unless P is 1.
+    `lse` is in units of log2, +inf-like (1e30) for queries that see nothing. dk and dv come as [P, B, K, S, H]: to be
+    summed over P, in float32 unless P is 1.
     """
     B, K, G, H = q_BKGH.shape
     S = k_BKSH.shape[2]
@@ -225,9 +225,8 @@ def _kernel(
 
 
 def _d_query_shape(block_q: int, head_dim: int) -> tuple[int, int]:
-    """Query gradients are kept transposed where a head does not fill the lanes: 96 rows cost what 96 rows cost, and 96 lanes
-    what 128 do. (At 128 the two orders cost the same.)
-    """
+    """Query gradients are kept transposed where a head does not fill the lanes: 96 rows cost what 96 rows cost, and 96
+    lanes what 128 do. (At 128 the two orders cost the same.)"""
     return (block_q, head_dim) if head_dim % 128 == 0 else (head_dim, block_q)
 
 

@@ -2,21 +2,22 @@
 
 Legend: B rows, N query heads, K key-value heads, T queries, S keys, H head dim; in a tile Q queries, C keys.
 
-Scores are computed transposed, S_CQ = k q^T, so that the statistics of a query are one number a lane: maxima and sums over
-keys are additions of whole registers, and the tile of weights is pushed into the matrix unit as it stands while only the H
-rows of v^T stream past it. On the 256-wide units of v6e and later the second product then costs half of what the other
-order costs.
+Scores are computed transposed, S_CQ = k q^T, so that the statistics of a query are one number a lane: maxima and sums
+over keys are additions of whole registers, and the tile of weights is pushed into the matrix unit as it stands while
+only the H rows of v^T stream past it. On the 256-wide units of v6e and later the second product then costs half of what
+the other order costs.
 
-The softmax is optimistic. The textbook's online softmax needs the maximum of a tile before it can exponentiate the first
-score, so all scores go to memory and come back, and the matrix unit waits. But softmax is the same for any reference r
-in exp2(s - r) that neither overflows nor lets everything underflow. So a tile is computed against the reference its
-queries already have (0 at first), and the sums tell afterwards whether that was safe:
+The softmax is optimistic. The textbook's online softmax needs the maximum of a tile before it can exponentiate the
+first score, so all scores go to memory and come back, and the matrix unit waits. But softmax is the same for any
+reference r in exp2(s - r) that neither overflows nor lets everything underflow. So a tile is computed against the
+reference its queries already have (0 at first), and the sums tell afterwards whether that was safe:
 
     2^-60 <= sum <= 2^100    for every query that sees a key
 
-If it was not, for any query, the tile's result is thrown away and the tile is computed again, online. That takes logits beyond
-+-41 nats or so and happens mostly once a query block, since the repair leaves the true maximum as the new reference.
-Nothing is approximated: weights are floating-point numbers, whose relative precision does not depend on the reference.
+If it was not, for any query, the tile's result is thrown away and the tile is computed again, online. That takes logits
+beyond +-41 nats or so and happens mostly once a query block, since the repair leaves the true maximum as the new
+reference. Nothing is approximated: weights are floating-point numbers, whose relative precision does not depend on the
+reference.
 """
 
 from functools import partial

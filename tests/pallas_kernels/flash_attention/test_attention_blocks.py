@@ -1,4 +1,6 @@
-"""The lists of blocks against what a dense mask says. Legend: B rows, T queries, S keys, I query blocks, J key blocks."""
+"""The lists of blocks against what a dense mask says. Legend: B rows, T queries, S keys, I query blocks, J key
+blocks.
+"""
 
 import functools
 
@@ -27,9 +29,7 @@ def random_ids(rng, rows, length):
 
 
 def dense(T, S, causal, offset, q_ids, kv_ids):
-    mask = visibility(
-        T, S, causal=causal, q_offset=offset, q_segment_ids_BT=q_ids, kv_segment_ids_BS=kv_ids
-    )
+    mask = visibility(T, S, causal=causal, q_offset=offset, q_segment_ids_BT=q_ids, kv_segment_ids_BS=kv_ids)
     return np.ones((1, T, S), bool) if mask is None else np.asarray(mask)
 
 
@@ -76,7 +76,9 @@ def test_forward_list_walks_each_query_block_once_and_flags_its_ends(traced):
         visited, kind = jnp.asarray(visited), jnp.asarray(kind)
     listed = functools.partial(blocks.forward_items, limit=blocks.max_visits(g))
     items = unpack((jax.jit(listed) if traced else listed)(visited, kind))
-    assert [(b, i, j) for b, i, j, *_ in items] == [(b, i, j) for b, i, j in np.ndindex(visited.shape) if visited[b, i, j]]
+    assert [(b, i, j) for b, i, j, *_ in items] == [
+        (b, i, j) for b, i, j in np.ndindex(visited.shape) if visited[b, i, j]
+    ]
     for position, (b, i, _, what, _) in enumerate(items):
         before = items[position - 1][:2] if position else None
         after = items[position + 1][:2] if position + 1 < len(items) else None
@@ -96,13 +98,13 @@ def test_backward_list_visits_all_and_finishes_each_query_once(traced, heads, ch
         visited, kind = jnp.asarray(visited), jnp.asarray(kind)
     listed = functools.partial(blocks.backward_items, heads=heads, chunk=chunk, limit=blocks.max_visits(g))
     items = unpack((jax.jit(listed) if traced else listed)(visited, kind))
-    I, J = 5, 10
+    num_q, J = 5, 10
     assert len({item[:3] for item in items}) == len(items)
-    needed = {(b, r * I + i, j) for b, i, j in np.ndindex(2, I, J) if visited[b, i, j] for r in range(heads)}
+    needed = {(b, r * num_q + i, j) for b, i, j in np.ndindex(2, num_q, J) if visited[b, i, j] for r in range(heads)}
     assert needed <= {item[:3] for item in items}
     assert all(what & 3 == blocks.GENERAL for b, q, j, what, _ in items if (b, q, j) not in needed)
     finished = [(b, q) for b, q, _, what, _ in items if what & blocks.LAST_OF_QUERY]
-    assert sorted(finished) == [(b, q) for b in range(2) for q in range(heads * I)]
+    assert sorted(finished) == [(b, q) for b in range(2) for q in range(heads * num_q)]
     # The output window stays on the next block to be finished, so that it is written back when that has happened.
     expected, following = [], finished[-1]
     for b, q, _, what, _ in reversed(items):
@@ -111,7 +113,7 @@ def test_backward_list_visits_all_and_finishes_each_query_once(traced, heads, ch
     assert [(done >> 16, done & 0xFFFF) for *_, done in items] == expected[::-1]
     # Each chunk's key blocks come in runs, all of them, every run begun and ended by its flags.
     runs = [(b, q // chunk, j) for b, q, j, what, _ in items if what & blocks.FIRST_OF_KEY]
-    assert sorted(runs) == [(b, c, j) for b in range(2) for c in range(-(-heads * I // chunk)) for j in range(J)]
+    assert sorted(runs) == [(b, c, j) for b in range(2) for c in range(-(-heads * num_q // chunk)) for j in range(J)]
     assert runs == [(b, q // chunk, j) for b, q, j, what, _ in items if what & blocks.LAST_OF_KEY]
 
 

@@ -1,4 +1,5 @@
-"""What only the TPU kernel has: the optimistic softmax and its repair, triangles, chunks of queries, compilation for every chip.
+"""What only the TPU kernel has: the optimistic softmax and its repair, triangles, chunks of queries, compilation for
+every chip.
 
 Legend: B rows, T query tokens, N query heads, K key-value heads, H head dim.
 """
@@ -151,9 +152,7 @@ def test_too_many_blocks_are_refused():
     x = jax.ShapeDtypeStruct((1, 2**16, 1, 128), jnp.bfloat16)
     blocks = SMALL
     with pytest.raises(ArgumentError, match="block_sizes make 131,328 blocks"):
-        jax.eval_shape(
-            lambda q: flash_attention(q, q, q, causal=True, implementation="tpu", block_sizes=blocks), x
-        )
+        jax.eval_shape(lambda q: flash_attention(q, q, q, causal=True, implementation="tpu", block_sizes=blocks), x)
 
 
 @needs_libtpu
@@ -188,5 +187,3 @@ def test_the_chosen_blocks_fit_the_chip(chip, length, head_dim, causal):
         return jax.vjp(lambda *qkv: flash_attention(*qkv, causal=causal, implementation="tpu"), q, k, v)[1](d_out)
 
     compile_for(chip, gradient, x, x, x, x)
-
-
