@@ -1,0 +1,120 @@
+"""What all implementations of sampling share: uniform parameters of a row, a token's mass, the log-probabilities.
+
+Legend: B rows, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.sampling import wide
+from pallas_kernels.sampling.threefry import threefry_2x32
+
+MASS_BITS = 28  # the top token's mass is 2^28: eight of them, and no more, fit 32 bits
+MAX_VOCAB_SIZE = (1 << 19) - 1  # so that the mass of all tokens fits a Wide
+NO_TOKEN = -1
+UNLIMITED = 1 << 30  # as a number of tokens
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Sample(NamedTuple):
+    """The drawn tokens of B rows and their log-probabilities."""
+
+    tokens_B: jax.Array  # int32, or -1 where there is none to draw
+    log_probs_B: jax.Array  # float32, under the softmax of the logits as given: temperature 1, nothing banned
+    sampling_log_probs_B: jax.Array  # float32, under the distribution the token was drawn from
+
+
+class Parameters(NamedTuple):
+    """Rows' parameters with their special cases folded in; all [B], all int32 but the first."""
+
+    inverse_temperature: jax.Array  # float32; 1 for a greedy row
+    top_k: jax.Array  # UNLIMITED when off; 1 for a greedy row
+    top_p: jax.Array  # the bits of a uint32, in units of 2^-32; nothing when off
+    nucleus: jax.Array  # 1 where top-p is on
+    min_mass: jax.Array  # what min-p asks of a token
+    valid: jax.Array  # 1 where the parameters are in range
+    random_low: jax.Array  # 64 random bits, as two words
+    random_high: jax.Array
+
+
+def prepare(
+    vocab_size: int,
+    seeds: jax.Array,
+    positions_B: jax.Array,
+    temperature_B: jax.Array,
+    top_k_B: jax.Array,
+    top_p_B: jax.Array,
+    min_p_B: jax.Array,
+) -> Parameters:
+    """The rows' Parameters; `seeds` is uint32 [B] or [B, 2]."""
+    seeds = seeds[:, None] if seeds.ndim == 1 else seeds
+    key = (seeds[:, 0], seeds[:, 1] if seeds.shape[1] == 2 else jnp.zeros_like(seeds[:, 0]))
+    position = jax.lax.bitcast_convert_type(positions_B, jnp.uint32)
+    random = threefry_2x32(key, (position, jnp.zeros_like(position)))
+
+    in_range = (temperature_B >= 0) & (temperature_B <= _LARGEST)  # false for NaN, too
+    in_range &= (top_p_B >= 0) & (top_p_B <= 1) & (min_p_B >= 0) & (min_p_B <= 1)
+    greedy = (temperature_B == 0) | (top_p_B == 0)
+    limited = (top_k_B > 0) & (top_k_B < vocab_size)
+    nucleus = (top_p_B < 1) & ~greedy
+    top_p_B = jnp.where(nucleus & in_range, top_p_B, 0)
+    top_p_high = jnp.floor(top_p_B * 65536)
+    top_p_low = jnp.floor((top_p_B * 65536 - top_p_high) * 65536)
+    return Parameters(
+        # A temperature below the least normal number has no finite inverse: this one gives the same sample.
+        inverse_temperature=jnp.where(greedy, 1, jnp.minimum(1 / temperature_B, _LARGEST)).astype(jnp.float32),
+        top_k=jnp.where(greedy, 1, jnp.where(limited, top_k_B, UNLIMITED)).astype(jnp.int32),
+        top_p=(top_p_high.astype(jnp.int32) << 16) + top_p_low.astype(jnp.int32),
+        nucleus=nucleus.astype(jnp.int32),
+        min_mass=jnp.where(in_range, jnp.ceil(min_p_B * (1 << MASS_BITS)), 0).astype(jnp.int32),
+        valid=in_range.astype(jnp.int32),
+        random_low=jax.lax.bitcast_convert_type(random[0], jnp.int32),
+        random_high=jax.lax.bitcast_convert_type(random[1], jnp.int32),
+    )
+
+
+def masses(x: jax.Array, top: jax.Array, inverse_temperature: jax.Array) -> jax.Array:
+    """exp((x - top) / temperature) in units of 2^-28, to the nearest: int32. `top` is finite and the largest x."""
+    weights = jnp.exp((x - top) * inverse_temperature)
+    return (weights * float(1 << MASS_BITS) + 0.5).astype(jnp.int32)
+
+
+def finite(top: jax.Array) -> jax.Array:
+    """The largest logit, or 0 where all are -inf and no difference to the largest would be a number."""
+    return jnp.where(top == -jnp.inf, 0, top)
+
+
+def finish(
+    parameters: Parameters,
+    *,
+    tokens_B: jax.Array,
+    logits_B: jax.Array,
+    top_B: jax.Array,
+    total_B: wide.Wide,
+    raw_top_B: jax.Array,
+    raw_sum_B: jax.Array,
+) -> Sample:
+    """The sample, given the drawn tokens and their logits.
+
+    Args:
+      parameters: of the rows.
+      tokens_B, logits_B: the drawn token, and its logit.
+      top_B: the largest logit of an allowed token.
+      total_B: the mass of all tokens kept.
+      raw_top_B, raw_sum_B: the largest logit, and the sum of exp(logit - largest), over all tokens, banned ones too.
+    """
+    log_probs_B = (logits_B - finite(raw_top_B)) - jnp.log(raw_sum_B)
+    total = wide.to_float(total_B) * 2.0**-MASS_BITS
+    sampling_log_probs_B = (logits_B - finite(top_B)) * parameters.inverse_temperature - jnp.log(total)
+
+    defined = (parameters.valid != 0) & ~jnp.isnan(raw_sum_B)  # a NaN or +inf anywhere makes the sum NaN
+    drawn = top_B != -jnp.inf
+
+    def result(x_B: jax.Array) -> jax.Array:
+        return jnp.where(defined, jnp.where(drawn, x_B, -jnp.inf), jnp.nan)
+
+    tokens_B = jnp.where(defined & drawn, tokens_B, NO_TOKEN)
+    return Sample(tokens_B, result(log_probs_B), result(sampling_log_probs_B))

@@ -1,0 +1,211 @@
+"""From a row's parameters to the tokens it keeps and the point in their mass where it draws, with no sort.
+
+All filters keep a prefix of the tokens in descending order of their logits, tokens of one logit in ascending order of
+their ids. So the smaller of two prefixes is what two filters keep, and a prefix is a threshold and a number of tokens
+tied at it. The threshold is found by bisection, over the integers that order float32 numbers as the numbers are: it is
+exact after at most 33 probes (17 for bfloat16), and found when at most one token, or exactly k, is left to decide on.
+
+Arrays hold a value a row, in any one shape: [B, 1] for XLA, [R, L] with R rows and equal lanes for Mosaic. The code is
+what the two have in common; they differ in how they measure the tokens at or above a threshold, and in how they find
+the drawn one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sampling import wide
+from pallas_kernels.sampling.parameters import MASS_BITS, UNLIMITED, Parameters
+from pallas_kernels.sampling.wide import Wide
+
+_Tree = TypeVar("_Tree")
+_WEIGHTLESS = 0.5 + (MASS_BITS + 1) * math.log(2)  # so far below the top, times the temperature, tokens have no mass
+_SIGNLESS = 0x7FFFFFFF
+_LARGEST_SUBNORMAL = 0x007FFFFF
+
+
+class Measure(NamedTuple):
+    """How many tokens a set has, and their mass."""
+
+    count: jax.Array
+    mass: Wide
+
+
+class Draw(NamedTuple):
+    """Where to find a row's token.
+
+    It is among those with low <= logit < high and a mass of at least `min_mass`: the first, by id, for which the mass
+    of them up to and including it exceeds `target`.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    min_mass: jax.Array
+    unfiltered: jax.Array  # int32, 1 where neither top-k nor top-p binds: low is -inf and high inf
+    target: Wide
+    total: Wide  # the mass of all tokens kept
+    found: jax.Array  # int32, 0 where a threshold lies at or below the floor, and all else is nonsense
+
+
+class _Bracket(NamedTuple):
+    """Tokens at or above `lower` meet the goals and those at or above `upper` do not."""
+
+    lower: jax.Array
+    upper: jax.Array
+    at_lower: Measure
+    at_upper: Measure
+
+
+def key_of(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """int32 that order as the float32 do, next to each other for neighbours of `dtype`, of which the values are.
+
+    Subnormal numbers share zero's, as they do in a TPU's comparisons.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    dropped = _dropped_bits(dtype)
+    key = jnp.maximum(((bits & _SIGNLESS) >> dropped) - (_LARGEST_SUBNORMAL >> dropped), 0)
+    return jnp.where(bits < 0, -key, key)
+
+
+def value_of(key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `key_of`."""
+    dropped = _dropped_bits(dtype)
+    bits = jnp.where(key == 0, 0, (jnp.abs(key) + (_LARGEST_SUBNORMAL >> dropped)) << dropped)
+    value = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(key < 0, -value, value)
+
+
+def _dropped_bits(dtype: jnp.dtype) -> int:
+    """How many bits a float32 has that are zero in all numbers of `dtype`."""
+    return 32 - 8 * jnp.dtype(dtype).itemsize
+
+
+def select(
+    parameters: Parameters,
+    dtype: jnp.dtype,
+    *,
+    top: jax.Array,
+    floor: jax.Array,
+    all_mass: Wide,
+    at_min_p: Measure,
+    measure: Callable[[jax.Array], Measure],
+) -> Draw:
+    """Where rows draw.
+
+    Args:
+      parameters: of the rows.
+      dtype: float32 or bfloat16, whichever the logits are of. It bounds the number of probes.
+      top: the largest logit of an allowed token, finite.
+      floor: thresholds at or below it cannot be measured; -inf if all can.
+      all_mass: the mass of all tokens.
+      at_min_p: of the tokens whose mass is at least parameters.min_mass.
+      measure: from thresholds to the Measure of the tokens at or above them.
+    """
+
+    def at_key(key: jax.Array) -> Measure:
+        return measure(value_of(key, dtype))
+
+    zero = jnp.zeros_like(parameters.top_k)
+    no_mass = Wide(zero, zero)
+    top_key, floor_key = key_of(top, dtype), key_of(floor, dtype)
+    valid = parameters.valid != 0
+
+    # Top-k.
+    limited = valid & (parameters.top_k != UNLIMITED)
+    bracket = _Bracket(floor_key, top_key + 1, Measure(zero + UNLIMITED, all_mass), Measure(zero, no_mass))
+    bracket = _bisect(
+        bracket, limited, lambda at: at.count >= parameters.top_k, lambda at: at.count == parameters.top_k, at_key
+    )
+    found = ~limited | (bracket.lower > floor_key) | (floor == -jnp.inf)
+    tied, tied_mass = _ties(bracket)
+    kept_ties = jnp.where(limited, parameters.top_k - bracket.at_upper.count, tied)
+
+    # Top-p, of the mass that top-k has kept. All of a vocabulary's is found above `weightless`.
+    weightless = key_of(top - _WEIGHTLESS / parameters.inverse_temperature, dtype) - 1
+    nucleus = valid & (parameters.nucleus != 0)
+    wanted = wide.fraction(_kept_mass(bracket, tied, tied_mass, kept_ties), [parameters.top_p], round_up=True)
+    one = Wide(zero, zero + 1)
+    wanted = wide.where(wide.less(wanted, one), one, wanted)
+    from_top = bracket._replace(
+        lower=jnp.where(limited, bracket.lower, jnp.maximum(bracket.lower, weightless)),
+        upper=top_key + 1,
+        at_upper=Measure(zero, no_mass),
+    )
+    bracket = _where(nucleus, from_top, bracket)
+    bracket = _bisect(bracket, nucleus, lambda at: ~wide.less(at.mass, wanted), lambda at: at.count < 0, at_key)
+    found &= ~nucleus | (bracket.lower > floor_key) | (floor == -jnp.inf)
+    tied, tied_mass = _ties(bracket)
+    missing = wide.subtract(wanted, bracket.at_upper.mass)
+    kept_ties = jnp.where(nucleus, wide.ceil_ratio(missing, jnp.maximum(tied_mass, 1)), kept_ties)
+
+    # Min-p keeps a prefix, too.
+    unfiltered = at_min_p.count <= bracket.at_upper.count + kept_ties
+    total = wide.where(unfiltered, at_min_p.mass, _kept_mass(bracket, tied, tied_mass, kept_ties))
+    target = wide.fraction(total, [parameters.random_low, parameters.random_high])
+
+    # When only some of the tied tokens are kept they come last. They share one mass, so that the ones to keep are those
+    # that the target can reach.
+    all_ties = kept_ties == tied
+    among_ties = ~unfiltered & ~all_ties & ~wide.less(target, bracket.at_upper.mass)
+    low = value_of(jnp.where(all_ties | among_ties, bracket.lower, bracket.upper), dtype)
+    return Draw(
+        low=jnp.where(unfiltered, -jnp.inf, low),
+        high=jnp.where(among_ties, value_of(bracket.upper, dtype), jnp.inf),
+        min_mass=jnp.where(unfiltered, parameters.min_mass, 0),
+        unfiltered=unfiltered.astype(jnp.int32),
+        target=wide.where(among_ties, wide.subtract(target, bracket.at_upper.mass), target),
+        total=total,
+        found=found.astype(jnp.int32),
+    )
+
+
+def _bisect(
+    bracket: _Bracket,
+    active: jax.Array,
+    meets: Callable[[Measure], jax.Array],
+    settles: Callable[[Measure], jax.Array],
+    measure: Callable[[jax.Array], Measure],
+) -> _Bracket:
+    """Narrow the brackets of the active rows until what is between their ends is one number, one token or settled."""
+
+    def open_rows(bracket: _Bracket) -> jax.Array:
+        undecided = bracket.at_lower.count - bracket.at_upper.count > 1
+        return active & (bracket.lower + 1 < bracket.upper) & undecided & ~settles(bracket.at_lower)
+
+    def step(state: tuple[jax.Array, _Bracket]) -> tuple[jax.Array, _Bracket]:
+        i, bracket = state
+        # The first probe is the top itself, which settles greedy rows, and the nuclei of one token.
+        middle = (bracket.lower & bracket.upper) + ((bracket.lower ^ bracket.upper) >> 1)
+        probe = jnp.where(i == 0, bracket.upper - 1, middle)
+        found = measure(probe)
+        moves = open_rows(bracket)
+        up = moves & meets(found)
+        down = moves & ~meets(found)
+        bracket = _Bracket(
+            lower=jnp.where(up, probe, bracket.lower),
+            upper=jnp.where(down, probe, bracket.upper),
+            at_lower=_where(up, found, bracket.at_lower),
+            at_upper=_where(down, found, bracket.at_upper),
+        )
+        return i + 1, bracket
+
+    return jax.lax.while_loop(lambda state: jnp.any(open_rows(state[1])), step, (jnp.int32(0), bracket))[1]
+
+
+def _ties(bracket: _Bracket) -> tuple[jax.Array, jax.Array]:
+    """The number of tokens between the ends of a bracket and, where they are tied, the mass of one."""
+    tied = bracket.at_lower.count - bracket.at_upper.count
+    mass = wide.subtract(bracket.at_lower.mass, bracket.at_upper.mass)
+    return tied, wide.ratio(mass, jnp.maximum(tied, 1))
+
+
+def _kept_mass(bracket: _Bracket, tied: jax.Array, tied_mass: jax.Array, kept_ties: jax.Array) -> Wide:
+    some = wide.add(bracket.at_upper.mass, wide.times(kept_ties, tied_mass))
+    return wide.where(kept_ties == tied, bracket.at_lower.mass, some)
+
+
+def _where(condition: jax.Array, a: _Tree, b: _Tree) -> _Tree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

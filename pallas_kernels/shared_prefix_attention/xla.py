@@ -1,0 +1,106 @@
+"""Shared-prefix decode attention in plain XLA, for GPU and CPU.
+
+The same algebra as the TPU kernel: each group's prefix is gathered once and meets all its queries in one batched matrix
+product, each trajectory's suffix is gathered once, and the two are merged by log-sum-exp. Pages are gathered a chunk at
+a time under an online softmax, so memory does not grow with the context and time follows the longest row in use, not
+the tables' width. What XLA cannot do is skip a short row while a long one goes on, or read pages without copying them.
+
+Axes: B trajectories, P problems, G groups, I the trajectories of a group, N query heads, K key/value heads, R = N / K,
+H head width (of the pool), S pages, T tokens of a page, M pages of a table's row, C tokens of a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.shared_prefix_attention.grouping import MAX_GROUP, group_trajectories
+from pallas_kernels.shared_prefix_attention.merge import merge_by_lse
+from pallas_kernels.shared_prefix_attention.tables import PageTables
+
+CHUNK_TOKENS = 1024
+
+
+def shared_prefix_attention(
+    q_BNH: jax.Array, kv_pages_S2KTH: jax.Array, tables: PageTables, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BNH in q's dtype, lse_BN float32)."""
+    num_kv_heads = kv_pages_S2KTH.shape[2]
+    batch, num_heads, width = q_BNH.shape
+    q_BKRH = q_BNH.reshape(batch, num_kv_heads, num_heads // num_kv_heads, width)
+
+    groups = group_trajectories(tables.problem_of_B, tables.prefix_lengths_P.shape[0])
+    slots = (groups.count_G.shape[0], min(batch, MAX_GROUP))
+    who_GI = jnp.full(slots, batch, jnp.int32)
+    who_GI = who_GI.at[groups.group_of_B, groups.member_of_B].set(jnp.arange(batch), mode="drop")
+    prefix_GIKRH, prefix_lse_GIKR = attend_pages(
+        q_BKRH.at[who_GI].get(mode="fill", fill_value=0),
+        kv_pages_S2KTH,
+        tables.prefix_pages_PM[groups.problem_of_G],
+        jnp.where(groups.count_G > 0, tables.prefix_lengths_P[groups.problem_of_G], 0),
+        scale=scale,
+    )
+    suffix_BIKRH, suffix_lse_BIKR = attend_pages(
+        q_BKRH[:, None], kv_pages_S2KTH, tables.suffix_pages_BM, tables.suffix_lengths_B, scale=scale
+    )
+    where_B = (groups.group_of_B, groups.member_of_B)
+    out_BKRH, lse_BKR = merge_by_lse(
+        prefix_GIKRH.at[where_B].get(mode="fill", fill_value=0),
+        prefix_lse_GIKR.at[where_B].get(mode="fill", fill_value=-jnp.inf),
+        suffix_BIKRH[:, 0],
+        suffix_lse_BIKR[:, 0],
+    )
+    return out_BKRH.reshape(q_BNH.shape).astype(q_BNH.dtype), lse_BKR.reshape(batch, num_heads)
+
+
+def attend_pages(
+    q_GIKRH: jax.Array, kv_pages_S2KTH: jax.Array, pages_GM: jax.Array, lengths_G: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of all a group's queries over the group's pages: (out_GIKRH, lse_GIKR), float32."""
+    num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
+    num_groups, members, _, repeats, _ = q_GIKRH.shape
+    step = min(max(1, CHUNK_TOKENS // page_size), pages_GM.shape[1])
+    lengths_G = jnp.clip(lengths_G, 0, pages_GM.shape[1] * page_size)
+    pages_GM = jnp.clip(pages_GM, 0, num_pages - 1)
+    pages_GM = jnp.pad(pages_GM, ((0, 0), (0, -pages_GM.shape[1] % step)))
+    q_GKXH = q_GIKRH.transpose(0, 2, 1, 3, 4).reshape(num_groups, num_kv_heads, members * repeats, width)
+    precision = "highest" if q_GIKRH.dtype == jnp.float32 else None
+
+    def attend_chunk(carry):
+        chunk, max_GKX, sum_GKX, acc_GKXH = carry
+        chunk_pages = jax.lax.dynamic_slice_in_dim(pages_GM, chunk * step, step, axis=1)
+        kv_2GKCH = (
+            kv_pages_S2KTH[chunk_pages].transpose(2, 0, 3, 1, 4, 5).reshape(2, num_groups, num_kv_heads, -1, width)
+        )
+        valid_GC = chunk * step * page_size + jnp.arange(step * page_size) < lengths_G[:, None]
+        scores_GKXC = scale * jnp.einsum(
+            "GKXH,GKCH->GKXC", q_GKXH, kv_2GKCH[0], precision=precision, preferred_element_type=jnp.float32
+        )
+        scores_GKXC = jnp.where(valid_GC[:, None, None], scores_GKXC, -jnp.inf)
+        new_max_GKX = jnp.maximum(max_GKX, scores_GKXC.max(axis=-1))
+        shift_GKX = jnp.where(new_max_GKX == -jnp.inf, 0, new_max_GKX)
+        weights_GKXC = jnp.exp(scores_GKXC - shift_GKX[..., None])
+        decay_GKX = jnp.exp(max_GKX - shift_GKX)
+        v_GKCH = jnp.where(valid_GC[:, None, :, None], kv_2GKCH[1], 0)  # 0 x NaN of an unused place is NaN
+        update_GKXH = jnp.einsum(
+            "GKXC,GKCH->GKXH",
+            weights_GKXC.astype(v_GKCH.dtype),
+            v_GKCH,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        sum_GKX = decay_GKX * sum_GKX + weights_GKXC.sum(axis=-1)
+        return chunk + 1, new_max_GKX, sum_GKX, decay_GKX[..., None] * acc_GKXH + update_GKXH
+
+    rows = q_GKXH.shape[:3]
+    start = jnp.int32(0), jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q_GKXH.shape, jnp.float32)
+    longest = jnp.max(lengths_G)
+    _, max_GKX, sum_GKX, acc_GKXH = jax.lax.while_loop(
+        lambda carry: carry[0] * step * page_size < longest, attend_chunk, start
+    )
+    empty_GKX = sum_GKX == 0
+    out_GKXH = acc_GKXH / jnp.where(empty_GKX, 1, sum_GKX)[..., None]
+    lse_GKX = jnp.where(empty_GKX, -jnp.inf, max_GKX + jnp.log(jnp.where(empty_GKX, 1, sum_GKX)))
+
+    def ungroup(x_GKX):
+        return x_GKX.reshape(num_groups, num_kv_heads, members, repeats, *x_GKX.shape[3:]).swapaxes(1, 2)
+
+    return ungroup(out_GKXH), ungroup(lse_GKX)
