@@ -170,7 +170,8 @@ def candidates(kernel: str, shape: Shape, chip: str, tune: bool) -> Iterable[tup
             for blocks in chosen:
                 label = "table" if blocks is None else f"{blocks[0]}/{blocks[4]}"
                 blocks = blocks or chosen_sizes(shape, chip)
-                yield label, which, {"blocks": blocks}, *(blocks[:2] if which == "forward" else blocks[2:4])
+                q, kv = blocks[:2] if which == "forward" else blocks[2:4]
+                yield label, which, {"blocks": blocks}, q, kv
             continue
         # What their own tuning guides try at these shapes; smaller tiles are slower throughout.
         sides = (

@@ -80,11 +80,13 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids
         return blocks.forward_items(visited_BIJ, kind_BIJ, blocks.max_visits(geometry))
 
     ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
+    q_ids_B1T, kv_ids_B1S = (None if x is None else x[:, None] for x in ids)
     out_BNTH, lse_BN1T = tpu_forward.forward(
         _heads_first(_scaled(static, q_BTNH), lengths[0]),
         _heads_first(k_BSKH, lengths[1]),
         _heads_first(v_BSKH, lengths[1]),
-        *(None if x is None else x[:, None] for x in ids),
+        q_ids_B1T,
+        kv_ids_B1S,
         q_offset[None],
         plan(*ids),
         geometry,
@@ -126,6 +128,7 @@ def _backward_rule(static: _Static, residuals, cotangents):
     # No gradient passes a query that sees nothing, whatever is asked of its log-sum-exp.
     delta_BTN = jnp.where(lse_BTN == _UNSEEN, 0.0, delta_BTN)
     ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
+    q_ids_B1T, kv_ids_B1S = (None if x is None else x[:, None] for x in ids)
     dq_BKGH, dk_PBKSH, dv_PBKSH = tpu_backward.backward(
         grouped(_heads_first(_scaled(static, q_BTNH), lengths[0])),
         _heads_first(k_BSKH, lengths[1]),
@@ -133,7 +136,8 @@ def _backward_rule(static: _Static, residuals, cotangents):
         grouped(_heads_first(d_out_BTNH, lengths[0])),
         lanes(lse_BTN, _UNSEEN),
         lanes(delta_BTN, 0.0),
-        *(None if x is None else x[:, None] for x in ids),
+        q_ids_B1T,
+        kv_ids_B1S,
         q_offset[None],
         plan(*ids),
         geometry,

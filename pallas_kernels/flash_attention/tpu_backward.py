@@ -139,7 +139,7 @@ def _kernel(
     item = pl.program_id(1)
     what = what_ref[item]
     kind, key_block = blocks.kind(what), blocks.key(what)
-    _, query_block = blocks.row_and_query(where_ref[item])
+    query_block = blocks.row_and_query(where_ref[item])[1]
     first_query = query_block % g.num_query_blocks * g.block_q + offset_ref[0]
     first_key = key_block * g.block_kv
     slot = query_block % chunk
@@ -158,8 +158,9 @@ def _kernel(
         """Scores of a part of the tile with what no query sees struck out; `queries` and `keys` are (start, size)."""
         if not g.causal and not segmented:
             return strike_tail(scores_QC, g, axis=1)
-        q_ids = kv_ids = None
-        if segmented:
+        q_ids: jax.Array | None = None
+        kv_ids: jax.Array | None = None
+        if q_ids_ref is not None and kv_ids_ref is not None:
             q_ids = jnp.broadcast_to(column(q_ids_ref[:, pl.ds(*queries)], 128)[:, :1], scores_QC.shape)
             kv_ids = kv_ids_ref[:, pl.ds(*keys)]
         mask = visible(

@@ -117,7 +117,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
     item = pl.program_id(1)
     what = what_ref[item]
     kind, key_block = blocks.kind(what), blocks.key(what)
-    _, query_block = blocks.row_and_query(where_ref[item])
+    query_block = blocks.row_and_query(where_ref[item])[1]
     first_query, first_key = query_block * g.block_q + offset_ref[0], key_block * g.block_kv
 
     @pl.when((what & blocks.FIRST_OF_QUERY) > 0)
@@ -135,8 +135,9 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
         """Scores of a part of the tile with what no query sees struck out; `keys` and `queries` are (start, size)."""
         if not causal and not segmented and keys is whole_keys:
             return strike_tail(scores_CQ, g, axis=0)
-        q_ids = kv_ids = None
-        if segmented:
+        q_ids: jax.Array | None = None
+        kv_ids: jax.Array | None = None
+        if q_ids_ref is not None and kv_ids_ref is not None:
             q_ids = q_ids_ref[:, pl.ds(*queries)]
             kv_ids = jnp.broadcast_to(column(kv_ids_ref[:, pl.ds(*keys)], 128)[:, :1], scores_CQ.shape)
         mask = visible(
