@@ -144,10 +144,10 @@ class Qwen3(nnx.Module):
         return self.norm(x_BTD), cache
 
     def head(self) -> jax.Array:
-        """The output projection [D, V] in the compute dtype."""
-        kernel = self.embedding[...].T if self.head_kernel is None else self.head_kernel[...]
-        return kernel.astype(jnp.dtype(self.numerics.compute_dtype))
+        """The output projection [D, V] in the parameters' dtype."""
+        return self.embedding[...].T if self.head_kernel is None else self.head_kernel[...]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V]. For training use `training.losses`, which never holds them all."""
-        return jnp.einsum("BTD,DV->BTV", x_BTD, self.head(), preferred_element_type=jnp.float32)
+        head_DV = self.head().astype(jnp.dtype(self.numerics.compute_dtype))
+        return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)

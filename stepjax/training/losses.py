@@ -1,53 +1,76 @@
-"""Next-token cross-entropy without the logits of a whole row.
+"""Next-token cross-entropy and what reinforcement learning needs of it, without the logits of a whole row.
 
-Legend: B rows, T tokens, D width, V vocabulary, C positions of a chunk.
-
-At 4,096 tokens and 151,936 words the float32 logits of one row are 2.5 GB, so they are made for a few positions at a
-time, reduced to three numbers a token, and made again in the backward pass.
+Legend: B rows, T tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_cross_entropy import (
+    Layout,
+    TokenLoss,
+    TokenScores,
+    linear_cross_entropy,
+    linear_cross_entropy_sum,
+)
+from stepjax.sharding import spec
 
-class TokenScores(NamedTuple):
-    """What the loss, its metrics and the RL objectives need of the logits; all [B, T], float32."""
 
-    log_probs_BT: jax.Array  # log-probability of the target
-    log_normalizers_BT: jax.Array  # logsumexp of the logits, for the z-loss
-    correct_BT: jax.Array  # 1 where the target is the likeliest token
+def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int) -> TokenScores:
+    """Score `targets_BT` under softmax(hidden @ head), `chunk` tokens of a device at a time.
 
-
-def token_scores(
-    hidden_BTD: jax.Array, targets_BT: jax.Array, logits_fn: Callable[[jax.Array], jax.Array], *, chunk: int
-) -> TokenScores:
-    """Score `targets_BT` under `logits_fn(hidden)`, `chunk` positions of each row at a time.
-
-    `logits_fn` maps [B, C, D] to float32 [B, C, V].
+    Log-probabilities and log-normalizers may be differentiated, with any cotangents.
     """
-    rows, length, _ = hidden_BTD.shape
-    chunk = min(chunk, length)
-    padding = -length % chunk
+    return linear_cross_entropy(hidden_BTD, head_DV, targets_BT, chunk=chunk, layout=_layout())
 
-    def chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def score(_, hidden_and_targets):
-        hidden_BCD, targets_BC = hidden_and_targets
-        logits_BCV = logits_fn(hidden_BCD)
-        log_normalizers_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        target_logits_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
-        scores = target_logits_BC - log_normalizers_BC, log_normalizers_BC, correct_BC.astype(jnp.float32)
-        return None, TokenScores(*scores)
+def token_loss_sum(
+    token_loss: TokenLoss,
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    *args_BT: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, TokenScores]:
+    """The sum over tokens of token_loss(log_probs, log_normalizers, *args), and the scores for metrics.
 
-    _, scores = jax.lax.scan(score, None, (chunks(hidden_BTD), chunks(targets_BT)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
+    A quarter cheaper to differentiate than a loss made of `token_scores`; see `linear_cross_entropy_sum`.
+    """
+    return linear_cross_entropy_sum(
+        token_loss, hidden_BTD, head_DV, targets_BT, *args_BT, chunk=chunk, layout=_layout()
+    )
+
+
+def cross_entropy_sum(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    z_loss: float,
+    chunk: int,
+) -> tuple[jax.Array, TokenScores]:
+    """The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the scores for metrics."""
+    token_loss = partial(_weighted_cross_entropy, z_loss=z_loss)
+    return token_loss_sum(token_loss, hidden_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
+
+
+def _weighted_cross_entropy(log_probs, log_normalizers, weights, *, z_loss: float):
+    return weights * (z_loss * jnp.square(log_normalizers) - log_probs)
+
+
+def _layout() -> Layout | None:
+    """How the table of `stepjax.sharding` spreads hidden states and head over the mesh in scope."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    spread = (
+        () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        for axes in spec("batch", "length", "embed", "vocab")
+    )
+    rows, length, width, vocab = spread
+    return Layout(rows=rows, length=length, width=width, vocab=vocab)
 
 
 def next_tokens(tokens_BT: jax.Array, loss_weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ import optax
 
 from stepjax.config import PretrainConfig
 from stepjax.models.step_vl import StepVL, abstract_model
-from stepjax.training.losses import next_tokens, token_scores
+from stepjax.training.losses import cross_entropy_sum, next_tokens
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -55,10 +55,16 @@ def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[ja
     )
     targets_BT, weights_BT = next_tokens(batch["tokens_BT"], batch["loss_weights_BT"])
     with jax.named_scope("loss"):
-        scores = token_scores(hidden_BTD, targets_BT, model.decoder.logits, chunk=config.numerics.loss_chunk)
+        total, scores = cross_entropy_sum(
+            hidden_BTD,
+            model.decoder.head(),
+            targets_BT,
+            weights_BT,
+            z_loss=config.loss.z_loss,
+            chunk=config.numerics.loss_chunk,
+        )
         cross_entropy_BT = -scores.log_probs_BT
         z_BT = jnp.square(scores.log_normalizers_BT)
-        total = jnp.sum(weights_BT * (cross_entropy_BT + config.loss.z_loss * z_BT))
 
     def by_group(values_BT):
         num_groups = 2 * len(config.data.sources)

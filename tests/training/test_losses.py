@@ -1,4 +1,7 @@
-"""Token scores against float64 softmax in numpy, values and gradients, whatever the chunk."""
+"""The losses of training by what they sum, whatever the chunk; and targets that stay within their segment.
+
+The operation beneath has tests of its own, in pallas_kernels/linear_cross_entropy.
+"""
 
 from typing import Any
 
@@ -7,72 +10,74 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepjax.training.losses import next_tokens, token_scores
+from stepjax.training.losses import cross_entropy_sum, next_tokens, token_loss_sum, token_scores
 
 B, T, D, V = 2, 13, 8, 50
 
 
-def random_case(seed: int = 0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    hidden_BTD = rng.normal(size=(B, T, D)).astype(np.float32)
-    kernel_DV = (scale * rng.normal(size=(D, V))).astype(np.float32)
-    return hidden_BTD, kernel_DV, rng.integers(0, V, size=(B, T)).astype(np.int32)
+def random_case() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Hidden states, head, targets and weights."""
+    rng = np.random.default_rng(0)
+    hidden_BTD, head_DV, weights_BT = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, D), (D, V), (B, T))
+    )
+    return hidden_BTD, head_DV, jnp.asarray(rng.integers(0, V, size=(B, T)), jnp.int32), weights_BT
 
 
-def scores_of(hidden_BTD: Any, kernel_DV: Any, targets_BT: Any, chunk: int):
-    return token_scores(hidden_BTD, targets_BT, lambda h_BCD: h_BCD @ kernel_DV, chunk=chunk)
+def plain_loss(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss: float) -> jax.Array:
+    logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, precision="highest")
+    cross_entropy_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights_BT * (cross_entropy_BT + z_loss * jax.nn.logsumexp(logits_BTV, axis=-1) ** 2))
 
 
-def log_softmax_f64(hidden_BTD: np.ndarray, kernel_DV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [B, T, V] and log-normalizers [B, T]."""
-    logits_BTV = hidden_BTD.astype(np.float64) @ kernel_DV.astype(np.float64)
-    top_BT1 = logits_BTV.max(-1, keepdims=True)
-    normalizers_BT1 = top_BT1 + np.log(np.exp(logits_BTV - top_BT1).sum(-1, keepdims=True))
-    return logits_BTV - normalizers_BT1, normalizers_BT1[..., 0]
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_cross_entropy_sum_is_the_weighted_loss_with_its_gradients(chunk, z_loss):
+    hidden_BTD, head_DV, targets_BT, weights_BT = random_case()
+
+    def loss(hidden_BTD, head_DV):
+        return cross_entropy_sum(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, chunk=chunk)[0]
+
+    def plain(hidden_BTD, head_DV):
+        return plain_loss(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss)
+
+    (value, gradients), (expected_value, expected) = (
+        jax.value_and_grad(f, argnums=(0, 1))(hidden_BTD, head_DV) for f in (loss, plain)
+    )
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_scores_are_those_of_a_float64_softmax(chunk, scale):
-    hidden_BTD, kernel_DV, targets_BT = random_case(scale=scale)
-    scores = scores_of(hidden_BTD, kernel_DV, targets_BT, chunk)
-    log_probs_BTV, normalizers_BT = log_softmax_f64(hidden_BTD, kernel_DV)
-    expected_BT = np.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    atol = 1e-5 * scale
-    np.testing.assert_allclose(scores.log_probs_BT, expected_BT, rtol=1e-5, atol=atol)
-    np.testing.assert_allclose(scores.log_normalizers_BT, normalizers_BT, rtol=1e-5, atol=atol)
-    np.testing.assert_array_equal(scores.correct_BT, log_probs_BTV.argmax(-1) == targets_BT)
-    assert all(x.shape == (B, T) and x.dtype == jnp.float32 for x in scores)
+def test_scores_beside_the_loss_are_the_token_scores():
+    hidden_BTD, head_DV, targets_BT, weights_BT = random_case()
+    _, beside = cross_entropy_sum(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss=0.1, chunk=5)
+    scores = token_scores(hidden_BTD, head_DV, targets_BT, chunk=7)
+    log_probs_BTV = jax.nn.log_softmax(hidden_BTD @ head_DV)
+    expected_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores.log_probs_BT, expected_BT, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scores.correct_BT, jnp.argmax(log_probs_BTV, axis=-1) == targets_BT)
+    for a, b in zip(beside, scores, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_correct_is_one_where_the_target_is_likeliest():
-    hidden_BTD, kernel_DV, _ = random_case()
-    best_BT = np.argmax(hidden_BTD @ kernel_DV, axis=-1)
-    assert np.all(scores_of(hidden_BTD, kernel_DV, best_BT, 4).correct_BT == 1)
-    assert np.all(scores_of(hidden_BTD, kernel_DV, (best_BT + 1) % V, 4).correct_BT == 0)
+def test_token_loss_sum_and_a_loss_made_of_the_scores_are_one():
+    """Two ways to an objective of log-probabilities, as reinforcement learning has: one value, the same gradients."""
+    hidden_BTD, head_DV, targets_BT, advantages_BT = random_case()
 
+    def objective(log_probs, log_normalizers, advantages):
+        return jnp.exp(log_probs) * advantages
 
-@pytest.mark.parametrize("chunk", [1, 5, 13, 100])
-def test_gradients_are_those_of_a_float64_softmax(chunk):
-    hidden_BTD, kernel_DV, targets_BT = random_case()
-    rng = np.random.default_rng(1)
-    weights_BT, z_weights_BT = rng.normal(size=(2, B, T))
+    def fused(hidden_BTD, head_DV):
+        return token_loss_sum(objective, hidden_BTD, head_DV, targets_BT, advantages_BT, chunk=5)[0]
 
-    def objective(hidden_BTD, kernel_DV):
-        scores = scores_of(hidden_BTD, kernel_DV, targets_BT, chunk)
-        return jnp.sum(weights_BT * scores.log_probs_BT) + jnp.sum(z_weights_BT * scores.log_normalizers_BT**2)
+    def by_scores(hidden_BTD, head_DV):
+        scores = token_scores(hidden_BTD, head_DV, targets_BT, chunk=5)
+        return jnp.sum(objective(scores.log_probs_BT, scores.log_normalizers_BT, advantages_BT))
 
-    hidden_grad_BTD, kernel_grad_DV = jax.grad(objective, argnums=(0, 1))(jnp.asarray(hidden_BTD), kernel_DV)
-
-    # d log p(target) / d logits = onehot - p, and d log Z / d logits = p.
-    log_probs_BTV, normalizers_BT = log_softmax_f64(hidden_BTD, kernel_DV)
-    probs_BTV = np.exp(log_probs_BTV)
-    logits_grad_BTV = weights_BT[..., None] * (np.eye(V)[targets_BT] - probs_BTV)
-    logits_grad_BTV += (2 * z_weights_BT * normalizers_BT)[..., None] * probs_BTV
-    expected_hidden = logits_grad_BTV @ kernel_DV.astype(np.float64).T
-    expected_kernel = np.einsum("BTD,BTV->DV", hidden_BTD.astype(np.float64), logits_grad_BTV)
-    np.testing.assert_allclose(hidden_grad_BTD, expected_hidden, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(kernel_grad_DV, expected_kernel, rtol=1e-4, atol=1e-4)
+    results = [jax.value_and_grad(f, argnums=(0, 1))(hidden_BTD, head_DV) for f in (fused, by_scores)]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def largest_array(jaxpr: Any) -> int:
@@ -88,16 +93,16 @@ def largest_array(jaxpr: Any) -> int:
 
 
 def test_logits_of_a_row_never_exist_at_one_time():
-    """Forwards and backwards, nothing is larger than the logits of a chunk, or the kernel's gradient."""
-    hidden_BTD, kernel_DV, targets_BT = random_case()
+    """Forwards and backwards, nothing is larger than the logits of a chunk, or the head's gradient."""
+    hidden_BTD, head_DV, targets_BT, weights_BT = random_case()
 
     def largest(chunk: int) -> int:
-        def loss(hidden_BTD, kernel_DV):
-            return -jnp.sum(scores_of(hidden_BTD, kernel_DV, targets_BT, chunk).log_probs_BT)
+        def loss(hidden_BTD, head_DV):
+            return cross_entropy_sum(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss=0.1, chunk=chunk)[0]
 
-        return largest_array(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden_BTD, kernel_DV).jaxpr)
+        return largest_array(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden_BTD, head_DV).jaxpr)
 
-    assert largest(4) == max(B * 4 * V, D * V) < largest(T) == B * T * V
+    assert largest(4) == D * V < largest(13) == 13 * V < largest(B * T) == B * T * V
 
 
 # Targets -------------------------------------------------------------------------------------------------------------
