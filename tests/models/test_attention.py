@@ -3,10 +3,13 @@
 Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import flash_attention
 from stepjax.config import MeshConfig
@@ -174,5 +177,29 @@ def test_kernel_is_given_the_part_of_each_device_and_the_results_are_those_of_on
 
     rows, queries = 8 // (mesh.data * mesh.fsdp), T // (mesh.context if length_axis else 1)
     assert set(shapes) == {("tpu", (rows, queries, 4 // mesh.tensor, H), (rows, T, 2 // mesh.tensor, H))}
+    for mine, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6)
+
+
+def test_tpu_kernel_over_a_mesh_gives_what_one_device_gives():
+    """The kernel itself, interpreted on eight simulated devices: rows, heads and queries divided."""
+    segments_BT = jnp.asarray(np.tile(SEGMENTS_BT, (4, 1)))
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def value_and_gradients(q, k, v, implementation):
+        out, pullback = jax.vjp(
+            lambda *qkv: attend(
+                *qkv, causal=True, segment_ids_BT=segments_BT, length_axis="length", implementation=implementation
+            ),
+            q,
+            k,
+            v,
+        )
+        return out, *pullback(jnp.cos(out))
+
+    inputs = qkv(4, 2, rows=8)
+    expected = value_and_gradients(*inputs, "xla")
+    with jax.set_mesh(make_mesh(MESHES[0])), pltpu.force_tpu_interpret_mode(True):
+        results = value_and_gradients(*inputs, "tpu")
     for mine, wanted in zip(results, expected, strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6)
