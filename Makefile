@@ -2,11 +2,13 @@
 
 PYTHON ?= python3
 RECIPE ?= configs/digits/pretrain.py
+# Test processes: each takes a core and up to 5 GB.
+JOBS ?= 2
 # The newest interpreter that runs: pyenv's shims exist for versions that are not active, so each is tried.
 NEWEST_PYTHON = for p in python3.13 python3.12 $$HOME/.pyenv/versions/3.13*/bin/python3.13 \
 	$$HOME/.pyenv/versions/3.12*/bin/python3.12; do if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done
 
-.PHONY: pretrain test parity lint compat clean
+.PHONY: pretrain test slow parity lint compat clean
 
 # Huge pages for XLA's buffers, which the CPU backend allocates anew at every step: far fewer page faults.
 pretrain: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -14,7 +16,10 @@ pretrain: .venv/installed  ## train the demo model, evaluate it and draw the pic
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
 
 test: .venv-test/installed  ## the test suite, in its own environment, without torch
-	.venv-test/bin/python -m pytest $(ARGS)
+	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+slow: .venv-test/installed  ## what `make test` leaves out: every shape of the kernels, on every chip (half an hour)
+	.venv-test/bin/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 parity: .venv-parity/installed  ## live comparison with PyTorch and Transformers
 	.venv-parity/bin/python -m pytest tests/parity $(ARGS)
@@ -28,7 +33,7 @@ compat: COMPAT_PYTHON ?= $(shell $(NEWEST_PYTHON))
 compat:  ## a fast subset on the newest JAX, where Python 3.12 or 3.13 is present
 	@if [ -z "$(COMPAT_PYTHON)" ]; then echo "compat: no Python 3.12 or 3.13 on this machine; skipped"; else \
 		$(MAKE) .venv-compat/installed PYTHON=$(COMPAT_PYTHON) && \
-		.venv-compat/bin/python -m pytest -m "not slow" $(COMPAT_TESTS) $(ARGS); fi
+		.venv-compat/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(COMPAT_TESTS) $(ARGS); fi
 
 COMPAT_TESTS = tests/models tests/inference tests/interop tests/training/test_step.py tests/training/test_optimizer.py \
 	tests/training/test_checkpoint.py tests/data/test_loader.py tests/test_sharding.py

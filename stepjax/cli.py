@@ -23,7 +23,10 @@ RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0 well, 1 a user's mistake, 2 bad usage, 143/130 stopped by a signal."""
+    """Run a verb; returns the exit status.
+
+    0 well, 1 a user's mistake, 2 bad usage, 143 or 130 stopped by a signal after saving, 75 another process was lost.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbs = {"pretrain": _pretrain, "eval": _eval, "generate": _generate}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,7 +70,11 @@ def _pretrain(arguments: list[str]) -> int:
         print(describe(config, preset))
         return 0
     from stepjax.config_file import differences
+    from stepjax.distributed import initialize, must_supervise, supervise
 
+    if must_supervise():
+        return supervise(["pretrain", *arguments])
+    initialize()
     for line in differences(config, preset):
         print(f"override  {line}")
 

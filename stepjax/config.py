@@ -313,16 +313,17 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what the others leave."""
+    """Devices along each mesh axis; -1 takes what the others leave. See MESHES for the usual ones."""
 
-    data: int = 1
-    fsdp: int = -1
-    context: int = 1
-    tensor: int = 1
+    slice: int = 1  # slices of a multi-slice job, joined by the data-centre network: copies of the parameters
+    data: int = 1  # copies of the parameters within a slice
+    fsdp: int = -1  # parts of the parameters, gathered layer by layer
+    context: int = 1  # parts of every row
+    tensor: int = 1  # parts of every matrix
 
-    def shape(self, num_devices: int) -> tuple[int, int, int, int]:
-        """Sizes of (data, fsdp, context, tensor) for `num_devices` devices."""
-        sizes = [self.data, self.fsdp, self.context, self.tensor]
+    def shape(self, num_devices: int) -> tuple[int, int, int, int, int]:
+        """Sizes of (slice, data, fsdp, context, tensor) for `num_devices` devices."""
+        sizes = [self.slice, self.data, self.fsdp, self.context, self.tensor]
         _require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1")
         _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
         known = math.prod(size for size in sizes if size != -1)
@@ -332,10 +333,22 @@ class MeshConfig:
             math.prod(sizes) == num_devices,
             "mesh",
             sizes,
-            f"the axes must multiply to the {num_devices} devices present",
+            f"the axes (slice, data, fsdp, context, tensor) must multiply to the {num_devices} devices present",
         )
-        data, fsdp, context, tensor = sizes
-        return data, fsdp, context, tensor
+        slices, data, fsdp, context, tensor = sizes
+        return slices, data, fsdp, context, tensor
+
+
+# Start here: `mesh=MESHES["fsdp"]` in a recipe, `--mesh.tensor 4` and the like on the command line.
+MESHES = {
+    "fsdp": MeshConfig(),
+    # For small batches a device, or layers too large to gather: matrices are cut four ways on top.
+    "fsdp_tensor": MeshConfig(tensor=4),
+    # For rows too long for one device, such as 128k tokens.
+    "context": MeshConfig(context=8),
+    # Two slices: only gradients cross the data-centre network.
+    "multislice": MeshConfig(slice=2),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,6 +358,20 @@ class CheckpointConfig:
 
     def __post_init__(self):
         _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeartbeatConfig:
+    """When several processes take one of their number for lost; in seconds."""
+
+    every: float = 5.0
+    lost_after: float = 60.0  # without a sign of life
+    warn_after: float = 60.0  # that the others have waited for one that is alive
+    give_up_after: float = 3600.0  # the same, and end the run
+
+    def __post_init__(self):
+        _require_positive("heartbeat", self, "every", "lost_after", "warn_after", "give_up_after")
+        _require(self.lost_after > self.every, "heartbeat.lost_after", self.lost_after, "must exceed heartbeat.every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -397,6 +424,7 @@ class PretrainConfig:
     numerics: NumericsConfig = NumericsConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    heartbeat: HeartbeatConfig = HeartbeatConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0

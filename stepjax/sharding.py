@@ -11,17 +11,19 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepjax.config import MeshConfig
 from stepjax.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations
-    "batch": ("data", "fsdp"),  # rows of the batch, and with them their pixels
+    "batch": ("slice", "data", "fsdp"),  # rows of the batch, and with them their pixels
     "length": "context",
+    "views": ("slice", "data", "fsdp", "context"),  # of all rows: devices that share a row share its views
     "act_embed": None,
     # Parameters: one dimension over fsdp (gathered layer by layer), one over tensor
     "layers": None,
@@ -39,10 +41,27 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh that `config` asks for, over all devices by default."""
+    """The device mesh that `config` asks for, over all devices by default.
+
+    Neighbours along an axis are near each other in the hardware, the last axis the nearest; the slice axis goes over
+    the slices of a multi-slice job.
+
+    Raises:
+        ConfigError: the axes do not multiply to the number of devices, or `slice` is not the number of slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if devices[0].platform == "tpu" and len(slices) != shape[0]:
+        raise ConfigError(f"mesh.slice={shape[0]}: the devices are of {len(slices)} slice(s); set mesh.slice to that")
+    if len(slices) > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]), (shape[0], 1, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        # Where there is one slice, or a simulation of several, the axes share its wires.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
@@ -56,10 +75,27 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def parts_of(axis: str, within: str | None = None) -> int:
+    """Into how many parts the mesh in scope cuts a logical axis; with `within`, each part of that other axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return num_parts(axis, mesh) // (1 if within is None else num_parts(within, mesh))
+
+
 def part_index(axis: str) -> int | jax.Array:
     """Inside `jax.shard_map`: which part of a logical axis this device has."""
-    mesh_axes = _mesh_axes(axis)
-    return jax.lax.axis_index(mesh_axes) if num_parts(axis, jax.sharding.get_abstract_mesh()) > 1 else 0
+    return jax.lax.axis_index(_mesh_axes(axis)) if parts_of(axis) > 1 else 0
+
+
+def exchange(x: jax.Array, axis: str, destinations: Sequence[int]) -> jax.Array:
+    """Inside `jax.shard_map`: part i of a logical axis goes to part destinations[i]."""
+    return jax.lax.ppermute(x, _mesh_axes(axis), list(enumerate(destinations)))
+
+
+def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Inside `jax.shard_map`: all parts of a logical axis, joined along `dim`; gradients are summed and given back."""
+    return jax.lax.all_gather(x, _mesh_axes(axis), axis=dim, tiled=True) if parts_of(axis) > 1 else x
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -107,6 +143,16 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
 def num_parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a mesh cuts a logical axis."""
     return math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
+
+
+def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
+    """The rows of the global batch that this process's devices hold: what it has to feed them, in this order.
+
+    Processes whose devices share rows (context and tensor axes that cross hosts) each feed the same ones.
+    """
+    layout = NamedSharding(mesh, spec("batch"))
+    parts = {index[0].indices(num_rows) for index in layout.addressable_devices_indices_map((num_rows,)).values()}
+    return [row for part in sorted(parts) for row in range(*part)]
 
 
 def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:

@@ -82,11 +82,15 @@ REFUSED = {
     "model.vision.position_grid=4: must equal the 8 patches": lambda: dataclasses.replace(
         tiny, images=dataclasses.replace(tiny.images, global_size=112)
     ),
-    "mesh=[-1, -1, 1, 1]: at most one axis may be -1": lambda: MeshConfig(data=-1).shape(8),
-    "mesh=[3, -1, 1, 1]: the axes must multiply to the 8 devices": lambda: MeshConfig(data=3).shape(8),
-    "mesh=[2, 2, 1, 1]: the axes must multiply to the 8 devices": lambda: MeshConfig(data=2, fsdp=2).shape(8),
-    "mesh=[0, -1, 1, 1]: an axis is positive, or -1": lambda: MeshConfig(data=0).shape(8),
-    "mesh=[1, -2, 1, 1]: an axis is positive, or -1": lambda: MeshConfig(fsdp=-2).shape(8),
+    "mesh=[1, -1, -1, 1, 1]: at most one axis may be -1": lambda: MeshConfig(data=-1).shape(8),
+    "mesh=[1, 3, -1, 1, 1]: the axes (slice, data, fsdp, context, tensor) must multiply to the 8 devices": lambda: (
+        MeshConfig(data=3).shape(8)
+    ),
+    "mesh=[1, 2, 2, 1, 1]: the axes (slice, data, fsdp, context, tensor) must multiply to the 8 devices": lambda: (
+        MeshConfig(data=2, fsdp=2).shape(8)
+    ),
+    "mesh=[1, 0, -1, 1, 1]: an axis is positive, or -1": lambda: MeshConfig(data=0).shape(8),
+    "mesh=[1, 1, -2, 1, 1]: an axis is positive, or -1": lambda: MeshConfig(fsdp=-2).shape(8),
 }
 
 
@@ -103,12 +107,12 @@ def test_user_errors_are_value_errors():
 @pytest.mark.parametrize(
     ("mesh", "devices", "shape"),
     [
-        (MeshConfig(), 1, (1, 1, 1, 1)),
-        (MeshConfig(), 8, (1, 8, 1, 1)),
-        (MeshConfig(data=2, tensor=2), 8, (2, 2, 1, 2)),
-        (MeshConfig(data=-1, fsdp=4), 8, (2, 4, 1, 1)),
-        (MeshConfig(data=2, fsdp=2, context=2), 8, (2, 2, 2, 1)),
-        (MeshConfig(fsdp=8, context=-1), 8, (1, 8, 1, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (1, 1, 8, 1, 1)),
+        (MeshConfig(data=2, tensor=2), 8, (1, 2, 2, 1, 2)),
+        (MeshConfig(data=-1, fsdp=4), 8, (1, 2, 4, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, context=2), 8, (1, 2, 2, 2, 1)),
+        (MeshConfig(fsdp=8, context=-1), 8, (1, 1, 8, 1, 1)),
     ],
 )
 def test_the_free_mesh_axis_takes_what_the_others_leave(mesh, devices, shape):

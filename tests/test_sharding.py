@@ -29,7 +29,7 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
 def mesh_of(*sizes):
-    return make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))), jax.devices()[: math.prod(sizes)])
+    return make_mesh(MeshConfig(**dict(zip(MESH_AXES[-4:], sizes, strict=True))), jax.devices()[: math.prod(sizes)])
 
 
 def parameters(tree):
@@ -166,7 +166,7 @@ def test_optimizer_moments_lie_with_their_parameters(small_config):
 
 
 def test_spec_follows_the_table():
-    assert spec("batch", "length", "act_embed") == PartitionSpec(("data", "fsdp"), "context", None)
+    assert spec("batch", "length", "act_embed") == PartitionSpec(("slice", "data", "fsdp"), "context", None)
     assert spec("embed", None, "heads") == PartitionSpec("fsdp", None, "tensor")
     for rule in RULES.values():
         assert rule is None or set((rule,) if isinstance(rule, str) else rule) <= set(MESH_AXES)
@@ -175,9 +175,9 @@ def test_spec_follows_the_table():
 @pytest.mark.parametrize(
     "config, sizes",
     [
-        (MeshConfig(), (1, 8, 1, 1)),
-        (MeshConfig(data=2, tensor=2), (2, 2, 1, 2)),
-        (MeshConfig(data=-1, fsdp=1), (8, 1, 1, 1)),
+        (MeshConfig(), (1, 1, 8, 1, 1)),
+        (MeshConfig(data=2, tensor=2), (1, 2, 2, 1, 2)),
+        (MeshConfig(data=-1, fsdp=1), (1, 8, 1, 1, 1)),
     ],
 )
 def test_mesh_spans_all_devices(config, sizes):

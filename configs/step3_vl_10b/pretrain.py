@@ -55,6 +55,6 @@ config = PretrainConfig(
         warmup_tokens=2000 * GLOBAL_BATCH * SEQUENCE,
     ),
     optimizer=OptimizerConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0),
-    numerics=NumericsConfig(param_dtype="float32", compute_dtype="bfloat16", remat="full", loss_chunk=512),
+    numerics=NumericsConfig(param_dtype="float32", compute_dtype="bfloat16", remat="full", loss_chunk=2048),
     checkpoint=CheckpointConfig(every=500, keep=3),
 )

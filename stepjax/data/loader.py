@@ -75,8 +75,8 @@ class _RowsIterator(grain.DatasetIterator):
 class Loader:
     """Iterates over this process's share of the batches, from where a saved state left off.
 
-    The global batch has `batch.rows` streams, whatever the number of processes; this process has an equal, consecutive
-    part.
+    The global batch has `batch.rows` streams, one a row, whatever the number of processes and whichever of them makes
+    it: what a stream yields depends on nothing else.
     """
 
     def __init__(
@@ -87,26 +87,26 @@ class Loader:
         processor: Processor,
         *,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         state: dict[str, Any] | None = None,
     ):
         """
+        Args:
+            rows: which rows of the global batch to make, in this order (see `sharding.rows_here`); None: all.
+            state: what `state` gave when a checkpoint was saved.
+
         Raises:
-            ConfigError: rows do not divide over processes, or a process's rows over its workers; no sources.
+            ConfigError: this process's rows do not divide over its workers; no sources.
             CheckpointError: `state` was saved by a run with other data.
             RecordError: a source cannot be opened.
         """
         if not data.sources:
             raise ConfigError("data.sources=(): name at least one source")
-        if batch.rows % process_count:
-            raise ConfigError(f"batch.rows={batch.rows}: must divide over the {process_count} processes")
-        rows = batch.rows // process_count
-        if data.num_workers and rows % data.num_workers:
-            raise ConfigError(f"data.num_workers={data.num_workers}: must divide the {rows} rows of a process")
-        self._data, self._rows = data, rows
+        streams = list(range(batch.rows) if rows is None else rows)
+        if data.num_workers and len(streams) % data.num_workers:
+            raise ConfigError(f"data.num_workers={data.num_workers}: must divide the {len(streams)} rows of a process")
+        self._data, self._rows = data, len(streams)
         self._fingerprint = _fingerprint(data, batch, images, seed)
-        streams = list(range(process_index * rows, (process_index + 1) * rows))
         states = [NEW_STREAM] * batch.rows if state is None else self._checked(state)
         samples = mixture(data.sources, processor, seed=seed, bad_records=data.bad_records)
         options = dict(

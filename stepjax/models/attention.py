@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import Implementation, flash_attention
 from pallas_kernels.flash_attention.reference import masked_attention
 from stepjax.config import AttentionImplementation
-from stepjax.sharding import part_index, spec, target_platform
+from stepjax.models.context_parallel import balanced
+from stepjax.sharding import gather, spec, target_platform
 
 # "gpu" (cuDNN) has to be asked for until it has been run on a GPU.
 _AUTOMATIC: dict[str, Implementation] = {"tpu": "tpu"}
@@ -27,6 +28,7 @@ def attend(
     *,
     causal: bool = False,
     segment_ids_BT: jax.Array | None = None,
+    rows_axis: str = "batch",
     length_axis: str | None = None,
     implementation: AttentionImplementation = "auto",
 ) -> jax.Array:
@@ -36,7 +38,7 @@ def attend(
     padding: it neither sees nor is seen, and gives zero.
 
     Args:
-        length_axis: logical axis of T, if a mesh may spread it.
+        rows_axis, length_axis: logical axes of B and T; None if no mesh spreads T.
         implementation: "auto" is resolved by the platform of the mesh in scope, without one by JAX's default.
 
     Raises:
@@ -50,22 +52,29 @@ def attend(
         return flash_attention(q_BTNH, k_BTKH, v_BTKH, causal=causal, q_segment_ids_BT=q_ids, implementation=chosen)
 
     def of_device(q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=None):
-        first = part_index(length_axis) * q_BTNH.shape[1] if causal and length_axis is not None else 0
-        return flash_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            causal=causal,
-            q_offset=first,
-            q_segment_ids_BT=q_ids_BT,
-            kv_segment_ids_BS=kv_ids_BS,
-            implementation=chosen,
-        )
+        if length_axis is not None:
+            k_BSKH, v_BSKH = (gather(x, length_axis, 1) for x in (k_BSKH, v_BSKH))
+
+        def part(q_BTNH, first, q_ids_BT):
+            return flash_attention(
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                causal=causal,
+                q_offset=first,
+                q_segment_ids_BT=q_ids_BT,
+                kv_segment_ids_BS=kv_ids_BS,
+                implementation=chosen,
+            )
+
+        if length_axis is None or not causal:
+            return part(q_BTNH, 0, q_ids_BT)
+        return balanced(part, q_BTNH, q_ids_BT, length_axis)
 
     # The partitioner cannot look into a kernel, so every device is given its rows, its heads and its part of the
-    # queries, and all the keys of those rows.
-    q_spec, kv_spec = spec("batch", length_axis, "heads", None), spec("batch", None, "kv_heads", None)
-    ids_specs = (spec("batch", length_axis), spec("batch", None)) if segment_ids else ()
+    # queries, and gathers the keys of those rows.
+    q_spec, kv_spec = spec(rows_axis, length_axis, "heads", None), spec(rows_axis, length_axis, "kv_heads", None)
+    ids_specs = (spec(rows_axis, length_axis), spec(rows_axis, None)) if segment_ids else ()
     sharded = jax.shard_map(
         of_device, in_specs=(q_spec, kv_spec, kv_spec, *ids_specs), out_specs=q_spec, check_vma=False
     )

@@ -43,7 +43,7 @@ class EncoderAttention(nnx.Module):
         q_MPNH, k_MPNH, v_MPNH = qkv + self.qkv_bias.astype(dtype)[:, None, None]
         q_MPNH = rotate_pairs(q_MPNH, cos_PH, sin_PH)
         k_MPNH = rotate_pairs(k_MPNH, cos_PH, sin_PH)
-        attended_MPNH = attend(q_MPNH, k_MPNH, v_MPNH, implementation=numerics.attention)
+        attended_MPNH = attend(q_MPNH, k_MPNH, v_MPNH, rows_axis="views", implementation=numerics.attention)
         return jnp.einsum("MPNH,NHE->MPE", attended_MPNH, self.out_kernel.astype(dtype)) + self.out_bias.astype(dtype)
 
 
@@ -78,7 +78,7 @@ class EncoderBlock(nnx.Module):
             x_MPE = x_MPE + self.scale1.astype(x_MPE.dtype) * attended_MPE
         with jax.named_scope("mlp"):
             x_MPE = x_MPE + self.scale2.astype(x_MPE.dtype) * self.mlp(self.norm2(x_MPE))
-        return constrain(x_MPE, "batch", None, "act_embed")
+        return constrain(x_MPE, "views", None, "act_embed")
 
 
 class PerceptionEncoder(nnx.Module):
@@ -108,7 +108,7 @@ class PerceptionEncoder(nnx.Module):
             patches = patches.reshape(num_views, grid * grid, p * p * 3)
             x_MPE = patches @ self.patch_kernel.astype(dtype).reshape(p * p * 3, config.width)
             x_MPE = x_MPE + self._positions(grid).astype(dtype).reshape(grid * grid, config.width)
-            x_MPE = constrain(self.norm_pre(x_MPE), "batch", None, "act_embed")
+            x_MPE = constrain(self.norm_pre(x_MPE), "views", None, "act_embed")
 
         cos_PH, sin_PH = rotary_2d(grid, config.head_dim, config.rope_theta)
 

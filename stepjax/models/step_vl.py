@@ -17,7 +17,7 @@ from stepjax.config import ModelConfig, NumericsConfig
 from stepjax.models.perception_encoder import PerceptionEncoder
 from stepjax.models.projector import Projector
 from stepjax.models.qwen3 import Cache, Qwen3
-from stepjax.sharding import constrain, shardings
+from stepjax.sharding import constrain, parts_of, shardings
 
 NO_FEATURE = -1  # feature_index of an ordinary token
 
@@ -35,12 +35,16 @@ class StepVL(nnx.Module):
     def encode_views(self, views_BMHWC: jax.Array) -> jax.Array:
         """Normalised pixels of M views a row, [B, M, side, side, 3], to embeddings [B, M * tokens of a view, D]."""
         rows, views = views_BMHWC.shape[:2]
-        x_MHWC = constrain(views_BMHWC.reshape(rows * views, *views_BMHWC.shape[2:]), "batch", None, None, None)
+        # Devices that share a row share its views; empty ones make the shares equal.
+        empty = -views % parts_of("views", "batch")
+        views_BMHWC = jnp.pad(views_BMHWC, ((0, 0), (0, empty)) + ((0, 0),) * 3)
+        x_MHWC = constrain(views_BMHWC.reshape(-1, *views_BMHWC.shape[2:]), "views", None, None, None)
         with jax.named_scope("encoder"):
             x_MPE = self.vision(x_MHWC)
         with jax.named_scope("projector"):
             y_MQD = self.projector(x_MPE)
-        return constrain(y_MQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
+            y_BMQD = y_MQD.reshape(rows, views + empty, *y_MQD.shape[1:])[:, :views]
+            return constrain(y_BMQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
 
     def feature_table(self, global_views_BGHWC: jax.Array, crops_BCHWC: jax.Array) -> jax.Array:
         """Embeddings [B, F, D] of all views of each row: the crops' in order, then the global views'."""

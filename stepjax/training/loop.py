@@ -22,9 +22,10 @@ from stepjax.data.packing import StreamState
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_parameters
 from stepjax.processing.processor import Processor
-from stepjax.sharding import make_mesh, num_parts, shardings, spec
+from stepjax.sharding import make_mesh, num_parts, rows_here, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
 from stepjax.training.hardware import peak_flops
+from stepjax.training.heartbeat import Heartbeat
 from stepjax.training.meter import Meter, Profile
 from stepjax.training.metrics import make_trackers
 from stepjax.training.optimizer import learning_rate, make_optimizer
@@ -102,14 +103,14 @@ def pretrain(
         # Resume where the last checkpoint stands, or start from random parameters.
         start = checkpointer.latest_step()
         state, data_state = _restore_or_init(config, checkpointer, optimizer, mesh, start)
+        own_rows = rows_here(mesh, config.batch.rows)
         loader = Loader(
             config.data,
             config.batch,
             config.images,
             processor,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=own_rows,
             state=data_state,
         )
         first_step = start or 0
@@ -135,22 +136,25 @@ def pretrain(
             return Outcome(state.model, processor, first_step, None, directory)
 
         # Train. From here on nothing may move between host and device unasked: a hidden sync would stall the device.
-        meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size)
+        meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
         batches = iter(loader)
         stack.callback(batches.close)
         stop = stack.enter_context(StopRequest())
+        heart = stack.enter_context(Heartbeat(config.heartbeat, progress.print))
         profile = stack.enter_context(Profile(config.logging.profile, directory / "profile"))
         stack.enter_context(jax.transfer_guard("disallow"))
         step, pending, saved_at, stopped_by = first_step, [], time.monotonic(), None
         while step < config.num_steps and stopped_by is None:
             profile.before(step + 1)
+            heart.at("data", step + 1)
             batch = meter.wait_for(batches)
+            heart.at("step", step + 1)
             state, metrics = train_step(state, _to_devices(batch, mesh))
             step += 1
             profile.after(step, state)
             pending.append((step, metrics, batch.skipped))
-            for skipped in batch.skipped:
-                say(f"skipped {skipped.name}: {skipped.reason}")
+            for skipped in batch.skipped:  # each process tells of its own
+                progress.print(f"skipped {skipped.name}: {skipped.reason}")
             if step == first_step + 1:
                 # Compilation is over: leave it out of the rates.
                 jax.block_until_ready(metrics)
@@ -169,11 +173,13 @@ def pretrain(
                 shown = rows[-1][1] | interval_means(rows) | speed
                 progress.update(step, shown | {"seconds_since_checkpoint": time.monotonic() - saved_at})
             if save:
+                heart.at("saving", step + 1)
                 with jax.transfer_guard("allow"):  # the state goes to the host, and is meant to
-                    checkpointer.save(step, state, loader.state(_all_streams(batch.states)))
+                    checkpointer.save(step, state, loader.state(_all_streams(own_rows, batch.states)))
                 saved_at = time.monotonic()
             every = config.evaluation.every
             if on_evaluation is not None and every and step % every == 0 and not last and stopped_by is None:
+                heart.at("evaluating", step + 1)
                 with jax.transfer_guard("allow"), meter.paused():
                     on_evaluation(state.model, processor, step)
         checkpointer.wait()
@@ -189,7 +195,7 @@ def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
     if batch.rows // batch.accumulation % parts:
         raise ConfigError(
             f"batch.rows={batch.rows}: the rows of each of batch.accumulation={batch.accumulation} micro-batches must "
-            f"divide over {parts} devices (mesh.data x mesh.fsdp)"
+            f"divide over {parts} devices (mesh.slice x mesh.data x mesh.fsdp)"
         )
     parts = num_parts("length", mesh)
     if batch.tokens % parts:
@@ -215,7 +221,7 @@ def _restore_or_init(
 
 
 # What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.
-_MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation")
+_MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation", "heartbeat")
 _MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records")
 
 
@@ -235,15 +241,17 @@ def _to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("batch")), x)
 
-    return {name: put(x) for name, x in batch.arrays.items()}
+    with jax.transfer_guard("allow"):  # JAX counts the part of one process among several as moved unasked
+        return {name: put(x) for name, x in batch.arrays.items()}
 
 
-def _all_streams(states: tuple[StreamState, ...]) -> list[StreamState]:
-    """The positions of every process's streams, in order."""
+def _all_streams(rows: list[int], states: tuple[StreamState, ...]) -> list[StreamState]:
+    """The positions of every process's streams, in the order of the rows."""
     if jax.process_count() == 1:
         return list(states)
-    text = np.frombuffer(json.dumps(states).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(dict(zip(rows, states, strict=True))).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(text.size))
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(np.max(sizes)) - text.size)))
     parts = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
-    return [state for part in parts for state in part]
+    streams = {int(row): state for part in parts for row, state in part.items()}
+    return [streams[row] for row in sorted(streams)]

@@ -15,10 +15,13 @@ from stepjax.models.flops import training_flops
 
 
 class Meter:
-    """Wall time, time spent waiting for data, and slots in use, since the last summary."""
+    """Wall time, time spent waiting for data, and slots in use, since the last summary.
 
-    def __init__(self, config: PretrainConfig, peak_flops: float | None, num_devices: int):
-        self._config, self._peak_flops, self._num_devices = config, peak_flops, num_devices
+    `share` is the part of the global batch's rows that this process sees.
+    """
+
+    def __init__(self, config: PretrainConfig, peak_flops: float | None, num_devices: int, *, share: float = 1.0):
+        self._config, self._peak_flops, self._num_devices, self._share = config, peak_flops, num_devices, share
         self.reset()
 
     def reset(self) -> None:
@@ -46,8 +49,8 @@ class Meter:
         if not self._steps:
             return {}
         config, batch, seconds, steps = self._config, self._config.batch, time.monotonic() - self._since, self._steps
-        # Other processes hold as much, to a good approximation.
-        tokens, views, crops, pairs = (float(used) for used in self._used * jax.process_count())
+        # Other rows hold as much, to a good approximation.
+        tokens, views, crops, pairs = (float(used) for used in self._used / self._share)
         rows = steps * batch.rows
         summary = {
             "step_seconds": seconds / steps,

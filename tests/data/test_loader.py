@@ -78,9 +78,20 @@ def test_batch_holds_the_shapes_that_its_names_say(expected):
 # The same batches ----------------------------------------------------------------------------------------------------
 
 
+def shares(process_count):
+    size = BATCH.rows // process_count
+    return [range(i * size, (i + 1) * size) for i in range(process_count)]
+
+
+def test_rows_come_in_the_order_asked_for(expected):
+    for batch, whole in zip(batches(loader(rows=[3, 1]), 3), expected, strict=False):
+        for name, array in whole.arrays.items():
+            np.testing.assert_array_equal(batch.arrays[name], array[[3, 1]])
+
+
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_hold_consecutive_parts_of_the_same_batches(expected, process_count):
-    parts = [batches(loader(process_index=index, process_count=process_count), 3) for index in range(process_count)]
+    parts = [batches(loader(rows=rows), 3) for rows in shares(process_count)]
     for step in range(3):
         hosts = [part[step] for part in parts]
         whole = HostBatch(
@@ -134,10 +145,7 @@ def saved_after(batch: HostBatch, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("process_count", [1, 2])
 def test_saved_state_continues_on_any_number_of_processes(expected, process_count):
     state = saved_after(expected[1])
-    parts = [
-        batches(loader(process_index=index, process_count=process_count, state=state), 3)
-        for index in range(process_count)
-    ]
+    parts = [batches(loader(rows=rows, state=state), 3) for rows in shares(process_count)]
     for step in range(3):
         for name, array in expected[2 + step].arrays.items():
             np.testing.assert_array_equal(np.concatenate([part[step].arrays[name] for part in parts]), array)
@@ -181,13 +189,11 @@ def test_no_sources_is_refused():
         loader(DataConfig())
 
 
-def test_rows_must_divide_over_processes_and_workers():
-    with pytest.raises(ConfigError, match="batch.rows=4.* 3 processes"):
-        loader(process_count=3)
+def test_rows_must_divide_over_workers():
     with pytest.raises(ConfigError, match="data.num_workers=3.* 4 rows"):
         loader(dataclasses.replace(DATA, num_workers=3))
     with pytest.raises(ConfigError, match="data.num_workers=4.* 2 rows"):
-        loader(dataclasses.replace(DATA, num_workers=4), process_count=2)
+        loader(dataclasses.replace(DATA, num_workers=4), rows=[0, 1])
 
 
 def test_file_that_is_missing_is_an_error_before_any_batch(tmp_path):

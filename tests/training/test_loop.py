@@ -311,7 +311,7 @@ def test_a_missing_file_is_found_before_anything_is_compiled(tmp_path, monkeypat
             dict(mesh=MeshConfig(data=2, fsdp=1, context=4), batch=BatchConfig(rows=2, tokens=126)),
             r"batch.tokens=126: must divide over 4 devices",
         ),
-        (dict(mesh=MeshConfig(data=3)), r"mesh=\[3, -1, 1, 1\]: .*8 devices"),
+        (dict(mesh=MeshConfig(data=3)), r"mesh=\[1, 3, -1, 1, 1\]: .*8 devices"),
         (dict(optimizer=OptimizerConfig(freeze=("visoin",))), r"'visoin' matches no parameter name"),
     ],
 )

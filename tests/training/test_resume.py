@@ -89,7 +89,6 @@ def final_state(directory: Path):
         return checkpointer.restore(jax.eval_shape(state))
 
 
-@pytest.mark.slow
 def test_killed_at_any_instant_and_started_again_the_result_is_the_same(tmp_path):
     whole, broken, cache = tmp_path / "whole", tmp_path / "broken", tmp_path / "cache"
     whole.mkdir()

@@ -1,0 +1,45 @@
+"""Causal attention of a row that several devices share, with equal work for each.
+
+Legend: B rows, T query tokens of a device, N query heads, H head dim.
+
+Early queries see few keys and late ones many: of c devices with consecutive parts the last has nearly twice the mean
+to do, and all wait for it. So the row is cut into 2c chunks, and while they attend device i has the chunks i and
+2c - 1 - i. Chunks move to their place and back by two permutations each way; the keys are gathered in any case, and are
+a quarter as wide as the queries' chunks are (grouped queries). The layout outside of attention stays consecutive.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from stepjax.sharding import exchange, part_index, parts_of
+
+# (queries of a chunk, index of the first one in the row, their segment ids) -> their attention
+PartAttention = Callable[[jax.Array, int | jax.Array, jax.Array | None], jax.Array]
+
+
+def balanced(attend: PartAttention, q_BTNH: jax.Array, ids_BT: jax.Array | None, axis: str) -> jax.Array:
+    """Inside `jax.shard_map` over a divided logical axis: attention of this device's queries; [B, T, N, H]."""
+    parts, length = parts_of(axis), q_BTNH.shape[1]
+    if parts % 2 or length % 2:
+        # No two permutations bring every device one early and one late chunk.
+        return attend(q_BTNH, part_index(axis) * length, ids_BT)
+
+    half, me = length // 2, part_index(axis)
+    early, late = me, 2 * parts - 1 - me
+    # First halves are the even chunks: those in the first half of the row go to even devices, the others to odd ones.
+    results = []
+    for which, chunk in ((0, jnp.where(me % 2 == 0, early, late)), (1, jnp.where(me % 2 == 0, late, early))):
+        there = [_place(2 * device + which, parts) for device in range(parts)]
+        back = [there.index(device) for device in range(parts)]
+        own = slice(which * half, (which + 1) * half)
+        q_BCNH = exchange(q_BTNH[:, own], axis, there)
+        ids_BC = None if ids_BT is None else exchange(ids_BT[:, own], axis, there)
+        results.append(exchange(attend(q_BCNH, chunk * half, ids_BC), axis, back))
+    return jnp.concatenate(results, axis=1)
+
+
+def _place(chunk: int, parts: int) -> int:
+    """The device at which a chunk attends."""
+    return chunk if chunk < parts else 2 * parts - 1 - chunk
