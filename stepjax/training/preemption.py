@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as a request to save and leave, as cloud machines announce that they will be taken away."""
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,11 +13,14 @@ from jax.experimental import multihost_utils
 class StopRequest:
     """A context in which the first signal is remembered, and a second one acts as it did before.
 
+    Machines that shut down tell every process of a group, and parents tell their children once more: a SIGTERM within
+    `repeats` seconds of the first is the same one.
+
     The trainer looks at `received` between steps, saves, and returns: nothing is interrupted half-way.
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)):
-        self._signals = signals
+    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT), *, repeats: float = 2.0):
+        self._signals, self._repeats, self._received_at = signals, repeats, 0.0
         self._previous: dict[int, Any] = {}
         self.received: signal.Signals | None = None
 
@@ -42,8 +46,12 @@ class StopRequest:
         return signal.Signals(number) if number else None
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+        elif number != signal.SIGTERM or now - self._received_at >= self._repeats:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -23,13 +23,23 @@ def calls():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_remembered_and_the_second_acts_as_before(calls, number):
-    with StopRequest() as stop:
+    with StopRequest(repeats=0) as stop:
         assert stop.received is None
         os.kill(os.getpid(), number)
         assert stop.received is number and calls == []
         os.kill(os.getpid(), number)
         assert calls == [number]
         assert stop.received is number
+
+
+def test_a_sigterm_that_comes_twice_at_once_is_one_request(calls):
+    """As of a machine that shuts down: it tells every process, and parents hand it on to their children."""
+    with StopRequest(repeats=60) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM and calls == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert calls == [signal.SIGINT]
 
 
 def test_after_one_signal_the_other_acts_as_before_too(calls):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 from run_files import RECIPE, read_metrics, steps_saved, without_speed
 from tiny_recipe import config as tiny
 
