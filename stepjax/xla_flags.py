@@ -20,13 +20,28 @@ class Flag:
     reason: str
 
 
-# The compiler refuses these for every chip but v5e; the others overlap gathers without being told.
+# The compiler refuses these for every chip but v5e, which has no sparse cores.
 _FUSED_COLLECTIVES = (
     Flag("xla_tpu_enable_async_collective_fusion", "true", "weights are gathered while the layer before computes"),
     Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", "the same, for the gathers of FSDP"),
     Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", "true", "a gather may span several fusions"),
     Flag("xla_tpu_overlap_compute_collective_tc", "true", "collectives run beside the matrix unit, not between"),
     Flag("xla_enable_async_all_gather", "true", "every gather may be asynchronous, not the fused ones only"),
+)
+_SPARSE_CORES = (
+    Flag("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true", "the sparse cores gather meanwhile"),
+    Flag("xla_tpu_enable_sparse_core_collective_offload_3d_all_gather", "true", "the same over three axes of a torus"),
+    Flag("xla_tpu_enable_sparse_core_collective_offload_2d_all_gather", "true", "the same over two"),
+    Flag(
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+        "true",
+        "without it, gradients are reduced whole",
+    ),
+    Flag("xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter", "true", "the same over several axes"),
+    Flag("xla_tpu_enable_sparse_core_collective_offload_all_reduce", "true", "for parameters that are not divided"),
+)
+_DOTS = Flag(
+    "xla_tpu_dot_dot_fusion", "false", "two products of an MLP in one fusion took twice the time of two fusions"
 )
 _MULTI_SLICE = (
     Flag("xla_tpu_enable_data_parallel_all_reduce_opt", "true", "gradients cross slices while layers still compute"),
@@ -39,10 +54,15 @@ def _vmem(kib: int, reason: str) -> Flag:
 
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
-    "v5e": (*_FUSED_COLLECTIVES, *_MULTI_SLICE, _vmem(98304, "of 128 MiB: larger tiles for fused matrix products")),
-    "v5p": _MULTI_SLICE,
-    "v6e": (*_MULTI_SLICE, _vmem(98304, "of 128 MiB: larger tiles for fused matrix products")),
-    "tpu7x": _MULTI_SLICE,
+    "v5e": (
+        _DOTS,
+        *_FUSED_COLLECTIVES,
+        *_MULTI_SLICE,
+        _vmem(98304, "of 128 MiB: larger tiles for fused matrix products"),
+    ),
+    "v5p": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE),
+    "v6e": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE, _vmem(98304, "of 128 MiB: larger tiles for fused matrix products")),
+    "tpu7x": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE),
     "h100": (
         Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "gathers of the next layer overlap this one"),
         Flag("xla_gpu_enable_pipelined_all_gather", "true", "the gather of a scan's next step starts in this one"),

@@ -17,6 +17,7 @@ keys is visited.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -236,7 +237,13 @@ def _pack(visited: Array, row: np.ndarray, query: np.ndarray, key: np.ndarray, w
     # The next item at or after each that finishes a query block; after the last such item, that one.
     position_M = np.arange(size)
     finishes_M = ((what_M & LAST_OF_QUERY) > 0) & (position_M < count)
-    next_M = xp.flip(xp.minimum.accumulate(xp.flip(xp.where(finishes_M, position_M, size))))
+    # (numpy's minimum.accumulate is a loop of scalar steps in jnp.)
+    backwards_minimum = partial(jax.lax.cummin, reverse=True) if xp is jnp else _backwards_minimum
+    next_M = backwards_minimum(xp.where(finishes_M, position_M, size).astype(np.int32))
     final = xp.max(xp.where(finishes_M, position_M, 0))
     done_M = where_M[xp.where(next_M < size, next_M, final)]
     return Items(jnp.asarray(where_M), jnp.asarray(what_M), jnp.asarray(done_M), count)
+
+
+def _backwards_minimum(x_M: np.ndarray) -> np.ndarray:
+    return np.flip(np.minimum.accumulate(np.flip(x_M)))

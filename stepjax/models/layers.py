@@ -90,10 +90,11 @@ def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Ar
     return jnp.cos(angles_PH), jnp.sin(angles_PH)
 
 
-def rotate_pairs(x_BPNH: jax.Array, cos_PH: jax.Array, sin_PH: jax.Array) -> jax.Array:
-    """Rotate the pairs (x[2i], x[2i + 1]): the GPT-J convention of the encoder."""
-    pairs = x_BPNH.astype(jnp.float32).reshape(*x_BPNH.shape[:-1], -1, 2)
-    even_BPNH, odd_BPNH = pairs[..., 0], pairs[..., 1]
-    cos_P1H, sin_P1H = cos_PH[:, None], sin_PH[:, None]
-    rotated = jnp.stack([even_BPNH * cos_P1H - odd_BPNH * sin_P1H, odd_BPNH * cos_P1H + even_BPNH * sin_P1H], axis=-1)
-    return rotated.reshape(x_BPNH.shape).astype(x_BPNH.dtype)
+def pairs_to_halves(x_H: jax.Array) -> jax.Array:
+    """Move entries 2i and 2i + 1 of the last axis to i and i + H/2.
+
+    `rotate_halves` then rotates what were adjacent pairs (the GPT-J convention of the encoder). Where queries and keys
+    are moved alike, their products stay as they are; so the encoder moves the weights, which are small. Rotating
+    adjacent entries themselves would shuffle lanes of a TPU for every patch.
+    """
+    return jnp.concatenate([x_H[..., 0::2], x_H[..., 1::2]], axis=-1)

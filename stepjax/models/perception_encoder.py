@@ -17,7 +17,7 @@ from flax import nnx
 
 from stepjax.config import NumericsConfig, VisionConfig
 from stepjax.models.attention import attend
-from stepjax.models.layers import LayerNorm, constant, matrix, rotary_2d, rotate_pairs
+from stepjax.models.layers import LayerNorm, constant, matrix, pairs_to_halves, rotary_2d, rotate_halves
 from stepjax.models.remat import remat
 from stepjax.sharding import constrain
 
@@ -39,10 +39,12 @@ class EncoderAttention(nnx.Module):
 
     def __call__(self, x_MPE: jax.Array, cos_PH: jax.Array, sin_PH: jax.Array, numerics: NumericsConfig) -> jax.Array:
         dtype = x_MPE.dtype
-        qkv = jnp.einsum("MPE,EQNH->QMPNH", x_MPE, self.qkv_kernel.astype(dtype))
-        q_MPNH, k_MPNH, v_MPNH = qkv + self.qkv_bias.astype(dtype)[:, None, None]
-        q_MPNH = rotate_pairs(q_MPNH, cos_PH, sin_PH)
-        k_MPNH = rotate_pairs(k_MPNH, cos_PH, sin_PH)
+        kernel, bias = self.qkv_kernel.astype(dtype), self.qkv_bias.astype(dtype)
+        kernel = jnp.concatenate([pairs_to_halves(kernel[:, :2]), kernel[:, 2:]], axis=1)
+        bias = jnp.concatenate([pairs_to_halves(bias[:2]), bias[2:]])
+        q_MPNH, k_MPNH, v_MPNH = jnp.einsum("MPE,EQNH->QMPNH", x_MPE, kernel) + bias[:, None, None]
+        q_MPNH = rotate_halves(q_MPNH, cos_PH[None], sin_PH[None])
+        k_MPNH = rotate_halves(k_MPNH, cos_PH[None], sin_PH[None])
         attended_MPNH = attend(q_MPNH, k_MPNH, v_MPNH, rows_axis="views", implementation=numerics.attention)
         return jnp.einsum("MPNH,NHE->MPE", attended_MPNH, self.out_kernel.astype(dtype)) + self.out_bias.astype(dtype)
 
