@@ -14,6 +14,7 @@ from stepjax.errors import ConfigError, StepjaxError
 USAGE = """usage: stepjax VERB ...
 
   pretrain RECIPE [--dry-run] [--section.field VALUE ...]   train; run it again to go on after an interruption
+  plan RECIPE --topology v5p-128 [--search]                 what a run needs and takes on TPUs that are not here
   eval RUN [--examples N] [--split held_out|train]          score a run's last checkpoint on held-out questions
   generate RUN --prompt TEXT [--image FILE ...]             answer a question about image files
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 well, 1 a user's mistake, 2 bad usage, 143 or 130 stopped by a signal after saving, 75 another process was lost.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"pretrain": _pretrain, "eval": _eval, "generate": _generate}
+    verbs = {"pretrain": _pretrain, "plan": _plan, "eval": _eval, "generate": _generate}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -89,6 +90,12 @@ def _pretrain(arguments: list[str]) -> int:
     if sources:
         report(outcome.model, outcome.processor, outcome.step)
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from stepjax.planning.command import run
+
+    return run(arguments)
 
 
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

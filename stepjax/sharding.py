@@ -151,7 +151,8 @@ def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
     Processes whose devices share rows (context and tensor axes that cross hosts) each feed the same ones.
     """
     layout = NamedSharding(mesh, spec("batch"))
-    parts = {index[0].indices(num_rows) for index in layout.addressable_devices_indices_map((num_rows,)).values()}
+    indices = layout.addressable_devices_indices_map((num_rows,)).values()
+    parts = {index[0].indices(num_rows) for index in indices if index is not None}
     return [row for part in sorted(parts) for row in range(*part)]
 
 

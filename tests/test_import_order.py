@@ -16,12 +16,21 @@ ALLOWED = {
     "config": {"errors"},
     "config_file": {"errors", "config"},
     "sharding": {"errors", "config"},
+    "distributed": {"errors"},
+    "xla_flags": {"errors"},
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
     "models": {"errors", "config", "sharding", "pallas_kernels"},
     "interop": {"errors", "config", "models"},
     "inference": {"errors", "config", "models", "data", "processing"},
-    "training": {"errors", "config", "config_file", "sharding", "models", "data", "processing", "pallas_kernels"},
+    "training": {
+        *("errors", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
+        "pallas_kernels",
+    },
+    "planning": {
+        *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
+        "pallas_kernels",
+    },
     "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
     "cli": None,  # the top: may import all
 }

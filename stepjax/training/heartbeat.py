@@ -116,7 +116,8 @@ class Heartbeat:
         self._config, self._warn, self._end = config, warn, end
         self._watch = Watch(config)
         self._lock = threading.Lock()
-        self._count, self._step, self._phase = 0, 0, "starting"
+        self._count, self._step = 0, 0
+        self._phase: Phase = "starting"
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
