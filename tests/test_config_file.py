@@ -13,7 +13,9 @@ from stepjax.config_file import differences, flat, from_json, load_recipe, overr
 from stepjax.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parent.parent
-RECIPES = [ROOT / "configs" / name / "pretrain.py" for name in ("digits", "step3_vl_10b")]
+RECIPES = [
+    ROOT / "configs" / name for name in ("digits/pretrain.py", "step3_vl_10b/pretrain.py", "step3_vl_10b/sft.py")
+]
 MIXED = dataclasses.replace(
     tiny,
     data=DataConfig(
@@ -30,9 +32,10 @@ MIXED = dataclasses.replace(
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
-def test_the_recipes_load_under_the_name_of_their_folder(path):
-    assert load_recipe(path).name == path.parent.name
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name} {path.stem}")
+def test_the_recipes_load_under_the_name_of_their_folder_and_stage(path):
+    stage = {"pretrain": "", "sft": "_sft"}[path.stem]
+    assert load_recipe(path).name == path.parent.name + stage
 
 
 def test_a_recipe_may_import_its_neighbours(tmp_path):
