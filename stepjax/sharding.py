@@ -23,6 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations
     "batch": ("slice", "data", "fsdp"),  # rows of the batch, and with them their pixels
     "length": "context",
+    "row_views": "context",  # of one row
     "views": ("slice", "data", "fsdp", "context"),  # of all rows: devices that share a row share its views
     "act_embed": None,
     # Parameters: one dimension over fsdp (gathered layer by layer), one over tensor
@@ -75,12 +76,10 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def parts_of(axis: str, within: str | None = None) -> int:
-    """Into how many parts the mesh in scope cuts a logical axis; with `within`, each part of that other axis."""
+def parts_of(axis: str) -> int:
+    """Into how many parts the mesh in scope cuts a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    return num_parts(axis, mesh) // (1 if within is None else num_parts(within, mesh))
+    return 1 if mesh.empty else num_parts(axis, mesh)
 
 
 def part_index(axis: str) -> int | jax.Array:

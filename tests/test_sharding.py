@@ -7,6 +7,7 @@ Legend: B rows, T tokens, V vocabulary.
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -205,3 +206,48 @@ def test_dimension_that_does_not_divide_is_refused_by_name(small_config, sizes, 
     config = dataclasses.replace(small_config, decoder=dataclasses.replace(small_config.decoder, **change))
     with pytest.raises(ConfigError, match=named):
         init_model(config, mesh=mesh_of(*sizes))
+
+
+# What the devices exchange -------------------------------------------------------------------------------------------
+
+
+def exchanged(compiled) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(operation, dtype, shape) of everything that devices exchange in a compiled program."""
+    pattern = r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    return [
+        (operation, dtype, tuple(int(n) for n in dims.split(",") if n))
+        for shapes, operation in re.findall(pattern, compiled.as_text())
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 4, 1, 1)], ids=str)
+def test_devices_exchange_parameters_and_their_gradients_and_no_activations(remat_model, batch, sizes):
+    """Everything sent of more than a few numbers has the shape of a parameter, or of one as its layer multiplies it."""
+    mesh = mesh_of(*sizes)
+    layout = shardings(remat_model, mesh)
+    on_mesh = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    model = jax.tree.map(on_mesh, remat_model, layout)
+    rows = {key: on_mesh(value, NamedSharding(mesh, spec("batch"))) for key, value in batch.items()}
+
+    def loss_and_gradients(model, batch):
+        loss, grads, _ = evaluate(model, batch)
+        return loss, grads
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(loss_and_gradients, out_shardings=(None, layout)).lower(model, rows).compile()
+    # A parameter of [9, 32, 64] may travel as [288, 64], turned, or a part of it at a time.
+    sizes_of_parameters = {math.prod(param_layer) for _, p in parameters(remat_model) for param_layer in layers(p)}
+    parts = {size // n for size in sizes_of_parameters for n in (1, 2, 4, 8) if size % n == 0}
+    found = [x for x in exchanged(compiled) if math.prod(x[2]) > 64]
+    assert {operation for operation, _, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    for operation, dtype, shape in found:
+        allowed = sizes_of_parameters if operation == "all-gather" else parts
+        assert dtype == "f32" and math.prod(shape) in allowed, (operation, dtype, shape)
+    assert any(operation == "all-gather" for operation, _, _ in found)
+
+
+def layers(param) -> list[tuple[int, ...]]:
+    """The shape of a parameter, and of one layer of a stack."""
+    stacked = len(param.shape) - len(param.get_metadata()["axes"])
+    return [tuple(param.shape), tuple(param.shape[stacked:])]

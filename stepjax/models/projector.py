@@ -11,6 +11,7 @@ from flax import nnx
 
 from stepjax.config import ModelConfig, NumericsConfig, down_sampled
 from stepjax.models.layers import constant, matrix
+from stepjax.sharding import constrain
 
 
 class DownSampler(nnx.Module):
@@ -29,7 +30,10 @@ class DownSampler(nnx.Module):
         padded = jnp.pad(x_MHWE, ((0, 0), (1, 1), (1, 1), (0, 0)))
         taps = [padded[:, y : y + 2 * rows - 1 : 2, x : x + 2 * columns - 1 : 2] for y in range(3) for x in range(3)]
         kernel = self.kernel.astype(x_MHWE.dtype).reshape(9 * channels, -1)
-        return jnp.concatenate(taps, axis=-1) @ kernel + self.bias.astype(x_MHWE.dtype)
+        # Views stay where they are: left to choose, the partitioner gathers all taps for the kernel's gradient.
+        taps_MHWT = constrain(jnp.concatenate(taps, axis=-1), "views", None, None, None)
+        y_MHWO = taps_MHWT @ kernel + self.bias.astype(x_MHWE.dtype)
+        return constrain(y_MHWO, "views", None, None, None)
 
 
 class Projector(nnx.Module):
@@ -51,4 +55,5 @@ class Projector(nnx.Module):
         x = self.down2(self.down1(x_MPE.reshape(num_views, grid, grid, width)))
         x_MQO = x.reshape(num_views, down_sampled(grid) ** 2, 4 * width)
         y_MQD = x_MQO @ self.kernel.astype(x_MQO.dtype)
-        return y_MQD if self.bias is None else y_MQD + self.bias.astype(y_MQD.dtype)
+        y_MQD = y_MQD if self.bias is None else y_MQD + self.bias.astype(y_MQD.dtype)
+        return constrain(y_MQD, "views", None, "act_embed")

@@ -36,14 +36,16 @@ class StepVL(nnx.Module):
         """Normalised pixels of M views a row, [B, M, side, side, 3], to embeddings [B, M * tokens of a view, D]."""
         rows, views = views_BMHWC.shape[:2]
         # Devices that share a row share its views; empty ones make the shares equal.
-        empty = -views % parts_of("views", "batch")
+        empty = -views % parts_of("row_views")
         views_BMHWC = jnp.pad(views_BMHWC, ((0, 0), (0, empty)) + ((0, 0),) * 3)
+        views_BMHWC = constrain(views_BMHWC, "batch", "row_views", None, None, None)
         x_MHWC = constrain(views_BMHWC.reshape(-1, *views_BMHWC.shape[2:]), "views", None, None, None)
         with jax.named_scope("encoder"):
             x_MPE = self.vision(x_MHWC)
         with jax.named_scope("projector"):
             y_MQD = self.projector(x_MPE)
-            y_BMQD = y_MQD.reshape(rows, views + empty, *y_MQD.shape[1:])[:, :views]
+            y_BMQD = constrain(y_MQD.reshape(rows, -1, *y_MQD.shape[1:]), "batch", "row_views", None, "act_embed")
+            y_BMQD = constrain(y_BMQD, "batch", None, None, "act_embed")[:, :views]
             return constrain(y_BMQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
 
     def feature_table(self, global_views_BGHWC: jax.Array, crops_BCHWC: jax.Array) -> jax.Array:
