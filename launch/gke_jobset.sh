@@ -9,7 +9,7 @@
 #
 # Needs: kubectl with access to the cluster (gcloud container clusters get-credentials CLUSTER), JobSet installed in
 # it (0.6 or newer, for the failure policy's rules), node pools with the slices, python3 here; an image with
-# stepjax[tpu] and gcsfs, whose working directory is the repository; a service account that may write to the bucket.
+# stepjax[tpu], whose working directory is the repository; a service account that may write to the bucket.
 #
 # GKE tells the hosts of each other, and the slices (MEGASCALE_...). Status 1 or 2 of any host fails the JobSet at
 # once; after any other, all slices start again, from the last checkpoint, up to --restarts times. Spot nodes give a

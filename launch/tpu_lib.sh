@@ -64,7 +64,7 @@ install_on_tpu() {
     ssh_to "$workers" "set -e; mkdir -p stepjax; tar -xzf stepjax.tar.gz -C stepjax; cd stepjax; \
 python3 -m pip install --quiet --user uv; \
 python3 -m uv venv --quiet --allow-existing --python $opt_python .venv; \
-python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]' gcsfs"
+python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
 }
 
 start_on_tpu() {

@@ -8,7 +8,7 @@
 #   xpk workload delete --cluster CLUSTER --workload vl-big      # SIGTERM: saves and leaves
 #
 # Needs: xpk 1.x (pip install xpk) and what it needs (gcloud, kubectl), a cluster made by `xpk cluster create`; an
-# image with stepjax[tpu] and gcsfs, whose working directory is the repository, and which has bash.
+# image with stepjax[tpu], whose working directory is the repository, and which has bash.
 #
 # The workload is a JobSet such as gke_jobset.sh makes, queued by Kueue. xpk starts it again after the statuses 42 and
 # 127 to 255 by itself, 143 among them; 75 is added here. After any other, 1 among them, it has failed.

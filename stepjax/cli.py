@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pretrain(arguments: list[str]) -> int:
     from stepjax.config_file import load_recipe, override
-    from stepjax.training.loop import pretrain, run_directory
+    from stepjax.training.loop import pretrain
+    from stepjax.training.run_directory import local_directory
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: stepjax pretrain RECIPE [--dry-run] [--section.field VALUE ...]")
@@ -82,7 +83,7 @@ def _pretrain(arguments: list[str]) -> int:
     sources = config.evaluation.sources
 
     def report(model, processor, step):
-        _report(model, processor, config, run_directory(config), f"step {step}")
+        _report(model, processor, config, local_directory(config), f"step {step}")
 
     outcome = pretrain(config, on_evaluation=report if sources else None)
     if outcome.stopped_by is not None:
@@ -116,7 +117,8 @@ def _eval(arguments: list[str]) -> int:
     evaluation = config.evaluation
     sources = tuple(dataclasses.replace(source, split=args.split) for source in evaluation.sources)
     evaluation = dataclasses.replace(evaluation, sources=sources, examples=args.examples or evaluation.examples)
-    _report(model, processor, dataclasses.replace(config, evaluation=evaluation), Path(args.run), f"{args.split} data")
+    directory = Path("runs") / config.name if "://" in args.run else Path(args.run)
+    _report(model, processor, dataclasses.replace(config, evaluation=evaluation), directory, f"{args.split} data")
     return 0
 
 
@@ -167,7 +169,7 @@ def _load_run(run: str):
     from stepjax.training.checkpoint import read_meta, restore_model
     from stepjax.training.loop import make_processor
 
-    checkpoints = Path(run).absolute() / "checkpoints"
+    checkpoints = f"{run.rstrip('/')}/checkpoints"  # a path, or the URL of an object store
     config = from_json(read_meta(checkpoints)["config"])
     return restore_model(checkpoints, abstract_model(config.model, config.numerics)), make_processor(config), config
 
@@ -176,6 +178,8 @@ def _report(model, processor, config, directory: Path, title: str) -> None:
     """Evaluate, print the table, and leave it and the picture beside the run."""
     import json
 
+    import jax
+
     from stepjax.evaluation.contact_sheet import contact_sheet, pick_items
     from stepjax.evaluation.evaluate import evaluate
     from stepjax.evaluation.scoring import summary_table
@@ -183,6 +187,8 @@ def _report(model, processor, config, directory: Path, title: str) -> None:
     report = evaluate(
         model, processor, config.evaluation, seed=config.seed, progress=lambda m: print(m, file=sys.stderr)
     )
+    if jax.process_index() > 0:  # all evaluate, for all hold a part of the model; one tells
+        return
     print(f"\n{config.name}, {title}\n{summary_table(report.results)}\n")
     picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
     heading = f"{config.name}, {title}: questions and the model's answers"

@@ -45,7 +45,7 @@ def test_version(capsys):
 
 def test_an_unknown_verb_names_those_there_are(capsys):
     assert main(["pretrian"]) == 2
-    assert capsys.readouterr().err == "stepjax: no verb 'pretrian'; there are pretrain, eval, generate\n"
+    assert capsys.readouterr().err == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate\n"
 
 
 def test_pretrain_without_a_recipe(capsys):

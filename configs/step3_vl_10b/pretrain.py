@@ -48,8 +48,8 @@ config = PretrainConfig(
         ),
         num_workers=16,
     ),
-    # A 1280 x 720 image has 6 crops and 670 tokens: a row of nothing else holds 6 of them. 32 micro-batches give each of
-    # 64 v5p chips four rows at a time; `stepjax plan` tells for other machines.
+    # A 1280 x 720 image has 6 crops and 670 tokens: a row of nothing else holds 6 of them. 32 micro-batches give each
+    # of 64 v5p chips four rows at a time; `stepjax plan` tells for other machines.
     batch=BatchConfig(rows=GLOBAL_BATCH, tokens=SEQUENCE, global_views=6, crops=24, accumulation=32),
     schedule=ScheduleConfig(
         phases=(Phase(tokens=900e9, start=5e-5, end=1e-5), Phase(tokens=300e9, start=1e-5, end=6e-6)),

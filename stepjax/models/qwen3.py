@@ -120,8 +120,8 @@ class Qwen3(nnx.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D] in the compute dtype.
 
-        The table is gathered over the axes of its width, whatever the number of tokens. Casting comes after the look-up,
-        so that the gradients of a frequent token are added up in the parameters' dtype.
+        The table is gathered over the axes of its width, whatever the number of tokens. Casting comes after the
+        look-up, so that the gradients of a frequent token are added up in the parameters' dtype.
         """
         table_VD = constrain(self.embedding[...], "vocab", None)
         return table_VD[tokens_BT].astype(jnp.dtype(self.numerics.compute_dtype))

@@ -32,6 +32,7 @@ from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.preemption import StopRequest
 from stepjax.training.progress import ProgressLine
 from stepjax.training.rows import fetch_rows, interval_means
+from stepjax.training.run_directory import fetch, is_remote, local_directory, publish, run_directory
 from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
 
 
@@ -43,11 +44,7 @@ class Outcome:
     processor: Processor
     step: int
     stopped_by: str | None  # name of the signal that ended it early
-    directory: Path
-
-
-def run_directory(config: PretrainConfig) -> Path:
-    return Path(config.out) / config.name
+    directory: Path  # on this machine
 
 
 def make_processor(config: PretrainConfig) -> Processor:
@@ -86,7 +83,7 @@ def pretrain(
     began = time.monotonic()
     # Set up: everything that can be wrong is found out before anything is written.
     processor = make_processor(config)
-    directory = run_directory(config)
+    directory, local = run_directory(config), local_directory(config)
     mesh = make_mesh(config.mesh)
     schedule = learning_rate(config.schedule, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
@@ -95,9 +92,7 @@ def pretrain(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpointer = Checkpointer(
-            directory.absolute() / "checkpoints", keep=config.checkpoint.keep, config=to_json(config)
-        )
+        checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep, config=to_json(config))
         stack.callback(checkpointer.close)
 
         # Resume where the last checkpoint stands, or start from random parameters.
@@ -117,7 +112,10 @@ def pretrain(
         progress = ProgressLine(config.num_steps, every=config.logging.every)
         stack.callback(progress.close)
         say = progress.print if jax.process_index() == 0 else lambda message: None
-        trackers = make_trackers(config.logging, directory, to_json(config), start)
+        copied = is_remote(config) and jax.process_index() == 0
+        if copied:
+            fetch(directory, local)
+        trackers = make_trackers(config.logging, local, to_json(config), start)
         for tracker in trackers:
             stack.callback(tracker.close)
 
@@ -133,7 +131,7 @@ def pretrain(
             say(f"resumed at step {start} from {checkpointer.directory}")
         if first_step >= config.num_steps:
             say("the schedule has ended already; nothing to train")
-            return Outcome(state.model, processor, first_step, None, directory)
+            return Outcome(state.model, processor, first_step, None, local)
 
         # Train. From here on nothing may move between host and device unasked: a hidden sync would stall the device.
         meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
@@ -141,7 +139,7 @@ def pretrain(
         stack.callback(batches.close)
         stop = stack.enter_context(StopRequest())
         heart = stack.enter_context(Heartbeat(config.heartbeat, progress.print))
-        profile = stack.enter_context(Profile(config.logging.profile, directory / "profile"))
+        profile = stack.enter_context(Profile(config.logging.profile, local / "profile"))
         stack.enter_context(jax.transfer_guard("disallow"))
         step, pending, saved_at, stopped_by = first_step, [], time.monotonic(), None
         while step < config.num_steps and stopped_by is None:
@@ -176,6 +174,8 @@ def pretrain(
                 heart.at("saving", step + 1)
                 with jax.transfer_guard("allow"):  # the state goes to the host, and is meant to
                     checkpointer.save(step, state, loader.state(_all_streams(own_rows, batch.states)))
+                if copied:
+                    publish(directory, local)
                 saved_at = time.monotonic()
             every = config.evaluation.every
             if on_evaluation is not None and every and step % every == 0 and not last and stopped_by is None:
@@ -186,7 +186,7 @@ def pretrain(
         stopped_by = stopped_by or stop.received  # one may have come while the last step was saved
         if stopped_by is not None:
             say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}; run the same command to go on")
-        return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, directory)
+        return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
 
 
 def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
