@@ -16,7 +16,7 @@ pretrain: .venv/installed  ## train the demo model, evaluate it and draw the pic
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
 
 test: .venv-test/installed  ## the test suite, in its own environment, without torch
-	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 -m "not slow" $(ARGS)
 
 slow: .venv-test/installed  ## what `make test` leaves out: every shape of the kernels, on every chip (half an hour)
 	.venv-test/bin/python -m pytest -n $(JOBS) -m slow $(ARGS)
@@ -33,7 +33,7 @@ compat: COMPAT_PYTHON ?= $(shell $(NEWEST_PYTHON))
 compat:  ## a fast subset on the newest JAX, where Python 3.12 or 3.13 is present
 	@if [ -z "$(COMPAT_PYTHON)" ]; then echo "compat: no Python 3.12 or 3.13 on this machine; skipped"; else \
 		$(MAKE) .venv-compat/installed PYTHON=$(COMPAT_PYTHON) && \
-		.venv-compat/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(COMPAT_TESTS) $(ARGS); fi
+		.venv-compat/bin/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 -m "not slow" $(COMPAT_TESTS) $(ARGS); fi
 
 COMPAT_TESTS = tests/models tests/inference tests/interop tests/training/test_step.py tests/training/test_optimizer.py \
 	tests/training/test_checkpoint.py tests/data/test_loader.py tests/test_sharding.py

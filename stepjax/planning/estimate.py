@@ -1,0 +1,351 @@
+"""The time of a step from its scheduled program: the compiler's own estimate of every operation, played in order.
+
+The walk starts at the entry computation. A core does one operation after the other, `estimated_cycles` each; a loop's
+body is played once and counted as often as it runs. What runs beside the core sits in a queue of its own:
+
+    collectives     from start to done on the wires (links.py), one behind the other. The core waits at the done for
+                    what is not over by then, and for the whole of a collective that has no start of its own
+    copies          between HBM and vector memory, at the bandwidth of HBM
+    SparseCore      gathers and scatters that the compiler moved there, by their bytes
+
+The compiler gives no cycles to Mosaic kernels, and to few other operations. Attention kernels take their useful FLOPs
+over the rate of their static schedule (kernel_rates.py), other kernels what their author stated; the rest take the time
+to move their operands through HBM. How much of a plan rests on that is reported, and so is every collective that is
+written in a way unknown here.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Literal
+
+from stepjax.planning.hlo import Array, Operation, Program, arrays
+from stepjax.planning.kernel_rates import Kernel, Pass, flop_per_bundle
+from stepjax.planning.links import COLLECTIVES, Network
+from stepjax.planning.parts import COLLECTIVES as COLLECTIVES_PART
+from stepjax.planning.parts import COPIES, OTHER, Direction, direction_of, part_of
+from stepjax.planning.topologies import DeviceFacts
+
+Kind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+_FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size"}
+_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
+_FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "PinVmem", "LayoutConstraint"}
+_LIKE_COLLECTIVES = re.compile(r"^(all-|reduce-scatter|collective|ragged-all|send|recv)")
+_KERNEL_SHARE_OF_PEAK = 0.5  # of kernels whose schedule we have not read
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one operation keeps the core from going on, in one step."""
+
+    operation: Operation
+    kind: Kind
+    part: str
+    direction: Direction
+    scope: str  # JAX's name of it, or of what is around it
+    seconds: float  # all its executions together
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """A collective of a step."""
+
+    operation: Operation
+    kind: str  # "all-gather", ...
+    scope: str
+    group: int
+    wire_bytes: float  # out of a device, all executions together
+    seconds: float  # on the wires
+    exposed: float  # that the core waits
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    seconds: float
+    costs: tuple[Cost, ...]
+    traffic: tuple[Traffic, ...]
+    unknown: Counter[str]  # what could not be read, by name: loops without trip count, collectives, custom calls
+
+    def seconds_by(self, *keys: str) -> dict[tuple[str, ...], float]:
+        """Seconds of all costs, by some of their attributes."""
+        total: dict[tuple[str, ...], float] = {}
+        for cost in self.costs:
+            key = tuple(getattr(cost, key) for key in keys)
+            total[key] = total.get(key, 0.0) + cost.seconds
+        return total
+
+
+def estimate(program: Program, network: Network) -> Estimate:
+    """Play the program of one device."""
+    walk = _Walk(program, network)
+    trace = walk.play(program.entry, "")
+    return Estimate(trace.seconds, tuple(trace.costs), tuple(trace.traffic), walk.unknown)
+
+
+@dataclasses.dataclass
+class _Trace:
+    """A computation, executed once."""
+
+    seconds: float = 0.0
+    costs: list[Cost] = dataclasses.field(default_factory=list)
+    traffic: list[Traffic] = dataclasses.field(default_factory=list)
+
+    def add(self, other: "_Trace", times: int) -> None:
+        self.seconds += times * other.seconds
+        self.costs += [dataclasses.replace(c, seconds=c.seconds * times, times=c.times * times) for c in other.costs]
+        self.traffic += [
+            dataclasses.replace(
+                t,
+                seconds=t.seconds * times,
+                exposed=t.exposed * times,
+                wire_bytes=t.wire_bytes * times,
+                times=t.times * times,
+            )
+            for t in other.traffic
+        ]
+
+
+@dataclasses.dataclass
+class _Pending:
+    """Something that runs beside the core."""
+
+    queue: str
+    seconds: float
+    collective: tuple[Operation, str, int, float] | None = None  # operation, kind, group, wire bytes
+    finish: float | None = None  # None until it starts
+
+
+class _Walk:
+    def __init__(self, program: Program, network: Network):
+        self.program, self.network = program, network
+        self.facts: DeviceFacts = network.topology.facts
+        self.unknown: Counter[str] = Counter()
+
+    def play(self, computation: str, around: str) -> _Trace:
+        trace = _Trace()
+        queues: dict[str, float] = {}  # when each is free again
+        pending: dict[str, _Pending] = {}
+        operations = self.program.computations[computation]
+        results = {op.operands[0]: op for op in operations if op.opcode.endswith(("-done", "-update")) and op.operands}
+        for operation in operations:
+            opcode, scope = operation.opcode, self._scope(operation, around)
+            if opcode in _FREE:
+                continue
+            if opcode == "while":
+                self._loop(trace, operation, scope)
+            elif opcode == "call":
+                trace.add(self.play(operation.called[0], scope), 1)
+            elif opcode == "conditional":
+                trace.add(max((self.play(name, scope) for name in operation.called), key=lambda t: t.seconds), 1)
+            elif opcode.endswith("-start"):
+                handle = self._begin(computation, operation, results)
+                pending[operation.name] = handle
+                late = results.get(operation.name)
+                if late is None or not late.opcode.endswith("-update"):
+                    _start(handle, trace.seconds, queues)
+            elif opcode.endswith("-update"):
+                handle = pending.pop(operation.operands[0])
+                pending[operation.name] = handle
+                if handle.finish is None:
+                    _start(handle, trace.seconds, queues)
+            elif opcode.endswith("-done"):
+                if operation.operands and operation.operands[0] in pending:
+                    _wait(trace, pending.pop(operation.operands[0]), operation, scope)
+            elif opcode == "fusion" and (inner := self._collective_within(operation)) is not None:
+                self._fused_collective(trace, computation, operation, inner, scope, queues, pending)
+            elif opcode in COLLECTIVES:
+                handle = self._transfer(operation, self._bytes(computation, operation))
+                _start(handle, trace.seconds, queues)
+                _wait(trace, handle, operation, scope)
+            else:
+                if _LIKE_COLLECTIVES.match(opcode):
+                    self.unknown[f"collective {opcode}"] += 1
+                kind, seconds = self._occupied(computation, operation)
+                _occupy(trace, operation, kind, scope, seconds)
+        for handle in pending.values():  # started here and awaited nowhere: the next step would wait
+            self.unknown[f"never awaited: {handle.queue}"] += 1
+        return trace
+
+    def _loop(self, trace: _Trace, operation: Operation, scope: str) -> None:
+        trips = self.program.trips(operation)
+        if trips is None:
+            self.unknown[f"loop of unknown length at {scope}"] += 1
+        trace.add(self.play(self.program.loop(operation)[1], scope), 1 if trips is None else trips)
+
+    # What runs beside the core
+
+    def _begin(self, computation: str, operation: Operation, results: dict[str, Operation]) -> _Pending:
+        base = operation.opcode.removesuffix("-start")
+        done = results.get(operation.name)
+        operands = operation
+        while done is not None and done.opcode.endswith("-update"):
+            operands, done = done, results.get(done.name)
+        moved = sum(array.bytes for array in arrays(done.shape)) if done is not None else 0
+        if base in COLLECTIVES:
+            larger = max(moved, sum(a.bytes for a in self.program.operand_arrays(computation, operation)))
+            return self._transfer(operation, larger)
+        for called in operation.called:
+            inner = self.program.contains(called, lambda op: op.opcode in COLLECTIVES)
+            if inner is not None:
+                return self._transfer(inner, self._bytes(self._home(operation, inner), inner))
+        if base in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
+            return _Pending("hbm", moved / self.facts.hbm_bandwidth)
+        if _LIKE_COLLECTIVES.match(base):
+            self.unknown[f"collective {operation.opcode}"] += 1
+        read_bytes = sum(a.bytes for a in self.program.operand_arrays(computation, operands))
+        queue = operation.thread or "asynchronous"
+        return _Pending(queue, (moved + min(read_bytes, moved)) / self.facts.hbm_bandwidth)
+
+    def _transfer(self, operation: Operation, num_bytes: float, kind: str | None = None) -> _Pending:
+        kind = kind or operation.opcode.removesuffix("-start")
+        try:
+            transfer = self.network.transfer(dataclasses.replace(operation, opcode=kind), num_bytes)
+        except ValueError as error:
+            self.unknown[f"collective: {error}"] += 1
+            return _Pending("ici", 0.0, (operation, kind, 0, 0.0))
+        queue = "dcn" if transfer.dcn_seconds > transfer.ici_seconds else "ici"
+        if kind == "collective-permute" and transfer.group > 1:
+            source, target = self.network.group(operation)
+            queue += f" by {target - source}"  # one way round a ring does not wait for the other
+        return _Pending(queue, transfer.seconds, (operation, kind, transfer.group, transfer.wire_bytes))
+
+    def _home(self, caller: Operation, inner: Operation) -> str:
+        """The computation, of those that `caller` leads to, in which `inner` stands."""
+        waiting = list(caller.called)
+        while waiting:
+            name = waiting.pop()
+            if self.program.operation(name, inner.name) is inner:
+                return name
+            waiting += [called for op in self.program.computations[name] for called in op.called]
+        raise AssertionError(f"{inner.name} is not in {caller.name}")
+
+    def _collective_within(self, fusion: Operation) -> Operation | None:
+        if not fusion.called:
+            return None
+        return self.program.contains(fusion.called[0], lambda op: op.opcode in COLLECTIVES)
+
+    def _fused_collective(
+        self,
+        trace: _Trace,
+        computation: str,
+        fusion: Operation,
+        inner: Operation,
+        scope: str,
+        queues: dict[str, float],
+        pending: dict[str, _Pending],
+    ) -> None:
+        """A collective that libtpu fused with computation: in pieces over several fusions, or whole in one."""
+        channel = f"channel {inner.attribute('channel_id')}"
+
+        def calls(target: str) -> bool:
+            return self.program.contains(fusion.called[0], lambda op: op.custom_call_target == target) is not None
+
+        starts, ends = calls("AsyncCollectiveStart"), calls("AsyncCollectiveDone")
+        if fusion.cycles:
+            _occupy(trace, fusion, "cycles", scope, fusion.cycles / self.facts.clock_hz)
+        if starts or not (ends or channel in pending):
+            # The fusion of an all-reduce with the slice that each device keeps is a reduce-scatter.
+            kind = "reduce-scatter" if "scatter" in fusion.name and inner.opcode == "all-reduce" else None
+            # The inner operation's own arrays: the fusion has others besides.
+            handle = self._transfer(inner, self._bytes(self._home(fusion, inner), inner), kind)
+            _start(handle, trace.seconds, queues)
+            pending[channel] = handle
+            ends = ends or not starts
+        if ends and channel in pending:
+            _wait(trace, pending.pop(channel), fusion, scope)
+
+    # What the core does itself
+
+    def _occupied(self, computation: str, operation: Operation) -> tuple[Kind, float]:
+        if (cycles := operation.cycles) is not None:
+            return "cycles", cycles / self.facts.clock_hz
+        target = operation.custom_call_target
+        if target == "tpu_custom_call":
+            return self._kernel(computation, operation)
+        if target in _FREE_CALLS:
+            return "cycles", 0.0
+        if target is not None:
+            self.unknown[f"custom call {target}"] += 1
+        read = [array for array in self.program.operand_arrays(computation, operation) if array.in_hbm]
+        written = [array for array in arrays(operation.shape) if array.in_hbm]
+        if operation.opcode in ("dynamic-update-slice", "dynamic-slice", "slice"):
+            # In place, or a part only: what moves is the smaller side, in and out.
+            moved = 2 * min((a.bytes for a in read + written if a.dims), default=0)
+        else:
+            moved = sum(a.bytes for a in read + written)
+        return "bytes", moved / self.facts.hbm_bandwidth
+
+    def _kernel(self, computation: str, operation: Operation) -> tuple[Kind, float]:
+        read = self.program.operand_arrays(computation, operation)
+        stated = operation.cost_estimate
+        if attention := attention_call(operation, read):
+            direction, head_dim, length, flops, kernel = attention
+            rate = flop_per_bundle(self.facts.chip, direction, head_dim, length, kernel)
+            return "attention kernel", flops / (rate * self.facts.clock_hz * self.facts.cores)
+        if not stated:
+            self.unknown[f"kernel without a cost estimate: {operation.name}"] += 1
+        moved = stated.get("bytes_accessed") or sum(a.bytes for a in [*read, *arrays(operation.shape)])
+        computed = stated.get("flops", 0) / (self.facts.peak_flops * _KERNEL_SHARE_OF_PEAK)
+        return "kernel", max(computed, moved / self.facts.hbm_bandwidth)
+
+    def _bytes(self, computation: str, operation: Operation) -> int:
+        read = sum(array.bytes for array in self.program.operand_arrays(computation, operation))
+        return max(read, sum(array.bytes for array in arrays(operation.shape)))
+
+    def _scope(self, operation: Operation, around: str) -> str:
+        """Its own name, that of something fused into it, or that of the loop around it: the first that tells a part."""
+        names = [operation.op_name]
+        for called in operation.called if operation.opcode == "fusion" else ():
+            named = self.program.contains(called, lambda op: part_of(op.op_name) != OTHER)
+            names += [named.op_name] if named else []
+        return next((name for name in (*names, around) if part_of(name) != OTHER), names[0] or around)
+
+
+def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float, Kernel] | None:
+    """Direction, head size, keys, useful FLOPs and maker of an attention kernel's call; None of any other kernel.
+
+    Queries come first among the operands of rank 4, [B, N, T, H], keys after them, [B, K, S, H]. The kernel states the
+    FLOPs of the pairs it computes, with its padding of the queries; that padding is taken off.
+    """
+    names = f"{operation.name} {operation.op_name}"
+    kernel: Kernel | None = "ours" if "flash_attention" in names else None
+    if "splash" in names:
+        kernel = "tokamax" if "tokamax" in names else "jax_splash"
+    operands = [array for array in read if len(array.dims) == 4 and array.dtype in ("bf16", "f32", "f16")]
+    if kernel is None or len(operands) < 2 or not operation.cost_estimate.get("flops"):
+        return None
+    backward = any(word in operation.name for word in ("backward", "bwd", "dq", "dkv"))
+    queries, keys = operands[0].dims, operands[1].dims
+    padding = min(1.0, keys[2] / queries[2]) if queries[2] < 2 * keys[2] else 1.0
+    flops = operation.cost_estimate["flops"] * padding
+    return "backward" if backward else "forward", queries[3], keys[2], flops, kernel
+
+
+def _start(handle: _Pending, now: float, queues: dict[str, float]) -> None:
+    begin = max(now, queues.get(handle.queue, 0.0))
+    handle.finish = queues[handle.queue] = begin + handle.seconds
+
+
+def _occupy(trace: _Trace, operation: Operation, kind: Kind, scope: str, seconds: float) -> None:
+    trace.seconds += seconds
+    trace.costs.append(Cost(operation, kind, part_of(scope), direction_of(scope), scope, seconds, 1))
+
+
+def _wait(trace: _Trace, handle: _Pending, operation: Operation, scope: str) -> None:
+    assert handle.finish is not None, operation.name
+    exposed = max(0.0, handle.finish - trace.seconds)
+    trace.seconds += exposed
+    direction = direction_of(scope)
+    if handle.collective is not None:
+        source, kind, group, wire = handle.collective
+        cost = Cost(operation, "collective", COLLECTIVES_PART, direction, scope, exposed, 1)
+        trace.traffic.append(Traffic(source, kind, scope, group, wire, handle.seconds, exposed, 1))
+    elif handle.queue == "hbm":
+        cost = Cost(operation, "copy", COPIES, direction, scope, exposed, 1)
+    else:
+        cost = Cost(operation, "sparsecore", part_of(scope), direction, scope, exposed, 1)
+    trace.costs.append(cost)

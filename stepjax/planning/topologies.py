@@ -1,0 +1,176 @@
+"""TPU slices by the names their users give them, and what a plan has to know of their chips.
+
+A name is a generation and a number: `v5p-128`. As everywhere on Google Cloud, and in MaxText, the number counts chips
+for v5e and v6e, TensorCores (two a chip) for v5p and tpu7x. A JAX device is a chip, except on tpu7x, where it is one of
+the chip's two cores. The shape is the usual one for that size; another is asked for by libtpu's own name, `v5p:4x4x8`.
+
+Where the figures come from
+
+    peak FLOP/s, clock      pallas_kernels.chips
+    HBM limit               what the compiler offers a program: `available HBM (15.75G)` in its refusal of one that is
+                            too large, libtpu 0.0.52 (tests/planning/test_planning_compile.py asks again)
+    HBM bandwidth           cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x
+    ICI bandwidth           one way of one link, as measured by jax-ml.github.io/scaling-book/tpus; tpu7x has v5p's
+                            nominal figure (1,200 GB/s over six links, both ways), and is given v5p's measured one
+    DCN bandwidth           network cards of a host over its chips, in the same documents; half of it is assumed lost to
+                            protocol and contention
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+from pallas_kernels.chips import CHIPS, compile_only_environment
+from stepjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFacts:
+    """One JAX device of a generation."""
+
+    chip: str  # in pallas_kernels.chips.CHIPS
+    cores: int  # TensorCores of the device: two on v5p ("megacore")
+    devices_per_chip: int
+    hbm_limit_gib: float  # what a program may use
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s, one way of one ICI link of the chip
+    dcn_bandwidth: float  # bytes/s
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        return CHIPS[self.chip].bf16_tflops * 1e12 * self.cores
+
+    @property
+    def clock_hz(self) -> float:
+        return CHIPS[self.chip].clock_ghz * 1e9
+
+
+DEVICES = {
+    facts.chip: facts
+    for facts in (
+        DeviceFacts("v5e", 1, 1, 15.75, 819e9, 45e9, 1.56e9),
+        DeviceFacts("v5p", 2, 1, 95.73, 2765e9, 90e9, 3.1e9),
+        DeviceFacts("v6e", 1, 1, 31.24, 1640e9, 90e9, 6.25e9),
+        DeviceFacts("tpu7x", 1, 2, 94.74, 3690e9, 90e9, 3.1e9),
+    )
+}
+
+# Chips along each torus axis. Cloud's usual shapes: from 64 chips on, whole cubes of 4 x 4 x 4.
+_SHAPES_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_SHAPES_3D = (
+    "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12 4x4x52 "
+    "4x8x28 4x12x20 8x8x16 4x4x68 8x12x12 8x8x20 4x12x28 4x8x44 4x4x92 8x12x16 4x20x20 4x8x52 12x12x12 8x8x28 4x4x116 "
+    "8x12x20 4x4x124 8x16x16 4x12x44 4x8x68 4x20x28 12x12x16 4x4x148 4x8x76 4x12x52 8x16x20 4x4x164 8x12x28 4x4x172 "
+    "8x8x44 12x12x20 4x8x92 4x4x188 12x16x16 4x28x28 8x20x20 4x12x68 8x8x52 4x4x212 12x12x24 4x20x44 8x16x28 4x12x76 "
+    "4x8x116 4x4x236 12x16x20 4x4x244 4x8x124 12x12x28 16x16x16 4x20x52 8x12x44 8x8x68 4x12x92 8x20x28 12x16x24 "
+    "4x8x148 12x20x20 8x8x76 4x28x44 8x12x52 16x16x20 12x12x36 4x8x164 12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 "
+    "12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24 12x24x24 16x16x32 16x20x28 16x24x24"
+)
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x", "tpu7": "tpu7x", "ironwood": "tpu7x"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice, or several joined by the data-centre network."""
+
+    name: str  # as asked for
+    facts: DeviceFacts
+    shape: tuple[int, ...]  # chips along each torus axis, of one slice
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def num_devices(self) -> int:
+        return self.chips * self.facts.devices_per_chip
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Whether each torus axis is closed: on whole cubes (v5p, tpu7x), and where 16 chips make a row (v5e, v6e)."""
+        if len(self.shape) == 2:
+            return tuple(size == 16 for size in self.shape)
+        return (all(size % 4 == 0 for size in self.shape),) * 3
+
+    @property
+    def libtpu_name(self) -> str:
+        return f"{self.facts.chip}:{'x'.join(map(str, self.shape))}"
+
+    def devices(self) -> list[Any]:
+        """Compile-only JAX devices.
+
+        Raises:
+            ConfigError: libtpu is not installed, or does not make this topology.
+        """
+        compile_only_environment()
+        from jax.experimental import topologies
+
+        # A board has four chips, but for the one-chip slice.
+        bounds = (1, 1, 1) if math.prod(self.shape) == 1 else (2, 2, 1)
+        options: dict[str, Any] = {"chips_per_host_bounds": bounds, "num_slices": self.slices}
+        if self.facts.cores == 2:
+            options["chip_config_name"] = "megacore"
+        options["wrap"] = (*self.wrap, False)[:3]
+        try:
+            description: Any = topologies.get_topology_desc(platform="tpu", topology_name=self.libtpu_name, **options)
+        except Exception as error:  # the plugin raises whatever its C++ threw
+            raise ConfigError(
+                f"--topology {self.name}: libtpu cannot compile for {self.libtpu_name} ({error}). It comes with "
+                f"`pip install libtpu`, for 64-bit x86 Linux"
+            ) from error
+        return list(description.devices)
+
+
+def _named_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
+    names = {}
+    for chip in DEVICES:
+        shapes = (_SHAPES_3D if chip in ("v5p", "tpu7x") else _SHAPES_2D).split()
+        counted = 2 if chip in ("v5p", "tpu7x") else 1  # cores a chip, or chips
+        for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
+            shape = tuple(map(int, text.split("x")))
+            names.setdefault(f"{chip}-{counted * math.prod(shape)}", (chip, shape))
+    return names
+
+
+NAMES = _named_shapes()
+
+
+def find(name: str, slices: int = 1) -> Topology:
+    """The topology of a name such as `v5p-128`, `v5litepod-256`, `tpu7x-128` or `v5p:4x4x8`.
+
+    Raises:
+        ConfigError: the name is of no known topology; the nearest ones are named.
+    """
+    if slices < 1:
+        raise ConfigError(f"--slices {slices}: must be at least 1")
+    generation, mark, size = name.strip().lower().partition(":" if ":" in name else "-")
+    generation = _ALIASES.get(generation, generation)
+    if mark == "-" and f"{generation}-{size}" in NAMES:
+        chip, shape = NAMES[f"{generation}-{size}"]
+        return Topology(name, DEVICES[chip], shape, slices)
+    if mark == ":" and generation in DEVICES and re.fullmatch(r"\d+(x\d+){1,2}", size):
+        shape = tuple(map(int, size.split("x")))
+        if len(shape) == (3 if generation in ("v5p", "tpu7x") else 2) and all(shape):
+            return Topology(name, DEVICES[generation], shape, slices)
+    raise ConfigError(f"--topology {name!r}: no such TPU topology; {_suggestion(generation, size)}")
+
+
+def _suggestion(generation: str, size: str) -> str:
+    if generation not in DEVICES:
+        return f"name one of {', '.join(DEVICES)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
+    sizes = [known.partition("-")[2] for known in NAMES if known.startswith(f"{generation}-")]
+    if size.isdigit():
+        near = sorted(sizes, key=lambda known: abs(math.log(int(known) / max(int(size), 1))))[:3]
+    else:
+        near = difflib.get_close_matches(size, sizes, cutoff=0.0, n=3)
+    counted = "TensorCores" if generation in ("v5p", "tpu7x") else "chips"
+    own = f"{generation}:{'4x4x8' if counted == 'TensorCores' else '4x8'}"
+    known = ", ".join(sizes if len(sizes) < 12 else [*sizes[:10], "...", sizes[-1]])
+    return (
+        f"sizes of {generation} count {counted}, and the nearest are {', '.join(f'{generation}-{n}' for n in near)}; "
+        f"all are {known}; a shape of your own is written {own}"
+    )

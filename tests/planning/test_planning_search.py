@@ -1,0 +1,196 @@
+"""The search, with plans that are made up where the compiler is not the point."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_files import RECIPE
+
+from stepjax.config import DigitsSource
+from stepjax.config_file import load_recipe
+from stepjax.errors import ConfigError
+from stepjax.planning import search as search_module
+from stepjax.planning.compile import CompiledStep, Shortage
+from stepjax.planning.estimate import Estimate
+from stepjax.planning.memory import predict
+from stepjax.planning.plan import Plan
+from stepjax.planning.recipe import write_recipe
+from stepjax.planning.search import Search, candidates, search, search_and_print
+from stepjax.planning.topologies import find
+from stepjax.sharding import num_parts
+
+CHIP = find("v5e-16")
+
+
+@pytest.fixture
+def wide(tiny):
+    """The tiny recipe with rows enough for sixteen devices."""
+    model = dataclasses.replace(
+        tiny.model,
+        vision=dataclasses.replace(tiny.model.vision, width=64, num_heads=4),
+        decoder=dataclasses.replace(tiny.model.decoder, width=64, num_heads=4, num_kv_heads=2),
+    )
+    return dataclasses.replace(tiny, model=model, batch=dataclasses.replace(tiny.batch, rows=64))
+
+
+def made_up(seconds, gib, fits=True):
+    """A planner whose plans take seconds(config) and gib(config)."""
+
+    def plan(config, topology):
+        size = int(gib(config) * 2**30)
+        shortage = None if fits is True or fits(config) else Shortage(gib(config), 15.75, "RESOURCE_EXHAUSTED")
+        step = CompiledStep(mesh=None, argument_bytes=size, shortage=shortage)  # type: ignore[arg-type]
+        estimate = None if shortage else Estimate(seconds(config), (), (), {})  # type: ignore[arg-type]
+        return Plan(config, topology, step, predict(config, topology.num_devices), estimate)
+
+    return plan
+
+
+def test_candidates_can_run(wide):
+    found, _ = candidates(wide, CHIP)
+    assert found
+    for candidate in found:
+        config = candidate.config
+        slices, data, fsdp, context, tensor = config.mesh.shape(16)
+        assert slices * data * fsdp * context * tensor == 16
+        assert config.batch.rows == wide.batch.rows, "the global batch is the recipe's"
+        assert config.batch.rows // config.batch.accumulation % (slices * data * fsdp) == 0
+        assert config.model.decoder.num_kv_heads % tensor == 0
+        assert candidate.rows_per_device * config.batch.accumulation * slices * data * fsdp == wide.batch.rows
+    assert {c.config.numerics.remat for c in found} == {"none", "attention", "dots", "full"}
+    assert len({c.config.mesh for c in found}) > 4
+    assert len({(c.config.mesh, c.config.batch, c.config.numerics) for c in found}) == len(found)
+
+
+def test_what_cannot_fit_is_dropped_with_a_reason(wide):
+    heavy = dataclasses.replace(wide, batch=dataclasses.replace(wide.batch, tokens=2**20, global_views=2000))
+    found, dropped = candidates(heavy, CHIP)
+    assert dropped and all("GiB of 15.8" in reason for _, reason in dropped)
+    assert len(found) < len(candidates(wide, CHIP)[0])
+
+
+def test_rows_that_no_mesh_takes(tiny):
+    odd = dataclasses.replace(tiny, batch=dataclasses.replace(tiny.batch, rows=3))
+    with pytest.raises(ConfigError, match="batch.rows=3"):
+        candidates(odd, find("v5e-256"))
+
+
+def test_several_slices_are_in_every_mesh(wide):
+    found, _ = candidates(wide, find("v5e-4", slices=2))
+    assert {c.config.mesh.slice for c in found} == {2}
+
+
+def test_the_search_keeps_its_budget_and_finds_the_fastest(wide):
+    said = []
+    plan = made_up(lambda c: {"none": 1, "dots": 2, "attention": 3, "full": 4}[c.numerics.remat], lambda c: 1.0)
+    found = search(wide, CHIP, budget_seconds=3600, say=said.append, plan=plan)
+    assert found.untried == 0 and found.best is not None
+    assert found.best.config.numerics.remat == "none"
+    assert len(said) == 1 + len(found.plans), "every candidate is told of as it is done"
+    short = search(wide, CHIP, budget_seconds=0, say=said.append, plan=plan)
+    assert len(short.plans) == 1, "one is compiled in any case"
+    assert short.untried == len(found.plans) - 1
+
+
+def test_the_frontier_has_no_plan_that_another_beats(wide):
+    order = ("full", "attention", "dots", "none")
+
+    def seconds(config):
+        return 5.0 - order.index(config.numerics.remat)
+
+    def gib(config):
+        return {"full": 1.0, "attention": 4.0, "dots": 3.0, "none": 8.0}[config.numerics.remat]
+
+    found = search(wide, CHIP, budget_seconds=3600, say=lambda _: None, plan=made_up(seconds, gib))
+    assert [p.config.numerics.remat for p in found.frontier] == ["none", "dots", "full"]
+
+
+def test_what_needs_more_than_a_plan_that_did_not_fit_is_not_tried(wide):
+    # Large enough that arithmetic finds some candidates certain to fit, and some only possible.
+    config = dataclasses.replace(wide, batch=dataclasses.replace(wide.batch, tokens=2**19))
+    waiting = candidates(config, CHIP)[0]
+    limit = CHIP.facts.hbm_limit_gib
+    assert {c.predicted_gib > limit for c in waiting} == {True, False}
+    tried = []
+
+    def plan(config, topology):
+        tried.append(config)
+        return made_up(lambda c: 1.0, lambda c: 99.0, fits=lambda c: False)(config, topology)
+
+    found = search(config, CHIP, budget_seconds=3600, say=lambda _: None, plan=plan)
+    spared = [reason for _, reason in found.dropped if reason.startswith("needs more than")]
+    assert spared and len(tried) + len(spared) == len(waiting)
+    assert found.best is None and not found.frontier
+
+
+def test_a_candidate_that_is_refused_does_not_end_the_search(wide):
+    def plan(config, topology):
+        if config.mesh.tensor > 1:
+            raise ConfigError("no such thing")
+        return made_up(lambda c: 1.0, lambda c: 1.0)(config, topology)
+
+    found = search(wide, CHIP, budget_seconds=3600, say=lambda _: None, plan=plan)
+    assert found.refused and {reason for _, reason in found.refused} == {"no such thing"}
+    assert found.plans
+
+
+def test_nothing_fits(wide, capsys, monkeypatch):
+    monkeypatch.setattr(search_module, "search", lambda *a, **k: Search((), (("a", "b"),), (), untried=0, seconds=1.0))
+    assert search_and_print(wide, CHIP, RECIPE, budget_minutes=1, write=None, as_json=False) == 1
+    assert "nothing that was compiled fits" in capsys.readouterr().out
+
+
+def test_the_best_is_written_as_a_recipe(wide, tmp_path, capsys, monkeypatch):
+    original = tmp_path / "original.py"
+    original.write_text(Path(RECIPE).read_text())
+    base = load_recipe(original)
+    config = dataclasses.replace(base, batch=dataclasses.replace(base.batch, rows=64))
+    real = search
+    plan = made_up(lambda c: c.batch.accumulation + c.mesh.tensor, lambda c: 1.0)
+    monkeypatch.setattr(search_module, "search", lambda *a, **k: real(*a, **k, plan=plan))
+    (tmp_path / "found").mkdir()
+    target = tmp_path / "found" / "best.py"
+    assert search_and_print(config, find("v5e-4"), original, budget_minutes=1, write=target, as_json=False) == 0
+    best = load_recipe(target)
+    assert (best.batch.rows, best.batch.accumulation, best.mesh.tensor) == (64, 1, 1)
+    assert dataclasses.replace(best, batch=base.batch, mesh=base.mesh, numerics=base.numerics) == base
+    assert str(target) in capsys.readouterr().out
+    assert "best" not in best.name
+
+
+def test_a_written_recipe_holds_every_change(tmp_path):
+    base = load_recipe(RECIPE)
+    sources = (DigitsSource(name="only", weight=2.0, task="count"),)
+    config = dataclasses.replace(
+        base,
+        name='with "quotes"',
+        seed=7,
+        data=dataclasses.replace(base.data, sources=sources),
+        optimizer=dataclasses.replace(base.optimizer, freeze=("vision/",), clip_norm=None),
+        logging=dataclasses.replace(base.logging, profile=(2, 3)),
+    )
+    write_recipe(tmp_path / "a.py", Path(RECIPE), config, 'a headline with "quotes"')
+    assert load_recipe(tmp_path / "a.py") == config
+    write_recipe(tmp_path / "b.py", Path(RECIPE), base, "nothing changes")
+    assert load_recipe(tmp_path / "b.py") == base
+
+
+def test_a_written_recipe_is_a_program_of_its_own(tmp_path):
+    base = load_recipe(RECIPE)
+    config = dataclasses.replace(base, mesh=dataclasses.replace(base.mesh, tensor=2))
+    write_recipe(tmp_path / "a.py", Path(RECIPE), config, "headline")
+    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['config'].mesh.tensor)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.py")], capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
+
+
+@pytest.mark.slow
+def test_a_search_with_the_compiler(tiny, tmp_path):
+    pytest.importorskip("libtpu")
+    said = []
+    found = search(tiny, find("v5e-4"), budget_seconds=1, say=said.append)
+    assert len(found.plans) == 1 and found.best is not None
+    assert "tokens/s a chip" in said[1]
+    assert num_parts("batch", found.best.step.mesh) >= 1
