@@ -17,23 +17,17 @@ written in a way unknown here.
 import dataclasses
 import re
 from collections import Counter
-from typing import Literal
 
-from stepjax.planning.hlo import Array, Operation, Program, arrays
-from stepjax.planning.kernel_rates import Kernel, Pass, flop_per_bundle
+from stepjax.planning.core_time import CoreTime, Kind
+from stepjax.planning.hlo import Operation, Program, arrays
 from stepjax.planning.links import COLLECTIVES, Network
 from stepjax.planning.parts import COLLECTIVES as COLLECTIVES_PART
 from stepjax.planning.parts import COPIES, OTHER, Direction, direction_of, part_of
 from stepjax.planning.topologies import DeviceFacts
 
-Kind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
-
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size"}
-_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
-_FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "PinVmem", "LayoutConstraint"}
 _LIKE_COLLECTIVES = re.compile(r"^(all-|reduce-scatter|collective|ragged-all|send|recv)")
-_KERNEL_SHARE_OF_PEAK = 0.5  # of kernels whose schedule we have not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +124,7 @@ class _Walk:
         queues: dict[str, float] = {}  # when each is free again
         pending: dict[str, _Pending] = {}
         operations = self.program.computations[computation]
+        core = CoreTime(self.program, self.facts, self.unknown)
         results = {op.operands[0]: op for op in operations if op.opcode.endswith(("-done", "-update")) and op.operands}
         for operation in operations:
             opcode, scope = operation.opcode, self._scope(operation, around)
@@ -164,7 +159,7 @@ class _Walk:
             else:
                 if _LIKE_COLLECTIVES.match(opcode):
                     self.unknown[f"collective {opcode}"] += 1
-                kind, seconds = self._occupied(computation, operation)
+                kind, seconds = core.occupied(computation, operation)
                 _occupy(trace, operation, kind, scope, seconds)
         for handle in pending.values():  # started here and awaited nowhere: the next step would wait
             self.unknown[f"never awaited: {handle.queue}"] += 1
@@ -258,40 +253,6 @@ class _Walk:
         if ends and channel in pending:
             _wait(trace, pending.pop(channel), fusion, scope)
 
-    # What the core does itself
-
-    def _occupied(self, computation: str, operation: Operation) -> tuple[Kind, float]:
-        if (cycles := operation.cycles) is not None:
-            return "cycles", cycles / self.facts.clock_hz
-        target = operation.custom_call_target
-        if target == "tpu_custom_call":
-            return self._kernel(computation, operation)
-        if target in _FREE_CALLS:
-            return "cycles", 0.0
-        if target is not None:
-            self.unknown[f"custom call {target}"] += 1
-        read = [array for array in self.program.operand_arrays(computation, operation) if array.in_hbm]
-        written = [array for array in arrays(operation.shape) if array.in_hbm]
-        if operation.opcode in ("dynamic-update-slice", "dynamic-slice", "slice"):
-            # In place, or a part only: what moves is the smaller side, in and out.
-            moved = 2 * min((a.bytes for a in read + written if a.dims), default=0)
-        else:
-            moved = sum(a.bytes for a in read + written)
-        return "bytes", moved / self.facts.hbm_bandwidth
-
-    def _kernel(self, computation: str, operation: Operation) -> tuple[Kind, float]:
-        read = self.program.operand_arrays(computation, operation)
-        stated = operation.cost_estimate
-        if attention := attention_call(operation, read):
-            direction, head_dim, length, flops, kernel = attention
-            rate = flop_per_bundle(self.facts.chip, direction, head_dim, length, kernel)
-            return "attention kernel", flops / (rate * self.facts.clock_hz * self.facts.cores)
-        if not stated:
-            self.unknown[f"kernel without a cost estimate: {operation.name}"] += 1
-        moved = stated.get("bytes_accessed") or sum(a.bytes for a in [*read, *arrays(operation.shape)])
-        computed = stated.get("flops", 0) / (self.facts.peak_flops * _KERNEL_SHARE_OF_PEAK)
-        return "kernel", max(computed, moved / self.facts.hbm_bandwidth)
-
     def _bytes(self, computation: str, operation: Operation) -> int:
         read = sum(array.bytes for array in self.program.operand_arrays(computation, operation))
         return max(read, sum(array.bytes for array in arrays(operation.shape)))
@@ -303,26 +264,6 @@ class _Walk:
             named = self.program.contains(called, lambda op: part_of(op.op_name) != OTHER)
             names += [named.op_name] if named else []
         return next((name for name in (*names, around) if part_of(name) != OTHER), names[0] or around)
-
-
-def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float, Kernel] | None:
-    """Direction, head size, keys, useful FLOPs and maker of an attention kernel's call; None of any other kernel.
-
-    Queries come first among the operands of rank 4, [B, N, T, H], keys after them, [B, K, S, H]. The kernel states the
-    FLOPs of the pairs it computes, with its padding of the queries; that padding is taken off.
-    """
-    names = f"{operation.name} {operation.op_name}"
-    kernel: Kernel | None = "ours" if "flash_attention" in names else None
-    if "splash" in names:
-        kernel = "tokamax" if "tokamax" in names else "jax_splash"
-    operands = [array for array in read if len(array.dims) == 4 and array.dtype in ("bf16", "f32", "f16")]
-    if kernel is None or len(operands) < 2 or not operation.cost_estimate.get("flops"):
-        return None
-    backward = any(word in operation.name for word in ("backward", "bwd", "dq", "dkv"))
-    queries, keys = operands[0].dims, operands[1].dims
-    padding = min(1.0, keys[2] / queries[2]) if queries[2] < 2 * keys[2] else 1.0
-    flops = operation.cost_estimate["flops"] * padding
-    return "backward" if backward else "forward", queries[3], keys[2], flops, kernel
 
 
 def _start(handle: _Pending, now: float, queues: dict[str, float]) -> None:

@@ -194,3 +194,34 @@ def test_what_spreads_memory(tiny, section, changes, parts):
 def test_a_total_is_the_sum():
     assert Memory(1, 2, 3, 4, 5, 6).total == 21
     assert math.isclose(Memory(0.5, 0, 0, 0, 0, 0).total, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "slices", "changes"),
+    [
+        ("v5e-4", 1, {}),
+        ("v5e-4", 2, {"slice": 2}),
+        ("v6e-4", 1, {"tensor": 2, "data": 2, "fsdp": 1}),
+        ("tpu7x-8", 1, {"context": 2}),
+    ],
+)
+def test_programs_for_other_chips_and_meshes_are_understood(tiny, name, slices, changes):
+    pytest.importorskip("libtpu")
+    from stepjax.planning.plan import make_plan
+    from stepjax.planning.topologies import find
+
+    model = tiny.model
+    decoder = dataclasses.replace(model.decoder, num_kv_heads=2)
+    batch = dataclasses.replace(tiny.batch, rows=16, accumulation=2)
+    config = dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(model, decoder=decoder),
+        batch=batch,
+        mesh=dataclasses.replace(tiny.mesh, **changes),
+    )
+    plan = make_plan(config, find(name, slices))
+    assert plan.fits and plan.estimate is not None
+    assert not plan.estimate.unknown
+    assert {traffic.group for traffic in plan.estimate.traffic} - {1}
+    assert plan.hbm_gib < plan.limit_gib

@@ -109,7 +109,7 @@ def test_the_frontier_has_no_plan_that_another_beats(wide):
 
 def test_what_needs_more_than_a_plan_that_did_not_fit_is_not_tried(wide):
     # Large enough that arithmetic finds some candidates certain to fit, and some only possible.
-    config = dataclasses.replace(wide, batch=dataclasses.replace(wide.batch, tokens=2**19))
+    config = dataclasses.replace(wide, batch=dataclasses.replace(wide.batch, tokens=2**22))
     waiting = candidates(config, CHIP)[0]
     limit = CHIP.facts.hbm_limit_gib
     assert {c.predicted_gib > limit for c in waiting} == {True, False}

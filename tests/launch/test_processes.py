@@ -139,6 +139,7 @@ def test_one_killed_the_others_say_so_and_another_number_of_processes_goes_on(tm
     assert_same(losses(job.directory), whole)
 
 
+@pytest.mark.slow
 def test_coordinator_killed_the_others_end_with_the_status_that_asks_for_a_restart(tmp_path, cache):
     job = Job(tmp_path / "job", cache, 2)
     job.wait_for(f"step 4/{STEPS}")
@@ -147,6 +148,7 @@ def test_coordinator_killed_the_others_end_with_the_status_that_asks_for_a_resta
     assert "run the same command again" in job.output(1).strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_is_a_request_to_all(tmp_path, cache, whole):
     job = Job(tmp_path / "job", cache, 2)
     job.wait_for(f"step 4/{STEPS}")
