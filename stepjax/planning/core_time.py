@@ -10,7 +10,15 @@ from stepjax.planning.topologies import DeviceFacts
 Kind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
 
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
-_FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "PinVmem", "LayoutConstraint"}
+_FREE_CALLS |= {
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+    "PinVmem",
+    "LayoutConstraint",
+    "ZeroCrop",
+    "SliceId",
+}
 _SHARE_OF_PEAK = 0.5  # reached by kernels whose schedule we have not read
 
 

@@ -123,6 +123,7 @@ class _Walk:
         trace = _Trace()
         queues: dict[str, float] = {}  # when each is free again
         pending: dict[str, _Pending] = {}
+        meetings: dict[str | None, _Pending] = {}  # of slices, by rendezvous
         operations = self.program.computations[computation]
         core = CoreTime(self.program, self.facts, self.unknown)
         results = {op.operands[0]: op for op in operations if op.opcode.endswith(("-done", "-update")) and op.operands}
@@ -136,6 +137,13 @@ class _Walk:
                 trace.add(self.play(operation.called[0], scope), 1)
             elif opcode == "conditional":
                 trace.add(max((self.play(name, scope) for name in operation.called), key=lambda t: t.seconds), 1)
+            elif opcode in ("send", "recv"):
+                self._between_slices(trace, operation, queues, meetings)
+            elif opcode in ("send-done", "recv-done"):
+                other = self.program.operation(computation, operation.operands[0])
+                meeting = None if other is None else _rendezvous(other)
+                if opcode == "recv-done" and meeting in meetings:
+                    _wait(trace, meetings.pop(meeting), operation, scope)
             elif opcode.endswith("-start"):
                 handle = self._begin(computation, operation, results)
                 pending[operation.name] = handle
@@ -161,7 +169,10 @@ class _Walk:
                     self.unknown[f"collective {opcode}"] += 1
                 kind, seconds = core.occupied(computation, operation)
                 _occupy(trace, operation, kind, scope, seconds)
-        for handle in pending.values():  # started here and awaited nowhere: the next step would wait
+        for handle in [
+            *pending.values(),
+            *meetings.values(),
+        ]:  # started here and awaited nowhere: the next step would wait
             self.unknown[f"never awaited: {handle.queue}"] += 1
         return trace
 
@@ -218,6 +229,22 @@ class _Walk:
             waiting += [called for op in self.program.computations[name] for called in op.called]
         raise AssertionError(f"{inner.name} is not in {caller.name}")
 
+    def _between_slices(
+        self, trace: _Trace, operation: Operation, queues: dict[str, float], meetings: dict[str | None, _Pending]
+    ) -> None:
+        """libtpu hands what crosses slices to the host, which meets the other slices' hosts under a name."""
+        meeting, kind = _rendezvous(operation), _frontend(operation, "_xla_megascale_transfer_type")
+        if meeting is None or kind is None:
+            self.unknown[f"collective {operation.opcode}"] += 1
+        elif operation.opcode == "send":
+            slices, sent = self.network.topology.slices, arrays(operation.shape)[0].bytes
+            kind = kind.lower().replace("_", "-")
+            share = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1}.get(kind, (slices - 1) / slices)
+            wire = share * sent
+            seconds = wire / self.facts.dcn_bandwidth
+            meetings[meeting] = _Pending("dcn", seconds, (operation, f"{kind} of slices", slices, wire))
+            _start(meetings[meeting], trace.seconds, queues)
+
     def _collective_within(self, fusion: Operation) -> Operation | None:
         if not fusion.called:
             return None
@@ -264,6 +291,15 @@ class _Walk:
             named = self.program.contains(called, lambda op: part_of(op.op_name) != OTHER)
             names += [named.op_name] if named else []
         return next((name for name in (*names, around) if part_of(name) != OTHER), names[0] or around)
+
+
+def _frontend(operation: Operation, name: str) -> str | None:
+    found = re.search(rf'\b{name}="([^"]*)"', operation.attributes)
+    return found[1] if found else None
+
+
+def _rendezvous(operation: Operation) -> str | None:
+    return _frontend(operation, "_xla_host_transfer_rendezvous")
 
 
 def _start(handle: _Pending, now: float, queues: dict[str, float]) -> None:

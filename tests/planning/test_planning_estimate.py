@@ -29,7 +29,7 @@ def work(name, microseconds, operands="%x", scope="jit(step)/decoder/mlp/dot_gen
     )
 
 
-def play(lines, others="", name="v5e-4"):
+def play(lines, others="", name="v5e-4", slices=1):
     """The estimate of an entry computation with these lines."""
     body = "\n".join(f"  {line}" for line in lines)
     text = (
@@ -38,7 +38,7 @@ def play(lines, others="", name="v5e-4"):
         f"{others}\n"
         f"ENTRY %main (x: bf16[8]) -> bf16[8] {{\n  %x = bf16[8]{{0}} parameter(0)\n{body}\n}}\n"
     )
-    topology = find(name)
+    topology = find(name, slices)
     places = [(x, y, 0) for x in range(topology.shape[0]) for y in range(topology.shape[1])]
     devices = [SimpleNamespace(slice_index=0, coords=place) for place in places]
     return estimate(hlo.read(text), Network(topology, devices))
@@ -206,6 +206,28 @@ def test_an_all_reduce_fused_with_a_slice_is_a_reduce_scatter():
     )
     found = play(["%all-reduce-scatter.1 = bf16[22500]{0} fusion(%x), kind=kCustom, calls=%ars"], others)
     assert [(t.kind, t.wire_bytes) for t in found.traffic] == [("reduce-scatter", 45_000)]
+
+
+def test_what_crosses_slices_goes_through_the_hosts():
+    meeting = (
+        'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.3_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    lines = [
+        "%token = token[] after-all()",
+        "%big = bf16[780000]{0} bitcast(%x)",  # 1,560,000 bytes: a millisecond at 1.56 GB/s
+        f"%send = (bf16[780000]{{0}}, u32[], token[]) send(%big, %token), channel_id=5, {meeting}",
+        f"%recv = (bf16[780000]{{0}}, u32[], token[]) recv(%token), channel_id=6, {meeting}",
+        work("a", 400),
+        "%sent = token[] send-done(%send), channel_id=5",
+        "%got = (bf16[780000]{0}, token[]) recv-done(%recv), channel_id=6",
+    ]
+    found = play(lines, slices=2)
+    assert found.seconds == pytest.approx(1000 * US)
+    (traffic,) = found.traffic
+    assert (traffic.kind, traffic.group, traffic.wire_bytes) == ("all-reduce of slices", 2, 1_560_000)
+    assert traffic.exposed == pytest.approx(600 * US)
+    assert not found.unknown
+    assert play([line.replace("_xla_megascale", "_other") for line in lines]).unknown["collective send"] == 1
 
 
 def test_an_unknown_collective_is_told():
