@@ -22,55 +22,13 @@ from stepjax.planning.core_time import CoreTime, Kind
 from stepjax.planning.hlo import Operation, Program, arrays
 from stepjax.planning.links import COLLECTIVES, Network
 from stepjax.planning.parts import COLLECTIVES as COLLECTIVES_PART
-from stepjax.planning.parts import COPIES, OTHER, Direction, direction_of, part_of
+from stepjax.planning.parts import COPIES, OTHER, direction_of, part_of
 from stepjax.planning.topologies import DeviceFacts
+from stepjax.planning.trace import Cost, Estimate, Trace, Traffic
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size"}
 _LIKE_COLLECTIVES = re.compile(r"^(all-|reduce-scatter|collective|ragged-all|send|recv)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one operation keeps the core from going on, in one step."""
-
-    operation: Operation
-    kind: Kind
-    part: str
-    direction: Direction
-    scope: str  # JAX's name of it, or of what is around it
-    seconds: float  # all its executions together
-    times: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """A collective of a step."""
-
-    operation: Operation
-    kind: str  # "all-gather", ...
-    scope: str
-    group: int
-    wire_bytes: float  # out of a device, all executions together
-    seconds: float  # on the wires
-    exposed: float  # that the core waits
-    times: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    seconds: float
-    costs: tuple[Cost, ...]
-    traffic: tuple[Traffic, ...]
-    unknown: Counter[str]  # what could not be read, by name: loops without trip count, collectives, custom calls
-
-    def seconds_by(self, *keys: str) -> dict[tuple[str, ...], float]:
-        """Seconds of all costs, by some of their attributes."""
-        total: dict[tuple[str, ...], float] = {}
-        for cost in self.costs:
-            key = tuple(getattr(cost, key) for key in keys)
-            total[key] = total.get(key, 0.0) + cost.seconds
-        return total
 
 
 def estimate(program: Program, network: Network) -> Estimate:
@@ -78,29 +36,6 @@ def estimate(program: Program, network: Network) -> Estimate:
     walk = _Walk(program, network)
     trace = walk.play(program.entry, "")
     return Estimate(trace.seconds, tuple(trace.costs), tuple(trace.traffic), walk.unknown)
-
-
-@dataclasses.dataclass
-class _Trace:
-    """A computation, executed once."""
-
-    seconds: float = 0.0
-    costs: list[Cost] = dataclasses.field(default_factory=list)
-    traffic: list[Traffic] = dataclasses.field(default_factory=list)
-
-    def add(self, other: "_Trace", times: int) -> None:
-        self.seconds += times * other.seconds
-        self.costs += [dataclasses.replace(c, seconds=c.seconds * times, times=c.times * times) for c in other.costs]
-        self.traffic += [
-            dataclasses.replace(
-                t,
-                seconds=t.seconds * times,
-                exposed=t.exposed * times,
-                wire_bytes=t.wire_bytes * times,
-                times=t.times * times,
-            )
-            for t in other.traffic
-        ]
 
 
 @dataclasses.dataclass
@@ -119,8 +54,8 @@ class _Walk:
         self.facts: DeviceFacts = network.topology.facts
         self.unknown: Counter[str] = Counter()
 
-    def play(self, computation: str, around: str) -> _Trace:
-        trace = _Trace()
+    def play(self, computation: str, around: str) -> Trace:
+        trace = Trace()
         queues: dict[str, float] = {}  # when each is free again
         pending: dict[str, _Pending] = {}
         meetings: dict[str | None, _Pending] = {}  # of slices, by rendezvous
@@ -176,7 +111,7 @@ class _Walk:
             self.unknown[f"never awaited: {handle.queue}"] += 1
         return trace
 
-    def _loop(self, trace: _Trace, operation: Operation, scope: str) -> None:
+    def _loop(self, trace: Trace, operation: Operation, scope: str) -> None:
         trips = self.program.trips(operation)
         if trips is None:
             self.unknown[f"loop of unknown length at {scope}"] += 1
@@ -230,7 +165,7 @@ class _Walk:
         raise AssertionError(f"{inner.name} is not in {caller.name}")
 
     def _between_slices(
-        self, trace: _Trace, operation: Operation, queues: dict[str, float], meetings: dict[str | None, _Pending]
+        self, trace: Trace, operation: Operation, queues: dict[str, float], meetings: dict[str | None, _Pending]
     ) -> None:
         """libtpu hands what crosses slices to the host, which meets the other slices' hosts under a name."""
         meeting, kind = _rendezvous(operation), _frontend(operation, "_xla_megascale_transfer_type")
@@ -252,7 +187,7 @@ class _Walk:
 
     def _fused_collective(
         self,
-        trace: _Trace,
+        trace: Trace,
         computation: str,
         fusion: Operation,
         inner: Operation,
@@ -307,12 +242,12 @@ def _start(handle: _Pending, now: float, queues: dict[str, float]) -> None:
     handle.finish = queues[handle.queue] = begin + handle.seconds
 
 
-def _occupy(trace: _Trace, operation: Operation, kind: Kind, scope: str, seconds: float) -> None:
+def _occupy(trace: Trace, operation: Operation, kind: Kind, scope: str, seconds: float) -> None:
     trace.seconds += seconds
     trace.costs.append(Cost(operation, kind, part_of(scope), direction_of(scope), scope, seconds, 1))
 
 
-def _wait(trace: _Trace, handle: _Pending, operation: Operation, scope: str) -> None:
+def _wait(trace: Trace, handle: _Pending, operation: Operation, scope: str) -> None:
     assert handle.finish is not None, operation.name
     exposed = max(0.0, handle.finish - trace.seconds)
     trace.seconds += exposed

@@ -8,10 +8,11 @@ from stepjax.config import PretrainConfig
 from stepjax.models.flops import training_flops
 from stepjax.planning import hlo
 from stepjax.planning.compile import CompiledStep, compile_step
-from stepjax.planning.estimate import Cost, Estimate, estimate
+from stepjax.planning.estimate import estimate
 from stepjax.planning.links import Network
 from stepjax.planning.memory import Memory, of_program, parameter_count, predict
 from stepjax.planning.topologies import Topology
+from stepjax.planning.trace import Cost, Estimate
 from stepjax.sharding import MESH_AXES
 from stepjax.xla_flags import compiler_options
 

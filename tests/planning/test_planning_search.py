@@ -13,12 +13,12 @@ from stepjax.config_file import load_recipe
 from stepjax.errors import ConfigError
 from stepjax.planning import search as search_module
 from stepjax.planning.compile import CompiledStep, Shortage
-from stepjax.planning.estimate import Estimate
 from stepjax.planning.memory import predict
 from stepjax.planning.plan import Plan
 from stepjax.planning.recipe import write_recipe
 from stepjax.planning.search import Search, candidates, search, search_and_print
 from stepjax.planning.topologies import find
+from stepjax.planning.trace import Estimate
 from stepjax.sharding import num_parts
 
 CHIP = find("v5e-16")
