@@ -17,7 +17,7 @@ from pallas_kernels.chips import current_chip
 class BlockSizes:
     """Tokens of a tile of scores: queries times keys, in the forward and in the backward pass.
 
-    Multiples of 128, except that one block of keys may hold the whole length.
+    Multiples of 128, except that without a mask one block may hold the whole length.
     """
 
     q: int
@@ -56,13 +56,16 @@ def choose(
             diagonal = next(size for size in (diagonal, 256, 128) if q % size == q_backward % size == 0)
             return BlockSizes(q, q, q_backward, q_backward, diagonal)
         return BlockSizes(q, _even(num_keys, forward // narrow), q_backward, _even(num_keys, backward // narrow), 128)
-    q = _even(num_queries, FULL_LIMIT // narrow)
     if segmented or num_keys > WHOLE_KEYS // narrow:
+        q = _even(num_queries, FULL_LIMIT // narrow)
         kv = _even(num_keys, min(FULL_LIMIT, forward) // narrow)
         return BlockSizes(q, kv, q, kv)
-    whole = -(-num_keys // 16) * 16
-    # Keys lie along the lanes in the backward pass, where a part of a register costs as much as all of it.
-    return BlockSizes(q, whole, q, _even(num_keys, WHOLE_KEYS))
+    q, kv = _whole_or_even(num_queries, FULL_LIMIT // narrow), _whole_or_even(num_keys, WHOLE_KEYS)
+    return BlockSizes(q, kv, q, kv)
+
+
+def _whole_or_even(length: int, limit: int) -> int:
+    return -(-length // 16) * 16 if length <= limit else _even(length, limit)
 
 
 def _even(length: int, limit: int) -> int:

@@ -38,17 +38,59 @@ Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
+class Order:
+    """How queries, keys and values lie: [B, N, H, T], tokens in the lanes of a register, or [B, N, T, H].
+
+    Heads of 128 fill the lanes themselves. Of 96 they would leave a quarter of the registers, of the bandwidth and of
+    the memory empty; and tokens in the lanes is how XLA's projections come out.
+    """
+
+    tokens_in_lanes: bool
+
+    @classmethod
+    def of(cls, head_dim: int) -> "Order":
+        return cls(head_dim % 128 != 0)
+
+    @property
+    def axis(self) -> int:
+        """Of tokens, in a block of one head."""
+        return 1 if self.tokens_in_lanes else 0
+
+    def pair(self, token: Any, head: Any) -> tuple[Any, Any]:
+        """What belongs to the two axes of a block, in order: sizes, or indices."""
+        return (head, token) if self.tokens_in_lanes else (token, head)
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Tokens and head dim of an array."""
+        return shape[-2 + self.axis], shape[-1 - self.axis]
+
+
+@dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The static part of the block structure. Lengths are padded to whole blocks; `num_keys` counts real keys."""
+    """The static part of the block structure. Keys are padded to whole blocks; `num_keys` counts the real ones.
+
+    Queries may end inside the last block: what a kernel then reads past their end is anything at all.
+    """
 
     num_query_blocks: int
     num_key_blocks: int
     block_q: int
     block_kv: int
+    num_queries: int  # of the array that the kernel is given
     num_keys: int
     causal: bool
     static_offset: int | None  # position of query 0 among the keys; None where it is traced
     diagonal: int  # keys of a sub-block of a triangle
+    order: Order = Order(False)
+
+    @property
+    def padded_keys(self) -> int:
+        return self.num_key_blocks * self.block_kv
+
+    @property
+    def lanes_q(self) -> int:
+        """Queries of a block in whole registers."""
+        return -(-self.block_q // 128) * 128
 
     @property
     def is_ragged(self) -> bool:

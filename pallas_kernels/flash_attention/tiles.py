@@ -1,9 +1,12 @@
 """What the forward and the backward kernel share inside a tile of scores: products, masks, rows turned into columns."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from pallas_kernels.flash_attention.blocks import Geometry
+from pallas_kernels.flash_attention.blocks import Geometry, Order
 
 MASKED = -1e30  # a score that no query sees; finite, so that differences of two stay numbers
 
@@ -15,30 +18,46 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def dot_nn(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b"""
-    return _dot(a, b, (1, 0))
+def take(ref: Any, order: Order, start: int | jax.Array, size: int) -> jax.Array:
+    """Some tokens of a block."""
+    return ref[:, pl.ds(start, size)] if order.tokens_in_lanes else ref[pl.ds(start, size), :]
 
 
-def dot_nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b^T"""
-    return _dot(a, b, (1, 1))
+def scores(a: jax.Array, b: jax.Array, order: Order) -> jax.Array:
+    """Products of the heads of every token of a with every token of b, [tokens of a, tokens of b]."""
+    head = 1 - order.axis
+    return _dot(a, b, (head, head))
 
 
-def dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T b"""
-    return _dot(a, b, (0, 0))
+def weighted(x: jax.Array, weights_XY: jax.Array, order: Order) -> jax.Array:
+    """Sums of the heads x of X tokens with Y sets of weights, [H, Y]."""
+    return _dot(x, weights_XY.astype(x.dtype), (order.axis, 0))
 
 
-def dot_tt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T b^T"""
-    return _dot(a, b, (0, 1))
+def weighted_by_rows(x: jax.Array, weights_YX: jax.Array, order: Order) -> jax.Array:
+    """Sums of the heads x of X tokens with Y sets of weights, [H, Y] or [Y, H] in the order of x.
+
+    The order decides which operand the matrix unit holds: a head that does not fill the lanes has to stream.
+    """
+    return _dot(x, weights_YX, (1, 1)) if order.tokens_in_lanes else _dot(weights_YX, x, (1, 0))
 
 
 def column(row_1X: jax.Array, width: int) -> jax.Array:
-    """A row [1, X] as X equal columns [X, width]; X and width are multiples of 128."""
+    """A row [1, X] as `width` equal columns [X, width]; X is a multiple of 128."""
     block_X128 = jnp.broadcast_to(row_1X, (128, row_1X.shape[1])).T
-    return jnp.concatenate([block_X128] * (width // 128), axis=1)
+    return jnp.concatenate([block_X128] * -(-width // 128), axis=1)[:, :width]
+
+
+def clear_tail(x: jax.Array, geometry: Geometry, query_block: jax.Array) -> jax.Array:
+    """A block of queries, or of their cotangents, with zeros where the last block was read past the end."""
+    real, axis = geometry.num_queries % geometry.block_q, geometry.order.axis
+    if real == 0:
+        return x
+    whole = real // 128 * 128  # registers that are real in every block
+    kept, tail = jax.lax.slice_in_dim(x, 0, whole, axis=axis), jax.lax.slice_in_dim(x, whole, None, axis=axis)
+    token = jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis) + query_block * geometry.block_q + whole
+    tail = jnp.where(token < geometry.num_queries, tail.astype(jnp.float32), 0.0).astype(x.dtype)
+    return jnp.concatenate([kept, tail] if whole else [tail], axis=axis)
 
 
 def strike_tail(scores: jax.Array, geometry: Geometry, axis: int) -> jax.Array:

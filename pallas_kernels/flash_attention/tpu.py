@@ -51,15 +51,15 @@ def attention(
     segmented = q_segment_ids_BT is not None
     if block_sizes is None:
         block_sizes = choose(T, S, H, causal=causal, segmented=segmented, itemsize=q_BTNH.dtype.itemsize)
-    for name, size in (("q", block_sizes.q), ("q_backward", block_sizes.q_backward)):
-        check(size > 0 and size % 128 == 0, f"block_sizes.{name} is {size}; it must be a positive multiple of 128")
-    for name, size in (("kv", block_sizes.kv), ("kv_backward", block_sizes.kv_backward)):
-        whole = not segmented and size >= S and size % 16 == 0
-        check(
-            size > 0 and (size % 128 == 0 or whole),
-            f"block_sizes.{name} is {size}; it must be a multiple of 128, or without segment ids a multiple of 16 "
-            f"that holds all {S} keys",
-        )
+    for side, length, what in (("q", T, "queries"), ("kv", S, "keys")):
+        for name in (side, f"{side}_backward"):
+            size = getattr(block_sizes, name)
+            whole = not segmented and not causal and size >= length and size % 16 == 0
+            check(
+                size > 0 and (size % 128 == 0 or whole),
+                f"block_sizes.{name} is {size}; it must be a multiple of 128, or without mask a multiple of 16 that "
+                f"holds all {length} {what}",
+            )
     static = _Static(causal, q_offset if isinstance(q_offset, int) else None, scale, block_sizes, interpret)
     return _attention(
         static, q_BTNH, k_BSKH, v_BSKH, jnp.asarray(q_offset, jnp.int32), q_segment_ids_BT, kv_segment_ids_BS
@@ -72,19 +72,19 @@ def _attention(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
 
 
 def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
-    geometry, lengths = _geometry(static, q_BTNH.shape[1], k_BSKH.shape[1], "forward")
+    geometry = _geometry(static, q_BTNH.shape, k_BSKH.shape[1], "forward")
     B, T = q_BTNH.shape[:2]
 
     def plan(ids_BT, ids_BS):
         visited_BIJ, kind_BIJ = blocks.structure(geometry, B, q_offset, ids_BT, ids_BS)
         return blocks.forward_items(visited_BIJ, kind_BIJ, blocks.max_visits(geometry))
 
-    ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
+    ids = _padded_ids(q_ids_BT, kv_ids_BS, geometry)
     q_ids_B1T, kv_ids_B1S = (None if x is None else x[:, None] for x in ids)
-    out_BNTH, lse_BN1T = tpu_forward.forward(
-        _heads_first(_scaled(static, q_BTNH), lengths[0]),
-        _heads_first(k_BSKH, lengths[1]),
-        _heads_first(v_BSKH, lengths[1]),
+    out, lse_BN1T = tpu_forward.forward(
+        _heads_first(_scaled(static, q_BTNH), geometry.num_queries, geometry.order),
+        _heads_first(k_BSKH, geometry.padded_keys, geometry.order),
+        _heads_first(v_BSKH, geometry.padded_keys, geometry.order),
         q_ids_B1T,
         kv_ids_B1S,
         q_offset[None],
@@ -92,7 +92,7 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids
         geometry,
         static.interpret,
     )
-    return out_BNTH.transpose(0, 2, 1, 3)[:, :T], lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
+    return _tokens_first(out, T, geometry.order), lse_BN1T[:, :, 0, :T].swapaxes(1, 2)
 
 
 def _forward_rule(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
@@ -105,7 +105,7 @@ def _forward_rule(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS)
 def _backward_rule(static: _Static, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS, out_BTNH, lse_BTN = residuals
     d_out_BTNH, d_lse_BTN = cotangents
-    geometry, lengths = _geometry(static, q_BTNH.shape[1], k_BSKH.shape[1], "backward")
+    geometry = _geometry(static, q_BTNH.shape, k_BSKH.shape[1], "backward")
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     R = N // K
     chunk = tpu_backward.chunk_blocks(R * geometry.num_query_blocks, geometry.block_q, H)
@@ -115,25 +115,24 @@ def _backward_rule(static: _Static, residuals, cotangents):
         limit = blocks.max_visits(geometry)
         return blocks.backward_items(visited_BIJ, kind_BIJ, R, chunk, limit)
 
-    def grouped(x_BNTX):
-        """[B, N, T, X] to [B, K, R * T, X]"""
-        return x_BNTX.reshape(B, K, R * lengths[0], x_BNTX.shape[-1])
-
     def lanes(x_BTN, fill):
-        x_BNT = jnp.pad(x_BTN.swapaxes(1, 2), ((0, 0), (0, 0), (0, lengths[0] - T)), constant_values=fill)
-        return x_BNT.reshape(B, K, 1, R * lengths[0])
+        """[B, T, N] to [B, N, 1, T], with a block's tail filled up to whole registers"""
+        length = geometry.num_query_blocks * geometry.lanes_q
+        return jnp.pad(
+            x_BTN.swapaxes(1, 2)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, length - T)), constant_values=fill
+        )
 
     delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1) - d_lse_BTN
     lse_BTN = jnp.where(lse_BTN == -jnp.inf, _UNSEEN, lse_BTN * LOG2E)
     # No gradient passes a query that sees nothing, whatever is asked of its log-sum-exp.
     delta_BTN = jnp.where(lse_BTN == _UNSEEN, 0.0, delta_BTN)
-    ids = _padded_ids(q_ids_BT, kv_ids_BS, lengths)
+    ids = _padded_ids(q_ids_BT, kv_ids_BS, geometry)
     q_ids_B1T, kv_ids_B1S = (None if x is None else x[:, None] for x in ids)
-    dq_BKGH, dk_PBKSH, dv_PBKSH = tpu_backward.backward(
-        grouped(_heads_first(_scaled(static, q_BTNH), lengths[0])),
-        _heads_first(k_BSKH, lengths[1]),
-        _heads_first(v_BSKH, lengths[1]),
-        grouped(_heads_first(d_out_BTNH, lengths[0])),
+    dq, dk, dv = tpu_backward.backward(
+        _heads_first(_scaled(static, q_BTNH), geometry.num_queries, geometry.order),
+        _heads_first(k_BSKH, geometry.padded_keys, geometry.order),
+        _heads_first(v_BSKH, geometry.padded_keys, geometry.order),
+        _heads_first(d_out_BTNH, geometry.num_queries, geometry.order),
         lanes(lse_BTN, _UNSEEN),
         lanes(delta_BTN, 0.0),
         q_ids_B1T,
@@ -144,37 +143,58 @@ def _backward_rule(static: _Static, residuals, cotangents):
         chunk,
         static.interpret,
     )
-    dq_BTNH = dq_BKGH.reshape(B, N, lengths[0], H)[:, :, :T].swapaxes(1, 2)
-    dq_BTNH = (dq_BTNH.astype(jnp.float32) * static.scale).astype(q_BTNH.dtype)
-    dk_BSKH, dv_BSKH = (jnp.sum(x, axis=0)[:, :, :S].swapaxes(1, 2).astype(k_BSKH.dtype) for x in (dk_PBKSH, dv_PBKSH))
+    dq_BTNH = (_tokens_first(dq, T, geometry.order).astype(jnp.float32) * static.scale).astype(q_BTNH.dtype)
+    dk_BSKH, dv_BSKH = (
+        _tokens_first(jnp.sum(partials, axis=0), S, geometry.order).astype(k_BSKH.dtype) for partials in (dk, dv)
+    )
     return dq_BTNH, dk_BSKH, dv_BSKH, None, None, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _geometry(static: _Static, T: int, S: int, which: str) -> tuple[blocks.Geometry, tuple[int, int]]:
-    """The block structure of a pass, and the lengths padded to whole blocks."""
+def _geometry(static: _Static, shape: tuple[int, ...], S: int, which: str) -> blocks.Geometry:
+    """The block structure of a pass."""
+    _, T, _, H = shape
     sizes = static.block_sizes
     block_q, block_kv = (sizes.q, sizes.kv) if which == "forward" else (sizes.q_backward, sizes.kv_backward)
     num_q, num_kv = -(-T // block_q), -(-S // block_kv)
-    geometry = blocks.Geometry(num_q, num_kv, block_q, block_kv, S, static.causal, static.static_offset, sizes.diagonal)
-    return geometry, (num_q * block_q, num_kv * block_kv)
+    # Where queries make several blocks, the kernels read the last one past its end: padding it would copy them all.
+    num_queries = block_q if num_q == 1 else -(-T // 16) * 16
+    return blocks.Geometry(
+        num_q,
+        num_kv,
+        block_q,
+        block_kv,
+        num_queries,
+        S,
+        static.causal,
+        static.static_offset,
+        sizes.diagonal,
+        blocks.Order.of(H),
+    )
 
 
-def _padded_ids(q_ids_BT, kv_ids_BS, lengths):
+def _padded_ids(q_ids_BT, kv_ids_BS, geometry: blocks.Geometry):
     if q_ids_BT is None:
         return None, None
+    lengths = geometry.num_query_blocks * geometry.block_q, geometry.padded_keys
     return tuple(
         jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), constant_values=-1)
         for ids, length in zip((q_ids_BT, kv_ids_BS), lengths, strict=True)
     )
 
 
-def _heads_first(x_BTNH: jax.Array, length: int) -> jax.Array:
-    """[B, N, T, H] with T padded by zeros."""
-    padding = ((0, 0), (0, 0), (0, length - x_BTNH.shape[1]), (0, 0))
-    return jnp.pad(x_BTNH.transpose(0, 2, 1, 3), padding)
+def _heads_first(x_BTNH: jax.Array, length: int, order: blocks.Order) -> jax.Array:
+    """[B, N, T, H] or [B, N, H, T], with T padded by zeros."""
+    x = x_BTNH.transpose(0, 2, *order.pair(1, 3))
+    return jnp.pad(x, ((0, 0), (0, 0), *order.pair((0, length - x_BTNH.shape[1]), (0, 0))))
+
+
+def _tokens_first(x: jax.Array, length: int, order: blocks.Order) -> jax.Array:
+    """[B, T, N, H] again, without the padding."""
+    x = jax.lax.slice_in_dim(x, 0, length, axis=2 + order.axis)
+    return x.transpose(0, 2 + order.axis, 1, 3 - order.axis)
 
 
 def _scaled(static: _Static, q_BTNH: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The backward kernel on a TPU core: the gradients of queries, keys and values in one pass over the tiles.
 
-Legend: B rows, K key-value heads, R query heads a key-value head, T queries, S keys, H head dim, G = R * T queries of
-all heads that share a key-value head; in a tile Q queries, C keys; P partial sums.
+Legend: B rows, K key-value heads, N = R * K query heads, T queries, S keys, H head dim; in a tile Q queries, C keys;
+P partial sums.
 
 With s = q k^T in units of log2, the weights are p = exp2(s - lse): the forward pass already knows the log-sum-exp, so
 no maximum is needed. For a cotangent do of the output and dlse of the log-sum-exp,
@@ -9,9 +9,10 @@ no maximum is needed. For a cotangent do of the output and dlse of the log-sum-e
     dv = p^T do    dp = do v^T    ds = p (dp - delta)    dq = ds k    dk = ds^T q    delta = sum(do * out) - dlse
 
 Tiles are visited key block by key block. The gradients of a key block stay in vector memory over its queries, as dk^T
-and dv^T: then the tiles of p and ds are what the matrix unit holds while the H rows of q^T and do^T stream past, which
-is half the work on 256-wide units. The gradients of a chunk of queries stay too, so that every tile is made once and
-nothing is added up in HBM; what exceeds the chunk (see `chunk_blocks`) costs a partial sum of dk and dv a chunk.
+and dv^T: then the tiles of p and ds are what the matrix unit holds while the H
+rows of q^T and do^T stream past, which is half the work on 256-wide units. The gradients of a chunk of queries stay
+too, so that every tile is made once and nothing is added up in HBM; what exceeds the chunk (see `chunk_blocks`) costs a
+partial sum of dk and dv a chunk.
 """
 
 from functools import partial
@@ -22,7 +23,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import blocks
-from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nn, dot_nt, dot_tn, dot_tt, strike_tail, visible
+from pallas_kernels.flash_attention.tiles import (
+    MASKED,
+    clear_tail,
+    column,
+    scores,
+    strike_tail,
+    take,
+    visible,
+    weighted,
+    weighted_by_rows,
+)
 from pallas_kernels.flash_attention.tpu_forward import LOG2E, VMEM_LIMIT
 
 _CHUNK_BYTES = 16 * 2**20  # of vector memory for the gradients of a chunk of queries
@@ -30,18 +41,18 @@ _CHUNK_BYTES = 16 * 2**20  # of vector memory for the gradients of a chunk of qu
 
 def chunk_blocks(num_blocks: int, block_q: int, head_dim: int) -> int:
     """Query blocks of a chunk: as many as fit, spread evenly."""
-    block_bytes = 4 * block_q * (-(-head_dim // 128) * 128)
+    block_bytes = 4 * (-(-block_q // 128) * 128) * head_dim
     chunks = -(-num_blocks // max(1, _CHUNK_BYTES // block_bytes))
     return -(-num_blocks // chunks)
 
 
 def backward(
-    q_BKGH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    d_out_BKGH: jax.Array,
-    lse_BK1G: jax.Array,
-    delta_BK1G: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,
+    lse_BN1T: jax.Array,
+    delta_BN1T: jax.Array,
     q_ids_B1T: jax.Array | None,
     kv_ids_B1S: jax.Array | None,
     q_offset_1: jax.Array,
@@ -52,56 +63,60 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients with respect to the scaled queries (in units of log2), the keys and the values.
 
-    `lse` is in units of log2, +inf-like (1e30) for queries that see nothing. dk and dv come as [P, B, K, S, H]: to be
-    summed over P, in float32 unless P is 1.
+    q is [B, N, T, H] or [B, N, H, T] as the geometry's order has it, all others likewise. dk and dv have an axis P
+    before these, to be summed over, in float32 unless P is 1. `lse` is in units of log2, +inf-like (1e30) for queries
+    that see nothing.
     """
-    B, K, G, H = q_BKGH.shape
-    S = k_BKSH.shape[2]
-    g = geometry
-    num_chunks = -(-(G // g.block_q) // chunk)
+    g, (B, N), K = geometry, q.shape[:2], k.shape[1]
+    (T, H), S = g.order.sizes(q.shape), g.padded_keys
+    R = N // K
+    num_chunks = -(-(R * g.num_query_blocks) // chunk)
 
-    def query(m, where):
-        return blocks.row_and_query(where[m])
+    def place(item, n):
+        """Row, head and block of the queries of an item: their blocks are counted over the heads that share keys."""
+        row, query_block = blocks.row_and_query(item)
+        return row, n * R + query_block // g.num_query_blocks, query_block % g.num_query_blocks
 
     def at_query(n, m, where, what, done, offset):
-        row, query_block = query(m, where)
-        return row, n, query_block, 0
+        row, head, query_block = place(where[m], n)
+        return row, head, *g.order.pair(query_block, 0)
 
     def at_query_lanes(n, m, where, what, done, offset):
-        row, query_block = query(m, where)
-        return row, n, 0, query_block
+        row, head, query_block = place(where[m], n)
+        return row, head, 0, query_block
 
     def at_query_ids(n, m, where, what, done, offset):
-        row, query_block = query(m, where)
-        return row, 0, query_block % g.num_query_blocks
+        row, _, query_block = place(where[m], n)
+        return row, 0, query_block
 
     def at_key(n, m, where, what, done, offset):
-        return query(m, where)[0], n, blocks.key(what[m]), 0
+        return blocks.row_and_query(where[m])[0], n, *g.order.pair(blocks.key(what[m]), 0)
 
     def at_key_ids(n, m, where, what, done, offset):
-        return query(m, where)[0], 0, blocks.key(what[m])
+        return blocks.row_and_query(where[m])[0], 0, blocks.key(what[m])
 
     def at_partial(n, m, where, what, done, offset):
-        row, query_block = query(m, where)
-        return query_block // chunk, row, n, blocks.key(what[m]), 0
+        row, query_block = blocks.row_and_query(where[m])
+        return query_block // chunk, row, n, *g.order.pair(blocks.key(what[m]), 0)
 
     def at_done(n, m, where, what, done, offset):
-        row, query_block = query(m, done)
-        return row, n, query_block, 0
+        row, head, query_block = place(done[m], n)
+        return row, head, *g.order.pair(query_block, 0)
 
-    q_spec = pl.BlockSpec((None, None, g.block_q, H), at_query)
-    lanes_spec = pl.BlockSpec((None, None, 1, g.block_q), at_query_lanes)
-    kv_spec = pl.BlockSpec((None, None, g.block_kv, H), at_key)
+    q_shape, kv_shape = g.order.pair(g.block_q, H), g.order.pair(g.block_kv, H)
+    q_spec = pl.BlockSpec((None, None, *q_shape), at_query)
+    lanes_spec = pl.BlockSpec((None, None, 1, g.lanes_q), at_query_lanes)
+    kv_spec = pl.BlockSpec((None, None, *kv_shape), at_key)
     in_specs = [q_spec, kv_spec, kv_spec, q_spec, lanes_spec, lanes_spec]
-    inputs = [q_BKGH, k_BKSH, v_BKSH, d_out_BKGH, lse_BK1G, delta_BK1G]
+    inputs = [q, k, v, d_out, lse_BN1T, delta_BN1T]
     if q_ids_B1T is not None and kv_ids_B1S is not None:
         in_specs += [pl.BlockSpec((None, 1, g.block_q), at_query_ids), pl.BlockSpec((None, 1, g.block_kv), at_key_ids)]
         inputs += [q_ids_B1T, kv_ids_B1S]
 
-    partial_dtype = k_BKSH.dtype if num_chunks == 1 else jnp.float32
-    partial_spec = pl.BlockSpec((None, None, None, g.block_kv, H), at_partial)
-    partial_shape = jax.ShapeDtypeStruct((num_chunks, B, K, S, H), partial_dtype)
-    pairs = B * K * G * S / (2 if g.causal else 1)
+    partial_dtype = k.dtype if num_chunks == 1 else jnp.float32
+    partial_spec = pl.BlockSpec((None, None, None, *kv_shape), at_partial)
+    partial_shape = jax.ShapeDtypeStruct((num_chunks, *k.shape), partial_dtype)
+    pairs = B * N * T * S / (2 if g.causal else 1)
     return pl.pallas_call(
         partial(_kernel, geometry=g, chunk=chunk, segmented=len(inputs) > 6),
         name="flash_attention_backward",
@@ -109,21 +124,21 @@ def backward(
             num_scalar_prefetch=4,
             grid=(K, items.count),
             in_specs=in_specs,
-            out_specs=[pl.BlockSpec((None, None, g.block_q, H), at_done), partial_spec, partial_spec],
+            out_specs=[pl.BlockSpec((None, None, *q_shape), at_done), partial_spec, partial_spec],
             scratch_shapes=[
-                pltpu.VMEM((chunk, *_d_query_shape(g.block_q, H)), jnp.float32),  # gradients of the chunk's queries
+                pltpu.VMEM((chunk, *q_shape), jnp.float32),  # gradients of the chunk's queries
                 pltpu.VMEM((H, g.block_kv), jnp.float32),  # of the keys, transposed
                 pltpu.VMEM((H, g.block_kv), jnp.float32),  # of the values, transposed
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q_BKGH.shape, q_BKGH.dtype), partial_shape, partial_shape],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), partial_shape, partial_shape],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=int(10 * pairs * H),
             transcendentals=int(pairs),
-            bytes_accessed=int(2 * sum(x.size * x.dtype.itemsize for x in (q_BKGH, d_out_BKGH, k_BKSH, v_BKSH))),
+            bytes_accessed=int(2 * sum(x.size * x.dtype.itemsize for x in (q, d_out, k, v))),
         ),
         interpret=interpret,
     )(items.where_M, items.what_M, items.done_M, q_offset_1, *inputs)
@@ -140,10 +155,10 @@ def _kernel(
     what = what_ref[item]
     kind, key_block = blocks.kind(what), blocks.key(what)
     query_block = blocks.row_and_query(where_ref[item])[1]
-    first_query = query_block % g.num_query_blocks * g.block_q + offset_ref[0]
+    place = query_block % g.num_query_blocks  # within its head
+    first_query = place * g.block_q + offset_ref[0]
     first_key = key_block * g.block_kv
     slot = query_block % chunk
-    dq_is_transposed = q_ref.shape[1] % 128 != 0
 
     @pl.when((what & blocks.FIRST_OF_KEY) > 0)
     def _():
@@ -177,17 +192,21 @@ def _kernel(
 
     def differentiate(queries, keys, mask):
         """Add what a part of the tile contributes to the three gradients."""
-        q, c = slice(queries[0], sum(queries)), slice(keys[0], sum(keys))
-        scores_QC = mask(dot_nt(q_ref[q, :], k_ref[c, :]), queries, keys)
-        d_weights_QC = dot_nt(d_out_ref[q, :], v_ref[c, :])
-        weights_QC = jnp.exp2(scores_QC - _columns(lse_ref[:, q], keys[1]))
-        dv_acc_ref[:, c] += dot_tn(d_out_ref[q, :], weights_QC.astype(v_ref.dtype))
-        d_scores_QC = (weights_QC * (d_weights_QC - _columns(delta_ref[:, q], keys[1]))).astype(q_ref.dtype)
-        dk_acc_ref[:, c] += dot_tn(q_ref[q, :], d_scores_QC)
-        if dq_is_transposed:
-            dq_acc_ref[slot, :, q] += dot_tt(k_ref[c, :], d_scores_QC)
-        else:
-            dq_acc_ref[slot, q, :] += dot_nn(d_scores_QC, k_ref[c, :])
+        c = slice(keys[0], sum(keys))
+        lanes = slice(queries[0], -(-sum(queries) // 128) * 128)
+        q, d_out = (
+            jax.lax.slice_in_dim(clear_tail(ref[...], g, place), queries[0], sum(queries), axis=g.order.axis)
+            for ref in (q_ref, d_out_ref)
+        )
+        k, v = (take(ref, g.order, *keys) for ref in (k_ref, v_ref))
+        scores_QC = mask(scores(q, k, g.order), queries, keys)
+        d_weights_QC = scores(d_out, v, g.order)
+        weights_QC = jnp.exp2(scores_QC - column(lse_ref[:, lanes], keys[1])[: queries[1]])
+        dv_acc_ref[:, c] += weighted(d_out, weights_QC, g.order)
+        delta_QC = column(delta_ref[:, lanes], keys[1])[: queries[1]]
+        d_scores_QC = (weights_QC * (d_weights_QC - delta_QC)).astype(q_ref.dtype)
+        dk_acc_ref[:, c] += weighted(q, d_scores_QC, g.order)
+        dq_acc_ref[(slot, *g.order.pair(pl.ds(*queries), slice(None)))] += weighted_by_rows(k, d_scores_QC, g.order)
 
     @pl.when(kind == blocks.FULL)
     def _():
@@ -216,23 +235,9 @@ def _kernel(
 
     @pl.when((what & blocks.LAST_OF_QUERY) > 0)
     def _():
-        dq = dq_acc_ref[slot]
-        dq_ref[...] = (dq.T if dq_is_transposed else dq).astype(dq_ref.dtype)
+        dq_ref[...] = dq_acc_ref[slot].astype(dq_ref.dtype)
 
     @pl.when((what & blocks.LAST_OF_KEY) > 0)
     def _():
-        dk_ref[...] = (dk_acc_ref[...] * (1 / LOG2E)).T.astype(dk_ref.dtype)
-        dv_ref[...] = dv_acc_ref[...].T.astype(dv_ref.dtype)
-
-
-def _d_query_shape(block_q: int, head_dim: int) -> tuple[int, int]:
-    """Query gradients are kept transposed where a head does not fill the lanes: 96 rows cost what 96 rows cost, and 96
-    lanes what 128 do. (At 128 the two orders cost the same.)"""
-    return (block_q, head_dim) if head_dim % 128 == 0 else (head_dim, block_q)
-
-
-def _columns(row_1Q: jax.Array, width: int) -> jax.Array:
-    """A number a query, next to each of `width` keys."""
-    if width % 128 == 0:
-        return column(row_1Q, width)
-    return jnp.broadcast_to(column(row_1Q, 128)[:, :1], (row_1Q.shape[1], width))
+        for ref, x_HC in ((dk_ref, dk_acc_ref[...] * (1 / LOG2E)), (dv_ref, dv_acc_ref[...])):
+            ref[...] = (x_HC if g.order.tokens_in_lanes else x_HC.T).astype(ref.dtype)

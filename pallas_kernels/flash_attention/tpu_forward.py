@@ -28,7 +28,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import blocks
-from pallas_kernels.flash_attention.tiles import MASKED, column, dot_nt, dot_tn, strike_tail, visible
+from pallas_kernels.flash_attention.tiles import (
+    MASKED,
+    clear_tail,
+    column,
+    scores,
+    strike_tail,
+    take,
+    visible,
+    weighted,
+)
 
 LOG2E = 1.4426950408889634
 _LOW, _HIGH = 2.0**-60, 2.0**100
@@ -37,9 +46,9 @@ VMEM_LIMIT = 60 * 2**20  # v5p and tpu7x have 64 MiB
 
 
 def forward(
-    q_BNTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     q_ids_B1T: jax.Array | None,
     kv_ids_B1S: jax.Array | None,
     q_offset_1: jax.Array,
@@ -47,36 +56,41 @@ def forward(
     geometry: blocks.Geometry,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, N, T, H] and natural log-sum-exp [B, N, 1, T] of queries already scaled by scale * log2(e).
+    """Output like q and natural log-sum-exp [B, N, 1, T] of queries already scaled by scale * log2(e).
 
-    Lengths are whole blocks. A query that sees no key gives 0 and -inf.
+    q is [B, N, T, H] or [B, N, H, T] as the geometry's order has it, k and v likewise; keys make whole blocks. A query
+    that sees no key gives 0 and -inf.
     """
-    B, N, T, H = q_BNTH.shape
-    R = N // k_BKSH.shape[1]
-    g = geometry
+    g, (B, N) = geometry, q.shape[:2]
+    (T, H), S = g.order.sizes(q.shape), g.padded_keys
+    R = N // k.shape[1]
 
     def at_query(n, m, where, what, offset):
         row, query = blocks.row_and_query(where[m])
-        return row, n, query, 0
+        return row, n, *g.order.pair(query, 0)
 
     def at_query_lanes(n, m, where, what, offset):
         row, query = blocks.row_and_query(where[m])
         return row, n, 0, query
 
     def at_key(n, m, where, what, offset):
-        return blocks.row_and_query(where[m])[0], n // R, blocks.key(what[m]), 0
+        return blocks.row_and_query(where[m])[0], n // R, *g.order.pair(blocks.key(what[m]), 0)
 
-    q_spec = pl.BlockSpec((None, None, g.block_q, H), at_query)
-    kv_spec = pl.BlockSpec((None, None, g.block_kv, H), at_key)
-    in_specs, inputs = [q_spec, kv_spec, kv_spec], [q_BNTH, k_BKSH, v_BKSH]
+    def at_query_ids(n, m, where, what, offset):
+        row, query = blocks.row_and_query(where[m])
+        return row, 0, query
+
+    def at_key_ids(n, m, where, what, offset):
+        return blocks.row_and_query(where[m])[0], 0, blocks.key(what[m])
+
+    q_spec = pl.BlockSpec((None, None, *g.order.pair(g.block_q, H)), at_query)
+    kv_spec = pl.BlockSpec((None, None, *g.order.pair(g.block_kv, H)), at_key)
+    in_specs, inputs = [q_spec, kv_spec, kv_spec], [q, k, v]
     if q_ids_B1T is not None and kv_ids_B1S is not None:
-        in_specs += [
-            pl.BlockSpec((None, 1, g.block_q), lambda n, m, *s: (at_query(n, m, *s)[0], 0, at_query(n, m, *s)[2])),
-            pl.BlockSpec((None, 1, g.block_kv), lambda n, m, *s: (at_key(n, m, *s)[0], 0, at_key(n, m, *s)[2])),
-        ]
+        in_specs += [pl.BlockSpec((None, 1, g.block_q), at_query_ids), pl.BlockSpec((None, 1, g.block_kv), at_key_ids)]
         inputs += [q_ids_B1T, kv_ids_B1S]
 
-    pairs = B * N * T * k_BKSH.shape[2] / (2 if g.causal else 1)
+    pairs = B * N * T * S / (2 if g.causal else 1)
     return pl.pallas_call(
         partial(_kernel, geometry=g, segmented=len(inputs) > 3),
         name="flash_attention_forward",
@@ -95,7 +109,7 @@ def forward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -104,7 +118,7 @@ def forward(
         cost_estimate=pl.CostEstimate(
             flops=int(4 * pairs * H),
             transcendentals=int(pairs),
-            bytes_accessed=int(sum(x.size * x.dtype.itemsize for x in (q_BNTH, q_BNTH, k_BKSH, v_BKSH))),
+            bytes_accessed=int(sum(x.size * x.dtype.itemsize for x in (q, q, k, v))),
         ),
         interpret=interpret,
     )(items.where_M, items.what_M, q_offset_1, *inputs)
@@ -131,6 +145,12 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
 
     whole_keys, whole_queries = (0, g.block_kv), (0, g.block_q)
 
+    def tile_scores(keys, queries):
+        """[C, Q] of a part of the tile; `keys` and `queries` are (start, size)."""
+        q = clear_tail(q_ref[...], g, query_block)
+        q = jax.lax.slice_in_dim(q, queries[0], sum(queries), axis=g.order.axis)
+        return scores(take(k_ref, g.order, *keys), q, g.order)
+
     def masked(scores_CQ, keys, queries, causal=g.causal):
         """Scores of a part of the tile with what no query sees struck out; `keys` and `queries` are (start, size)."""
         if not causal and not segmented and keys is whole_keys:
@@ -155,7 +175,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
     def weigh(scores_CQ, keys, queries):
         """The sum of the weights [1, Q] and of the weighted values [H, Q] of a part of the tile."""
         weights_CQ = jnp.exp2(scores_CQ - reference_ref[:, pl.ds(*queries)])
-        weighted_HQ = dot_tn(v_ref[pl.ds(*keys), :], weights_CQ.astype(v_ref.dtype))
+        weighted_HQ = weighted(take(v_ref, g.order, *keys), weights_CQ, g.order)
         return jnp.sum(weights_CQ, axis=0, keepdims=True), weighted_HQ
 
     def judge(sees_1Q):
@@ -170,7 +190,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
 
     @pl.when(kind == blocks.FULL)
     def _():
-        sum_1Q, weighted_HQ = weigh(dot_nt(k_ref[...], q_ref[...]), whole_keys, whole_queries)
+        sum_1Q, weighted_HQ = weigh(tile_scores(whole_keys, whole_queries), whole_keys, whole_queries)
         sum_ref[new] = sum_ref[old] + sum_1Q
         acc_ref[new] = acc_ref[old] + weighted_HQ
         judge(None)
@@ -179,7 +199,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
 
         @pl.when(kind == blocks.GENERAL)
         def _():
-            scores_CQ = masked(dot_nt(k_ref[...], q_ref[...]), whole_keys, whole_queries)
+            scores_CQ = masked(tile_scores(whole_keys, whole_queries), whole_keys, whole_queries)
             sum_1Q, weighted_HQ = weigh(scores_CQ, whole_keys, whole_queries)
             sum_ref[new] = sum_ref[old] + sum_1Q
             acc_ref[new] = acc_ref[old] + weighted_HQ
@@ -196,7 +216,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
                 # These keys are seen by the queries from `start` on, and by the first `step` of them only in part.
                 keys, queries = (start, step), (start, g.block_q - start)
                 q = slice(start, g.block_q)
-                scores_CQ = dot_nt(k_ref[start : start + step, :], q_ref[q, :])
+                scores_CQ = tile_scores(keys, queries)
                 if segmented:
                     scores_CQ = masked(scores_CQ, keys, queries)
                     seen_ref[:, q] = jnp.maximum(seen_ref[:, q], jnp.max(scores_CQ, axis=0, keepdims=True))
@@ -212,12 +232,12 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
     # A loop of no or one turn: the compiler would make predicated code of a branch, which always takes its time.
     @partial(_repeat, repairs_ref[0])
     def _():
-        step = _REPAIR_KEYS if g.block_kv % _REPAIR_KEYS == 0 else g.block_kv
+        step = next((size for size in (_REPAIR_KEYS, 128) if g.block_kv % size == 0), g.block_kv)
 
         @partial(_repeat, g.block_kv // step)
         def _(i):
-            keys = pl.multiple_of(i * step, step), step
-            scores_CQ = masked(dot_nt(k_ref[pl.ds(*keys), :], q_ref[...]), keys, whole_queries)
+            keys = (0 if step == g.block_kv else pl.multiple_of(i * step, step)), step
+            scores_CQ = masked(tile_scores(keys, whole_queries), keys, whole_queries)
             max_1Q = jnp.max(scores_CQ, axis=0, keepdims=True)
             before_1Q, any_1Q = reference_ref[...], sum_ref[old] > 0
             first_1Q = jnp.where(max_1Q > MASKED, max_1Q, before_1Q)
@@ -233,7 +253,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
         sum_1Q = sum_ref[slot]
         sees_1Q = sum_1Q != 0  # NaN stays NaN
         out_HQ = acc_ref[slot] * jnp.where(sees_1Q, 1.0 / sum_1Q, 0.0)
-        out_ref[...] = out_HQ.T.astype(out_ref.dtype)
+        out_ref[...] = (out_HQ if g.order.tokens_in_lanes else out_HQ.T).astype(out_ref.dtype)
         lse_1Q = (reference_ref[...] + jnp.log2(sum_1Q)) / LOG2E
         lse_ref[...] = jnp.where(sees_1Q, lse_1Q, -jnp.inf)
 

@@ -29,7 +29,7 @@ def work(name, microseconds, operands="%x", scope="jit(step)/decoder/mlp/dot_gen
     )
 
 
-def play(lines, others="", name="v5e-4", slices=1):
+def play(lines, others="", name="v5e-4", slices=1, **options):
     """The estimate of an entry computation with these lines."""
     body = "\n".join(f"  {line}" for line in lines)
     text = (
@@ -41,7 +41,7 @@ def play(lines, others="", name="v5e-4", slices=1):
     topology = find(name, slices)
     places = [(x, y, 0) for x in range(topology.shape[0]) for y in range(topology.shape[1])]
     devices = [SimpleNamespace(slice_index=0, coords=place) for place in places]
-    return estimate(hlo.read(text), Network(topology, devices))
+    return estimate(hlo.read(text), Network(topology, devices), **options)
 
 
 START = (
@@ -284,10 +284,27 @@ def test_attention_kernels_take_the_rate_of_their_schedule():
     assert backward.seconds / found.seconds == pytest.approx(rates[0] / rates[1])
 
 
-def test_other_makers_attention_has_its_own_rate():
-    ours, splash = play([ATTENTION]), play([ATTENTION.replace("flash_attention_forward", "splash_mha_fwd")])
-    rates = [flop_per_bundle("v5e", "forward", 96, 1296, kernel) for kernel in ("ours", "jax_splash")]
-    assert splash.seconds / ours.seconds == pytest.approx(rates[0] / rates[1])
+def test_splash_attention_is_causal_and_has_its_own_rate():
+    stated = ATTENTION.replace("flash_attention_forward", "splash_mha_fwd")  # tokamax's, of other pairs than computed
+    silent = stated.replace('"flops":"5605687296",', "")  # JAX's
+    for line, kernel in ((stated, "tokamax"), (silent, "jax_splash")):
+        found = play([line])
+        computed = 4 * 2 * 4 * 1408 * 1296 * 96 / 2
+        assert found.seconds == pytest.approx(computed / flop_per_bundle("v5e", "forward", 96, 1296, kernel) / 1.5e9)
+
+
+def test_attention_is_read_in_either_layout_and_at_a_given_rate():
+    turned = ATTENTION.replace("1408,96]", "96,1408]").replace("1296,96]", "96,1296]")
+    assert turned != ATTENTION and play([turned]).seconds == play([ATTENTION]).seconds
+    asked = []
+
+    def rate(*call):
+        asked.append(call)
+        return 1e5
+
+    found = play([ATTENTION], attention_rate=rate)
+    assert asked == [("v5e", "forward", 96, 1296, "ours")]
+    assert found.seconds == pytest.approx(4 * 2 * 4 * 1296 * 1296 * 96 / 1e5 / 1.5e9)
 
 
 def test_other_kernels_take_what_they_state():

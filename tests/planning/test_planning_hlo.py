@@ -144,6 +144,18 @@ def test_sources_in_the_metadata_itself():
     assert hlo.read(old).operation("body", "fusion.v_ref").source == hlo.Source("/a/b.py", 12)
 
 
+def test_an_operation_printed_over_several_lines_is_one():
+    kernel = (
+        '  %splash.1 = bf16[8,128]{1,0} custom-call(%fusion.v_ref), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 1024}"\n}}, '
+        'metadata={op_name="jit(step)/splash"}\n'
+    )
+    text = LOOP.replace("  %one = s32[]", f"{kernel}  %one = s32[]")
+    found = hlo.read(text).operation("body", "splash.1")
+    assert found is not None and found.op_name == "jit(step)/splash"
+    assert hlo.read(text).operation("body", "one") is not None
+
+
 def test_contains_looks_into_called_computations(program):
     found = program.contains("body", lambda op: op.opcode == "convolution")
     assert found is not None and found.name == "convolution.1"

@@ -16,7 +16,7 @@ BLOCK_Q, BLOCK_KV = 8, 4
 
 
 def geometry(T, S, causal, offset, block_kv=BLOCK_KV):
-    return blocks.Geometry(-(-T // BLOCK_Q), -(-S // block_kv), BLOCK_Q, block_kv, S, causal, offset, diagonal=4)
+    return blocks.Geometry(-(-T // BLOCK_Q), -(-S // block_kv), BLOCK_Q, block_kv, T, S, causal, offset, diagonal=4)
 
 
 def padded(ids, block):
