@@ -14,7 +14,7 @@ from typing import Literal
 from stepjax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "full", "dots", "attention"]
+RematPolicy = Literal["none", "full", "dots", "attention", "qkv"]
 AttentionImplementation = Literal["auto", "xla", "tpu", "gpu"]
 
 
@@ -107,12 +107,17 @@ class NumericsConfig:
 
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
-    remat: RematPolicy = "full"
+    remat: RematPolicy = "full"  # what the backward pass computes again: stepjax.models.remat
+    encoder_remat: RematPolicy | None = None  # the vision encoder's own; None: as `remat`
     attention: AttentionImplementation = "auto"  # the Mosaic kernel on TPU, XLA elsewhere; "gpu" is cuDNN
     loss_chunk: int = 2048  # tokens whose logits exist at one time
 
     def __post_init__(self):
         _require_positive("numerics", self, "loss_chunk")
+
+    @property
+    def policy_of_encoder(self) -> RematPolicy:
+        return self.remat if self.encoder_remat is None else self.encoder_remat
 
 
 # Images and tokens ---------------------------------------------------------------------------------------------------

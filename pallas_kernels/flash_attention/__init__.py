@@ -15,7 +15,11 @@ from pallas_kernels.flash_attention.residuals import RESIDUAL_NAMES
 if TYPE_CHECKING:
     from pallas_kernels.flash_attention.block_sizes import BlockSizes
 
-__all__ = ["RESIDUAL_NAMES", "Implementation", "flash_attention"]
+__all__ = ["LOG2_UNITS", "RESIDUAL_NAMES", "Implementation", "flash_attention"]
+
+# The scale of queries that already carry their scale and a factor of log2(e): the TPU kernel then takes them as they
+# are, where it would otherwise make a scaled copy.
+LOG2_UNITS = math.log(2)
 
 Implementation = Literal["xla", "tpu", "gpu"]
 _DTYPES = {
@@ -91,7 +95,7 @@ def flash_attention(
             starts. An int, or an int32 scalar that may be traced (a new value compiles nothing). Only for `causal`.
         q_segment_ids_BT: int32 [B, T].
         kv_segment_ids_BS: int32 [B, S]. One of the two alone serves for both, if T == S.
-        scale: H ** -0.5 by default.
+        scale: H ** -0.5 by default; see LOG2_UNITS.
         return_lse: return also the natural logarithm of the sum of exponentiated scores, with which partial results
             over parts of the keys are merged.
         implementation: "xla" runs everywhere and holds all the scores, "tpu" is the Mosaic kernel, "gpu" is cuDNN.

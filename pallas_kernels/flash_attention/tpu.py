@@ -3,6 +3,7 @@
 Legend: B rows, T queries, S keys, N query heads, K key-value heads, R = N / K, G = R * T, H head dim.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -141,9 +142,10 @@ def _backward_rule(static: _Static, residuals, cotangents):
         plan(*ids),
         geometry,
         chunk,
+        static.scale,
         static.interpret,
     )
-    dq_BTNH = (_tokens_first(dq, T, geometry.order).astype(jnp.float32) * static.scale).astype(q_BTNH.dtype)
+    dq_BTNH = _tokens_first(dq, T, geometry.order)
     dk_BSKH, dv_BSKH = (
         _tokens_first(jnp.sum(partials, axis=0), S, geometry.order).astype(k_BSKH.dtype) for partials in (dk, dv)
     )
@@ -199,4 +201,6 @@ def _tokens_first(x: jax.Array, length: int, order: blocks.Order) -> jax.Array:
 
 def _scaled(static: _Static, q_BTNH: jax.Array) -> jax.Array:
     """Queries whose scores are in units of log2, so that the kernels exponentiate with the hardware's exp2."""
+    if math.isclose(static.scale * LOG2E, 1.0, rel_tol=1e-9):
+        return q_BTNH
     return (q_BTNH.astype(jnp.float32) * (static.scale * LOG2E)).astype(q_BTNH.dtype)

@@ -59,9 +59,10 @@ def backward(
     items: blocks.Items,
     geometry: blocks.Geometry,
     chunk: int,
+    scale: float,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients with respect to the scaled queries (in units of log2), the keys and the values.
+    """Gradients with respect to the queries (before they were scaled: q is in units of log2), the keys and the values.
 
     q is [B, N, T, H] or [B, N, H, T] as the geometry's order has it, all others likewise. dk and dv have an axis P
     before these, to be summed over, in float32 unless P is 1. `lse` is in units of log2, +inf-like (1e30) for queries
@@ -118,7 +119,7 @@ def backward(
     partial_shape = jax.ShapeDtypeStruct((num_chunks, *k.shape), partial_dtype)
     pairs = B * N * T * S / (2 if g.causal else 1)
     return pl.pallas_call(
-        partial(_kernel, geometry=g, chunk=chunk, segmented=len(inputs) > 6),
+        partial(_kernel, geometry=g, chunk=chunk, scale=scale, segmented=len(inputs) > 6),
         name="flash_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -146,7 +147,7 @@ def backward(
 
 def _kernel(
     where_ref, what_ref, done_ref, offset_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *refs,
-    geometry: blocks.Geometry, chunk: int, segmented: bool,
+    geometry: blocks.Geometry, chunk: int, scale: float, segmented: bool,
 ):  # fmt: skip
     (q_ids_ref, kv_ids_ref), refs = (refs[:2], refs[2:]) if segmented else ((None, None), refs)
     dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref = refs
@@ -235,7 +236,7 @@ def _kernel(
 
     @pl.when((what & blocks.LAST_OF_QUERY) > 0)
     def _():
-        dq_ref[...] = dq_acc_ref[slot].astype(dq_ref.dtype)
+        dq_ref[...] = (dq_acc_ref[slot] * scale).astype(dq_ref.dtype)
 
     @pl.when((what & blocks.LAST_OF_KEY) > 0)
     def _():

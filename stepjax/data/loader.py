@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from grain import experimental
 
-from stepjax.config import BatchConfig, DataConfig, ImageConfig
+from stepjax.config import BatchConfig, DataConfig, DType, ImageConfig
 from stepjax.data.mixture import Skipped, mixture
 from stepjax.data.packing import NEW_STREAM, PackedRow, PackingStream, RowBudget, StreamState
 from stepjax.errors import CheckpointError, ConfigError
@@ -87,11 +87,13 @@ class Loader:
         processor: Processor,
         *,
         seed: int,
+        pixel_dtype: DType = "float32",
         rows: Sequence[int] | None = None,
         state: dict[str, Any] | None = None,
     ):
         """
         Args:
+            pixel_dtype: of the views; the model's compute dtype halves what is moved to the devices and held there.
             rows: which rows of the global batch to make, in this order (see `sharding.rows_here`); None: all.
             state: what `state` gave when a checkpoint was saved.
 
@@ -110,7 +112,7 @@ class Loader:
         states = [NEW_STREAM] * batch.rows if state is None else self._checked(state)
         samples = mixture(data.sources, processor, seed=seed, bad_records=data.bad_records)
         options = dict(
-            budget=RowBudget.of(batch, images),
+            budget=RowBudget.of(batch, images, pixel_dtype),
             num_streams=batch.rows,
             open_rows=data.open_rows,
             skip_oversize=data.bad_records == "skip",

@@ -16,9 +16,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import grain
+import ml_dtypes
 import numpy as np
 
-from stepjax.config import BatchConfig, ImageConfig
+from stepjax.config import BatchConfig, DType, ImageConfig
 from stepjax.data.mixture import Sample, Skipped
 from stepjax.errors import CheckpointError, RecordError
 
@@ -27,6 +28,9 @@ NEW_STREAM: StreamState = {"next": 0, "open": []}
 
 MAX_WAIT = 16  # examples for every open row that an open row may see pass; costs no room in any mix of sizes we tried
 MAX_SKIPPED = 1000  # records in succession that may be unusable before this is an error
+
+
+_PIXEL_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class PackedRow(NamedTuple):
@@ -47,10 +51,11 @@ class RowBudget:
     global_views: int
     crops: int
     images: ImageConfig
+    pixel_dtype: DType = "float32"  # of the views; the model rounds them to its compute dtype anyway
 
     @classmethod
-    def of(cls, batch: BatchConfig, images: ImageConfig) -> "RowBudget":
-        return cls(batch.tokens, batch.global_views, batch.crops, images)
+    def of(cls, batch: BatchConfig, images: ImageConfig, pixel_dtype: DType = "float32") -> "RowBudget":
+        return cls(batch.tokens, batch.global_views, batch.crops, images, pixel_dtype)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -196,6 +201,7 @@ def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
     twice the domain, plus one where the example has images.
     """
     images, side_g, side_c = budget.images, budget.images.global_size, budget.images.crop_size
+    pixel_dtype = _PIXEL_DTYPES[budget.pixel_dtype]
     row = {
         "tokens_T": np.zeros(budget.tokens, np.int32),
         "segment_ids_T": np.zeros(budget.tokens, np.int32),
@@ -203,8 +209,8 @@ def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
         "loss_weights_T": np.zeros(budget.tokens, np.float32),
         "feature_index_T": np.full(budget.tokens, -1, np.int32),
         "group_T": np.zeros(budget.tokens, np.int32),
-        "global_views_GHWC": np.zeros((budget.global_views, side_g, side_g, 3), np.float32),
-        "crops_CHWC": np.zeros((budget.crops, side_c, side_c, 3), np.float32),
+        "global_views_GHWC": np.zeros((budget.global_views, side_g, side_g, 3), pixel_dtype),
+        "crops_CHWC": np.zeros((budget.crops, side_c, side_c, 3), pixel_dtype),
     }
     token = view = crop = 0
     for segment, sample in enumerate(samples, start=1):

@@ -5,12 +5,15 @@ Legend: B rows, T query tokens, S key tokens or cache slots, N query heads, K ke
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.flash_attention import Implementation, flash_attention
 from pallas_kernels.flash_attention.reference import masked_attention
 from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
 from stepjax.sharding import gather, spec, target_platform
+
+INPUT_NAME = "attention_input"  # of q, k and v, for rematerialisation policies
 
 # "gpu" (cuDNN) has to be asked for until it has been run on a GPU.
 _AUTOMATIC: dict[str, Implementation] = {"tpu": "tpu"}
@@ -28,16 +31,18 @@ def attend(
     *,
     causal: bool = False,
     segment_ids_BT: jax.Array | None = None,
+    scale: float | None = None,
     rows_axis: str = "batch",
     length_axis: str | None = None,
     implementation: AttentionImplementation = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v with grouped queries; [B, T, N, H].
+    """softmax(scale * q k^T) v with grouped queries; [B, T, N, H].
 
     A token sees the tokens of its own segment only (packed rows), and those up to itself if `causal`. Segment 0 is
     padding: it neither sees nor is seen, and gives zero.
 
     Args:
+        scale: 1 / sqrt(H) by default.
         rows_axis, length_axis: logical axes of B and T; None if no mesh spreads T.
         implementation: "auto" is resolved by the platform of the mesh in scope, without one by JAX's default.
 
@@ -45,11 +50,14 @@ def attend(
         ArgumentError: the implementation cannot do these shapes or this dtype.
     """
     chosen = resolve(implementation, target_platform())
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, INPUT_NAME) for x in (q_BTNH, k_BTKH, v_BTKH))
     # Packing counts segments from 1, the kernels take negative ids for padding.
     segment_ids = () if segment_ids_BT is None else (segment_ids_BT - 1,)
     if chosen == "xla" or jax.sharding.get_abstract_mesh().empty:
         q_ids = segment_ids[0] if segment_ids else None
-        return flash_attention(q_BTNH, k_BTKH, v_BTKH, causal=causal, q_segment_ids_BT=q_ids, implementation=chosen)
+        return flash_attention(
+            q_BTNH, k_BTKH, v_BTKH, causal=causal, scale=scale, q_segment_ids_BT=q_ids, implementation=chosen
+        )
 
     def of_device(q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=None):
         if length_axis is not None:
@@ -64,6 +72,7 @@ def attend(
                 q_offset=first,
                 q_segment_ids_BT=q_ids_BT,
                 kv_segment_ids_BS=kv_ids_BS,
+                scale=scale,
                 implementation=chosen,
             )
 

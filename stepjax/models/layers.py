@@ -69,12 +69,17 @@ def rotary_1d(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax
 
 def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
     """Rotate the pairs (x[i], x[i + H/2]): the NeoX convention of the decoder."""
-    low_BTNH, high_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return rotate(*jnp.split(x_BTNH, 2, axis=-1), cos_BTH, sin_BTH)
+
+
+def rotate(low_BTNH: jax.Array, high_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotate the pairs (low[i], high[i]) and join the halves: [B, T, N, 2 H], computed in float32."""
+    low32_BTNH, high32_BTNH = low_BTNH.astype(jnp.float32), high_BTNH.astype(jnp.float32)
     cos_BT1H, sin_BT1H = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    rotated = jnp.concatenate(
-        [low_BTNH * cos_BT1H - high_BTNH * sin_BT1H, high_BTNH * cos_BT1H + low_BTNH * sin_BT1H], axis=-1
-    )
-    return rotated.astype(x_BTNH.dtype)
+    low = low32_BTNH * cos_BT1H - high32_BTNH * sin_BT1H
+    high = high32_BTNH * cos_BT1H + low32_BTNH * sin_BT1H
+    # Cast before they are joined: XLA does not fuse what comes after a concatenation into it.
+    return jnp.concatenate([low.astype(low_BTNH.dtype), high.astype(high_BTNH.dtype)], axis=-1)
 
 
 def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -90,11 +95,12 @@ def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Ar
     return jnp.cos(angles_PH), jnp.sin(angles_PH)
 
 
-def pairs_to_halves(x_H: jax.Array) -> jax.Array:
-    """Move entries 2i and 2i + 1 of the last axis to i and i + H/2.
+def halves_of_pairs(x_QNH: jax.Array) -> jax.Array:
+    """Take entries 2i and 2i + 1 of the last axis apart: [..., Q, N, H] to [..., Q, 2, N, H / 2].
 
-    `rotate_halves` then rotates what were adjacent pairs (the GPT-J convention of the encoder). Where queries and keys
-    are moved alike, their products stay as they are; so the encoder moves the weights, which are small. Rotating
-    adjacent entries themselves would shuffle lanes of a TPU for every patch.
+    `rotate` then rotates what were adjacent pairs (the GPT-J convention of the encoder). Where queries and keys are
+    treated alike, their products stay as they are; so the encoder takes its weights apart, which are small. Rotating
+    adjacent entries themselves would shuffle lanes of a TPU for every patch, and even halves would have to be cut out
+    of the projected patches if they did not come apart.
     """
-    return jnp.concatenate([x_H[..., 0::2], x_H[..., 1::2]], axis=-1)
+    return jnp.stack([x_QNH[..., 0::2], x_QNH[..., 1::2]], axis=-3)

@@ -121,7 +121,7 @@ def abstract_batch(config: PretrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDty
     """The global batch as the loader would hand it over, without its arrays."""
     layout = NamedSharding(mesh, spec("batch"))
     batch = {}
-    for key, row in pack([], RowBudget.of(config.batch, config.images)).items():
+    for key, row in pack([], RowBudget.of(config.batch, config.images, config.numerics.compute_dtype)).items():
         name, _, suffix = key.rpartition("_")
         shape = (config.batch.rows, *row.shape)
         batch[f"{name}_B{suffix}"] = jax.ShapeDtypeStruct(shape, row.dtype, sharding=layout)

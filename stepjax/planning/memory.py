@@ -90,7 +90,7 @@ def predict(config: PretrainConfig, num_devices: int) -> Memory:
     width = _BYTES[numerics.compute_dtype]
     parameters = parameter_count(model) * _BYTES[numerics.param_dtype] / (fsdp * tensor)
     pixels = batch.global_views * images.global_size**2 + batch.crops * images.crop_size**2
-    in_batch = batch.rows / (slices * data * fsdp) * (3 * 4 * pixels + 6 * 4 * batch.tokens)
+    in_batch = batch.rows / (slices * data * fsdp) * (3 * width * pixels + 6 * 4 * batch.tokens)
 
     tokens = rows * batch.tokens / context
     patches = rows * (batch.global_views * images.global_grid**2 + batch.crops * images.crop_grid**2) / context
@@ -107,7 +107,14 @@ def predict(config: PretrainConfig, num_devices: int) -> Memory:
         width,
     )
     of_patch = _kept(
-        numerics.remat, vision.width, 3 * vision.width, vision.width, vision.num_heads, vision.mlp_dim, tensor, width
+        numerics.policy_of_encoder,
+        vision.width,
+        3 * vision.width,
+        vision.width,
+        vision.num_heads,
+        vision.mlp_dim,
+        tensor,
+        width,
     )
     activations = tokens * decoder.num_layers * of_token + patches * vision.num_layers * of_patch
 
@@ -123,7 +130,7 @@ def predict(config: PretrainConfig, num_devices: int) -> Memory:
         of_views = max(batch.global_views * images.global_grid**4, batch.crops * images.crop_grid**4)
         seen = max(batch.tokens**2 * decoder.num_heads, of_views * vision.num_heads)
         scores = 2 * 4 * rows * seen / (context * tensor)
-        if numerics.remat == "none":
+        if "none" in (numerics.remat, numerics.policy_of_encoder):
             activations += scores * decoder.num_layers
     gradients = parameters * (2 if batch.accumulation > 1 else 1)
     parts = (parameters, 2 * parameters, in_batch, activations, gradients, layer + head + logits + scores)
@@ -140,8 +147,10 @@ def _kept(
         return size * width
     if policy == "attention":
         return size * width + attention
+    if policy == "qkv":
+        return size * width + attention + size * qkv / tensor
     if policy == "dots":
-        return size * width + projections
+        return size * width + projections + attention
     # Everything: norms and activation functions keep their inputs besides, some of them in float32.
     return size * 5 * width + attention + projections + size * (2 * qkv + hidden) / tensor
 
@@ -182,9 +191,10 @@ def _alternatives(config: PretrainConfig, num_devices: int) -> list[tuple[str, P
             smaller = dataclasses.replace(batch, rows=rows)
             label = f"--batch.rows {rows} (a smaller global batch; the pixels shrink with it)"
             found.append((label, dataclasses.replace(config, batch=smaller)))
-    if config.numerics.remat != "full":
-        numerics = dataclasses.replace(config.numerics, remat="full")
-        found.append(("--numerics.remat full", dataclasses.replace(config, numerics=numerics)))
+    for field in ("encoder_remat", "remat"):
+        if getattr(config.numerics, field) not in ("full", None):
+            numerics = dataclasses.replace(config.numerics, **{field: "full"})
+            found.append((f"--numerics.{field} full", dataclasses.replace(config, numerics=numerics)))
     if config.numerics.attention == "xla":
         numerics = dataclasses.replace(config.numerics, attention="auto")
         label = "--numerics.attention auto (a kernel that does not hold the scores)"

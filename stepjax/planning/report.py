@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from stepjax.config import NumericsConfig
 from stepjax.planning.memory import advice
 from stepjax.planning.parts import COLLECTIVES, PARTS
 from stepjax.planning.plan import REFERENCE_TOKENS, Plan
@@ -22,6 +23,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "devices": plan.topology.num_devices,
         "mesh": plan.mesh,
         "remat": config.numerics.remat,
+        "encoder_remat": config.numerics.policy_of_encoder,
         "batch": dataclasses.asdict(config.batch),
         "parameters": plan.parameters,
         "fits": plan.fits,
@@ -63,6 +65,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def policies(numerics: NumericsConfig) -> str:
+    """The rematerialisation policies of the two towers, in a word where they are the same."""
+    own = numerics.policy_of_encoder
+    return numerics.remat if own == numerics.remat else f"{numerics.remat}, of the encoder {own}"
+
+
 def to_text(plan: Plan) -> str:
     """One page."""
     config, topology, batch = plan.config, plan.topology, plan.config.batch
@@ -73,7 +81,7 @@ def to_text(plan: Plan) -> str:
         f"{topology.chips} chips, {topology.num_devices} devices",
         f"  mesh {axes}; {batch.rows:,} rows of {batch.tokens:,} tokens, {batch.global_views} global views and "
         f"{batch.crops} crops, in {batch.accumulation} part(s) of {per_device:g} rows a device; "
-        f"remat {config.numerics.remat}",
+        f"remat {policies(config.numerics)}",
         "",
         f"parameters   {plan.parameters:,}",
         f"model FLOPs  {plan.flops:.3g} a step with all slots full",

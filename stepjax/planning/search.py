@@ -5,6 +5,7 @@ likeliest to be fast first; then the compiler is asked, one candidate after the 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -19,13 +20,14 @@ from stepjax.models.flops import training_flops
 from stepjax.planning.memory import predict
 from stepjax.planning.plan import Plan, make_plan
 from stepjax.planning.recipe import write_recipe
-from stepjax.planning.report import to_json
+from stepjax.planning.report import policies, to_json
 from stepjax.planning.topologies import Topology
 from stepjax.sharding import MESH_AXES
 
-_POLICIES: tuple[RematPolicy, ...] = ("none", "attention", "dots", "full")
+# In the order of what they keep.
+_POLICIES: tuple[RematPolicy, ...] = ("full", "attention", "qkv", "dots", "none")
 # Forward work that the backward pass does again, as a share of the forward pass, and what XLA reaches of the peak.
-_RECOMPUTED: dict[RematPolicy, float] = {"none": 0.0, "dots": 0.15, "attention": 0.8, "full": 1.0}
+_RECOMPUTED: dict[RematPolicy, float] = {"none": 0.0, "dots": 0.1, "qkv": 0.6, "attention": 0.8, "full": 1.0}
 _REACHED = 0.6
 
 
@@ -41,7 +43,7 @@ class Candidate:
         axes = [f"{name} {getattr(mesh, name)}" for name in MESH_AXES if getattr(mesh, name) > 1]
         return (
             f"{', '.join(axes) or 'one device'}; {self.rows_per_device:g} rows a device x "
-            f"{self.config.batch.accumulation}; remat {self.config.numerics.remat}"
+            f"{self.config.batch.accumulation}; remat {policies(self.config.numerics)}"
         )
 
 
@@ -87,12 +89,12 @@ def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candida
             rows = config.batch.rows // accumulation
             if rows % groups:
                 continue
-            for policy in _POLICIES:
+            for policy, of_encoder in itertools.product(_POLICIES, repeat=2):
                 other = dataclasses.replace(
                     config,
                     mesh=mesh,
                     batch=dataclasses.replace(config.batch, accumulation=accumulation),
-                    numerics=dataclasses.replace(config.numerics, remat=policy),
+                    numerics=dataclasses.replace(config.numerics, remat=policy, encoder_remat=of_encoder),
                 )
                 memory = predict(other, devices)
                 candidate = Candidate(other, rows / groups, memory.total, _seconds(other, topology))
@@ -249,12 +251,15 @@ def _divisors(number: int) -> list[int]:
 
 def _needs_more(other: Candidate, failed: Candidate) -> bool:
     """Whether a candidate differs from one that did not fit only in needing more."""
-    order = ("full", "attention", "dots", "none")
-    policy, failed_policy = (order.index(c.config.numerics.remat) for c in (other, failed))
+    (policy, of_encoder), (failed_policy, failed_of_encoder) = (
+        (_POLICIES.index(numerics.remat), _POLICIES.index(numerics.policy_of_encoder))
+        for numerics in (other.config.numerics, failed.config.numerics)
+    )
     return (
         other.config.mesh == failed.config.mesh
         and other.rows_per_device >= failed.rows_per_device
         and policy >= failed_policy
+        and of_encoder >= failed_of_encoder
     )
 
 
@@ -262,16 +267,21 @@ def _seconds(config: PretrainConfig, topology: Topology) -> float:
     """A guess for the order of trial: products at a share of the peak, and weights and activations over the wires."""
     facts, devices, batch = topology.facts, topology.num_devices, config.batch
     slices, data, fsdp, context, tensor = config.mesh.shape(devices)
-    flops = training_flops(
-        config.model,
-        tokens=batch.rows * batch.tokens,
-        attention_pairs=batch.rows * batch.tokens**2 / 2,
-        global_views=batch.rows * batch.global_views,
-        crops=batch.rows * batch.crops,
-        global_grid=config.images.global_grid,
-        crop_grid=config.images.crop_grid,
+    text, images = (
+        training_flops(
+            config.model,
+            tokens=tokens,
+            attention_pairs=tokens * batch.tokens / 2,
+            global_views=views * batch.global_views,
+            crops=views * batch.crops,
+            global_grid=config.images.global_grid,
+            crop_grid=config.images.crop_grid,
+        )
+        for tokens, views in ((batch.rows * batch.tokens, 0), (0, batch.rows))
     )
-    compute = flops * (1 + _RECOMPUTED[config.numerics.remat] / 3) / (facts.peak_flops * devices * _REACHED)
+    flops = text * (1 + _RECOMPUTED[config.numerics.remat] / 3)
+    flops += images * (1 + _RECOMPUTED[config.numerics.policy_of_encoder] / 3)
+    compute = flops / (facts.peak_flops * devices * _REACHED)
     wires = facts.link_bandwidth / facts.devices_per_chip * 2 * len(topology.shape)
     weights = 2 * predict(config, devices).parameters * 2**30 / 4 * fsdp  # bfloat16, of a tensor part
     gathered = 3 * weights * batch.accumulation * (fsdp > 1)

@@ -82,8 +82,8 @@ def _memory_lines(config: PretrainConfig, state: Any) -> list[str]:
     devices = jax.device_count()
     batch, images = config.batch, config.images
     pixels = batch.global_views * images.global_size**2 + batch.crops * images.crop_size**2
-    batch_gib = batch.rows * (pixels * 3 * 4 + batch.tokens * 6 * 4) / _GIB
     width = jnp.dtype(config.numerics.compute_dtype).itemsize
+    batch_gib = batch.rows * (pixels * 3 * width + batch.tokens * 6 * 4) / _GIB
     residuals = (
         batch.rows
         // batch.accumulation

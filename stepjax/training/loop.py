@@ -105,6 +105,7 @@ def pretrain(
             config.images,
             processor,
             seed=config.seed,
+            pixel_dtype=config.numerics.compute_dtype,
             rows=own_rows,
             state=data_state,
         )

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -73,6 +74,17 @@ def test_batch_holds_the_shapes_that_its_names_say(expected):
     names = [name for batch in expected for row in batch.names for name in row]
     assert {name.split("/")[1] for name in names} == {"transcribe", "arithmetic"}
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pixels_in_bfloat16_are_those_of_float32_rounded(expected, num_workers):
+    rounded = batches(loader(dataclasses.replace(DATA, num_workers=num_workers), pixel_dtype="bfloat16"), 2)
+    for batch, whole in zip(rounded, expected, strict=False):
+        assert batch.names == whole.names and batch.states == whole.states
+        for name, array in whole.arrays.items():
+            array = array.astype(ml_dtypes.bfloat16) if "HWC" in name else array
+            assert batch.arrays[name].dtype == array.dtype
+            np.testing.assert_array_equal(batch.arrays[name], array)
 
 
 # The same batches ----------------------------------------------------------------------------------------------------

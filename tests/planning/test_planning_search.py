@@ -9,6 +9,7 @@ import pytest
 from run_files import RECIPE
 
 from stepjax.config import DigitsSource
+from stepjax.config import RematPolicy
 from stepjax.config_file import load_recipe
 from stepjax.errors import ConfigError
 from stepjax.planning import search as search_module
@@ -48,6 +49,10 @@ def made_up(seconds, gib, fits=True):
     return plan
 
 
+def keeps(policy: RematPolicy) -> int:
+    return ("full", "attention", "qkv", "dots", "none").index(policy)
+
+
 def test_candidates_can_run(wide):
     found, _ = candidates(wide, CHIP)
     assert found
@@ -59,15 +64,15 @@ def test_candidates_can_run(wide):
         assert config.batch.rows // config.batch.accumulation % (slices * data * fsdp) == 0
         assert config.model.decoder.num_kv_heads % tensor == 0
         assert candidate.rows_per_device * config.batch.accumulation * slices * data * fsdp == wide.batch.rows
-    assert {c.config.numerics.remat for c in found} == {"none", "attention", "dots", "full"}
+    assert {c.config.numerics.remat for c in found} == {"none", "attention", "qkv", "dots", "full"}
     assert len({c.config.mesh for c in found}) > 4
     assert len({(c.config.mesh, c.config.batch, c.config.numerics) for c in found}) == len(found)
 
 
 def test_what_cannot_fit_is_dropped_with_a_reason(wide):
-    heavy = dataclasses.replace(wide, batch=dataclasses.replace(wide.batch, tokens=2**20, global_views=2000))
+    heavy = dataclasses.replace(wide, batch=dataclasses.replace(wide.batch, tokens=2**20, global_views=6000))
     found, dropped = candidates(heavy, CHIP)
-    assert dropped and all("GiB of 15.8" in reason for _, reason in dropped)
+    assert dropped and all("GiB of 15.8" in reason for _, reason in dropped), dropped[:3]
     assert len(found) < len(candidates(wide, CHIP)[0])
 
 
@@ -84,10 +89,10 @@ def test_several_slices_are_in_every_mesh(wide):
 
 def test_the_search_keeps_its_budget_and_finds_the_fastest(wide):
     said = []
-    plan = made_up(lambda c: {"none": 1, "dots": 2, "attention": 3, "full": 4}[c.numerics.remat], lambda c: 1.0)
+    plan = made_up(lambda c: 9.0 - keeps(c.numerics.remat) - keeps(c.numerics.policy_of_encoder), lambda c: 1.0)
     found = search(wide, CHIP, budget_seconds=3600, say=said.append, plan=plan)
     assert found.untried == 0 and found.best is not None
-    assert found.best.config.numerics.remat == "none"
+    assert found.best.config.numerics.remat == found.best.config.numerics.encoder_remat == "none"
     assert len(said) == 1 + len(found.plans), "every candidate is told of as it is done"
     short = search(wide, CHIP, budget_seconds=0, say=said.append, plan=plan)
     assert len(short.plans) == 1, "one is compiled in any case"
@@ -95,13 +100,11 @@ def test_the_search_keeps_its_budget_and_finds_the_fastest(wide):
 
 
 def test_the_frontier_has_no_plan_that_another_beats(wide):
-    order = ("full", "attention", "dots", "none")
-
     def seconds(config):
-        return 5.0 - order.index(config.numerics.remat)
+        return 5.0 - keeps(config.numerics.remat)
 
     def gib(config):
-        return {"full": 1.0, "attention": 4.0, "dots": 3.0, "none": 8.0}[config.numerics.remat]
+        return {"full": 1.0, "attention": 4.0, "qkv": 4.0, "dots": 3.0, "none": 8.0}[config.numerics.remat]
 
     found = search(wide, CHIP, budget_seconds=3600, say=lambda _: None, plan=made_up(seconds, gib))
     assert [p.config.numerics.remat for p in found.frontier] == ["none", "dots", "full"]
