@@ -246,6 +246,7 @@ class BatchConfig:
 
     rows: int  # rows of the global batch; also the number of packing streams
     tokens: int = 4096  # per row
+    example_tokens: int | None = None  # of the longest example that is taken; None: a row's
     global_views: int = 4  # per row
     crops: int = 16  # per row
     accumulation: int = 1  # micro-batches that the rows are split into
@@ -255,8 +256,19 @@ class BatchConfig:
         for name in ("global_views", "crops"):
             _require(getattr(self, name) >= 0, f"batch.{name}", getattr(self, name), "must not be negative")
         _require(
+            self.example_tokens is None or 0 < self.example_tokens <= self.tokens,
+            "batch.example_tokens",
+            self.example_tokens,
+            f"must be from 1 to batch.tokens={self.tokens}",
+        )
+        _require(
             self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}"
         )
+
+    @property
+    def attention_pairs(self) -> float:
+        """(query, key) pairs of causal attention in a row that full-length examples fill."""
+        return self.tokens * ((self.example_tokens or self.tokens) + 1) / 2
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -169,4 +169,6 @@ def _stack(rows: list[PackedRow]) -> HostBatch:
 def _fingerprint(data: DataConfig, batch: BatchConfig, images: ImageConfig, seed: int) -> str:
     """Of all that decides which examples a stream sees and how it packs them."""
     decisive = (data.sources, data.open_rows, batch.rows, batch.tokens, batch.global_views, batch.crops, images, seed)
+    if batch.example_tokens is not None:
+        decisive += (batch.example_tokens,)
     return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]

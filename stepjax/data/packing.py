@@ -52,10 +52,11 @@ class RowBudget:
     crops: int
     images: ImageConfig
     pixel_dtype: DType = "float32"  # of the views; the model rounds them to its compute dtype anyway
+    example_tokens: int | None = None  # the most that one example may have; None: all
 
     @classmethod
     def of(cls, batch: BatchConfig, images: ImageConfig, pixel_dtype: DType = "float32") -> "RowBudget":
-        return cls(batch.tokens, batch.global_views, batch.crops, images, pixel_dtype)
+        return cls(batch.tokens, batch.global_views, batch.crops, images, pixel_dtype, batch.example_tokens)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -179,6 +180,8 @@ class PackingStream:
 
     def _refuse_oversize(self, sample: Sample) -> Sample | Skipped:
         sizes, budget = _sizes(sample), self._budget.sizes
+        if self._budget.example_tokens is not None:
+            budget = np.array([self._budget.example_tokens, *budget[1:]])
         if np.all(sizes <= budget):
             return sample
         what = ", ".join(
@@ -187,7 +190,8 @@ class PackingStream:
             if size > limit
         )
         name = sample.example.name
-        reason = f"record {name} does not fit a row: {what}; raise batch.tokens, batch.global_views or batch.crops"
+        limit = "batch.tokens" if self._budget.example_tokens is None else "batch.example_tokens"
+        reason = f"record {name} does not fit a row: {what}; raise {limit}, batch.global_views or batch.crops"
         if not self._skip_oversize:
             raise RecordError(f"{reason}, or pass over such records with data.bad_records=skip")
         return Skipped(name, reason)

@@ -65,12 +65,12 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of a step whose slots are all full, each row one segment."""
+        """Model FLOPs of a step whose slots are all full, by examples as long as they may be."""
         batch, images = self.config.batch, self.config.images
         return training_flops(
             self.config.model,
             tokens=batch.rows * batch.tokens,
-            attention_pairs=batch.rows * batch.tokens * (batch.tokens + 1) / 2,
+            attention_pairs=batch.rows * batch.attention_pairs,
             global_views=batch.rows * batch.global_views,
             crops=batch.rows * batch.crops,
             global_grid=images.global_grid,

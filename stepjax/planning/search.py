@@ -271,7 +271,7 @@ def _seconds(config: PretrainConfig, topology: Topology) -> float:
         training_flops(
             config.model,
             tokens=tokens,
-            attention_pairs=tokens * batch.tokens / 2,
+            attention_pairs=tokens * (batch.example_tokens or batch.tokens) / 2,
             global_views=views * batch.global_views,
             crops=views * batch.crops,
             global_grid=config.images.global_grid,

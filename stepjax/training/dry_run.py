@@ -56,7 +56,7 @@ def _step_lines(config: PretrainConfig) -> list[str]:
     batch, images = config.batch, config.images
     slots = batch.rows * batch.tokens
     # Attention of full rows, one segment each: the most that packing can leave.
-    pairs = batch.rows * batch.tokens * (batch.tokens + 1) / 2
+    pairs = batch.rows * batch.attention_pairs
     flops = training_flops(
         config.model,
         tokens=slots,

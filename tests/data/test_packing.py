@@ -1,5 +1,6 @@
 """Rows never overflow, lose, repeat or mix up examples, and a stream goes on from any state it has left behind."""
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -259,6 +260,15 @@ def test_example_larger_than_a_row_names_itself_its_sizes_and_the_limits(large, 
     packed = next(new_stream(samples, row, skip_oversize=True))
     assert packed.skipped[0].name == "1" and complaint in packed.skipped[0].reason
     assert "1" not in packed.names
+
+
+def test_examples_may_be_limited_to_less_than_a_row():
+    samples = cycle([(5, 0, 0), (12, 0, 0), (10, 0, 0)])
+    row = dataclasses.replace(budget(25, 1, 2), example_tokens=10)
+    with pytest.raises(RecordError, match="record 1 does not fit a row: 12 tokens of 10; raise batch.example_tokens"):
+        next(new_stream(samples, row))
+    names = [name for _ in range(3) for name in next(new_stream(samples, row, skip_oversize=True)).names]
+    assert "0" in names and "2" in names and "1" not in names
 
 
 def test_example_that_fills_a_row_fits():
