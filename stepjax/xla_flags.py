@@ -60,9 +60,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         *_MULTI_SLICE,
         _vmem(98304, "of 128 MiB: larger tiles for fused matrix products"),
     ),
-    "v5p": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE),
+    "v5p": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE, _vmem(49152, "of 64 MiB: fused matrix products a tenth faster")),
     "v6e": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE, _vmem(98304, "of 128 MiB: larger tiles for fused matrix products")),
-    "tpu7x": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE),
+    "tpu7x": (_DOTS, *_SPARSE_CORES, *_MULTI_SLICE, _vmem(49152, "of 64 MiB: as v5p")),
     "h100": (
         Flag("xla_gpu_enable_latency_hiding_scheduler", "true", "gathers of the next layer overlap this one"),
         Flag("xla_gpu_enable_pipelined_all_gather", "true", "the gather of a scan's next step starts in this one"),

@@ -95,12 +95,13 @@ def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Ar
     return jnp.cos(angles_PH), jnp.sin(angles_PH)
 
 
-def halves_of_pairs(x_QNH: jax.Array) -> jax.Array:
-    """Take entries 2i and 2i + 1 of the last axis apart: [..., Q, N, H] to [..., Q, 2, N, H / 2].
+def halves_of_pairs(x: jax.Array, axis: int) -> jax.Array:
+    """Take entries 2i and 2i + 1 of the last axis apart: `axis` becomes twice as long, the last one half as long.
 
     `rotate` then rotates what were adjacent pairs (the GPT-J convention of the encoder). Where queries and keys are
     treated alike, their products stay as they are; so the encoder takes its weights apart, which are small. Rotating
     adjacent entries themselves would shuffle lanes of a TPU for every patch, and even halves would have to be cut out
     of the projected patches if they did not come apart.
     """
-    return jnp.stack([x_QNH[..., 0::2], x_QNH[..., 1::2]], axis=-3)
+    halves = jnp.stack([x[..., 0::2], x[..., 1::2]], axis=axis + 1)
+    return halves.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 : -1], x.shape[-1] // 2)

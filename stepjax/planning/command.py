@@ -9,7 +9,9 @@ from pathlib import Path
 
 from stepjax.errors import ConfigError
 
-_DESCRIPTION = """Compile the train step of a recipe for a TPU topology, on any machine; say what it needs and takes.
+KINDS = ("train", "score", "prefill", "decode")  # work.py's, which imports JAX
+
+_DESCRIPTION = """Compile a step of a recipe for a TPU topology, on any machine; say what it needs and takes.
 
 Overrides of the recipe (--section.field VALUE) are those of `stepjax pretrain`."""
 
@@ -51,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
             write=write,
             as_json=options.json,
         )
-    plan = make_plan(config, topology, keep_text=None if options.hlo is None else Path(options.hlo))
+    plan = make_plan(config, topology, kind=options.step, keep_text=None if options.hlo is None else Path(options.hlo))
     print(json.dumps(to_json(plan), indent=1) if options.json else to_text(plan))
     return 0 if plan.fits else 1
 
@@ -59,6 +61,8 @@ def run(arguments: Sequence[str]) -> int:
 def _check(options: argparse.Namespace) -> None:
     if options.budget_minutes <= 0:
         raise ConfigError(f"--budget-minutes {options.budget_minutes}: must be positive")
+    if options.search and options.step != "train":
+        raise ConfigError(f"--step {options.step}: --search is for training; leave one of them out")
     if options.write is not None and not options.search:
         raise ConfigError(f"--write {options.write}: it writes what --search finds; give that too")
     for name in ("hlo", "write"):
@@ -76,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a file such as configs/step3_vl_10b/pretrain.py")
     parser.add_argument("--topology", required=True, help="v5p-128, v5e-256, v6e-256, tpu7x-128, v5p:4x4x8, ...")
+    parser.add_argument(
+        "--step", choices=KINDS, default="train", help="what is planned: train (default), score, prefill or decode"
+    )
     parser.add_argument("--slices", type=int, default=1, help="slices joined by the data-centre network (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--hlo", metavar="FILE", help="leave the compiled program's text here")

@@ -1,12 +1,12 @@
-"""The real train step, compiled for devices that are not here.
+"""The real step, compiled for devices that are not here.
 
 What is compiled is what `stepjax pretrain` would run: the same function, the same state and batch, the same shardings,
-the state donated. Only shapes exist; the host needs memory for the compiler, not for the model.
+the state donated; or other work of the same model (work.py). Only shapes exist; the host needs memory for the compiler,
+not for the model.
 """
 
 import contextlib
 import dataclasses
-import math
 import os
 import re
 import resource
@@ -16,19 +16,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from pallas_kernels.checks import ArgumentError
 from stepjax.config import PretrainConfig
-from stepjax.data.packing import RowBudget, pack
 from stepjax.errors import ConfigError
-from stepjax.models.step_vl import abstract_model
 from stepjax.planning.printing import program_text
 from stepjax.planning.topologies import Topology
-from stepjax.sharding import make_mesh, num_parts, shardings, spec
-from stepjax.training.optimizer import learning_rate, make_optimizer
-from stepjax.training.step import abstract_state, make_train_step
+from stepjax.planning.work import Kind, num_bytes, work
+from stepjax.sharding import make_mesh, num_parts
 
 GIB = 2**30
 _UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}  # GiB
@@ -45,7 +41,7 @@ class Shortage:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A compiled train step, or why there is none. Bytes are of one device."""
+    """A compiled step, or why there is none. Bytes are of one device."""
 
     mesh: Mesh
     parameter_bytes: int = 0
@@ -73,9 +69,13 @@ class CompiledStep:
 
 
 def compile_step(
-    config: PretrainConfig, topology: Topology, *, compiler_options: Mapping[str, str] | None = None
+    config: PretrainConfig,
+    topology: Topology,
+    *,
+    kind: Kind = "train",
+    compiler_options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
-    """Compile one train step of `config` for `topology`.
+    """Compile one step of `config` for `topology`: of training, or another kind of work.
 
     Raises:
         ConfigError: the mesh, the batch or the parameters do not divide as the configuration asks, or libtpu refuses
@@ -83,16 +83,12 @@ def compile_step(
     """
     mesh = make_mesh(config.mesh, topology.devices())
     check_rows(config, mesh)
-    schedule = learning_rate(config.schedule, config.tokens_per_step)
-    optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
-    state = abstract_state(config, optimizer)
-    state = jax.tree.map(_with_sharding, state, shardings(state, mesh))
-    batch = abstract_batch(config, mesh)
-    step = CompiledStep(mesh, _bytes(state.model), _bytes(state.opt_state), _bytes(batch))
     began = time.monotonic()
     with jax.set_mesh(mesh), _without_flags():
+        what = work(kind, config, mesh)
+        step = CompiledStep(mesh, num_bytes(what.parameters), num_bytes(what.optimizer), num_bytes(what.batch))
         try:
-            lowered = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0).lower(state, batch)
+            lowered = jax.jit(what.function, donate_argnums=what.donated).lower(*what.arguments)
         except ArgumentError as error:
             raise ConfigError(f"the step cannot be built for {topology.name}: {error}") from error
         try:
@@ -111,21 +107,10 @@ def compile_step(
             alias_bytes=memory.alias_size_in_bytes,
             temporary_bytes=memory.temp_size_in_bytes,
             peak_bytes=getattr(memory, "peak_memory_in_bytes", 0),
-            text=program_text(compiled, "jit_train_step"),
+            text=program_text(compiled, f"jit_{what.function.__name__}"),
             seconds=seconds,
             host_gib=_host_gib(),
         )
-
-
-def abstract_batch(config: PretrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch as the loader would hand it over, without its arrays."""
-    layout = NamedSharding(mesh, spec("batch"))
-    batch = {}
-    for key, row in pack([], RowBudget.of(config.batch, config.images, config.numerics.compute_dtype)).items():
-        name, _, suffix = key.rpartition("_")
-        shape = (config.batch.rows, *row.shape)
-        batch[f"{name}_B{suffix}"] = jax.ShapeDtypeStruct(shape, row.dtype, sharding=layout)
-    return batch
 
 
 def check_rows(config: PretrainConfig, mesh: Mesh) -> None:
@@ -152,18 +137,6 @@ def read_shortage(message: str) -> Shortage:
             needed, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
             return Shortage(needed, limit, message)
     return Shortage(None, None, message)
-
-
-def _with_sharding(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _bytes(tree: Any) -> int:
-    """Of one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 @contextlib.contextmanager

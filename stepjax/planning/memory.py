@@ -46,6 +46,11 @@ def of_program(step: CompiledStep, program: Program) -> Memory:
     )
 
 
+def of_arguments(step: CompiledStep) -> Memory:
+    """What is certain of a step that does not fit: what it is called with."""
+    return Memory(step.parameter_bytes / GIB, step.optimizer_bytes / GIB, step.batch_bytes / GIB, 0.0, 0.0, 0.0)
+
+
 def _stacks(program: Program) -> tuple[int, int]:
     """Bytes that loops fill, an entry a layer: activations in forward loops, gradients in backward loops."""
     kept = gradients = 0

@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 from stepjax.config import PretrainConfig
-from stepjax.models.flops import training_flops
 from stepjax.planning import hlo
 from stepjax.planning.compile import CompiledStep, compile_step
 from stepjax.planning.estimate import estimate
 from stepjax.planning.links import Network
-from stepjax.planning.memory import Memory, of_program, parameter_count, predict
+from stepjax.planning.memory import Memory, of_arguments, of_program, parameter_count, predict
 from stepjax.planning.topologies import Topology
 from stepjax.planning.trace import Cost, Estimate
+from stepjax.planning.work import Kind, model_flops, rows_at_once, tokens
 from stepjax.sharding import MESH_AXES
 from stepjax.xla_flags import compiler_options
 
@@ -37,6 +37,7 @@ class Plan:
     step: CompiledStep
     memory: Memory  # arithmetic where it does not fit
     estimate: Estimate | None  # None where it does not fit
+    kind: Kind = "train"
 
     @property
     def fits(self) -> bool:
@@ -66,16 +67,11 @@ class Plan:
     @property
     def flops(self) -> float:
         """Model FLOPs of a step whose slots are all full, by examples as long as they may be."""
-        batch, images = self.config.batch, self.config.images
-        return training_flops(
-            self.config.model,
-            tokens=batch.rows * batch.tokens,
-            attention_pairs=batch.rows * batch.attention_pairs,
-            global_views=batch.rows * batch.global_views,
-            crops=batch.rows * batch.crops,
-            global_grid=images.global_grid,
-            crop_grid=images.crop_grid,
-        )
+        return model_flops(self.kind, self.config)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return tokens(self.kind, self.config)
 
     @property
     def mfu(self) -> float | None:
@@ -86,12 +82,13 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return None if self.estimate is None else self.config.tokens_per_step / self.estimate.seconds
+        return None if self.estimate is None else self.tokens_per_step / self.estimate.seconds
 
     @property
     def images_per_second(self) -> float | None:
-        batch = self.config.batch
-        return None if self.estimate is None else batch.rows * batch.global_views / self.estimate.seconds
+        if self.estimate is None or self.kind == "decode":
+            return None
+        return rows_at_once(self.kind, self.config) * self.config.batch.global_views / self.estimate.seconds
 
     def largest_costs(self, count: int = 10) -> list[Item]:
         return [] if self.estimate is None else _largest(self.estimate, count)
@@ -101,12 +98,14 @@ def make_plan(
     config: PretrainConfig,
     topology: Topology,
     *,
+    kind: Kind = "train",
     options: dict[str, str] | None = None,
     keep_text: Path | None = None,
 ) -> Plan:
     """Compile a step and estimate it; one compilation.
 
     Args:
+        kind: of work; see work.py.
         options: compiler options; by default the chip's (stepjax.xla_flags).
         keep_text: leave the compiled program's text here.
 
@@ -114,14 +113,15 @@ def make_plan(
         ConfigError: the configuration cannot run on this topology, whatever its memory.
     """
     options = compiler_options(topology.facts.chip) if options is None else options
-    step = compile_step(config, topology, compiler_options=options)
+    step = compile_step(config, topology, kind=kind, compiler_options=options)
     if not step.fits:
-        return Plan(config, topology, step, predict(config, topology.num_devices), None)
+        memory = predict(config, topology.num_devices) if kind == "train" else of_arguments(step)
+        return Plan(config, topology, step, memory, None, kind)
     if keep_text is not None:
         keep_text.write_text(step.text)
     program = hlo.read(step.text)
     network = Network(topology, list(step.mesh.devices.flat))
-    return Plan(config, topology, step, of_program(step, program), estimate(program, network))
+    return Plan(config, topology, step, of_program(step, program), estimate(program, network), kind)
 
 
 def _largest(estimated: Estimate, count: int) -> list[Item]:

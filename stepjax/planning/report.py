@@ -7,6 +7,7 @@ from stepjax.config import NumericsConfig
 from stepjax.planning.memory import advice
 from stepjax.planning.parts import COLLECTIVES, PARTS
 from stepjax.planning.plan import REFERENCE_TOKENS, Plan
+from stepjax.planning.work import rows_at_once
 from stepjax.training.progress import human_number
 
 _DIRECTIONS = ("forward", "recomputed", "backward")
@@ -17,6 +18,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     facts, config, step = plan.topology.facts, plan.config, plan.step
     fields: dict[str, Any] = {
         "name": config.name,
+        "step": plan.kind,
         "topology": plan.topology.name,
         "slices": plan.topology.slices,
         "chips": plan.topology.chips,
@@ -35,7 +37,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "peak_flops_per_device": facts.peak_flops,
         "estimated_step_seconds": None,
         "estimated_mfu": None,
-        "tokens_per_step": config.tokens_per_step,
+        "tokens_per_step": plan.tokens_per_step,
         "tokens_per_second": None,
         "tokens_per_second_per_chip": None,
         "images_per_second": None,
@@ -46,17 +48,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
     if plan.estimate is None:
         assert step.shortage is not None
         needed = step.shortage.needed_gib
-        fields["advice"] = advice(config, plan.topology.num_devices, plan.limit_gib, needed)
+        if plan.kind == "train":
+            fields["advice"] = advice(config, plan.topology.num_devices, plan.limit_gib, needed)
         fields["message"] = step.shortage.message
         return fields
-    rate = config.tokens_per_step / plan.estimate.seconds
+    rate = plan.tokens_per_step / plan.estimate.seconds
     return fields | {
         "estimated_step_seconds": plan.estimate.seconds,
         "estimated_mfu": plan.mfu,
         "tokens_per_second": rate,
         "tokens_per_second_per_chip": rate / plan.topology.chips,
         "images_per_second": plan.images_per_second,
-        "days_for_1_2t_tokens": REFERENCE_TOKENS / rate / 86_400,
+        "days_for_1_2t_tokens": REFERENCE_TOKENS / rate / 86_400 if plan.kind == "train" else None,
         "seconds_by_part": _by_part(plan),
         "seconds_by_source_of_estimate": {k[0]: s for k, s in plan.estimate.seconds_by("kind").items()},
         "collectives": _collectives(plan),
@@ -79,9 +82,7 @@ def to_text(plan: Plan) -> str:
     lines = [
         f"{config.name} on {topology.name}{f', {topology.slices} slices' if topology.slices > 1 else ''}: "
         f"{topology.chips} chips, {topology.num_devices} devices",
-        f"  mesh {axes}; {batch.rows:,} rows of {batch.tokens:,} tokens, {batch.global_views} global views and "
-        f"{batch.crops} crops, in {batch.accumulation} part(s) of {per_device:g} rows a device; "
-        f"remat {policies(config.numerics)}",
+        f"  {plan.kind}; mesh {axes}; {_shape(plan, per_device)}",
         "",
         f"parameters   {plan.parameters:,}",
         f"model FLOPs  {plan.flops:.3g} a step with all slots full",
@@ -94,11 +95,23 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _shape(plan: Plan, per_device: float) -> str:
+    batch, rows = plan.config.batch, rows_at_once(plan.kind, plan.config)
+    if plan.kind == "decode":
+        return f"{rows:,} sequences with caches of {batch.tokens:,} tokens, {per_device:g} a group of devices"
+    shape = f"{rows:,} rows of {batch.tokens:,} tokens, {batch.global_views} global views and {batch.crops} crops"
+    if plan.kind != "train":
+        return f"{shape}, {per_device:g} a group of devices"
+    parts = f"in {batch.accumulation} part(s) of {per_device:g} rows a device"
+    return f"{shape}, {parts}; remat {policies(plan.config.numerics)}"
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     mark = "" if plan.fits else f"  DOES NOT FIT: {plan.hbm_gib - plan.limit_gib:.1f} GiB too much"
     lines = [f"HBM          {plan.hbm_gib:.2f} GiB of {plan.limit_gib:.2f} on each device{mark}"]
     if not plan.fits:
-        lines.append("  by arithmetic, since the compiler tells only the sum:")
+        known = "by arithmetic" if plan.kind == "train" else "the arguments"
+        lines.append(f"  {known}, since the compiler tells only the sum:")
     lines += [f"  {name:<12} {value:8.2f}" for name, value in dataclasses.asdict(plan.memory).items()]
     return lines
 
@@ -106,6 +119,8 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _shortage_lines(plan: Plan) -> list[str]:
     shortage = plan.step.shortage
     assert shortage is not None
+    if plan.kind != "train":
+        return ["what would help: more devices, a larger mesh.tensor, fewer rows at a time or shorter ones", ""]
     lines = ["what would help, by arithmetic (plan again to be sure):"]
     found = advice(plan.config, plan.topology.num_devices, plan.limit_gib, shortage.needed_gib)
     if found:
@@ -116,14 +131,23 @@ def _shortage_lines(plan: Plan) -> list[str]:
 def _time_lines(plan: Plan) -> list[str]:
     estimate = plan.estimate
     assert estimate is not None and plan.mfu is not None
-    assert plan.tokens_per_second is not None and plan.images_per_second is not None
+    assert plan.tokens_per_second is not None
     tokens, images, day = plan.tokens_per_second, plan.images_per_second, 86_400
     unit, scale = ("seconds", 1.0) if estimate.seconds >= 1 else ("milliseconds", 1e3)
     lines = [
         f"step         {_time(estimate.seconds)} by the compiler's estimate, MFU {plan.mfu:.1%}",
         f"             {human_number(tokens)} tokens/s ({human_number(tokens / plan.topology.chips)} a chip), "
-        f"{human_number(tokens * day)} a day; {human_number(images)} images/s, {human_number(images * day)} a day",
-        f"             {REFERENCE_TOKENS / tokens / day:,.1f} days for 1.2T tokens",
+        f"{human_number(tokens * day)} a day",
+        *(
+            []
+            if images is None
+            else [f"             {human_number(images)} images/s, {human_number(images * day)} a day"]
+        ),
+        *(
+            [f"             {REFERENCE_TOKENS / tokens / day:,.1f} days for 1.2T tokens"]
+            if plan.kind == "train"
+            else []
+        ),
         "",
         f"  {unit:<43} {'forward':>9} {'recomp.':>9} {'backward':>9} {'all':>9}",
     ]

@@ -113,10 +113,10 @@ def test_quick_gelu_is_the_sigmoid_one():
 def test_rotary_rotates_adjacent_pairs_column_half_first(grid):
     x_PNH = np.random.default_rng(0).standard_normal((grid * grid, 2, 12)).astype(np.float32)
     cos_PH, sin_PH = rotary_2d(grid, 12, 100.0)
-    halves = jnp.moveaxis(halves_of_pairs(jnp.asarray(x_PNH)), -3, 0)
-    rotated = rotate(*halves[:, None], cos_PH[None], sin_PH[None])[0]
-    wanted = halves_of_pairs(jnp.asarray(rotate_reference(x_PNH, grid, 100.0)))
-    np.testing.assert_allclose(rotated, jnp.concatenate([wanted[:, 0], wanted[:, 1]], axis=-1), atol=2e-6)
+    low, high = halves_of_pairs(jnp.asarray(x_PNH)[None], axis=0)
+    rotated = rotate(low[None], high[None], cos_PH[None], sin_PH[None])[0]
+    wanted = halves_of_pairs(jnp.asarray(rotate_reference(x_PNH, grid, 100.0))[None], axis=0)
+    np.testing.assert_allclose(rotated, jnp.concatenate([*wanted], axis=-1), atol=2e-6)
 
 
 def test_rotary_of_a_crop_is_the_corner_of_the_global_table():

@@ -10,15 +10,16 @@ import pytest
 
 from stepjax.data.packing import RowBudget, pack
 from stepjax.errors import ConfigError
-from stepjax.planning.compile import abstract_batch, compile_step, read_shortage
+from stepjax.planning.compile import compile_step, read_shortage
 from stepjax.planning.topologies import DEVICES, find
+from stepjax.planning.work import abstract_batch
 from stepjax.sharding import make_mesh
 
 
 def test_the_batch_is_the_loaders(tiny):
     mesh = make_mesh(tiny.mesh, jax.devices()[:4])
-    batch = abstract_batch(tiny, mesh)
-    row = pack([], RowBudget.of(tiny.batch, tiny.images))
+    batch = abstract_batch(tiny, mesh, 4)
+    row = pack([], RowBudget.of(tiny.batch, tiny.images, tiny.numerics.compute_dtype))
     assert {name: (x.shape[1:], np.dtype(x.dtype)) for name, x in batch.items()} == {
         f"{name[: name.rindex('_')]}_B{name[name.rindex('_') + 1 :]}": (x.shape, x.dtype) for name, x in row.items()
     }
