@@ -1,6 +1,7 @@
 """How long one operation keeps the core: the compiler's cycles, or what stands in for them where it gives none."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 from stepjax.planning.hlo import Array, Operation, Program, arrays
@@ -19,13 +20,21 @@ _FREE_CALLS |= {
     "ZeroCrop",
     "SliceId",
 }
+# Useful FLOPs a bundle of an attention kernel: (chip, pass, head size, keys, kernel).
+AttentionRate = Callable[[str, Pass, int, int, Kernel], float]
 _SHARE_OF_PEAK = 0.5  # reached by kernels whose schedule we have not read
 
 
 class CoreTime:
-    def __init__(self, program: Program, facts: DeviceFacts, unknown: Counter[str]):
+    def __init__(
+        self,
+        program: Program,
+        facts: DeviceFacts,
+        unknown: Counter[str],
+        attention_rate: AttentionRate = flop_per_bundle,
+    ):
         """`unknown` gathers what could not be read."""
-        self.program, self.facts, self.unknown = program, facts, unknown
+        self.program, self.facts, self.unknown, self.attention_rate = program, facts, unknown, attention_rate
 
     def occupied(self, computation: str, operation: Operation) -> tuple[Kind, float]:
         if (cycles := operation.cycles) is not None:
@@ -51,7 +60,7 @@ class CoreTime:
         stated = operation.cost_estimate
         if attention := attention_call(operation, read):
             direction, head_dim, length, flops, kernel = attention
-            rate = flop_per_bundle(self.facts.chip, direction, head_dim, length, kernel)
+            rate = self.attention_rate(self.facts.chip, direction, head_dim, length, kernel)
             return "attention kernel", flops / (rate * self.facts.clock_hz * self.facts.cores)
         if not stated:
             self.unknown[f"kernel without a cost estimate: {operation.name}"] += 1
@@ -63,18 +72,24 @@ class CoreTime:
 def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float, Kernel] | None:
     """Direction, head size, keys, useful FLOPs and maker of an attention kernel's call; None of any other kernel.
 
-    Queries come first among the operands of rank 4, [B, N, T, H], keys after them, [B, K, S, H]. The kernel states the
-    FLOPs of the pairs it computes, with its padding of the queries; that padding is taken off.
+    Queries come first among the operands of rank 4, [B, N, T, H] or [B, N, H, T], keys after them. Our kernel states
+    the FLOPs of the pairs it computes, with its padding of the queries; that padding is taken off. Splash attention
+    states none (JAX's) or those of other pairs than it computes (tokamax's). It is taken to be causal, as in decoders.
     """
     names = f"{operation.name} {operation.op_name}"
     kernel: Kernel | None = "ours" if "flash_attention" in names else None
     if "splash" in names:
-        kernel = "tokamax" if "tokamax" in names else "jax_splash"
+        # Only tokamax's states a cost; its name is in the path of the source at best.
+        kernel = "tokamax" if "tokamax" in names or operation.cost_estimate.get("flops") else "jax_splash"
     operands = [array for array in read if len(array.dims) == 4 and array.dtype in ("bf16", "f32", "f16")]
-    if kernel is None or len(operands) < 2 or not operation.cost_estimate.get("flops"):
+    if kernel is None or len(operands) < 2 or (kernel == "ours" and not operation.cost_estimate.get("flops")):
         return None
     backward = any(word in operation.name for word in ("backward", "bwd", "dq", "dkv"))
-    queries, keys = operands[0].dims, operands[1].dims
-    padding = min(1.0, keys[2] / queries[2]) if queries[2] < 2 * keys[2] else 1.0
-    flops = operation.cost_estimate["flops"] * padding
-    return "backward" if backward else "forward", queries[3], keys[2], flops, kernel
+    (rows, heads, *query), (_, _, *key) = operands[0].dims, operands[1].dims
+    (head_dim, queries), keys = sorted(query), max(key)
+    if kernel == "ours":
+        padding = min(1.0, keys / queries) if queries < 2 * keys else 1.0
+        flops = operation.cost_estimate["flops"] * padding
+    else:
+        flops = (10 if backward else 4) * rows * heads * head_dim * queries * keys / 2
+    return "backward" if backward else "forward", head_dim, keys, flops, kernel

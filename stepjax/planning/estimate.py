@@ -5,7 +5,7 @@ body is played once and counted as often as it runs. What runs beside the core s
 
     collectives     from start to done on the wires (links.py), one behind the other. The core waits at the done for
                     what is not over by then, and for the whole of a collective that has no start of its own
-    copies          between HBM and vector memory, at the bandwidth of HBM
+    copies          between HBM and vector memory, at the bandwidth of HBM; to and from the host's memory at the same
     SparseCore      gathers and scatters that the compiler moved there, by their bytes
 
 The compiler gives no cycles to Mosaic kernels, and to few other operations. Attention kernels take their useful FLOPs
@@ -18,8 +18,9 @@ import dataclasses
 import re
 from collections import Counter
 
-from stepjax.planning.core_time import CoreTime, Kind
+from stepjax.planning.core_time import AttentionRate, CoreTime, Kind
 from stepjax.planning.hlo import Operation, Program, arrays
+from stepjax.planning.kernel_rates import flop_per_bundle
 from stepjax.planning.links import COLLECTIVES, Network
 from stepjax.planning.parts import COLLECTIVES as COLLECTIVES_PART
 from stepjax.planning.parts import COPIES, OTHER, direction_of, part_of
@@ -31,9 +32,9 @@ _FREE |= {"opt-barrier", "add-dependency", "domain", "get-dimension-size"}
 _LIKE_COLLECTIVES = re.compile(r"^(all-|reduce-scatter|collective|ragged-all|send|recv)")
 
 
-def estimate(program: Program, network: Network) -> Estimate:
-    """Play the program of one device."""
-    walk = _Walk(program, network)
+def estimate(program: Program, network: Network, *, attention_rate: AttentionRate = flop_per_bundle) -> Estimate:
+    """Play the program of one device. `attention_rate`: of attention kernels, where it is known better."""
+    walk = _Walk(program, network, attention_rate)
     trace = walk.play(program.entry, "")
     return Estimate(trace.seconds, tuple(trace.costs), tuple(trace.traffic), walk.unknown)
 
@@ -49,8 +50,8 @@ class _Pending:
 
 
 class _Walk:
-    def __init__(self, program: Program, network: Network):
-        self.program, self.network = program, network
+    def __init__(self, program: Program, network: Network, attention_rate: AttentionRate):
+        self.program, self.network, self.attention_rate = program, network, attention_rate
         self.facts: DeviceFacts = network.topology.facts
         self.unknown: Counter[str] = Counter()
 
@@ -60,7 +61,7 @@ class _Walk:
         pending: dict[str, _Pending] = {}
         meetings: dict[str | None, _Pending] = {}  # of slices, by rendezvous
         operations = self.program.computations[computation]
-        core = CoreTime(self.program, self.facts, self.unknown)
+        core = CoreTime(self.program, self.facts, self.unknown, self.attention_rate)
         results = {op.operands[0]: op for op in operations if op.opcode.endswith(("-done", "-update")) and op.operands}
         for operation in operations:
             opcode, scope = operation.opcode, self._scope(operation, around)
@@ -134,7 +135,12 @@ class _Walk:
             if inner is not None:
                 return self._transfer(inner, self._bytes(self._home(operation, inner), inner))
         if base in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
-            return _Pending("hbm", moved / self.facts.hbm_bandwidth)
+            read = self.program.operand_arrays(computation, operation)
+            if base == "dynamic-update-slice":  # what it returns is the whole, of which it writes a part
+                moved = min((array.bytes for array in read if array.dims), default=moved)
+            in_host = any("S(5)" in array.layout for array in [*read, *arrays(done.shape if done else "")])
+            # No figure is published for the way to the host's memory; it is taken to be as fast as HBM.
+            return _Pending("host" if in_host else "hbm", moved / self.facts.hbm_bandwidth)
         if _LIKE_COLLECTIVES.match(base):
             self.unknown[f"collective {operation.opcode}"] += 1
         read_bytes = sum(a.bytes for a in self.program.operand_arrays(computation, operands))
@@ -256,7 +262,7 @@ def _wait(trace: Trace, handle: _Pending, operation: Operation, scope: str) -> N
         source, kind, group, wire = handle.collective
         cost = Cost(operation, "collective", COLLECTIVES_PART, direction, scope, exposed, 1)
         trace.traffic.append(Traffic(source, kind, scope, group, wire, handle.seconds, exposed, 1))
-    elif handle.queue == "hbm":
+    elif handle.queue in ("hbm", "host"):
         cost = Cost(operation, "copy", COPIES, direction, scope, exposed, 1)
     else:
         cost = Cost(operation, "sparsecore", part_of(scope), direction, scope, exposed, 1)

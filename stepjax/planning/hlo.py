@@ -184,7 +184,7 @@ def read(text: str) -> Program:
     computations: dict[str, tuple[Operation, ...]] = {}
     entry = name = ""
     inside: list[Operation] | None = None
-    for line in lines:
+    for line in _whole(lines):
         if inside is None:
             if head := _HEADER.match(line):
                 name, inside = head[2], []
@@ -196,6 +196,19 @@ def read(text: str) -> Program:
     if not entry:
         raise ValueError("the HLO module has no entry computation")
     return Program(entry, computations)
+
+
+def _whole(lines: list[str]) -> Iterator[str]:
+    """The lines, with operations that are printed over several (a kernel's metadata may have breaks) in one each."""
+    waiting = ""
+    for line in lines:
+        if waiting and line.startswith(('"', "}}")):
+            waiting += line
+            continue
+        if waiting:
+            yield waiting
+        waiting = line
+    yield waiting
 
 
 def _read_operation(line: str, sources: dict[int, Source]) -> Operation:

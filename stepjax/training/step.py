@@ -101,7 +101,8 @@ def make_train_step(
 
         # Micro-batch i takes rows i, i + A, ...: every device keeps its rows, and has some in every micro-batch.
         def split(x):
-            return x.reshape(-1, config.batch.accumulation, *x.shape[1:]).swapaxes(0, 1)
+            rows = x.shape[0] // config.batch.accumulation
+            return x.reshape(rows, config.batch.accumulation, *x.shape[1:]).swapaxes(0, 1)
 
         def accumulate(total, micro_batch):
             return jax.tree.map(jnp.add, total, gradient(model, micro_batch)), None

@@ -1,24 +1,23 @@
 """The arithmetic of benchmarks/plan_vs_maxtext.py: what its table and its ratio make of results."""
 
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import packed_attention_rates
-import plan_vs_maxtext as benchmark
-from plan_vs_maxtext_settings import SETTINGS, Setting
-
 from stepjax.planning.hlo import Operation
 from stepjax.planning.trace import Cost
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+benchmark = importlib.import_module("plan_vs_maxtext")
 
 RESULT = benchmark.Result(
     side="stepjax",
     topology="v5p-128",
     label="a",
+    is_recipe=False,
     chips=64,
     tokens=64 * 4096,
     model_flops=64 * 459e12,
@@ -43,26 +42,28 @@ def test_each_side_counts_with_its_best():
     slow, fast = (dataclasses.replace(RESULT, side="maxtext", label=str(s), seconds=s) for s in (8.0, 4.0))
     assert benchmark.best([slow, RESULT, fast], "maxtext") is fast
     assert benchmark.ratio([slow, RESULT, fast]) == pytest.approx(2.0)
-    assert benchmark.ratio([RESULT]) is None
+    recipe = dataclasses.replace(slow, is_recipe=True)
+    assert benchmark.ratio([recipe, RESULT, fast], recipes=True) == pytest.approx(4.0)
+    assert benchmark.ratio([RESULT]) is None and benchmark.ratio([RESULT, fast], recipes=True) is None
 
 
 def test_a_program_is_cached_under_all_that_it_depends_on():
-    setting = Setting("a", {"remat_policy": "full"})
+    setting = benchmark.Setting("a", {"remat_policy": "full"})
     name = benchmark.cache_name("maxtext", "v5p-128", setting, {})
     others = [
         benchmark.cache_name("maxtext", "v6e-256", setting, {}),
         benchmark.cache_name("maxtext", "v5p-128", setting, {"flag": "true"}),
-        benchmark.cache_name("maxtext", "v5p-128", Setting("a", {"remat_policy": "minimal"}), {}),
+        benchmark.cache_name("maxtext", "v5p-128", benchmark.Setting("a", {"remat_policy": "minimal"}), {}),
     ]
     assert len({name, *others}) == 4
-    assert benchmark.cache_name("maxtext", "v5p-128", Setting("b", setting.values), {}) == name
+    assert benchmark.cache_name("maxtext", "v5p-128", benchmark.Setting("b", setting.values), {}) == name
 
 
 @pytest.mark.parametrize(
     ("block_q", "block_kv", "expected"), [(1024, 1024, (10, 4)), (1024, 4096, (4, 4)), (512, 1024, (20, 8))]
 )
 def test_tiles_of_causal_attention(block_q, block_kv, expected):
-    assert packed_attention_rates.visited(4096, block_q, block_kv) == expected
+    assert benchmark.packed_attention_rates.visited(4096, block_q, block_kv) == expected
 
 
 def test_parts_are_told_by_the_sizes_of_arrays():
@@ -79,5 +80,5 @@ def test_parts_are_told_by_the_sizes_of_arrays():
 
 
 def test_every_setting_of_a_side_differs_from_its_others():
-    for settings in SETTINGS.values():
+    for settings in benchmark.SETTINGS.values():
         assert len({str(setting.values) for setting in settings}) == len(settings)
