@@ -38,6 +38,7 @@ from pallas_kernels.checks import ArgumentError
 from pallas_kernels.chips import CHIPS
 
 HEADS = 2
+KERNELS = ("ours", "tokamax", "jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +218,9 @@ def chosen_sizes(shape: Shape, chip: str) -> list[int]:
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def run(chips: Iterable[str], tune: bool) -> list[dict[str, Any]]:
-    kernels = ["ours"] + (["tokamax"] if importlib.util.find_spec("tokamax") else []) + ["jax"]
-    if tune:
-        kernels = ["ours"]
+def run(chips: Iterable[str], kernels: list[str], tune: bool) -> list[dict[str, Any]]:
+    if not importlib.util.find_spec("tokamax"):
+        kernels = [kernel for kernel in kernels if kernel != "tokamax"]
     rows = []
     with ThreadPoolExecutor(2) as pool:
         for chip in chips:
@@ -280,21 +280,32 @@ def main() -> None:
     parser.add_argument(
         "--tune", action="store_true", help="our kernels over all block sizes, for block_sizes.py; writes nothing"
     )
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=list(KERNELS),
+        choices=KERNELS,
+        help="of others the results file keeps its figures",
+    )
     arguments = parser.parse_args()
     columns = f"{'ours':>14} {'tokamax':>14} {'jax splash':>14}  ours/tokamax, useful flop/bundle"
     print(f"{'chip':<6} {'shape':<20} {'pass':<9} {columns}")
     for chip in arguments.chips:
-        rows = run([chip], arguments.tune)
+        rows = run([chip], ["ours"] if arguments.tune else arguments.kernels, arguments.tune)
         if not arguments.tune:
             keep(rows)
 
 
 def keep(rows: list[dict[str, Any]]) -> None:
-    """Put the rows of a chip in the place of those that the results file has of it."""
+    """Put what was measured of a chip in the place of what the results file has of it."""
     path = machine.RESULTS / "attention_schedules.json"
-    others = json.loads(path.read_text())["rows"] if path.exists() else []
-    others = [row for row in others if row["chip"] != rows[0]["chip"]]
+    saved = json.loads(path.read_text()) if path.exists() else {"rows": [], "compiler": {}}
+    others = [row for row in saved["rows"] if row["chip"] != rows[0]["chip"]]
+    before = {(str(row["shape"]), row["pass"]): row for row in saved["rows"] if row["chip"] == rows[0]["chip"]}
+    rows = [before.get((str(row["shape"]), row["pass"]), {}) | row for row in rows]
     versions = {package: machine.version(package) for package in ("jax", "libtpu", "tokamax")}
+    if versions["tokamax"] is None:
+        versions["tokamax"] = saved["compiler"].get("tokamax")
     machine.write("attention_schedules", {"compiler": versions, "rows": others + rows})
 
 

@@ -262,7 +262,8 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def run(topology: Topology, side: Side, setting: Setting, python: str, cache: Path) -> Result | None:
-    flags = compiler_options(topology.facts.chip) | setting.flags
+    flags = {**compiler_options(topology.facts.chip), **setting.flags}
+    flags = {name: value for name, value in flags.items() if value is not None}
     text = cache / f"{cache_name(side, topology.name, setting, flags)}.hlo"
     answer = text.with_suffix(".json")
     if not answer.exists():

@@ -5,6 +5,7 @@ to be better for it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from stepjax.planning.kernel_rates import Kernel
@@ -20,7 +21,7 @@ class Setting:
 
     label: str
     values: dict[str, Any]
-    flags: dict[str, str] = dataclasses.field(default_factory=dict)  # beyond those of stepjax.xla_flags
+    flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # on stepjax.xla_flags; None takes away
     attention: Kernel = "ours"
     is_recipe: bool = False  # close to what MaxText publishes for the chip
 
@@ -55,6 +56,7 @@ OFFLOADED = ("decoder_layer_input", "out_proj", "query_proj", "key_proj", "value
 OFFLOAD = {"remat_policy": "custom"} | dict.fromkeys(OFFLOADED, "offload")
 # Of 64 MiB a core. Products of matrices get larger tiles: on v5p either side's step takes a fifth less than without it.
 VMEM = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+OWN_VMEM = {"xla_tpu_scoped_vmem_limit_kib": None}  # MaxText's recipe leaves it to the compiler
 ONE_BLOCK = splash(512, 1024, 4096, 1024)  # all keys in one block backward: no partial gradients of queries to add up
 
 ROWS = {"v5p-128": 4, "v6e-256": 8}  # a chip and step
@@ -62,11 +64,12 @@ SETTINGS: dict[tuple[str, Side], tuple[Setting, ...]] = {
     ("v5p-128", "stepjax"): (Setting("remat dots", {"remat": "dots"}, VMEM),),
     ("v6e-256", "stepjax"): (Setting("remat qkv, 2 x 4 rows", {"remat": "qkv", "accumulation": 2}),),
     ("v5p-128", "maxtext"): (
-        Setting("remat minimal", {"remat_policy": "minimal"} | splash(*(4 * [1024])), {}, "jax_splash", True),
+        Setting("remat minimal", {"remat_policy": "minimal"} | splash(*(4 * [1024])), OWN_VMEM, "jax_splash", True),
         Setting(
             "remat minimal_with_context, tokamax",
             {"remat_policy": "minimal_with_context", "use_tokamax_splash": True} | splash(*(4 * [1024])),
-            attention="tokamax",
+            OWN_VMEM,
+            "tokamax",
         ),
         Setting(
             "remat minimal_with_context, keys in one block",

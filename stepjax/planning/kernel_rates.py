@@ -69,6 +69,20 @@ RATES = (
 )
 
 
+# Ours at D=128 with segment ids, by the tokens of a segment, with a whole row in it: smaller tiles, and masks on the
+# diagonal (benchmarks/packed_attention_rates.py).
+PACKED: dict[tuple[str, Pass], dict[int, int]] = {
+    ("v5e", "forward"): {4096: 93_568},
+    ("v5e", "backward"): {4096: 109_313},
+    ("v5p", "forward"): {4096: 91_761, 32768: 115_566},
+    ("v5p", "backward"): {4096: 106_968, 32768: 124_149},
+    ("v6e", "forward"): {4096: 157_152},
+    ("v6e", "backward"): {4096: 210_595},
+    ("tpu7x", "forward"): {4096: 161_041},
+    ("tpu7x", "backward"): {4096: 196_074},
+}
+
+
 def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int, kernel: Kernel = "ours") -> float:
     """Of the entry with the nearest head size, and of those the nearest length; tiny sequences are slower than that."""
     rows = [rate for rate in RATES if rate.chip == chip and rate.direction == direction]
@@ -77,3 +91,9 @@ def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int, kern
         key=lambda rate: (abs(math.log(rate.head_dim / head_dim)), abs(math.log(rate.length / max(length, 1)))),
     )
     return float(getattr(nearest, kernel))
+
+
+def packed_flop_per_bundle(chip: str, direction: Pass, segment: int) -> float:
+    """Of our kernel over rows of segments of this many tokens: of the nearest length."""
+    rates = PACKED[chip, direction]
+    return float(rates[min(rates, key=lambda length: abs(math.log(length / segment)))])

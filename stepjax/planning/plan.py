@@ -7,7 +7,9 @@ from pathlib import Path
 from stepjax.config import PretrainConfig
 from stepjax.planning import hlo
 from stepjax.planning.compile import CompiledStep, compile_step
+from stepjax.planning.core_time import AttentionRate
 from stepjax.planning.estimate import estimate
+from stepjax.planning.kernel_rates import Kernel, Pass, flop_per_bundle, packed_flop_per_bundle
 from stepjax.planning.links import Network
 from stepjax.planning.memory import Memory, of_arguments, of_program, parameter_count, predict
 from stepjax.planning.topologies import Topology
@@ -121,7 +123,28 @@ def make_plan(
         keep_text.write_text(step.text)
     program = hlo.read(step.text)
     network = Network(topology, list(step.mesh.devices.flat))
-    return Plan(config, topology, step, of_program(step, program), estimate(program, network), kind)
+    return Plan(
+        config,
+        topology,
+        step,
+        of_program(step, program),
+        estimate(program, network, attention_rate=attention_rate(config)),
+        kind,
+    )
+
+
+def attention_rate(config: PretrainConfig) -> AttentionRate:
+    """Of this job's kernels. The decoder's carry segment ids, and skip what lies between segments: rows are taken to be
+    full of the longest examples, of which the kernel states the pairs of the whole row."""
+    batch = config.batch
+    share = batch.attention_pairs / (batch.tokens * (batch.tokens + 1) / 2)
+
+    def rate(chip: str, direction: Pass, head_dim: int, length: int, kernel: Kernel) -> float:
+        if kernel != "ours" or head_dim != config.model.decoder.head_dim or length != batch.tokens:
+            return flop_per_bundle(chip, direction, head_dim, length, kernel)
+        return packed_flop_per_bundle(chip, direction, batch.example_tokens or batch.tokens) / share
+
+    return rate
 
 
 def _largest(estimated: Estimate, count: int) -> list[Item]:

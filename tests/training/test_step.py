@@ -247,6 +247,15 @@ def test_accumulation_does_not_change_the_step():
         np.testing.assert_allclose(metrics[name], history[0][name], rtol=1e-5, err_msg=name)
 
 
+def test_rows_without_slots_for_views_can_be_accumulated():
+    batch = {name: x[:, :0] if "HWC" in name else x for name, x in packed_batch().items()}
+    batch["feature_index_BT"] = jnp.full_like(batch["feature_index_BT"], -1)
+    config = dataclasses.replace(CONFIG, batch=dataclasses.replace(CONFIG.batch, accumulation=2))
+    step = make_train_step(config, SGD, optax.constant_schedule(1.0))
+    state, _ = jax.eval_shape(step, new_state(model(), SGD), batch)
+    assert [x.shape for x in jax.tree.leaves(state.model)] == [x.shape for x in jax.tree.leaves(model())]
+
+
 @functools.cache
 def adam_step(freeze: tuple[str, ...] = ()):
     optimizer_config = OptimizerConfig(weight_decay=0.1, freeze=freeze)
