@@ -64,7 +64,7 @@ class Records:
             if kind == "text":  # documents, cut where they are longer than a row
                 size = min(int(rng.lognormal(6.5, 0.9)) + 16, CONTEXT), 0, 0
             elif kind == "interleaved":  # web pages with one to four pictures
-                size = _with_images(rng, rng.integers(1, 5), rng.lognormal(5.8, 0.5), (500, 1400), (0.6, 1.8))
+                size = _with_images(rng, int(rng.integers(1, 5)), rng.lognormal(5.8, 0.5), (500, 1400), (0.6, 1.8))
             elif kind == "pairs":  # a picture and its caption
                 size = _with_images(rng, 1, rng.lognormal(4.0, 0.6), (400, 1600), (0.6, 1.8))
             elif kind == "ocr":  # a scanned page and its text
@@ -125,7 +125,7 @@ def demand(records: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="How full the rows are that the packer makes.")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="packed for each setting (default a million)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

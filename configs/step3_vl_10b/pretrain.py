@@ -50,8 +50,8 @@ config = PretrainConfig(
         num_workers=16,
         open_rows=8,
     ),
-    # The report's 8,192 sequences of 4,096 tokens, two to a row: examples are no longer than 4,096, but the more of them
-    # share a row, the fewer of its slots stay empty. 8 global views and 36 crops are what the mixture of
+    # The report's 8,192 sequences of 4,096 tokens, two to a row: examples are no longer than 4,096, but the more of
+    # them share a row, the fewer of its slots stay empty. 8 global views and 36 crops are what the mixture of
     # benchmarks/packing.py has in 8,192 tokens (92 % in use); measure your own. 64 micro-batches give each of 64 v5p
     # chips one row at a time; `stepjax plan` tells for other machines.
     batch=BatchConfig(

@@ -69,7 +69,8 @@ def rotary_1d(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax
 
 def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
     """Rotate the pairs (x[i], x[i + H/2]): the NeoX convention of the decoder."""
-    return rotate(*jnp.split(x_BTNH, 2, axis=-1), cos_BTH, sin_BTH)
+    low_BTNH, high_BTNH = jnp.split(x_BTNH, 2, axis=-1)
+    return rotate(low_BTNH, high_BTNH, cos_BTH, sin_BTH)
 
 
 def rotate(low_BTNH: jax.Array, high_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:

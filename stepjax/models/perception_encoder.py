@@ -58,8 +58,8 @@ class EncoderAttention(nnx.Module):
         halves_QMPNH = jnp.einsum("MPE,EQNH->QMPNH", x_MPE, qk_kernel) + qk_bias[:, None, None]
         # The scores' scale goes with the angles of the queries, which saves a pass over them.
         scale = (2 * cos_PH.shape[-1]) ** -0.5 / LOG2_UNITS
-        q_MPNH = rotate(*halves_QMPNH[:2], scale * cos_PH[None], scale * sin_PH[None])
-        k_MPNH = rotate(*halves_QMPNH[2:], cos_PH[None], sin_PH[None])
+        q_MPNH = rotate(halves_QMPNH[0], halves_QMPNH[1], scale * cos_PH[None], scale * sin_PH[None])
+        k_MPNH = rotate(halves_QMPNH[2], halves_QMPNH[3], cos_PH[None], sin_PH[None])
         v_MPNH = jnp.einsum("MPE,ENH->MPNH", x_MPE, kernel[:, 2]) + bias[2]
         attended_MPNH = attend(
             q_MPNH, k_MPNH, v_MPNH, scale=LOG2_UNITS, rows_axis="views", implementation=numerics.attention

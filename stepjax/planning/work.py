@@ -65,7 +65,8 @@ def work(kind: Kind, config: PretrainConfig, mesh: Mesh) -> Work:
         inputs = _inputs(batch)
         segment_ids_BT = inputs.pop("segment_ids_BT")
         dtype = jnp.dtype(numerics.compute_dtype)
-        cache = make_cache(config.model.decoder, *segment_ids_BT.shape, dtype)
+        rows, slots = segment_ids_BT.shape
+        cache = make_cache(config.model.decoder, rows, slots, dtype)
         cache = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _cache_layout(mesh)), cache)
         hidden_BTD, cache = model(**inputs, cache=cache)
         last_B1D = hidden_BTD[:, -1:]

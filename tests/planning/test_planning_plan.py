@@ -63,7 +63,10 @@ def test_the_parameters_travel(tiny_plan, fields):
     assert sum(row["exposed_seconds"] for row in collectives.values()) == pytest.approx(
         sum(fields["seconds_by_part"][COLLECTIVES].values())
     )
-    assert all(row["exposed_seconds"] <= row["seconds"] + 1e-9 for row in collectives.values())
+    # One kind may wait behind another on the same wires; all of them wait for no more than all of them take.
+    assert sum(row["exposed_seconds"] for row in collectives.values()) <= sum(
+        row["seconds"] for row in collectives.values()
+    )
 
 
 def test_the_largest_costs_name_lines_of_the_source(fields):

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from run_files import RECIPE
 
-from stepjax.config import DigitsSource
-from stepjax.config import RematPolicy
+from stepjax.config import DigitsSource, RematPolicy
 from stepjax.config_file import load_recipe
 from stepjax.errors import ConfigError
 from stepjax.planning import search as search_module
