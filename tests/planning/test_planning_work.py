@@ -104,7 +104,7 @@ def test_flops_and_tokens(tiny):
     assert model_flops("score", tiny) - model_flops("prefill", tiny) == head * 4 * (tiny.batch.tokens - 1)
 
 
-@pytest.mark.parametrize("kind", ["score", "prefill", "decode"])
+@pytest.mark.parametrize("kind", ["score", pytest.param("prefill", marks=pytest.mark.slow), "decode"])
 def test_plans_of_other_work_than_training(tiny, kind):
     pytest.importorskip("libtpu")
     plan = make_plan(tiny, find("v5p-8"), kind=kind)
