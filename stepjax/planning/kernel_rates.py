@@ -72,14 +72,14 @@ RATES = (
 # Ours at D=128 with segment ids, by the tokens of a segment, with a whole row in it: smaller tiles, and masks on the
 # diagonal (benchmarks/packed_attention_rates.py).
 PACKED: dict[tuple[str, Pass], dict[int, int]] = {
-    ("v5e", "forward"): {4096: 93_568},
-    ("v5e", "backward"): {4096: 109_313},
+    ("v5e", "forward"): {4096: 93_568, 32768: 114_800},
+    ("v5e", "backward"): {4096: 109_313, 32768: 123_890},
     ("v5p", "forward"): {4096: 91_761, 32768: 115_566},
     ("v5p", "backward"): {4096: 106_968, 32768: 124_149},
-    ("v6e", "forward"): {4096: 157_152},
-    ("v6e", "backward"): {4096: 210_595},
-    ("tpu7x", "forward"): {4096: 161_041},
-    ("tpu7x", "backward"): {4096: 196_074},
+    ("v6e", "forward"): {4096: 157_152, 32768: 241_162},
+    ("v6e", "backward"): {4096: 210_595, 32768: 271_346},
+    ("tpu7x", "forward"): {4096: 161_041, 32768: 248_494},
+    ("tpu7x", "backward"): {4096: 196_074, 32768: 264_835},
 }
 
 
