@@ -17,8 +17,8 @@ def planned(tiny_plan, monkeypatch):
     """The command with the compiler replaced by the plan that was made already; what it was asked for."""
     asked = {}
 
-    def make_plan(config, topology, *, keep_text=None):
-        asked.update(config=config, topology=topology, keep_text=keep_text)
+    def make_plan(config, topology, *, kind, keep_text=None):
+        asked.update(config=config, topology=topology, kind=kind, keep_text=keep_text)
         return tiny_plan
 
     monkeypatch.setattr(plan, "make_plan", make_plan)
@@ -28,8 +28,13 @@ def planned(tiny_plan, monkeypatch):
 def test_a_table(planned, capsys):
     assert run([*BASE, "--batch.rows", "8", "--numerics.remat", "dots"]) == 0
     assert planned["config"].batch.rows == 8 and planned["config"].numerics.remat == "dots"
-    assert planned["topology"].name == "v5p-8"
+    assert planned["topology"].name == "v5p-8" and planned["kind"] == "train"
     assert "largest costs" in capsys.readouterr().out
+
+
+def test_another_step_than_training(planned):
+    assert run([*BASE, "--step", "decode"]) == 0
+    assert planned["kind"] == "decode"
 
 
 def test_json_is_all_that_is_printed(planned, capsys):

@@ -64,11 +64,11 @@ def test_memory_of_the_10b(page_and_memory):
     assert number(page, r"parameters +([\d.]+) GiB") == pytest.approx(4 * PARAMETERS / GiB, abs=0.006)
     assert number(page, r"gradients +([\d.]+) GiB") == pytest.approx(4 * PARAMETERS / GiB, abs=0.006)
     assert number(page, r"optimizer +([\d.]+) GiB") == pytest.approx(8 * PARAMETERS / GiB, abs=0.006)
-    # 8,192 rows of 6 views of 728 x 728 and 24 crops of 504 x 504 in float32, and six arrays of 4,096 tokens.
-    batch = 8192 * ((6 * 728**2 + 24 * 504**2) * 12 + 4096 * 24)
+    # 4,096 rows of 8 views of 728 x 728 and 36 crops of 504 x 504 in bfloat16, and six arrays of 8,192 tokens.
+    batch = 4096 * ((8 * 728**2 + 36 * 504**2) * 6 + 8192 * 24)
     assert number(page, r"batch +([\d.]+) GiB") == pytest.approx(batch / GiB, abs=0.006)
-    # bfloat16, one of 32 micro-batches: 36 layers of 4,096 tokens, and 47 layers of the patches.
-    residuals = 8192 // 32 * (36 * 4096 * 4096 + 47 * (6 * 52**2 + 24 * 36**2) * 1536) * 2
+    # bfloat16, one of 64 micro-batches: 36 layers of 8,192 tokens, and 47 layers of the patches.
+    residuals = 4096 // 64 * (36 * 8192 * 4096 + 47 * (8 * 52**2 + 36 * 36**2) * 1536) * 2
     assert number(page, r"layer inputs +([\d.]+) GiB") == pytest.approx(residuals / GiB, abs=0.006)
     total = (16 * PARAMETERS + batch + residuals) / GiB
     assert number(page, r"memory +([\d.]+) GiB in all") == pytest.approx(total, abs=0.03)
@@ -78,14 +78,14 @@ def test_steps_and_flops_of_the_10b(page_and_memory):
     page, _ = page_and_memory
     tokens = 8192 * 4096
     assert number(page, r"steps +([\d,]+) of") == -(-1_200_000_000_000 // tokens)
-    # Six FLOPs a parameter and token, and attention over half of 4,096^2 pairs a row; the embedding is a look-up.
+    # Six FLOPs a parameter and token, and attention over half of 4,096^2 pairs an example; the embedding is a look-up.
     matrices = number(page, r"decoder +([\d,]+)\n") - 151_936 * 4096
     decoder = 6 * matrices * tokens + 3 * 36 * 4 * 4096 * tokens * 4097 / 2
     # Patches of the encoder likewise; each sees all patches of its view.
-    patches = 6 * 52**2 + 24 * 36**2
-    pairs = 6 * 52**4 + 24 * 36**4
+    patches = 8 * 52**2 + 36 * 36**2
+    pairs = 8 * 52**4 + 36 * 36**4
     blocks = 47 * (4 * 1536**2 + 2 * 1536 * 8960)
-    encoder = 8192 * (6 * blocks * patches + 3 * 47 * 4 * 1536 * pairs)
+    encoder = 4096 * (6 * blocks * patches + 3 * 47 * 4 * 1536 * pairs)
     flops = number(page, r"FLOPs +([\d.]+T?) a step")
     # What is left is small: the patch embedding, the two convolutions and the projector.
     assert decoder + encoder < flops < 1.05 * (decoder + encoder)
