@@ -50,23 +50,25 @@ def column(row_1X: jax.Array, width: int) -> jax.Array:
 
 def clear_tail(x: jax.Array, geometry: Geometry, query_block: jax.Array) -> jax.Array:
     """A block of queries, or of their cotangents, with zeros where the last block was read past the end."""
-    real, axis = geometry.num_queries % geometry.block_q, geometry.order.axis
+    real = geometry.num_queries % geometry.block_q
     if real == 0:
         return x
-    whole = real // 128 * 128  # registers that are real in every block
-    kept, tail = jax.lax.slice_in_dim(x, 0, whole, axis=axis), jax.lax.slice_in_dim(x, whole, None, axis=axis)
-    token = jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis) + query_block * geometry.block_q + whole
-    tail = jnp.where(token < geometry.num_queries, tail.astype(jnp.float32), 0.0).astype(x.dtype)
-    return jnp.concatenate([kept, tail] if whole else [tail], axis=axis)
+    end = geometry.num_queries - query_block * geometry.block_q
+    return _fill_from(x, end, at_least=real, axis=geometry.order.axis, value=0.0)
 
 
 def strike_tail(scores: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
     """The scores of the last key block, keys along `axis`, with the places past the end struck out."""
     real = geometry.num_keys % geometry.block_kv
-    whole = real // 128 * 128  # whole registers of real keys are not looked at
-    kept = jax.lax.slice_in_dim(scores, 0, whole, axis=axis)
-    tail = jax.lax.slice_in_dim(scores, whole, None, axis=axis)
-    tail = jnp.where(jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis) < real - whole, tail, MASKED)
+    return _fill_from(scores, real, at_least=real, axis=axis, value=MASKED)
+
+
+def _fill_from(x: jax.Array, end: int | jax.Array, *, at_least: int, axis: int, value: float) -> jax.Array:
+    """`value` in the places from `end` on, which is no less than `at_least`: whole registers before it are not read."""
+    whole = at_least // 128 * 128
+    kept, tail = jax.lax.slice_in_dim(x, 0, whole, axis=axis), jax.lax.slice_in_dim(x, whole, None, axis=axis)
+    place = jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis)
+    tail = jnp.where(place < end - whole, tail.astype(jnp.float32), value).astype(x.dtype)
     return jnp.concatenate([kept, tail] if whole else [tail], axis=axis)
 
 

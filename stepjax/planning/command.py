@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepjax.errors import ConfigError
-
-KINDS = ("train", "score", "prefill", "decode")  # work.py's, which imports JAX
+from stepjax.planning.kinds import KINDS
 
 _DESCRIPTION = """Compile a step of a recipe for a TPU topology, on any machine; say what it needs and takes.
 

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from pallas_kernels.checks import ArgumentError
 from stepjax.config import PretrainConfig
 from stepjax.errors import ConfigError
+from stepjax.planning.kinds import Kind
 from stepjax.planning.printing import program_text
 from stepjax.planning.topologies import Topology
-from stepjax.planning.work import Kind, num_bytes, work
+from stepjax.planning.work import num_bytes, work
 from stepjax.sharding import make_mesh, num_parts
 
 GIB = 2**30

@@ -105,10 +105,8 @@ class _Walk:
                     self.unknown[f"collective {opcode}"] += 1
                 kind, seconds = core.occupied(computation, operation)
                 _occupy(trace, operation, kind, scope, seconds)
-        for handle in [
-            *pending.values(),
-            *meetings.values(),
-        ]:  # started here and awaited nowhere: the next step would wait
+        # What is started here and awaited nowhere, the next step would wait for.
+        for handle in [*pending.values(), *meetings.values()]:
             self.unknown[f"never awaited: {handle.queue}"] += 1
         return trace
 

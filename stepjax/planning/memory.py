@@ -132,11 +132,17 @@ def predict(config: PretrainConfig, num_devices: int) -> Memory:
     logits = 2 * 4 * min(numerics.loss_chunk, tokens) * decoder.vocab_size / tensor
     scores = 0.0
     if numerics.attention == "xla":  # made whole, in float32, with their exponentials
-        of_views = max(batch.global_views * images.global_grid**4, batch.crops * images.crop_grid**4)
-        seen = max(batch.tokens**2 * decoder.num_heads, of_views * vision.num_heads)
-        scores = 2 * 4 * rows * seen / (context * tensor)
-        if "none" in (numerics.remat, numerics.policy_of_encoder):
-            activations += scores * decoder.num_layers
+        of_decoder, of_crops, of_globals = (
+            2 * 4 * rows * seen / (context * tensor)
+            for seen in (
+                batch.tokens**2 * decoder.num_heads,
+                batch.crops * images.crop_grid**4 * vision.num_heads,
+                batch.global_views * images.global_grid**4 * vision.num_heads,
+            )
+        )
+        scores = max(of_decoder, of_crops, of_globals)
+        activations += of_decoder * decoder.num_layers * (numerics.remat == "none")
+        activations += (of_crops + of_globals) * vision.num_layers * (numerics.policy_of_encoder == "none")
     gradients = parameters * (2 if batch.accumulation > 1 else 1)
     parts = (parameters, 2 * parameters, in_batch, activations, gradients, layer + head + logits + scores)
     return Memory(*(part / GIB for part in parts))

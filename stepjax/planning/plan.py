@@ -10,11 +10,12 @@ from stepjax.planning.compile import CompiledStep, compile_step
 from stepjax.planning.core_time import AttentionRate
 from stepjax.planning.estimate import estimate
 from stepjax.planning.kernel_rates import Kernel, Pass, flop_per_bundle, packed_flop_per_bundle
+from stepjax.planning.kinds import Kind
 from stepjax.planning.links import Network
 from stepjax.planning.memory import Memory, of_arguments, of_program, parameter_count, predict
 from stepjax.planning.topologies import Topology
 from stepjax.planning.trace import Cost, Estimate
-from stepjax.planning.work import Kind, model_flops, rows_at_once, tokens
+from stepjax.planning.work import model_flops, rows_at_once, tokens
 from stepjax.sharding import MESH_AXES
 from stepjax.xla_flags import compiler_options
 

@@ -97,7 +97,7 @@ def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candida
                     numerics=dataclasses.replace(config.numerics, remat=policy, encoder_remat=of_encoder),
                 )
                 memory = predict(other, devices)
-                candidate = Candidate(other, rows / groups, memory.total, _seconds(other, topology))
+                candidate = Candidate(other, rows / groups, memory.total, _seconds(other, topology, memory.parameters))
                 # Temporaries are the least certain of the parts: only what is too much without them is dropped.
                 certain = memory.total - memory.temporaries
                 if certain > limit:
@@ -263,7 +263,7 @@ def _needs_more(other: Candidate, failed: Candidate) -> bool:
     )
 
 
-def _seconds(config: PretrainConfig, topology: Topology) -> float:
+def _seconds(config: PretrainConfig, topology: Topology, parameters_gib: float) -> float:
     """A guess for the order of trial: products at a share of the peak, and weights and activations over the wires."""
     facts, devices, batch = topology.facts, topology.num_devices, config.batch
     slices, data, fsdp, context, tensor = config.mesh.shape(devices)
@@ -283,7 +283,7 @@ def _seconds(config: PretrainConfig, topology: Topology) -> float:
     flops += images * (1 + _RECOMPUTED[config.numerics.policy_of_encoder] / 3)
     compute = flops / (facts.peak_flops * devices * _REACHED)
     wires = facts.link_bandwidth / facts.devices_per_chip * 2 * len(topology.shape)
-    weights = 2 * predict(config, devices).parameters * 2**30 / 4 * fsdp  # bfloat16, of a tensor part
+    weights = 2 * parameters_gib * 2**30 / 4 * fsdp  # bfloat16, of a tensor part
     gathered = 3 * weights * batch.accumulation * (fsdp > 1)
     rows = batch.rows / (slices * data * fsdp)
     decoder, vision = config.model.decoder, config.model.vision

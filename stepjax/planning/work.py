@@ -12,7 +12,7 @@ Legend: B rows, T tokens, S cache slots, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,11 @@ from stepjax.data.packing import RowBudget, pack
 from stepjax.models.flops import decoder_flops, training_flops
 from stepjax.models.qwen3 import make_cache
 from stepjax.models.step_vl import abstract_model
+from stepjax.planning.kinds import Kind
 from stepjax.sharding import shardings, spec
 from stepjax.training.losses import next_tokens, token_scores
 from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.step import abstract_state, make_train_step
-
-Kind = Literal["train", "score", "prefill", "decode"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,11 @@ import pytest
 from stepjax.errors import ConfigError
 from stepjax.models.flops import decoder_flops
 from stepjax.models.step_vl import init_model, num_parameters
-from stepjax.planning.command import KINDS as KINDS_OF_THE_COMMAND
 from stepjax.planning.command import run
 from stepjax.planning.plan import make_plan
 from stepjax.planning.report import to_json, to_text
 from stepjax.planning.topologies import find
-from stepjax.planning.work import KINDS, model_flops, rows_at_once, tokens, work
+from stepjax.planning.work import model_flops, rows_at_once, tokens, work
 from stepjax.sharding import make_mesh
 
 
@@ -50,10 +49,6 @@ def on_one_device(kind, config):
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         return mesh, work(kind, config, mesh)
-
-
-def test_the_command_knows_every_kind():
-    assert KINDS_OF_THE_COMMAND == KINDS
 
 
 def test_scores_are_log_probabilities_of_the_next_tokens(float32, model):
