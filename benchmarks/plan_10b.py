@@ -2,9 +2,10 @@
 
     python benchmarks/plan_10b.py [--steps vlm-v5p-128 ...] [--cache FOLDER]
 
-Each step is compiled whole by the TPU's compiler, which takes a quarter of an hour and up to 6 GiB on two cores; nothing
-else should run beside it. FOLDER keeps every program with what the compiler said of its memory: an interrupted run goes
-on, and a changed estimator reads the same programs again. Empty it when the model, the recipes or libtpu change.
+Each step is compiled whole by the TPU's compiler, which takes a quarter of an hour and up to 6 GiB on two cores;
+nothing else should run beside it. FOLDER keeps every program with what the compiler said of its memory: an interrupted
+run goes on, and a changed estimator reads the same programs again. Empty it when the model, the recipes or libtpu
+change.
 Writes results/plan_step3_vl_10b.json.
 """
 
@@ -87,6 +88,9 @@ def read(config: PretrainConfig, topology: Topology, text: str, facts: dict) -> 
     return Plan(config, topology, step, Memory(**facts["hbm_gib_by_kind"]), estimated)
 
 
+HEAD = f"{'step':<18} {'HBM, GiB':>15} {'s':>8} {'MFU':>7} {'tokens/s/chip':>14} {'compile s':>9} {'host GiB':>9}"
+
+
 def line(name: str, made: Plan) -> str:
     if made.estimate is None or made.mfu is None or made.tokens_per_second is None:
         return f"{name:<18} does not fit: {made.hbm_gib:.1f} of {made.limit_gib:.1f} GiB"
@@ -102,9 +106,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("plan_10b_cache"), help="keeps compiled programs")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{'step':<18} {'HBM, GiB':>15} {'step, s':>8} {'MFU':>7} {'tokens/s/chip':>14} {'compile s':>9} {'host GiB':>9}"
-    )
+    print(HEAD)
     plans = {}
     for name in options.steps:
         made = plan(name, STEPS[name], options.cache)
