@@ -120,6 +120,34 @@ class NumericsConfig:
         return self.remat if self.encoder_remat is None else self.encoder_remat
 
 
+# Inference -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The inference engine. Everything here that has a size is a static shape: requests never compile anything."""
+
+    max_sequences: int = 16  # samples that are decoded together
+    max_context: int | None = None  # tokens of prompt and answer; None: the decoder's max_positions
+    page_size: int = 64  # tokens of a page of the key-value cache
+    cache_tokens: int | None = None  # that all pages hold together; None: max_sequences times max_context
+    prefill_tokens: int = 512  # of a prompt that are computed between two decoding steps
+    decode_steps: int = 1  # tokens of every sample in one call of the device: fewer calls, coarser streaming
+    max_problems: int = 8  # prompts shared by several samples whose pages are read once for all of them
+    prefix_caching: bool = True  # keep pages of finished requests for prompts that begin alike
+    view_batch: int = 4  # views that the encoder takes at once
+    feature_cache_tokens: int = 8192  # image features kept on the device
+    max_waiting: int = 1024  # requests in the queue; more are refused
+
+    def __post_init__(self):
+        _require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_problems")
+        _require_positive("engine", self, "view_batch", "feature_cache_tokens", "max_waiting")
+        for name in ("max_context", "cache_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"engine.{name}", value, "must be positive")
+        _require(self.page_size in (16, 32, 64, 128, 256), "engine.page_size", self.page_size, "16, 32, 64, 128 or 256")
+
+
 # Images and tokens ---------------------------------------------------------------------------------------------------
 
 

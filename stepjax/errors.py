@@ -31,3 +31,11 @@ class CheckpointError(StepjaxError):
 
 class TrainingDivergedError(StepjaxError):
     """The loss or the gradients stopped being finite."""
+
+
+class RequestError(StepjaxError):
+    """A request for generation cannot be served as it is."""
+
+
+class BusyError(RequestError):
+    """Too many requests are waiting; the same one may succeed later."""

@@ -1,0 +1,113 @@
+"""What the engine is asked for and what it answers: plain data, which servers and samplers share."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from stepjax.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the samples of a request are drawn, and when they end. The defaults are the public checkpoint's.
+
+    The filters apply in the order temperature, top-k, top-p, min-p, each to what the one before has left.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    temperature: float = 1.0  # 0 always takes the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None  # of 64 bits; None draws one. Samples of one request differ all the same.
+    n: int = 1  # samples; they share the prompt's memory
+    max_tokens: int | None = None  # None: as many as the context holds
+    stop: tuple[str, ...] = ()  # text that ends a sample; it is not part of the answer
+    stop_ids: tuple[int, ...] = ()  # tokens that end a sample, besides the tokenizer's
+    ignore_eos: bool = False  # the tokenizer's stop tokens are tokens like any other
+    logprobs: int | None = None  # log-probabilities of the drawn tokens, and of so many of the likeliest ones; None: no
+
+    def __post_init__(self):
+        def require(condition: bool, name: str, remedy: str) -> None:
+            if not condition:
+                raise RequestError(f"{name}={getattr(self, name)!r}: {remedy}")
+
+        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
+        require(self.top_k >= 0, "top_k", "must be 0 (off) or more")
+        require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1 (off)")
+        require(0 <= self.min_p <= 1, "min_p", "must be from 0 (off) to 1")
+        require(self.n >= 1, "n", "must be at least 1")
+        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "must fit 64 bits")
+        require(all(self.stop), "stop", "must not hold an empty string")
+        require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+            "logprobs",
+            f"must be from 0 to {MAX_TOP_LOGPROBS}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A drawn token and its log-probability under the model, whatever the temperature and the filters."""
+
+    token: int
+    logprob: float
+    sampling_logprob: float  # under the distribution that it was drawn from; 0 where temperature is 0
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs, the likeliest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What is new of one sample. Text lags behind the tokens while it could be the beginning of a stop string or half a
+    character; the last delta, the one with a `finish_reason`, holds all that is left.
+    """
+
+    request_id: str
+    sample: int  # from 0 to n - 1
+    tokens: tuple[int, ...] = ()  # without the stop token
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or id, where one ended the sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A whole sample."""
+
+    sample: int
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    seed: int = 0  # of the request: what to ask for to see it again
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, taken from the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """A moment of an engine, and totals since it was made."""
+
+    running: int  # samples that hold pages
+    waiting: int
+    pages: int
+    pages_used: int  # by running samples
+    pages_cached: int  # by nobody, kept for prompts that begin alike
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished_samples: int = 0
+    cancelled_samples: int = 0
+    preemptions: int = 0
+    images_encoded: int = 0  # views
+    images_cached: int = 0  # views that were found
+    steps: int = 0
+    compilations: int = 0
