@@ -78,8 +78,15 @@ class DecoderConfig:
     qk_norm: bool = True
     tie_embeddings: bool = False
     max_positions: int = 65_536
+    # YaRN (arXiv 2309.00071) stretches rotary positions beyond those that were trained. PaCoRe serves 131,072 positions
+    # with factor 2 and leaves the attention's temperature alone; the paper's would be 0.1 ln(factor) + 1.
+    yarn_factor: float = 1.0  # 1: off
+    yarn_trained_positions: int = 65_536
+    yarn_attention_factor: float = 1.0  # of cosines and sines, and so squared of the scores
 
     def __post_init__(self):
+        _require(self.yarn_factor >= 1, "decoder.yarn_factor", self.yarn_factor, "must be at least 1 (off)")
+        _require_positive("decoder", self, "yarn_trained_positions", "yarn_attention_factor")
         _require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
         _require_positive("decoder", self, "head_dim", "mlp_dim", "max_positions")
         _require(

@@ -144,6 +144,17 @@ def num_parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
 
 
+def check_heads_only(mesh: Mesh) -> None:
+    """
+    Raises:
+        ConfigError: the mesh has devices along another axis than that of the heads. An engine decodes one batch, which
+            all its devices share; for more batches, make an engine on a part of the devices each.
+    """
+    other = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in _mesh_axes("heads")}
+    if other:
+        raise ConfigError(f"mesh {other}: an engine spreads over {_mesh_axes('heads')} alone; set the others to 1")
+
+
 def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
     """The rows of the global batch that this process's devices hold: what it has to feed them, in this order.
 

@@ -21,15 +21,15 @@ ALLOWED = {
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
     "models": {"errors", "config", "sharding", "pallas_kernels"},
-    "interop": {"errors", "config", "models"},
-    "inference": {"errors", "config", "models", "data", "processing"},
+    "interop": {"errors", "config", "config_file", "sharding", "models", "processing", "training"},
+    "inference": {"errors", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
         "pallas_kernels",
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
-        "pallas_kernels",
+        *("pallas_kernels", "inference"),
     },
     "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
     "cli": None,  # the top: may import all

@@ -60,7 +60,7 @@ def evaluate(model, batch):
     """Loss, its gradients and the logits of some tokens."""
 
     def loss_fn(model):
-        hidden_BTD, _ = model(
+        hidden_BTD = model(
             tokens_BT=batch["tokens_T"],
             positions_BT=batch["positions_T"],
             segment_ids_BT=batch["segment_ids_T"],

@@ -52,9 +52,19 @@ def shared_prefix_attention(
 
 
 def attend_pages(
-    q_GIKRH: jax.Array, kv_pages_S2KTH: jax.Array, pages_GM: jax.Array, lengths_G: jax.Array, *, scale: float
+    q_GIKRH: jax.Array,
+    kv_pages_S2KTH: jax.Array,
+    pages_GM: jax.Array,
+    lengths_G: jax.Array,
+    *,
+    scale: float,
+    visible_GI: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of all a group's queries over the group's pages: (out_GIKRH, lse_GIKR), float32."""
+    """Softmax attention of all a group's queries over the group's pages: (out_GIKRH, lse_GIKR), float32.
+
+    Args:
+      visible_GI: how many of the group's tokens each query sees, from the first; all of them by default.
+    """
     num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
     num_groups, members, _, repeats, _ = q_GIKRH.shape
     step = min(max(1, CHUNK_TOKENS // page_size), pages_GM.shape[1])
@@ -74,7 +84,11 @@ def attend_pages(
         scores_GKXC = scale * jnp.einsum(
             "GKXH,GKCH->GKXC", q_GKXH, kv_2GKCH[0], precision=precision, preferred_element_type=jnp.float32
         )
-        scores_GKXC = jnp.where(valid_GC[:, None, None], scores_GKXC, -jnp.inf)
+        seen_GXC = valid_GC[:, None]
+        if visible_GI is not None:
+            visible_GX = jnp.repeat(visible_GI, repeats, axis=1)
+            seen_GXC = seen_GXC & (chunk * step * page_size + jnp.arange(step * page_size) < visible_GX[..., None])
+        scores_GKXC = jnp.where(seen_GXC[:, None], scores_GKXC, -jnp.inf)
         new_max_GKX = jnp.maximum(max_GKX, scores_GKXC.max(axis=-1))
         shift_GKX = jnp.where(new_max_GKX == -jnp.inf, 0, new_max_GKX)
         weights_GKXC = jnp.exp(scores_GKXC - shift_GKX[..., None])

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 
-from stepjax.config import DigitsSource, EvaluationConfig
+from stepjax.config import DigitsSource, EngineConfig, EvaluationConfig
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError
 from stepjax.evaluation.contact_sheet import Item
 from stepjax.evaluation.scoring import TaskResult, chance_level, score
-from stepjax.inference.generate import generate
+from stepjax.inference.engine import Engine
+from stepjax.inference.request import SamplingParams
 from stepjax.models.step_vl import StepVL
 from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
@@ -35,26 +36,19 @@ def evaluate(
     """
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
+    engine = Engine(model, processor, EngineConfig(max_sequences=config.batch_size, page_size=16))
+    params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     for source in config.sources:
         assert isinstance(source, DigitsSource), source
-        records = open_source(source, seed)
+        questions = open_source(source, seed)
+        records = [questions[i] for i in range(config.examples)]
+        prompts = (processor.process_prompt(record["messages"][:-1], name=record["id"]) for record in records)
         correct = 0
-        for start in range(0, config.examples, config.batch_size):
-            batch = [records[i] for i in range(start, min(start + config.batch_size, config.examples))]
-            prompts = [processor.process_prompt(record["messages"][:-1], name=record["id"]) for record in batch]
-            generations = generate(
-                model,
-                prompts,
-                processor.image_config,
-                stop_ids=processor.tokenizer.stop_ids,
-                max_new_tokens=config.max_new_tokens,
-            )
-            for record, generation in zip(batch, generations, strict=True):
-                text = processor.decode(generation.tokens)
-                right = score(record, text)
-                correct += right
-                items.append(Item(record, _first_image(record), text, right))
+        for record, (answer,) in zip(records, engine.generate(prompts, params), strict=True):
+            right = score(record, answer.text)
+            correct += right
+            items.append(Item(record, _first_image(record), answer.text, right))
         results.append(TaskResult(source.name, correct, config.examples, chance_level(source)))
         progress(f"evaluated {source.name}: {correct}/{config.examples} right")
     return Report(tuple(results), tuple(items))

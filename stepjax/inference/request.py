@@ -6,7 +6,8 @@ from typing import Literal
 
 from stepjax.errors import RequestError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+# "error": the model gave no usable distribution; the stop_reason says more.
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 20
 
 
@@ -74,7 +75,10 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where asked for
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None  # the stop string or id, where one ended the sample
+    stop_reason: str | int | None = None  # the stop string or id of the request, where one ended the sample
+    seed: int = 0  # of the request: what to ask for to see it again
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the cache by the request's first sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +91,9 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    seed: int = 0  # of the request: what to ask for to see it again
+    seed: int = 0
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, taken from the cache
+    num_cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

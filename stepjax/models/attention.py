@@ -1,14 +1,12 @@
 """Attention of the models: which implementation computes it, and how it is spread over a mesh.
 
-Legend: B rows, T query tokens, S key tokens or cache slots, N query heads, K key-value heads, H head dim.
+Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.flash_attention import Implementation, flash_attention
-from pallas_kernels.flash_attention.reference import masked_attention
 from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
 from stepjax.sharding import gather, spec, target_platform
@@ -88,10 +86,3 @@ def attend(
         of_device, in_specs=(q_spec, kv_spec, kv_spec, *ids_specs), out_specs=q_spec, check_vma=False
     )
     return sharded(q_BTNH, k_BTKH, v_BTKH, *(2 * segment_ids))
-
-
-def attend_to_cache(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attention to the slots of a key-value cache up to each token's own position, by XLA; [B, T, N, H]."""
-    # A slot's index is its position, so a token sees the slots up to its own; later ones are not written yet.
-    visible_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, :, None]
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=q_BTNH.shape[-1] ** -0.5)[0]

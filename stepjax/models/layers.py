@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stepjax.config import DecoderConfig
+
 
 def matrix(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float = 1.0
@@ -57,14 +59,37 @@ class LayerNorm(nnx.Module):
         return (x32_D * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x_D.dtype)
 
 
+YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
+
 # Rotary positions. The model has two conventions: the encoder rotates adjacent pairs, the decoder the two halves.
 
 
-def rotary_1d(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_1d(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H / 2] of the decoder: the angle of frequency i is position * theta^(-2i / H)."""
-    frequencies_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies_H = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if config.yarn_factor > 1:
+        frequencies_H = yarn(frequencies_H, config)
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
-    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+    factor = config.yarn_attention_factor if config.yarn_factor > 1 else 1.0
+    return factor * jnp.cos(angles_BTH), factor * jnp.sin(angles_BTH)
+
+
+def yarn(frequencies_H: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Frequencies for a context `yarn_factor` times the trained one (YaRN, arXiv 2309.00071, section 3.2).
+
+    Pairs that turn 32 times or more within the trained positions keep their frequency, those that turn once or less are
+    slowed by the factor, and those between are mixed linearly in their index.
+    """
+
+    def index_of(turns: float) -> float:
+        wavelength = config.yarn_trained_positions / turns
+        return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(index_of(YARN_FAST_TURNS)), 0)
+    last = min(math.ceil(index_of(YARN_SLOW_TURNS)), config.head_dim - 1)
+    slowed_H = (jnp.arange(config.head_dim // 2) - first) / max(last - first, 1e-3)
+    slowed_H = jnp.clip(slowed_H, 0, 1).astype(jnp.float32)
+    return frequencies_H * (1 - slowed_H + slowed_H / config.yarn_factor)
 
 
 def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:

@@ -1,36 +1,23 @@
 """The Qwen3 decoder: grouped-query attention with per-head query and key norms, rotary halves, SwiGLU.
 
-Legend: B rows, T tokens, S cache slots, D width, N query heads, K key-value heads, H head dim, F MLP width, V
+Legend: B rows, T tokens, D width, N query heads, K key-value heads, H head dim, F MLP width, V
 vocabulary, L layers.
 
 `qk_norm=False` and `tie_embeddings=True` make it a plain Llama-like decoder.
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from stepjax.config import DecoderConfig, NumericsConfig
-from stepjax.models.attention import attend, attend_to_cache
+from stepjax.models.attention import attend
 from stepjax.models.layers import RMSNorm, matrix, rotary_1d, rotate_halves
+from stepjax.models.paged_cache import PagedCache, append_and_attend
 from stepjax.models.remat import remat
 from stepjax.sharding import constrain
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, one slot a position."""
-
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-
-
-def make_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache for `rows` sequences of up to `slots` tokens."""
-    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class DecoderAttention(nnx.Module):
@@ -64,11 +51,7 @@ class DecoderAttention(nnx.Module):
                 implementation=numerics.attention,
             )
         else:
-            rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-            k_BSKH = cache.k_LBSKH.at[rows_B1, positions_BT].set(k_BTKH)
-            v_BSKH = cache.v_LBSKH.at[rows_B1, positions_BT].set(v_BTKH)
-            cache = Cache(k_BSKH, v_BSKH)
-            attended_BTNH = attend_to_cache(q_BTNH, k_BSKH, v_BSKH, positions_BT)
+            attended_BTNH, cache = append_and_attend(q_BTNH, k_BTKH, v_BTKH, cache, numerics.attention)
         return jnp.einsum("BTNH,NHD->BTD", attended_BTNH, self.out_kernel.astype(dtype)), cache
 
 
@@ -131,21 +114,33 @@ class Qwen3(nnx.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states after the final norm, and the cache with these tokens written at their positions.
+        cache: PagedCache | None = None,
+    ) -> tuple[jax.Array, PagedCache | None]:
+        """Hidden states after the final norm, and the cache with the keys and values of these tokens.
 
         Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment a row). With
-        one, they attend to every slot up to their own position. Positions count from 0 within a segment.
+        one, they attend to what it says they see. Positions count from 0 within a segment.
         """
-        config, numerics = self.config, self.numerics
-        rotary = rotary_1d(positions_BT, config.head_dim, config.rope_theta)
+        rotary = rotary_1d(positions_BT, self.config)
+        if cache is not None:
+            return self._with_cache(x_BTD, rotary, positions_BT, cache)
 
-        def layer(x_BTD, block_and_cache):
-            block, cache = block_and_cache
-            return block(x_BTD, rotary, positions_BT, segment_ids_BT, cache, numerics)
+        def layer(x_BTD, block):
+            return block(x_BTD, rotary, positions_BT, segment_ids_BT, None, self.numerics)
 
-        x_BTD, cache = jax.lax.scan(remat(layer, numerics.remat), x_BTD, (self.blocks, cache))
+        x_BTD, _ = jax.lax.scan(remat(layer, self.numerics.remat), x_BTD, self.blocks)
+        return self.norm(x_BTD), None
+
+    def _with_cache(self, x_BTD, rotary, positions_BT, cache: PagedCache) -> tuple[jax.Array, PagedCache]:
+        # The pool is carried from layer to layer, so that each writes its own pages in place.
+        def layer(carry, block_and_index):
+            x_BTD, cache = carry
+            block, index = block_and_index
+            x_BTD, at_layer = block(x_BTD, rotary, positions_BT, None, cache.at_layer(index), self.numerics)
+            return (x_BTD, at_layer.at_layer(-index)), None
+
+        layers = jnp.arange(self.config.num_layers)
+        (x_BTD, cache), _ = jax.lax.scan(layer, (x_BTD, cache), (self.blocks, layers))
         return self.norm(x_BTD), cache
 
     def head(self) -> jax.Array:

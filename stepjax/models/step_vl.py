@@ -16,7 +16,7 @@ from flax import nnx
 from stepjax.config import ModelConfig, NumericsConfig
 from stepjax.models.perception_encoder import PerceptionEncoder
 from stepjax.models.projector import Projector
-from stepjax.models.qwen3 import Cache, Qwen3
+from stepjax.models.qwen3 import Qwen3
 from stepjax.sharding import constrain, parts_of, shardings
 
 NO_FEATURE = -1  # feature_index of an ordinary token
@@ -74,14 +74,13 @@ class StepVL(nnx.Module):
         feature_index_BT: jax.Array,
         global_views_BGHWC: jax.Array,
         crops_BCHWC: jax.Array,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] after the final norm (`model.decoder.logits` maps them on), and the updated cache."""
+    ) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm; `model.decoder.logits` maps them on."""
         features_BFD = self.feature_table(global_views_BGHWC, crops_BCHWC)
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, features_BFD, feature_index_BT)
         with jax.named_scope("decoder"):
-            return self.decoder(x_BTD, positions_BT, segment_ids_BT, cache)
+            return self.decoder(x_BTD, positions_BT, segment_ids_BT)[0]
 
 
 def _make(config: ModelConfig, numerics: NumericsConfig, key: jax.Array) -> StepVL:

@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def images_per_second(self) -> float | None:
-        if self.estimate is None or self.kind == "decode":
+        if self.estimate is None or self.kind in ("prefill", "decode"):
             return None
         return rows_at_once(self.kind, self.config) * self.config.batch.global_views / self.estimate.seconds
 

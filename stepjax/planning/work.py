@@ -2,12 +2,13 @@
 
     train     one optimizer step; also what an update of reinforcement learning costs
     score     log-probabilities of the tokens of a batch, without gradients: references and old policies
-    prefill   a batch of prompts, images included, into a key-value cache
+    prefill   a row's worth of a prompt's tokens into the engine's cache, images encoded already
     decode    one token more for every sequence of a batch, each with a cache as long as a row
 
-All but training hold the parameters in the compute dtype and take the recipe's micro-batch (rows / accumulation).
+All but training hold the parameters in the compute dtype and take the recipe's micro-batch (rows / accumulation); the
+last two are programs of the inference engine, with a cache for the micro-batch.
 
-Legend: B rows, T tokens, S cache slots, V vocabulary.
+Legend: B rows, C tokens of a row, R rows of the feature store, D width, T tokens of a page.
 """
 
 import dataclasses
@@ -19,16 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from stepjax.config import PretrainConfig
+from stepjax.config import EngineConfig, PretrainConfig
 from stepjax.data.packing import RowBudget, pack
+from stepjax.inference import programs
+from stepjax.inference.batch import Batch
 from stepjax.models.flops import decoder_flops, training_flops
-from stepjax.models.qwen3 import make_cache
+from stepjax.models.paged_cache import Chunk, make_pool, pool_layout
 from stepjax.models.step_vl import abstract_model
 from stepjax.planning.kinds import Kind
-from stepjax.sharding import shardings, spec
+from stepjax.sharding import check_heads_only, shardings, spec, target_platform
 from stepjax.training.losses import next_tokens, token_scores
 from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.step import abstract_state, make_train_step
+
+PAGE_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +54,17 @@ def work(kind: Kind, config: PretrainConfig, mesh: Mesh) -> Work:
     numerics = dataclasses.replace(config.numerics, param_dtype=config.numerics.compute_dtype)
     model = _on_mesh(abstract_model(config.model, numerics), mesh)
     rows, loss_chunk = config.batch.rows // config.batch.accumulation, numerics.loss_chunk
-    if kind == "decode":
-        return _decode(config, model, rows, mesh)
+    if kind in ("prefill", "decode"):
+        return _of_engine(kind, config, model, rows, mesh)
     batch = abstract_batch(config, mesh, rows)
 
     def score(model, batch):
-        hidden_BTD = model(**_inputs(batch))[0]
+        hidden_BTD = model(**_inputs(batch))
         targets_BT, _ = next_tokens(batch["tokens_BT"], batch["loss_weights_BT"])
         with jax.named_scope("loss"):
             return token_scores(hidden_BTD, model.decoder.head(), targets_BT, chunk=loss_chunk).log_probs_BT
 
-    def prefill(model, batch):
-        inputs = _inputs(batch)
-        segment_ids_BT = inputs.pop("segment_ids_BT")
-        dtype = jnp.dtype(numerics.compute_dtype)
-        rows, slots = segment_ids_BT.shape
-        cache = make_cache(config.model.decoder, rows, slots, dtype)
-        cache = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _cache_layout(mesh)), cache)
-        hidden_BTD, cache = model(**inputs, cache=cache)
-        last_B1D = hidden_BTD[:, -1:]
-        with jax.named_scope("loss"):
-            return jnp.argmax(model.decoder.logits(last_B1D)[:, 0], axis=-1), cache
-
-    return Work(score if kind == "score" else prefill, (model, batch), (), model, (), batch)
+    return Work(score, (model, batch), (), model, (), batch)
 
 
 def _train(config: PretrainConfig, mesh: Mesh) -> Work:
@@ -83,25 +76,41 @@ def _train(config: PretrainConfig, mesh: Mesh) -> Work:
     return Work(function, (state, batch), (0,), state.model, state.opt_state, batch)
 
 
-def _decode(config: PretrainConfig, model: Any, rows: int, mesh: Mesh) -> Work:
-    dtype = jnp.dtype(config.numerics.compute_dtype)
-    shapes = jax.eval_shape(lambda: make_cache(config.model.decoder, rows, config.batch.tokens, dtype))
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cache_layout(mesh)), shapes)
-    of_rows = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(mesh, spec("batch")))
+def _of_engine(kind: Kind, config: PretrainConfig, model: Any, rows: int, mesh: Mesh) -> Work:
+    """A program of the engine, for `rows` sequences of up to as many tokens as a row has.
 
-    def decode(model, cache, token_B, position_B):
-        with jax.named_scope("embed"):
-            x_B1D = model.decoder.embed(token_B[:, None])
-        with jax.named_scope("decoder"):
-            hidden_B1D, cache = model.decoder(x_B1D, position_B[:, None], None, cache)
-        with jax.named_scope("loss"):
-            return jnp.argmax(model.decoder.logits(hidden_B1D)[:, 0], axis=-1), cache
+    Raises:
+        ConfigError: the mesh is not one that an engine can use.
+    """
+    check_heads_only(mesh)
+    decoder, length = config.model.decoder, config.batch.tokens
+    dtype, row_pages = jnp.dtype(config.numerics.compute_dtype), -(-length // PAGE_SIZE)
+    num_pages = rows * row_pages
+    shape = jax.eval_shape(lambda: make_pool(decoder, num_pages, PAGE_SIZE, dtype, target_platform()))
+    pool_S2KTW = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=pool_layout(mesh))
+    everywhere = NamedSharding(mesh, spec())
 
-    return Work(decode, (model, cache, of_rows, of_rows), (1,), model, (), (cache, of_rows, of_rows))
+    def replicated(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
+    if kind == "decode":
+        empty = Batch.empty(rows, 1, row_pages, num_pages, 0)
+        batch = replicated((empty.tables, empty.rows))
 
-def _cache_layout(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, spec(None, "batch", None, "kv_heads", None))
+        def decode(model, pool_S2KTW, tables, sequences):
+            return programs.decode(model, pool_S2KTW, tables, sequences, num_pages=num_pages, steps=1, num_top=0)
+
+        return Work(decode, (model, pool_S2KTW, *batch), (1,), model, (), (pool_S2KTW, batch))
+
+    store_RD = jax.ShapeDtypeStruct((EngineConfig().feature_cache_tokens, decoder.width), dtype)
+    tokens_C = jax.ShapeDtypeStruct((length,), jnp.int32)
+    chunk = Chunk(np.zeros(row_pages, np.int32), np.int32(0), np.int32(0))
+    batch = replicated((store_RD, tokens_C, tokens_C, chunk))
+
+    def prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk):
+        return programs.prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk, num_pages=num_pages)
+
+    return Work(prefill, (model, pool_S2KTW, *batch), (1,), model, (), (pool_S2KTW, batch))
 
 
 def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -125,6 +134,9 @@ def _on_mesh(tree: Any, mesh: Mesh) -> Any:
 
 
 def rows_at_once(kind: Kind, config: PretrainConfig) -> int:
+    """Sequences that one call works on."""
+    if kind == "prefill":
+        return 1
     return config.batch.rows if kind == "train" else config.batch.rows // config.batch.accumulation
 
 
@@ -135,9 +147,12 @@ def tokens(kind: Kind, config: PretrainConfig) -> int:
 
 def model_flops(kind: Kind, config: PretrainConfig) -> float:
     """Of a call whose slots are all full, by examples as long as they may be; a cache that is full."""
-    batch, images, rows = config.batch, config.images, rows_at_once(kind, config)
+    batch, images, rows, decoder = config.batch, config.images, rows_at_once(kind, config), config.model.decoder
     if kind == "decode":
-        return decoder_flops(config.model.decoder, rows, rows * batch.tokens)
+        return decoder_flops(decoder, rows, rows * batch.tokens)
+    if kind == "prefill":  # without the output projection
+        head = 2.0 * decoder.width * decoder.vocab_size * batch.tokens
+        return decoder_flops(decoder, batch.tokens, batch.tokens * (batch.tokens + 1) / 2) - head
     flops = training_flops(
         config.model,
         tokens=rows * batch.tokens,
@@ -147,9 +162,6 @@ def model_flops(kind: Kind, config: PretrainConfig) -> float:
         global_grid=images.global_grid,
         crop_grid=images.crop_grid,
     )
-    if kind == "prefill":  # of the output projection, the last token's only
-        unused = 2.0 * config.model.decoder.width * config.model.decoder.vocab_size
-        return flops / 3 - unused * rows * (batch.tokens - 1)
     return flops if kind == "train" else flops / 3
 
 

@@ -18,7 +18,7 @@ for the colours.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -47,6 +47,15 @@ class Example:
     feature_index: np.ndarray
     global_views: np.ndarray
     crops: np.ndarray
+
+
+def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:
+    """A prompt of tokens alone."""
+    tokens_T = np.fromiter(tokens, np.int32)
+    nothing = np.zeros((0, 0, 0, 3), np.float32)
+    return Example(
+        name, tokens_T, np.zeros(len(tokens_T), np.float32), np.full(len(tokens_T), -1, np.int32), nothing, nothing
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[ja
     Returns:
         The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums per group [X].
     """
-    hidden_BTD, _ = model(
+    hidden_BTD = model(
         tokens_BT=batch["tokens_BT"],
         positions_BT=batch["positions_BT"],
         segment_ids_BT=batch["segment_ids_BT"],

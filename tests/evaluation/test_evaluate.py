@@ -11,7 +11,7 @@ from stepjax.errors import ConfigError
 from stepjax.evaluation import evaluate as evaluate_module
 from stepjax.evaluation.evaluate import evaluate
 from stepjax.evaluation.scoring import chance_level, score
-from stepjax.inference.generate import Generation
+from stepjax.inference.request import Completion
 
 pytest_plugins = ("tiny_run",)
 
@@ -51,10 +51,14 @@ def test_right_answers_are_counted(model_and_processor, monkeypatch):
     records = evaluate_module.open_source(source, 3)
     answers = iter([records[i]["answer"]["text"] for i in range(4)] + ["no idea"])
 
-    def oracle(model, prompts, images, *, stop_ids, max_new_tokens):
-        return [Generation(tuple(processor.tokenizer.encode(next(answers))), "stop") for _ in prompts]
+    class Oracle:
+        def __init__(self, *_):
+            pass
 
-    monkeypatch.setattr(evaluate_module, "generate", oracle)
+        def generate(self, prompts, params):
+            return [[Completion(0, (), next(answers), "stop")] for _ in prompts]
+
+    monkeypatch.setattr(evaluate_module, "Engine", Oracle)
     config = EvaluationConfig(sources=(source,), examples=5, batch_size=2)
     report = evaluate(model, processor, config, seed=3)
     assert (report.results[0].correct, report.results[0].total) == (4, 5)

@@ -3,11 +3,15 @@
 Legend: B rows, T tokens, G global views, C crops.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from stepjax.config import EngineConfig
+from stepjax.inference.engine import Engine
+from stepjax.inference.request import SamplingParams
 
-from stepjax.inference.generate import generate
 from stepjax.processing.tokens import Example
 
 TOLERANCE = 5e-5  # the recorded features and logits reach 5; all is float32
@@ -44,7 +48,7 @@ def logits_of(tiny_vl):
 
     @jax.jit
     def logits_BTV(tokens_BT, feature_index_BT, global_views_BGHWC, crops_BCHWC):
-        hidden_BTD, _ = model(
+        hidden_BTD = model(
             tokens_BT=tokens_BT,
             positions_BT=np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape),
             feature_index_BT=feature_index_BT,
@@ -85,6 +89,7 @@ def test_logits_of_text_alone(golden, example, logits_of):
 def test_greedy_continuation(tiny_vl, golden, example):
     model, images = tiny_vl
     recorded = tuple(int(token) for token in golden["greedy_tokens"])
-    [generation] = generate(model, [example], images, stop_ids=(), max_new_tokens=len(recorded))
-    assert generation.tokens == recorded
-    assert generation.finish_reason == "length"
+    engine = Engine(model, SimpleNamespace(tokenizer=None, image_config=images), EngineConfig(max_sequences=1))
+    [[completion]] = engine.generate([example], SamplingParams(temperature=0.0, max_tokens=len(recorded)))
+    assert completion.tokens == recorded
+    assert completion.finish_reason == "length"

@@ -14,7 +14,7 @@ import pytest
 
 from stepjax.config import DecoderConfig, NumericsConfig
 from stepjax.models.layers import RMSNorm, rotary_1d, rotate_halves
-from stepjax.models.qwen3 import Qwen3, make_cache
+from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import abstract_model
 
 FLOAT32 = NumericsConfig(compute_dtype="float32", remat="none")
@@ -102,7 +102,7 @@ def decoder_reference(decoder, tokens_T):
 
 def test_rotary_rotates_the_two_halves():
     x_TNH = np.random.default_rng(0).standard_normal((9, 2, 8)).astype(np.float32)
-    cos_BTH, sin_BTH = rotary_1d(jnp.arange(9)[None], 8, 1e4)
+    cos_BTH, sin_BTH = rotary_1d(jnp.arange(9)[None], dataclasses.replace(QWEN, head_dim=8, rope_theta=1e4))
     rotated = rotate_halves(jnp.asarray(x_TNH)[None], cos_BTH, sin_BTH)[0]
     np.testing.assert_allclose(rotated, rotate_reference(x_TNH, 1e4), atol=2e-6)
 
@@ -144,41 +144,22 @@ def test_packed_sequences_do_not_see_each_other(decoder):
         np.testing.assert_allclose(packed_BTV[:, end - n : end], alone_BTV[:, :n], rtol=0, atol=1e-5)
 
 
-@jax.jit
-def advance(decoder: Qwen3, tokens_BT, positions_BT, cache):
-    hidden_BTD, cache = decoder(decoder.embed(tokens_BT), positions_BT, None, cache)
-    return decoder.logits(hidden_BTD), cache
-
-
-def test_cached_decoding_equals_the_uncached_forward(decoder):
-    """A prefill of seven tokens, then the others one at a time; the cache is longer than the sequence."""
-    positions_BT = positions_of(TOKENS_BT)
-    cache = make_cache(decoder.config, 2, 16, jnp.float32)
-    out = []
-    for part in [slice(0, 7)] + [slice(t, t + 1) for t in range(7, 12)]:
-        piece, cache = advance(decoder, TOKENS_BT[:, part], positions_BT[:, part], cache)
-        out.append(piece)
-    expected = logits(decoder, TOKENS_BT, positions_BT)
-    np.testing.assert_allclose(np.concatenate(out, axis=1), expected, rtol=0, atol=1e-5)
-
-
-def test_cached_rows_advance_at_their_own_positions(decoder):
-    """Rows of different lengths, padded on the right: padding is overwritten before it can be seen."""
-    lengths_B = np.array([3, 6])
-    cache = make_cache(decoder.config, 2, 16, jnp.float32)
-    prompts_BT = np.where(np.arange(7) < lengths_B[:, None], TOKENS_BT[:, :7], 0)
-    _, cache = advance(decoder, prompts_BT, positions_of(prompts_BT), cache)
-    for step in range(4):
-        positions_B1 = (lengths_B + step)[:, None]
-        out, cache = advance(decoder, np.take_along_axis(TOKENS_BT, positions_B1, axis=1), positions_B1, cache)
-    expected = np.asarray(logits(decoder, TOKENS_BT, positions_of(TOKENS_BT)))[[0, 1], lengths_B + 3]
-    np.testing.assert_allclose(out[:, 0], expected, rtol=0, atol=1e-5)
+def test_yarn_is_the_published_interpolation():
+    """Against Transformers' formulas, written out: short waves stay, long ones are slowed by the factor."""
+    config = dataclasses.replace(QWEN, head_dim=64, rope_theta=1e6, yarn_factor=2.0, yarn_trained_positions=65_536)
+    cos_BTH, sin_BTH = rotary_1d(jnp.array([[1]]), config)
+    angles_H = np.arctan2(np.asarray(sin_BTH[0, 0], np.float64), np.asarray(cos_BTH[0, 0], np.float64))
+    plain_H = 1e6 ** (-np.arange(0, 64, 2) / 64)
+    low, high = (64 * np.log(65_536 / (turns * 2 * np.pi)) / (2 * np.log(1e6)) for turns in (32, 1))
+    ramp_H = np.clip((np.arange(32) - np.floor(low)) / (np.ceil(high) - np.floor(low)), 0, 1)
+    np.testing.assert_allclose(angles_H, plain_H / 2 * ramp_H + plain_H * (1 - ramp_H), rtol=1e-4)
+    assert angles_H[0] == pytest.approx(1.0, rel=1e-6) and angles_H[-1] == pytest.approx(plain_H[-1] / 2, rel=1e-4)
 
 
 def test_scanned_layers_equal_a_python_loop(decoder):
     positions_BT = positions_of(TOKENS_BT)
     config = decoder.config
-    rotary = rotary_1d(positions_BT, config.head_dim, config.rope_theta)
+    rotary = rotary_1d(positions_BT, config)
 
     @jax.jit
     def looped(decoder):

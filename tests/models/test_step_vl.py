@@ -22,7 +22,7 @@ def row_logits():
 
     @jax.jit
     def logits_TV(model, row):
-        hidden_BTD, _ = model(
+        hidden_BTD = model(
             tokens_BT=row["tokens_T"][None],
             positions_BT=row["positions_T"][None],
             segment_ids_BT=row["segment_ids_T"][None],

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepjax.config import ImageConfig, ModelConfig, NumericsConfig, VisionConfig
-from stepjax.inference.generate import generate
+from stepjax.config import EngineConfig, NumericsConfig
+from stepjax.inference.engine import Engine
+from stepjax.inference.request import SamplingParams
 from stepjax.interop.hf_layout import decoder_config_from_hf, decoder_tensors
 from stepjax.interop.hf_load import fill
 from stepjax.models.qwen3 import Qwen3
-from stepjax.models.step_vl import abstract_model
-from stepjax.processing.tokens import Example
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -151,26 +150,12 @@ def test_gradients_of_the_loss(reference, decoder, tokens_BT):
 
 
 def test_greedy_generation(reference, decoder, tokens_BT):
-    """Our engine, with this decoder in a model whose encoder has nothing to do, against their `generate`."""
-    config = ModelConfig(
-        vision=VisionConfig(width=8, num_layers=1, num_heads=1, mlp_dim=8, patch_size=4, position_grid=4),
-        decoder=decoder.config,
-    )
-    images = ImageConfig(global_size=16, crop_size=8, patch_size=4)
-    model = abstract_model(config, FLOAT32)
-    model.decoder = decoder
-    model = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, model)
-
-    def prompt(tokens_T):
-        views = np.zeros((0, 16, 16, 3), np.float32), np.zeros((0, 8, 8, 3), np.float32)
-        length = len(tokens_T)
-        index_T = np.full(length, -1, np.int32)
-        return Example("prompt", tokens_T.astype(np.int32), np.zeros(length, np.float32), index_T, *views)
-
+    """Our engine against their `generate`."""
     lengths = (TOKENS, 9, 14)
     prompts = [tokens_T[:n] for tokens_T, n in zip(tokens_BT, lengths, strict=True)]
-    ours = generate(model, [prompt(tokens_T) for tokens_T in prompts], images, stop_ids=(), max_new_tokens=24)
-    for generation, tokens_T in zip(ours, prompts, strict=True):
+    engine = Engine(decoder, None, EngineConfig(max_sequences=4, max_context=64, page_size=16))
+    ours = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24))
+    for (completion,), tokens_T in zip(ours, prompts, strict=True):
         ids_1T = torch.tensor(tokens_T[None])
         theirs = reference.generate(
             ids_1T,
@@ -180,4 +165,4 @@ def test_greedy_generation(reference, decoder, tokens_BT):
             eos_token_id=None,
             pad_token_id=0,
         )
-        assert list(generation.tokens) == theirs[0, len(tokens_T) :].tolist()
+        assert list(completion.tokens) == theirs[0, len(tokens_T) :].tolist()

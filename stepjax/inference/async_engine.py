@@ -1,0 +1,207 @@
+"""The engine behind asyncio: a thread of its own takes the steps, and every request is a stream of deltas."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from stepjax.errors import BusyError
+from stepjax.inference.collect import joined
+from stepjax.inference.engine import Engine
+from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
+from stepjax.processing.tokens import Example
+
+
+class EngineError(RuntimeError):
+    """The engine failed, or a request's logits were not finite. Not the caller's mistake."""
+
+
+class AsyncEngine:
+    """Used as `async with AsyncEngine(engine) as e:`, in which it alone may touch the engine.
+
+    Deltas of a stream wait in its own queue: a reader that is slow holds up nobody, and costs no more memory than its
+    answer. A stream that is closed before its end, or whose task is cancelled, cancels its request.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.max_context = engine.max_context
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the thread to call
+        self._streams: dict[str, Callable[[Delta | BaseException], None]] = {}  # only the thread touches it
+        self._failure: BaseException | None = None
+        self._draining = self._stopping = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._open_streams = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    async def __aenter__(self) -> "AsyncEngine":
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def stream(
+        self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> AsyncIterator[Delta]:
+        """The deltas of a request, of all its samples as they come.
+
+        Raises:
+            RequestError: it can never be served.
+            BusyError: too many wait, or the engine is being stopped.
+            EngineError: the engine failed.
+        """
+        self._check()
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+
+        def deliver(item: Delta | BaseException) -> None:
+            try:
+                loop.call_soon_threadsafe(deltas.put_nowait, item)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                pass
+
+        def submit() -> str:
+            submitted = self._engine.submit(prompt, params, request_id=request_id)
+            self._streams[submitted] = deliver
+            return submitted
+
+        self._enter()
+        unfinished = params.n
+        pending = self._call(submit)
+        try:
+            await asyncio.shield(asyncio.wrap_future(pending))
+            while unfinished:
+                item = await deltas.get()
+                if isinstance(item, BaseException):
+                    raise EngineError(f"the engine failed: {item}") from item
+                if item.finish_reason == "error":
+                    raise EngineError(str(item.stop_reason))
+                unfinished -= item.finish_reason is not None
+                yield item
+        finally:
+            if unfinished:
+                self._give_up(pending)
+            self._leave()
+
+    async def complete(
+        self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> list[Completion]:
+        """All samples of a request, in order. Raises as `stream`."""
+        deltas: dict[int, list[Delta]] = {}
+        async for delta in self.stream(prompt, params, request_id=request_id):
+            deltas.setdefault(delta.sample, []).append(delta)
+        return [joined(of_sample) for _, of_sample in sorted(deltas.items())]
+
+    async def call(self, function: Callable[[Engine], Any]) -> Any:
+        """Calls a function with the engine between two steps, as `engine.update_weights`; gives what it returns.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        self._check(draining_is_fine=True)
+        return await asyncio.wrap_future(self._call(lambda: function(self._engine)))
+
+    def stats(self) -> EngineStats:
+        """May be taken while a step is under way: counts of one moment then mix with those of the next."""
+        return self._engine.stats()
+
+    @property
+    def healthy(self) -> bool:
+        return self._failure is None and not self._draining and not self._stopping
+
+    async def drain(self) -> None:
+        """Takes nothing new, and returns when what is under way has ended."""
+        self._draining = True
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Stops; streams that are still open end with an EngineError."""
+        if self._stopping:
+            return
+        self._draining = self._stopping = True
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    # In the event loop -----------------------------------------------------------------------------------------------
+
+    def _check(self, draining_is_fine: bool = False) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the engine failed: {self._failure}") from self._failure
+        if self._stopping or (self._draining and not draining_is_fine):
+            raise BusyError("the engine is being stopped and takes nothing new")
+
+    def _enter(self) -> None:
+        self._open_streams += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self._open_streams -= 1
+        if not self._open_streams:
+            self._idle.set()
+
+    def _call(self, function: Callable[[], Any]) -> Future:
+        result: Future = Future()
+
+        def call() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._inbox.put(call)
+        return result
+
+    def _give_up(self, pending: Future) -> None:
+        """Cancels what `pending` submits, or has submitted: it may be under way in the other thread."""
+
+        def cancel() -> None:
+            if pending.exception() is None:
+                self._streams.pop(pending.result(), None)
+                self._engine.cancel(pending.result())
+
+        self._inbox.put(cancel)
+
+    # In the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._answer_calls(wait=not self._engine.has_work)
+                if self._engine.has_work and not self._stopping:
+                    self._deliver(self._engine.step())
+        except BaseException as error:  # whatever it is, those who wait must be told
+            self._failure = error
+        failure = self._failure or BusyError("the engine was stopped")
+        # Requests may still be on their way here; nothing goes on, so they are told, too.
+        while True:
+            for deliver in self._streams.values():
+                deliver(failure)
+            self._streams.clear()
+            if self._stopping:
+                break
+            self._answer_calls(wait=True)
+        self._answer_calls(wait=False)
+
+    def _answer_calls(self, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        while True:
+            try:
+                call = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            call()
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            deliver = self._streams.get(delta.request_id)
+            if deliver is not None:
+                deliver(delta)
+        for request_id in {delta.request_id for delta in deltas if delta.finish_reason is not None}:
+            if not self._engine.is_under_way(request_id):
+                self._streams.pop(request_id, None)

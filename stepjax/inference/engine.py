@@ -1,0 +1,320 @@
+"""The inference engine: continuous batching over a paged key-value cache.
+
+    engine = Engine(model, processor, EngineConfig(max_sequences=16))
+    for completions in engine.generate([processor.process_prompt(messages)], SamplingParams(n=4)):
+        print(completions[0].text)
+
+Requests come and go between steps. A step admits what there is room for, computes a stretch of one prompt, and decodes
+a token (or a few) of every other sequence; `stepjax.inference.async_engine` runs steps in a thread of its own.
+
+A token is a function of the weights, the request's prompt and seed, its sample's number and its position: alone or in
+a batch, after a pause or without one, a request gives the same text, up to what the order of floating-point sums does
+to two logits that tie.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from stepjax.config import EngineConfig
+from stepjax.errors import BusyError, RequestError
+from stepjax.inference import programs
+from stepjax.inference.advance import advance, make_delta
+from stepjax.inference.collect import Collector
+from stepjax.inference.feature_store import FeatureStore, ViewFeatures
+from stepjax.inference.pages import Pages
+from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
+from stepjax.inference.runner import Runner
+from stepjax.inference.scheduler import Scheduler
+from stepjax.inference.sequence import Prompt, Sequence
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import StepVL
+from stepjax.processing.tokens import Example, text_example
+
+
+class Engine:
+    """Synchronous and single-threaded: call its methods from one thread.
+
+    Args:
+        model: a STEP3-VL, or a text decoder alone.
+        processor: has a `tokenizer` and, for images, an `image_config`. None: tokens in and tokens out.
+        mesh: its tensor axis spreads heads and MLPs; the model is put there.
+
+    Raises:
+        ConfigError: the configuration or the mesh does not suit the model.
+    """
+
+    def __init__(
+        self,
+        model: StepVL | Qwen3,
+        processor: Any = None,
+        config: EngineConfig | None = None,
+        *,
+        mesh: Mesh | None = None,
+    ):
+        self.config = config = config or EngineConfig()
+        most = programs.decoder_of(model).config.max_positions
+        self.max_context = min(config.max_context or most, most)
+        self._tokenizer = getattr(processor, "tokenizer", None)
+        self._stop_ids = frozenset() if self._tokenizer is None else frozenset(self._tokenizer.stop_ids)
+        images = getattr(processor, "image_config", None) if isinstance(model, StepVL) else None
+
+        pages = -(-(config.cache_tokens or config.max_sequences * self.max_context) // config.page_size)
+        self._store = None if images is None else FeatureStore(config.feature_cache_tokens, images)
+        self._pages = Pages(pages)
+        self._scheduler = Scheduler(config, self._pages, self._store)
+        self._runner = Runner(model, config, images, max_context=self.max_context, num_pages=pages, mesh=mesh)
+        self._samples: dict[str, list[Sequence]] = {}  # of the requests under way
+        self._totals = dict.fromkeys(("generated", "finished", "cancelled", "encoded", "steps"), 0)
+        self._serial = 0
+        self._compiled_before = programs.num_compiled()
+
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: Example | Iterable[int], params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> str:
+        """Queues a request and returns its id; its deltas come from `step`.
+
+        Raises:
+            RequestError: it can never be served: it is empty, too long for the context or the cache, has images that
+                the model or the feature store cannot take, or an id that is in use.
+            BusyError: the queue is full.
+        """
+        params = params or SamplingParams()
+        example = prompt if isinstance(prompt, Example) else text_example(prompt)
+        self._serial += 1
+        request_id = request_id or f"request-{self._serial}"
+        if request_id in self._samples:
+            raise RequestError(f"request_id={request_id!r}: is in use; give each request its own")
+        limit = self._limit(example, params)
+        waiting = len(self._scheduler.waiting)
+        if waiting and waiting + params.n > self.config.max_waiting:
+            raise BusyError(f"{waiting} samples are waiting, of at most {self.config.max_waiting}: try again later")
+        seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
+        shared = Prompt(request_id, example, params, seed, limit, self._runner.images)
+        decode = None if self._tokenizer is None else self._tokenizer.decode
+        samples = [Sequence(shared, i, decode) for i in range(params.n)]
+        for sample in samples[1:]:
+            sample.leader = samples[0]
+        self._samples[request_id] = list(samples)
+        self._scheduler.add(samples)
+        return request_id
+
+    def cancel(self, request_id: str) -> list[Delta]:
+        """Ends a request and frees its pages at once; where it is not under way, there is nothing to do."""
+        samples = self._samples.pop(request_id, [])
+        for sequence in samples:
+            self._scheduler.remove(sequence)
+        self._totals["cancelled"] += len(samples)
+        return [make_delta(sequence, finish_reason="cancelled") for sequence in samples]
+
+    def generate(
+        self,
+        prompts: Iterable[Example | Iterable[int]],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[list[Completion]]:
+        """All samples of all prompts, in order. Prompts are taken as there is room, so they may be made lazily.
+
+        Args:
+            params: of each prompt, or of all. Then, if it names a seed, prompt i is given seed + i, so that equal
+                prompts differ.
+            progress: told how many prompts are done.
+
+        Raises:
+            RequestError: as `submit`; nothing goes on.
+        """
+        if not isinstance(params, Iterable):
+            params = _numbered(params or SamplingParams())
+        collector, ids = Collector(), []
+
+        def step() -> None:
+            collector.add(self.step())
+            progress(sum(request_id not in self._samples for request_id in ids))
+
+        try:
+            for prompt, wish in zip(prompts, params, strict=False):
+                ids.append(self.submit(prompt, wish))
+                while len(self._scheduler.waiting) > self.config.max_sequences:
+                    step()
+            while any(request_id in self._samples for request_id in ids):
+                step()
+        except BaseException:
+            for request_id in ids:
+                self.cancel(request_id)
+            raise
+        return [collector.completions(request_id) for request_id in ids]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._samples)
+
+    def is_under_way(self, request_id: str) -> bool:
+        return request_id in self._samples
+
+    def _limit(self, example: Example, params: SamplingParams) -> int:
+        """The number of tokens, the prompt's included, at which the request's samples end."""
+        name, length = f"prompt {example.name!r}", len(example.tokens)
+        if length == 0:
+            raise RequestError(f"{name} has no tokens: there is nothing to continue")
+        vocab_size = programs.decoder_of(self._runner.model).config.vocab_size
+        if not (0 <= int(example.tokens.min()) and int(example.tokens.max()) < vocab_size):
+            raise RequestError(f"{name} has token ids outside the vocabulary of {vocab_size}")
+        if length + (params.max_tokens or 1) > self.max_context:
+            raise RequestError(
+                f"{name} has {length} tokens; with max_tokens={params.max_tokens or 1} that is more than the context "
+                f"of {self.max_context}: shorten one of them"
+            )
+        limit = self.max_context if params.max_tokens is None else length + params.max_tokens
+        capacity = self._pages.count * self.config.page_size
+        if limit - 1 > capacity:
+            raise RequestError(
+                f"{name} with its answer may take {limit - 1} tokens of cache, all of which holds {capacity}: lower "
+                f"max_tokens, or raise engine.cache_tokens"
+            )
+        if params.stop and self._tokenizer is None:
+            raise RequestError(f"stop={params.stop!r}: there is no tokenizer to find text; give stop_ids")
+        if len(example.crops) or len(example.global_views):
+            if self._store is None:
+                raise RequestError(f"{name} has images; this model reads text only")
+            if self._store.size_of(example) > self._store.num_rows:
+                raise RequestError(
+                    f"{name} has {self._store.size_of(example)} tokens of images; the feature store holds "
+                    f"{self._store.num_rows}: raise engine.feature_cache_tokens"
+                )
+            if example.feature_index[-1] >= 0:
+                raise RequestError(f"{name} ends within an image: let some text follow")
+        return limit
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Delta]:
+        """Admits, computes a stretch of a prompt, decodes; what came of it."""
+        self._totals["steps"] += 1
+        self._scheduler.admit()
+        self._fork()
+        self._prefill()
+        sequences = self._scheduler.reserve(self.config.decode_steps)
+        if not sequences:
+            return []
+        drawn = self._runner.decode(sequences)
+        return [self._advance(sequence, drawn, row) for row, sequence in enumerate(sequences)]
+
+    def _fork(self) -> None:
+        copies = self._scheduler.fork()
+        if copies:
+            self._runner.copy(copies)
+
+    def _prefill(self) -> None:
+        budget = self.config.prefill_tokens
+        while budget > 0 and self._scheduler.prefilling:
+            sequence = self._scheduler.prefilling[0]
+            if sequence.views is not None and not all(view.encoded for view in sequence.views):
+                self._encode()
+                if self._scheduler.decoding:
+                    return  # an encoding is long enough for those that wait for their next token
+                continue
+            start = sequence.computed
+            end = min(start + self._runner.chunk_sizes[-1], sequence.length - 1)
+            budget -= self._runner.prefill(sequence, start, end)
+            self._scheduler.computed(sequence, end)
+            self._fork()
+
+    def _encode(self) -> None:
+        """One batch of views: of the first prompt that waits for some, filled up with those of the next ones."""
+        crops: dict[int, tuple[ViewFeatures, np.ndarray]] = {}
+        globals_: dict[int, tuple[ViewFeatures, np.ndarray]] = {}
+        for sequence in self._scheduler.prefilling:
+            example, views = sequence.prompt.example, sequence.views or []
+            for i, view in enumerate(views):
+                if view.encoded:
+                    continue
+                if i < len(example.crops):
+                    crops.setdefault(id(view), (view, example.crops[i]))
+                else:
+                    globals_.setdefault(id(view), (view, example.global_views[i - len(example.crops)]))
+            if crops or globals_ and len(globals_) >= self.config.view_batch:
+                break
+        kind, waiting = ("crop", crops) if crops else ("global", globals_)
+        batch = list(waiting.values())[: self.config.view_batch]
+        self._runner.encode(kind, batch)
+        for view, _ in batch:
+            view.encoded = True
+        self._totals["encoded"] += len(batch)
+
+    def _advance(self, sequence: Sequence, drawn: programs.Drawn, row: int) -> Delta:
+        delta = advance(sequence, drawn, row, self._stop_ids)
+        self._totals["generated"] += len(delta.tokens)
+        self._scheduler.computed(sequence, sequence.length - 1)
+        if delta.finish_reason is not None:
+            self._scheduler.remove(sequence)
+            self._totals["finished"] += 1
+            samples = self._samples[delta.request_id]
+            samples.remove(sequence)
+            if not samples:
+                del self._samples[delta.request_id]
+        return delta
+
+    # Weights, warm-up, figures ---------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> StepVL | Qwen3:
+        return self._runner.model
+
+    def update_weights(self, model: StepVL | Qwen3) -> None:
+        """Goes on with other weights of the same shapes. What was computed with the old ones is forgotten: samples
+        under way keep their tokens, and their keys and values are computed anew.
+
+        Raises:
+            RequestError: the structure, a shape or a type differs; the first that does is named.
+        """
+        self._runner.set_weights(model)
+        for sequence in reversed(list(self._scheduler.running)):
+            self._scheduler.preempt(sequence)
+        self._pages.forget_all()
+        if self._store is not None:
+            self._store.forget_all()
+
+    def warm_up(self, *, top_logprobs: bool = True, progress: Callable[[str], None] = lambda what: None) -> int:
+        """Compiles every shape that requests can need, so that none waits for the compiler; how many were compiled.
+
+        Args:
+            top_logprobs: those too that requests for the likeliest tokens need.
+            progress: told what is compiled next.
+        """
+        before = programs.num_compiled()
+        for what in self._runner.warm_up(top_logprobs):
+            progress(what)
+        return programs.num_compiled() - before
+
+    def stats(self) -> EngineStats:
+        pages, scheduler, totals = self._pages, self._scheduler, self._totals
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages=pages.count,
+            pages_used=pages.count - pages.num_free,
+            pages_cached=pages.num_cached,
+            prompt_tokens=scheduler.cached_tokens + scheduler.computed_tokens,
+            cached_prompt_tokens=scheduler.cached_tokens,
+            generated_tokens=totals["generated"],
+            finished_samples=totals["finished"],
+            cancelled_samples=totals["cancelled"],
+            preemptions=scheduler.preemptions,
+            images_encoded=totals["encoded"],
+            images_cached=0 if self._store is None else self._store.num_found,
+            steps=totals["steps"],
+            compilations=programs.num_compiled() - self._compiled_before,
+        )
+
+
+def _numbered(params: SamplingParams) -> Iterator[SamplingParams]:
+    for i in itertools.count():
+        yield params if params.seed is None else dataclasses.replace(params, seed=(params.seed + i) % 2**64)

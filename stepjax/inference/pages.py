@@ -1,0 +1,114 @@
+"""The pages of the key-value cache: who holds which, and what is in those that nobody holds.
+
+A page is held by any number of sequences. A full page has a key that says all that its contents depend on, the tokens
+from the beginning up to its end; under it the page can be found as long as nothing else has been put there. Pages that
+nobody holds are given out again, those without a key first and then the least recently used.
+"""
+
+import hashlib
+from collections import OrderedDict
+
+import numpy as np
+
+Key = bytes
+
+
+class OutOfPages(Exception):
+    """There are fewer free pages than asked for. The scheduler's to handle."""
+
+
+class Pages:
+    """Bookkeeping on the host for pages 0 to `count` - 1."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._holders = [0] * count
+        self._blank = list(range(count - 1, -1, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()  # held by nobody but with a key; the oldest first
+        self._key_of: dict[int, Key] = {}
+        self._page_of: dict[Key, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be given out."""
+        return len(self._blank) + len(self._kept)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._kept)
+
+    def take(self, count: int) -> list[int]:
+        """Pages with nothing of use in them, held once.
+
+        Raises:
+            OutOfPages: there are fewer; none is taken.
+        """
+        if count > self.num_free:
+            raise OutOfPages
+        taken = []
+        for _ in range(count):
+            if self._blank:
+                page = self._blank.pop()
+            else:
+                page, _ = self._kept.popitem(last=False)
+                self._forget(page)
+            self._holders[page] = 1
+            taken.append(page)
+        return taken
+
+    def hold(self, pages: list[int]) -> None:
+        for page in pages:
+            if self._holders[page] == 0:
+                del self._kept[page]
+            self._holders[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """Gives up one hold of each. The last of a sequence are the first to go, for they need those before them."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            assert self._holders[page] >= 0, f"page {page} was released more often than held"
+            if self._holders[page] == 0:
+                if page in self._key_of:
+                    self._kept[page] = None
+                else:
+                    self._blank.append(page)
+
+    def publish(self, page: int, key: Key) -> None:
+        """Lets a held, full page be found. Where another page has the key already, that one stays the one to find."""
+        assert self._holders[page] > 0
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key], self._key_of[page] = page, key
+
+    def find(self, keys: list[Key]) -> list[int]:
+        """The pages of the longest run of keys, from the first on, that are all there. They are not held yet."""
+        found = []
+        for key in keys:
+            if key not in self._page_of:
+                break
+            found.append(self._page_of[key])
+        return found
+
+    def forget_all(self) -> None:
+        """No page can be found any more: their contents belong to other weights."""
+        self._blank += list(self._kept)
+        self._kept.clear()
+        self._key_of.clear()
+        self._page_of.clear()
+
+    def _forget(self, page: int) -> None:
+        del self._page_of[self._key_of.pop(page)]
+
+
+def page_keys(contents_T: np.ndarray, page_size: int, parent: Key = b"") -> list[Key]:
+    """Keys of the full pages of a stretch that begins on a page.
+
+    Args:
+        contents_T: int64, what stands at each position: a token's id, or of an image's feature a hash of its view.
+        parent: the key of the page before.
+    """
+    keys = []
+    for end in range(page_size, len(contents_T) + 1, page_size):
+        part = np.ascontiguousarray(contents_T[end - page_size : end], np.int64)
+        parent = hashlib.blake2b(parent + part.tobytes(), digest_size=16).digest()
+        keys.append(parent)
+    return keys

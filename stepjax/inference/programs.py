@@ -1,0 +1,145 @@
+"""The compiled functions of the engine. Their shapes depend on the engine's configuration alone, never on requests.
+
+    encode     views of images -> rows of the feature store
+    prefill    a stretch of one prompt -> its pages
+    copy       pages -> pages, for samples that go on from a prompt's last, unfinished page
+    decode     one or more tokens of every sequence -> their pages, and the tokens that follow
+
+Legend: B sequences, C tokens of a chunk, E views, Q features of a view, R rows of the feature store, D width,
+S pages of the pool (of all layers), X pages to copy, I decoding steps, L likeliest tokens, V vocabulary.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sampling import sample
+from pallas_kernels.shared_prefix_attention import PageTables
+from stepjax.models.attention import resolve
+from stepjax.models.paged_cache import Chunk, PagedCache
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import NO_FEATURE, StepVL
+from stepjax.sharding import constrain, target_platform
+
+
+class Rows(NamedTuple):
+    """What decoding knows of its sequences; an unused row has a suffix length of 0."""
+
+    tokens_B: Any  # the last of each, not yet in the cache
+    positions_B: Any  # theirs
+    seeds_B2: Any  # uint32
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
+
+
+class Drawn(NamedTuple):
+    """The tokens of a call, [I, B], and their log-probabilities; of the likeliest tokens [I, B, L]."""
+
+    tokens_IB: Any
+    logprobs_IB: Any
+    sampling_logprobs_IB: Any
+    top_tokens_IBL: Any
+    top_logprobs_IBL: Any
+
+
+def decoder_of(model: StepVL | Qwen3) -> Qwen3:
+    return model.decoder if isinstance(model, StepVL) else model
+
+
+@partial(jax.jit, donate_argnames="store_RD")
+def encode(model: StepVL, store_RD: jax.Array, views_EHWC: jax.Array, rows_EQ: jax.Array) -> jax.Array:
+    """The store with the features of views in `rows_EQ`; rows beyond the store's are dropped (padding)."""
+    features_QD = model.encode_views(views_EHWC[None])[0]
+    return store_RD.at[rows_EQ.reshape(-1)].set(features_QD.astype(store_RD.dtype), mode="drop")
+
+
+@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames="num_pages")
+def prefill(
+    model: StepVL | Qwen3,
+    pool_S2KTW: jax.Array,
+    store_RD: jax.Array,
+    tokens_C: jax.Array,
+    feature_rows_C: jax.Array,
+    chunk: Chunk,
+    *,
+    num_pages: int,
+) -> jax.Array:
+    """The pool with the keys and values of a chunk. `feature_rows_C` names rows of the store, or NO_FEATURE."""
+    decoder = decoder_of(model)
+    x_1CD = decoder.embed(tokens_C[None])
+    features_1CD = store_RD[jnp.maximum(feature_rows_C, 0)][None].astype(x_1CD.dtype)
+    x_1CD = jnp.where(feature_rows_C[None, :, None] == NO_FEATURE, x_1CD, features_1CD)
+    x_1CD = constrain(x_1CD, None, None, "act_embed")
+    positions_1C = (chunk.start + jnp.arange(tokens_C.shape[0]))[None]
+    cache = PagedCache(pool_S2KTW, chunk, jnp.int32(num_pages), jnp.int32(0))
+    _, cache = decoder(x_1CD, positions_1C, None, cache)
+    assert cache is not None
+    return cache.pool_S2KTW
+
+
+@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames="num_pages")
+def copy(pool_S2KTW: jax.Array, source_X: jax.Array, target_X: jax.Array, *, num_pages: int) -> jax.Array:
+    """The pool with pages copied in every layer; pairs with a target of `num_pages` are dropped (padding)."""
+    layers_L1 = num_pages * jnp.arange(pool_S2KTW.shape[0] // num_pages)[:, None]
+    target_LX = jnp.where(target_X < num_pages, layers_L1 + target_X, pool_S2KTW.shape[0])
+    copied_LX2KTW = pool_S2KTW[layers_L1 + jnp.minimum(source_X, num_pages - 1)]
+    return pool_S2KTW.at[target_LX].set(copied_LX2KTW, mode="drop")
+
+
+@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames=("num_pages", "steps", "num_top"))
+def decode(
+    model: StepVL | Qwen3,
+    pool_S2KTW: jax.Array,
+    tables: PageTables,
+    rows: Rows,
+    *,
+    num_pages: int,
+    steps: int,
+    num_top: int,
+) -> tuple[jax.Array, Drawn]:
+    """`steps` tokens of every sequence, each a function of its sequence, seed and position alone.
+
+    The suffixes of `tables` count the first of the tokens that are written; pages for all of them must be there, or
+    num_pages in their place: what is drawn after a missing page means nothing.
+    """
+    decoder = decoder_of(model)
+    in_use_B = tables.suffix_lengths_B > 0
+
+    def step(carry, i):
+        pool_S2KTW, tokens_B = carry
+        seen = tables._replace(suffix_lengths_B=tables.suffix_lengths_B + i * in_use_B)
+        x_B1D = constrain(decoder.embed(tokens_B[:, None]), None, None, "act_embed")
+        cache = PagedCache(pool_S2KTW, seen, jnp.int32(num_pages), jnp.int32(0))
+        hidden_B1D, cache = decoder(x_B1D, (rows.positions_B + i)[:, None], None, cache)
+        logits_BV = constrain(decoder.logits(hidden_B1D)[:, 0], None, None)
+        drawn = sample(
+            logits_BV,
+            seeds_B=rows.seeds_B2,
+            positions_B=rows.positions_B + i + 1,
+            temperature_B=rows.temperature_B,
+            top_k_B=rows.top_k_B,
+            top_p_B=rows.top_p_B,
+            min_p_B=rows.min_p_B,
+            implementation="tpu" if resolve(decoder.numerics.attention, target_platform()) == "tpu" else "xla",
+        )
+        top_BL, top_tokens_BL = jax.lax.top_k(logits_BV, num_top)
+        top_BL = top_BL - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True) if num_top else top_BL
+        # A NaN among the logits gives token -1; the host sees it, and the embedding must not.
+        following_B = jnp.maximum(drawn.tokens_B, 0)
+        assert cache is not None
+        return (cache.pool_S2KTW, following_B), Drawn(*drawn, top_tokens_BL, top_BL)
+
+    (pool_S2KTW, _), drawn = jax.lax.scan(step, (pool_S2KTW, rows.tokens_B), jnp.arange(steps))
+    return pool_S2KTW, drawn
+
+
+PROGRAMS: tuple[Any, ...] = (encode, prefill, copy, decode)
+
+
+def num_compiled() -> int:
+    """Programs compiled so far in this process, over all shapes and engines."""
+    return sum(program._cache_size() for program in PROGRAMS)

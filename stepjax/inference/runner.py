@@ -1,0 +1,173 @@
+"""The device's side of the engine: weights, cache and features, and the programs called with arrays of fixed shapes.
+
+Legend: C tokens of a chunk, E views, Q features of a view, M pages of a row, X pages to copy.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from stepjax.config import EngineConfig, ImageConfig
+from stepjax.errors import ConfigError, RequestError
+from stepjax.inference import programs
+from stepjax.inference.batch import Batch, bucket, make_batch, sizes
+from stepjax.inference.feature_store import ViewFeatures
+from stepjax.inference.request import MAX_TOP_LOGPROBS
+from stepjax.inference.sequence import Sequence
+from stepjax.models.paged_cache import Chunk, make_pool, pool_layout
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import NO_FEATURE, StepVL
+from stepjax.sharding import check_heads_only, shardings, target_platform
+
+ViewKind = Literal["crop", "global"]
+
+
+class Runner:
+    """
+    Raises:
+        ConfigError: the mesh has other axes than the tensor axis, or does not divide the model.
+    """
+
+    def __init__(
+        self,
+        model: StepVL | Qwen3,
+        config: EngineConfig,
+        images: ImageConfig | None,
+        *,
+        max_context: int,
+        num_pages: int,
+        mesh: Mesh | None,
+    ):
+        self.config, self.images, self.num_pages, self.mesh = config, images, num_pages, mesh
+        decoder = programs.decoder_of(model).config
+        if mesh is not None:
+            check_heads_only(mesh)
+            model = jax.device_put(model, shardings(model, mesh))
+        self.model = model
+        self.row_pages = -(-max_context // config.page_size)
+        self.batch_sizes = sizes(1, config.max_sequences)
+        self.chunk_sizes = sizes(min(64, config.prefill_tokens), config.prefill_tokens)
+        self.feature_rows = 0 if images is None else config.feature_cache_tokens
+        with self._scope():
+            platform = target_platform()
+            # XLA follows the pages that are in use; the kernel's copy of a prompt's pages is as long as their table.
+            self.row_widths = sizes(min(16, self.row_pages), self.row_pages) if platform == "tpu" else [self.row_pages]
+            dtype = jnp.dtype(programs.decoder_of(model).numerics.compute_dtype)
+            if decoder.num_kv_heads * config.page_size * num_pages == 0:
+                raise ConfigError(f"engine.cache_tokens={config.cache_tokens}: must hold at least a page")
+
+            def empty() -> tuple[jax.Array, jax.Array]:
+                pool_S2KTW = make_pool(decoder, num_pages, config.page_size, dtype, platform)
+                return pool_S2KTW, jnp.zeros((max(self.feature_rows, 1), decoder.width), dtype)
+
+            layouts = None if mesh is None else (pool_layout(mesh), None)
+            self.pool_S2KTW, self.features_RD = jax.jit(empty, out_shardings=layouts)()
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies pages, each pair from and to."""
+        width = self.config.max_sequences
+        for first in range(0, max(len(pairs), 1), width):
+            some = np.array(pairs[first : first + width], np.int32).reshape(-1, 2)
+            source_X, target_X = np.zeros(width, np.int32), np.full(width, self.num_pages, np.int32)
+            source_X[: len(some)], target_X[: len(some)] = some.T
+            with self._scope():
+                self.pool_S2KTW = programs.copy(self.pool_S2KTW, source_X, target_X, num_pages=self.num_pages)
+
+    def prefill(self, sequence: Sequence, start: int, end: int) -> int:
+        """Computes the tokens from `start` to `end`; how many the device was given."""
+        size, pages = bucket(end - start, self.chunk_sizes), -(-end // self.config.page_size)
+        tokens_C, rows_C = np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32)
+        tokens_C[: end - start] = sequence.tokens(start, end)
+        rows_C[: end - start] = sequence.feature_rows(start, end)
+        self._prefill(tokens_C, rows_C, sequence.pages[:pages], start, end, bucket(pages, self.row_widths))
+        return size
+
+    def _prefill(
+        self, tokens_C: np.ndarray, rows_C: np.ndarray, pages: list[int], start: int, end: int, width: int
+    ) -> None:
+        pages_M = np.full(width, self.num_pages, np.int32)
+        pages_M[: len(pages)] = pages
+        chunk = Chunk(pages_M, np.int32(start), np.int32(end - start))
+        with self._scope():
+            self.pool_S2KTW = programs.prefill(
+                self.model, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk, num_pages=self.num_pages
+            )
+
+    def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> None:
+        """Encodes up to `view_batch` views of one kind, given with their pixels."""
+        assert self.images is not None and len(views) <= self.config.view_batch
+        of_crop = kind == "crop"
+        side = self.images.crop_size if of_crop else self.images.global_size
+        size = self.images.crop_tokens if of_crop else self.images.global_tokens
+        views_EHWC = np.zeros((self.config.view_batch, side, side, 3), np.float32)
+        rows_EQ = np.full((self.config.view_batch, size), self.feature_rows, np.int32)
+        for i, (view, pixels_HWC) in enumerate(views):
+            views_EHWC[i], rows_EQ[i] = pixels_HWC, view.rows_Q
+        with self._scope():
+            self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
+
+    def decode(self, sequences: list[Sequence]) -> programs.Drawn:
+        """The next tokens of all, on the host; row i is of sequence i."""
+        batch = make_batch(
+            sequences,
+            num_rows=bucket(len(sequences), self.batch_sizes),
+            row_pages=self.row_pages,
+            num_pages=self.num_pages,
+            page_size=self.config.page_size,
+            max_problems=self.config.max_problems,
+        )
+        return jax.device_get(self._decode(batch))
+
+    def _decode(self, batch: Batch) -> programs.Drawn:
+        with self._scope():
+            self.pool_S2KTW, drawn = programs.decode(
+                self.model,
+                self.pool_S2KTW,
+                batch.tables,
+                batch.rows,
+                num_pages=self.num_pages,
+                steps=self.config.decode_steps,
+                num_top=batch.num_top,
+            )
+        return drawn
+
+    def warm_up(self, top_logprobs: bool) -> Iterator[str]:
+        """Calls every program in every shape, with nothing in it; yields what comes next."""
+        yield "page copies"
+        self.copy([])
+        for size in self.chunk_sizes:
+            for width in self.row_widths:
+                yield f"prefill of {size} tokens"
+                self._prefill(np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32), [], 0, 0, width)
+        if self.images is not None:
+            for kind in ("crop", "global"):
+                yield f"encoder, {kind} views"
+                self.encode(kind, [])
+        for rows in self.batch_sizes:
+            for problems in (1, self.config.max_problems) if rows > 1 and self.config.max_problems > 1 else (1,):
+                for num_top in (0, MAX_TOP_LOGPROBS) if top_logprobs else (0,):
+                    yield f"decoding of {rows}, {problems} shared, {num_top} likeliest"
+                    self._decode(Batch.empty(rows, problems, self.row_pages, self.num_pages, num_top))
+        jax.block_until_ready(self.pool_S2KTW)
+
+    def set_weights(self, model: StepVL | Qwen3) -> None:
+        """
+        Raises:
+            RequestError: the structure, a shape or a type differs; the first that does is named.
+        """
+        old, new = (jax.tree_util.tree_leaves_with_path(m) for m in (self.model, model))
+        for (path, a), (_, b) in zip(old, new, strict=False):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise RequestError(f"weights: {name} is {b.dtype}{b.shape}, the engine has {a.dtype}{a.shape}")
+        if jax.tree.structure(self.model) != jax.tree.structure(model):
+            raise RequestError("weights: the model is built differently from the engine's")
+        self.model = model if self.mesh is None else jax.device_put(model, shardings(model, self.mesh))
+
+    def _scope(self) -> AbstractContextManager:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

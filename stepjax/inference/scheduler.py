@@ -1,0 +1,160 @@
+"""Which sequences are in work, and who gives way when pages run out. Bookkeeping only: nothing here touches a device.
+
+A sequence waits, is admitted once there are pages for all it has so far, and is then in work until it ends: its prompt
+is computed in stretches, then it is decoded with all others. One that needs a page when none is free takes those of the
+sequence admitted last, which goes back to the front of the queue and is computed anew when its turn comes: it then
+continues as if nothing had happened, for a token depends on its position and not on when it is drawn.
+
+Samples of one request wait for the first of them to compute the prompt, and then hold its pages too.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from stepjax.config import EngineConfig
+from stepjax.inference.feature_store import FeatureStore
+from stepjax.inference.pages import OutOfPages, Pages
+from stepjax.inference.sequence import Sequence
+
+
+class Scheduler:
+    def __init__(self, config: EngineConfig, pages: Pages, store: FeatureStore | None):
+        self.config, self.pages, self.store = config, pages, store
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+        self.preemptions = 0
+        self.cached_tokens = 0
+        self.computed_tokens = 0  # of prompts, when they were admitted; recomputation counts again
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.decodes]
+
+    @property
+    def prefilling(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if not sequence.decodes]
+
+    def add(self, samples: Iterable[Sequence]) -> None:
+        self.waiting.extend(samples)
+
+    def admit(self) -> None:
+        """Takes sequences into work, in order, while there are places, pages and room for their image features."""
+        waits_for_leader = []
+        while self.waiting and len(self.running) < self.config.max_sequences:
+            sequence = self.waiting.popleft()
+            if sequence.leader is not None:
+                waits_for_leader.append(sequence)
+            elif not self._take_in(sequence):
+                self.waiting.appendleft(sequence)
+                break
+        self.waiting.extendleft(reversed(waits_for_leader))
+
+    def _take_in(self, sequence: Sequence) -> bool:
+        page_size = self.config.page_size
+        found = []
+        if self.config.prefix_caching:
+            # The last token is decoded, whatever is known of it.
+            found = self.pages.find(sequence.extend_keys(sequence.length - 1, page_size))
+        needed = -(-sequence.length // page_size) - len(found)
+        self.pages.hold(found)
+        # Those in work will want pages soon: without a reserve, the newcomer would be sent away again at once.
+        reserve = len(self.running)
+        if needed + reserve > self.pages.num_free:
+            self.pages.release(found)
+            return False
+        start = len(found) * page_size
+        if sequence.needs_features(start):
+            assert self.store is not None
+            sequence.views = self.store.hold(sequence.prompt.example, sequence.prompt.digests)
+            if sequence.views is None:
+                self.pages.release(found)
+                return False
+        sequence.pages = found + self.pages.take(needed)
+        sequence.computed, sequence.num_published = start, len(found)
+        self.running.append(sequence)
+        prompt = sequence.prompt
+        if prompt.num_cached is None:
+            prompt.num_cached = start
+            self.cached_tokens += start
+            self.computed_tokens += len(prompt.tokens_T) - start
+        return True
+
+    def computed(self, sequence: Sequence, end: int) -> None:
+        """Tokens up to `end` have their keys and values: full pages can be found, and features may not be needed."""
+        sequence.computed = end
+        if self.config.prefix_caching:
+            keys = sequence.extend_keys(end, self.config.page_size)
+            for page in range(sequence.num_published, len(keys)):
+                self.pages.publish(sequence.pages[page], keys[page])
+            sequence.num_published = len(keys)
+        if sequence.decodes:
+            self._release_views(sequence)
+
+    def fork(self) -> list[tuple[int, int]]:
+        """Takes in the samples whose prompt another sample has computed, while there are places and pages.
+
+        Returns:
+            Pages to copy, from and to: of each prompt the last one, where it is not full.
+        """
+        copies, page_size = [], self.config.page_size
+        for sequence in list(self.waiting):
+            leader = sequence.leader
+            if leader is None or leader not in self.running or not leader.decodes:
+                continue
+            sequence.leader = None  # one for which there is no room now looks for the prompt's pages later
+            if len(self.running) >= self.config.max_sequences or self.pages.num_free < 1 + len(self.running):
+                continue
+            size = leader.length - len(leader.generated) - 1  # of what all samples have in common
+            full, partial = divmod(size, page_size)
+            shared, own = leader.pages[:full], self.pages.take(1)
+            self.pages.hold(shared)
+            self.waiting.remove(sequence)
+            sequence.pages, sequence.computed = shared + own, size
+            sequence.keys, sequence.num_published = leader.keys[:full], full
+            self.running.append(sequence)
+            if partial:
+                copies.append((leader.pages[full], own[0]))
+        return copies
+
+    def reserve(self, steps: int) -> list[Sequence]:
+        """Makes sure of pages for `steps` more tokens of every sequence that decodes, as far as its limit goes.
+
+        Returns:
+            Those that decode now: all, less those that had to give way.
+        """
+        for sequence in list(self.running):
+            while sequence.decodes and sequence in self.running:
+                # The token that reaches the limit is drawn, and never read.
+                last = min(sequence.length - 1 + steps, sequence.prompt.limit - 1)
+                needed = -(-last // self.config.page_size) - len(sequence.pages)
+                try:
+                    sequence.pages += self.pages.take(max(needed, 0))
+                    break
+                except OutOfPages:
+                    self.preempt(self.running[-1])
+        return self.decoding
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence out of work; it is the next to be admitted again."""
+        self.preemptions += 1
+        self.remove(sequence)
+        self.waiting.appendleft(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Frees what a sequence holds, whatever it is doing. Samples that wait for it compute the prompt themselves."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release_views(sequence)
+        self.pages.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.num_published = [], 0, 0
+        followers = [other for other in self.waiting if other.leader is sequence]
+        for other in followers:
+            other.leader = followers[0] if other is not followers[0] else None
+
+    def _release_views(self, sequence: Sequence) -> None:
+        if sequence.views is not None:
+            assert self.store is not None
+            self.store.release(sequence.prompt.digests)
+            sequence.views = None

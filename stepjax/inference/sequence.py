@@ -1,0 +1,120 @@
+"""A request inside the engine: its prompt, which its samples share, and each sample's state.
+
+Legend: T tokens of the prompt.
+"""
+
+import hashlib
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from stepjax.config import ImageConfig
+from stepjax.inference.feature_store import ViewFeatures, view_digests
+from stepjax.inference.pages import Key, page_keys
+from stepjax.inference.request import SamplingParams
+from stepjax.inference.text_stream import TextStream
+from stepjax.models.step_vl import NO_FEATURE
+from stepjax.processing.tokens import Example
+
+
+class Prompt:
+    """What a request's samples have in common. `contents_T` says what stands at each position, for the pages' keys."""
+
+    def __init__(
+        self,
+        request_id: str,
+        example: Example,
+        params: SamplingParams,
+        seed: int,
+        limit: int,
+        images: ImageConfig | None,
+    ):
+        """
+        Args:
+            seed: of the request, drawn if the caller gave none.
+            limit: tokens of prompt and answer together.
+        """
+        self.request_id, self.example, self.params, self.seed, self.limit = request_id, example, params, seed, limit
+        self.tokens_T = np.asarray(example.tokens, np.int32)
+        self.digests = view_digests(example)
+        self.num_cached: int | None = None  # of the first sample, when it is first admitted
+        self.contents_T = self.tokens_T.astype(np.int64)
+        index_T = example.feature_index
+        if self.digests and images is not None:
+            sizes = [images.crop_tokens] * len(example.crops) + [images.global_tokens] * len(example.global_views)
+            # Negative, so that no feature is taken for a token.
+            first = [-1 - (int.from_bytes(digest[:8], "big") >> 2) for digest in self.digests]
+            of_row = np.concatenate([start - np.arange(size) for start, size in zip(first, sizes, strict=True)])
+            self.contents_T = np.where(index_T >= 0, of_row[np.maximum(index_T, 0)], self.contents_T)
+
+    def feature_rows(self, views: list[ViewFeatures], start: int, end: int) -> np.ndarray:
+        """Rows of the store for the positions from `start` to `end`, NO_FEATURE where there is none."""
+        index_T = self.example.feature_index[start:end]
+        if not views:
+            return np.full(end - start, NO_FEATURE, np.int32)
+        rows = np.concatenate([view.rows_Q for view in views])
+        return np.where(index_T >= 0, rows[np.maximum(index_T, 0)], NO_FEATURE).astype(np.int32)
+
+
+class Sequence:
+    """One sample. Tokens 0 to `computed` - 1 have their keys and values in `pages`; to be decoded, all but the last."""
+
+    def __init__(self, prompt: Prompt, sample: int, decode: Callable[[Tokens[int]], str] | None):
+        self.prompt, self.sample = prompt, sample
+        words = hashlib.blake2b(
+            (prompt.seed % 2**64).to_bytes(8, "little") + sample.to_bytes(4, "little"), digest_size=8
+        ).digest()
+        self.seed_words = np.frombuffer(words, np.uint32)
+        self.generated: list[int] = []
+        self.computed = 0
+        self.pages: list[int] = []
+        self.keys: list[Key] = []  # of full pages, computed or not
+        self.num_published = 0  # pages that can be found
+        self.views: list[ViewFeatures] | None = None  # held while the prompt is computed
+        self.leader: Sequence | None = None  # the sample that computes the prompt for this one
+        self.text = None if decode is None else TextStream(decode, prompt.params.stop)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.tokens_T) + len(self.generated)
+
+    @property
+    def decodes(self) -> bool:
+        """All is computed but the last token, which decoding takes."""
+        return self.computed == self.length - 1
+
+    @property
+    def last_token(self) -> int:
+        return self.generated[-1] if self.generated else int(self.prompt.tokens_T[-1])
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        return _joined(self.prompt.tokens_T, self.generated, start, end)
+
+    def contents(self, start: int, end: int) -> np.ndarray:
+        return _joined(self.prompt.contents_T, self.generated, start, end)
+
+    def needs_features(self, start: int) -> bool:
+        """Whether a position from `start` on holds an image feature."""
+        return bool((self.prompt.example.feature_index[start:] >= 0).any())
+
+    def feature_rows(self, start: int, end: int) -> np.ndarray:
+        prompt_end = min(end, len(self.prompt.tokens_T))
+        of_prompt = self.prompt.feature_rows(self.views or [], min(start, prompt_end), prompt_end)
+        return np.concatenate([of_prompt, np.full(end - start - len(of_prompt), NO_FEATURE, np.int32)])
+
+    def extend_keys(self, length: int, page_size: int) -> list[Key]:
+        """The keys of the full pages among the first `length` tokens."""
+        done = len(self.keys)
+        if length // page_size > done:
+            contents = self.contents(done * page_size, length)
+            self.keys += page_keys(contents, page_size, self.keys[-1] if self.keys else b"")
+        return self.keys[: length // page_size]
+
+
+def _joined(prompt_T: np.ndarray, generated: list[int], start: int, end: int) -> np.ndarray:
+    size = len(prompt_T)
+    if end <= size:
+        return prompt_T[start:end]
+    tail = np.asarray(generated[max(start - size, 0) : end - size], prompt_T.dtype)
+    return np.concatenate([prompt_T[start:size], tail]) if start < size else tail

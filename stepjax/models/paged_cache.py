@@ -1,0 +1,148 @@
+"""The key-value cache in pages, and attention to it: of a prompt's next chunk, or of one token of many sequences.
+
+One pool holds all layers: layer i owns the pages from i * P on, so that a scan over the layers carries the pool and
+every layer writes into its own part in place. Page numbers of a cache are those of a layer, 0 to P - 1; P itself stands
+for no page, into which nothing is written. A sequence's token t lies in place t % T of its page t // T.
+
+Legend: B sequences, C tokens of a chunk, N query heads, K key-value heads, H head dim, W width of the pool (H, on a TPU
+rounded up to its lanes), P pages of a layer, S of all layers, T tokens of a page (of a row, in BTNH), M pages of a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.shared_prefix_attention import PageTables, shared_prefix_attention
+from pallas_kernels.shared_prefix_attention.xla import attend_pages
+from stepjax.config import AttentionImplementation, DecoderConfig
+from stepjax.models.attention import resolve
+from stepjax.sharding import spec, target_platform
+
+LANES = 128
+
+
+class Chunk(NamedTuple):
+    """A stretch of one prompt. Its tokens see those before them, their own chunk's included."""
+
+    pages_M: Any  # of the prompt; the chunk's own must be there
+    start: Any  # position of the first token
+    length: Any  # tokens that count; what is behind them is padding
+
+
+class PagedCache(NamedTuple):
+    """The pool, and what this call's tokens see of it."""
+
+    pool_S2KTW: jax.Array
+    reads: PageTables | Chunk  # one token of every sequence (their lengths count it), or a stretch of one
+    num_pages: jax.Array  # P
+    layer: jax.Array
+
+    def at_layer(self, offset: jax.Array) -> "PagedCache":
+        return self._replace(layer=self.layer + offset)
+
+
+def make_pool(config: DecoderConfig, num_pages: int, page_size: int, dtype: jnp.dtype, platform: str) -> jax.Array:
+    """An empty pool [layers * num_pages, 2, K, page_size, W]."""
+    width = -(-config.head_dim // LANES) * LANES if platform == "tpu" else config.head_dim
+    return jnp.zeros((config.num_layers * num_pages, 2, config.num_kv_heads, page_size, width), dtype)
+
+
+def pool_layout(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, _pool_spec())
+
+
+def _pool_spec() -> PartitionSpec:
+    return spec(None, None, "kv_heads", None, None)
+
+
+def append_and_attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cache: PagedCache,
+    implementation: AttentionImplementation,
+) -> tuple[jax.Array, PagedCache]:
+    """Writes keys and values into the current layer's pages, and attends to what the cache says is seen; [B, T, N, H].
+
+    With a mesh in scope every device has its own heads, of the queries and of the pool.
+    """
+    platform = target_platform()
+    # There is a paged kernel for TPUs only; GPUs take the same algorithm from XLA.
+    chosen = "tpu" if resolve(implementation, platform) == "tpu" else "xla"
+
+    def of_device(q_BTNH, k_BTKH, v_BTKH, pool_S2KTW, reads, first_page, num_pages):
+        kv_BT2KW = _paired(k_BTKH, v_BTKH, pool_S2KTW)
+        if isinstance(reads, Chunk):
+            pool_S2KTW = _append_chunk(pool_S2KTW, kv_BT2KW, reads, first_page, num_pages)
+            return _attend_chunk(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
+        pool_S2KTW = _append_tokens(pool_S2KTW, kv_BT2KW, reads, first_page, num_pages)
+        return _attend_all(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        q_spec, kv_spec = spec(None, None, "heads", None), spec(None, None, "kv_heads", None)
+        in_specs = (q_spec, kv_spec, kv_spec, _pool_spec(), spec(), spec(), spec())
+        of_device = jax.shard_map(of_device, in_specs=in_specs, out_specs=(q_spec, _pool_spec()), check_vma=False)
+    first_page = cache.layer * cache.num_pages
+    out_BTNH, pool_S2KTW = of_device(q_BTNH, k_BTKH, v_BTKH, cache.pool_S2KTW, cache.reads, first_page, cache.num_pages)
+    return out_BTNH, cache._replace(pool_S2KTW=pool_S2KTW)
+
+
+def _paired(k_BTKH: jax.Array, v_BTKH: jax.Array, pool_S2KTW: jax.Array) -> jax.Array:
+    kv_BT2KH = jnp.stack([k_BTKH, v_BTKH], axis=2).astype(pool_S2KTW.dtype)
+    return jnp.pad(kv_BT2KH, ((0, 0),) * 4 + ((0, pool_S2KTW.shape[-1] - k_BTKH.shape[-1]),))
+
+
+def _write(pool_S2KTW, kv_X2KW, page_X, place_X, first_page, num_pages):
+    nowhere = pool_S2KTW.shape[0]
+    page_X = jnp.where(page_X < num_pages, first_page + page_X, nowhere)
+    return pool_S2KTW.at[page_X, :, :, place_X].set(kv_X2KW, mode="drop")
+
+
+def _append_tokens(pool_S2KTW, kv_BT2KW, tables: PageTables, first_page, num_pages):
+    page_size = pool_S2KTW.shape[3]
+    place_B = tables.suffix_lengths_B - 1
+    column_B = jnp.clip(place_B // page_size, 0, tables.suffix_pages_BM.shape[1] - 1)
+    page_B = jnp.take_along_axis(tables.suffix_pages_BM, column_B[:, None], axis=1)[:, 0]
+    page_B = jnp.where((place_B >= 0) & (place_B // page_size == column_B), page_B, num_pages)
+    return _write(pool_S2KTW, kv_BT2KW[:, 0], page_B, place_B % page_size, first_page, num_pages)
+
+
+def _append_chunk(pool_S2KTW, kv_1C2KW, chunk: Chunk, first_page, num_pages):
+    page_size = pool_S2KTW.shape[3]
+    offset_C = jnp.arange(kv_1C2KW.shape[1])
+    position_C = chunk.start + offset_C
+    page_C = chunk.pages_M.at[position_C // page_size].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
+    page_C = jnp.where(offset_C < chunk.length, page_C, num_pages)
+    return _write(pool_S2KTW, kv_1C2KW[0], page_C, position_C % page_size, first_page, num_pages)
+
+
+def _attend_all(q_BTNH, pool_S2KTW, tables: PageTables, first_page, implementation):
+    here = tables._replace(
+        prefix_pages_PM=tables.prefix_pages_PM + first_page, suffix_pages_BM=tables.suffix_pages_BM + first_page
+    )
+    return shared_prefix_attention(q_BTNH[:, 0], pool_S2KTW, here, implementation=implementation)[:, None]
+
+
+def _attend_chunk(q_1CNH, pool_S2KTW, chunk: Chunk, first_page, implementation):
+    _, num_tokens, num_heads, head_dim = q_1CNH.shape
+    num_kv_heads, page_size, width = pool_S2KTW.shape[2:]
+    pages_M = chunk.pages_M + first_page
+    if implementation == "tpu":
+        # The chunk's row of pages, copied into one piece for the kernel; it skips the blocks past the diagonal.
+        kv_M2KTW = pool_S2KTW.at[pages_M].get(mode="clip")[..., :head_dim]
+        k_1SKH, v_1SKH = (kv_M2KTW[:, i].transpose(0, 2, 1, 3).reshape(1, -1, num_kv_heads, head_dim) for i in range(2))
+        return flash_attention(q_1CNH, k_1SKH, v_1SKH, causal=True, q_offset=chunk.start, implementation="tpu")
+    q_1CKRW = jnp.pad(q_1CNH, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
+    q_1CKRW = q_1CKRW.reshape(1, num_tokens, num_kv_heads, num_heads // num_kv_heads, width)
+    out_1CKRW, _ = attend_pages(
+        q_1CKRW,
+        pool_S2KTW,
+        pages_M[None],
+        (chunk.start + chunk.length)[None],
+        scale=head_dim**-0.5,
+        visible_GI=(chunk.start + 1 + jnp.arange(num_tokens))[None],
+    )
+    return out_1CKRW.reshape(1, num_tokens, num_heads, width)[..., :head_dim].astype(q_1CNH.dtype)
