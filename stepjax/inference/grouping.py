@@ -2,12 +2,14 @@
 
 Sequences whose page lists begin alike can have those pages read once for all of them: a group. With m sequences and d
 pages in common a group saves d (m - 1) page reads, and a sequence can be in one group only. Where lists branch again
-and again (a system prompt, under it problems, under them samples) the choice between one wide group and several deep
-ones is made by what they save.
+and again (a system prompt, under it problems, under them samples) it is not obvious which groups save most: the lists
+are the leaves of a tree, and the best groups of each subtree are found for every depth that the group around it has.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,33 +24,49 @@ class Group:
         return self.num_pages * (len(self.members) - 1)
 
 
+class _Choice(NamedTuple):
+    saved: int  # pages that the subtree's sequences do not read, less those that its groups read
+    outside: tuple[int, ...]  # sequences that are left to the group around
+    groups: tuple[Group, ...]
+
+
 def group_by_prefix(pages: Sequence[Sequence[int]], max_groups: int) -> list[Group]:
     """The groups that save most, at most `max_groups` of them; sequences in none read their pages alone."""
     order = sorted(range(len(pages)), key=lambda i: tuple(pages[i]))
-    groups = _best(pages, order, 0)
-    return sorted(groups, key=lambda group: -group.saved)[:max_groups]
+    rows = [pages[i] for i in order]
+
+    @functools.cache
+    def best(first: int, last: int, depth: int, around: int) -> _Choice:
+        """Of rows first to last - 1, which agree in `depth` pages; the group around them shares `around`."""
+        # Sorted: what the first and the last have in common, all have.
+        common, head, tail = depth, rows[first], rows[last - 1]
+        while common < min(len(head), len(tail)) and head[common] == tail[common]:
+            common += 1
+
+        def below(around: int) -> _Choice:
+            saved, outside, groups = 0, (), ()
+            for start, end in _branches(rows, first, last, common):
+                if end - start == 1 or len(rows[start]) == common:
+                    choice = _Choice(around * (end - start), tuple(range(start, end)), ())
+                else:
+                    choice = best(start, end, common + 1, around)
+                saved, outside, groups = saved + choice.saved, outside + choice.outside, groups + choice.groups
+            return _Choice(saved, outside, groups)
+
+        apart, together = below(around), below(common)
+        if together.saved - common <= apart.saved:
+            return apart
+        return _Choice(together.saved - common, (), (*together.groups, Group(together.outside, common)))
+
+    found = best(0, len(rows), 0, 0).groups if len(rows) > 1 else ()
+    groups = [Group(tuple(sorted(order[i] for i in group.members)), group.num_pages) for group in found]
+    return sorted(groups, key=lambda group: (-group.saved, group.members))[:max_groups]
 
 
-def _best(pages: Sequence[Sequence[int]], members: list[int], depth: int) -> list[Group]:
-    """Of sequences, sorted, that agree in their first `depth` pages."""
-    if len(members) < 2:
-        return []
-    # Sorted: what the first and the last have in common, all have.
-    first, last = pages[members[0]], pages[members[-1]]
-    common = depth
-    while common < min(len(first), len(last)) and first[common] == last[common]:
-        common += 1
-    together = [Group(tuple(members), common)] if common else []
-    apart: list[Group] = []
-    branch: list[int] = []
-    for member in [*members, None]:
-        page = None if member is None or len(pages[member]) <= common else pages[member][common]
-        same = (
-            bool(branch) and member is not None and page is not None and pages[branch[0]][common : common + 1] == [page]
-        )
-        if not same:
-            apart += _best(pages, branch, common + 1) if len(branch) > 1 else []
-            branch = []
-        if member is not None and page is not None:
-            branch.append(member)
-    return max(together, apart, key=lambda groups: sum(group.saved for group in groups))
+def _branches(rows: Sequence[Sequence[int]], first: int, last: int, depth: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows that agree in the page at `depth`, too; rows that end there are a run."""
+    start = first
+    for i in range(first + 1, last + 1):
+        if i == last or rows[i][depth : depth + 1] != rows[start][depth : depth + 1]:
+            yield start, i
+            start = i

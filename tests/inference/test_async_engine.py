@@ -1,0 +1,130 @@
+"""The engine behind asyncio: streams, cancellation, failures, an end in good order."""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from stepjax.errors import BusyError, RequestError
+from stepjax.inference.async_engine import AsyncEngine, EngineError
+from stepjax.inference.request import SamplingParams
+
+PROMPT = [3, 1, 4, 1, 5]
+PARAMS = SamplingParams(seed=1, max_tokens=12)
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+async def settled(engine):
+    """Figures once everything is free again."""
+    for _ in range(1000):
+        stats = engine.stats()
+        if not (stats.running or stats.waiting or stats.pages_used):
+            return stats
+        await asyncio.sleep(0.01)
+    raise AssertionError(stats)
+
+
+def test_requests_side_by_side_give_what_the_engine_gives(make_engine):
+    wishes = [dataclasses.replace(PARAMS, seed=i, n=1 + i % 3) for i in range(12)]
+    expected = [[c.tokens for c in make_engine().generate([PROMPT], wish)[0]] for wish in wishes]
+
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            return await asyncio.gather(*(engine.complete(PROMPT, wish) for wish in wishes))
+
+    # `generate` counts the seed on from the first prompt's: that is the wish's own.
+    assert [[c.tokens for c in completions] for completions in run(main())] == expected
+
+
+def test_a_stream_that_is_closed_frees_its_pages(make_engine):
+    async def main():
+        async with AsyncEngine(make_engine(prefix_caching=False)) as engine:
+            stream = engine.stream(PROMPT, dataclasses.replace(PARAMS, n=3, max_tokens=100))
+            seen = [await anext(stream) for _ in range(4)]
+            await stream.aclose()
+            stats = await settled(engine)
+            assert len(seen) == 4 and stats.cancelled_samples == 3
+            # A task that is cancelled before the engine has heard of its request.
+            task = asyncio.create_task(engine.complete(PROMPT, PARAMS))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await settled(engine)
+            assert len(await engine.complete(PROMPT, PARAMS)) == 1
+
+    run(main())
+
+
+def test_what_cannot_be_served_is_said_to_the_one_who_asked(make_engine):
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            with pytest.raises(RequestError, match="no tokens"):
+                await engine.complete([], PARAMS)
+            assert len(await engine.complete(PROMPT, PARAMS)) == 1
+
+    run(main())
+
+
+def test_draining_finishes_what_is_under_way(make_engine):
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            task = asyncio.create_task(engine.complete(PROMPT, PARAMS))
+            await asyncio.sleep(0)
+            await engine.drain()
+            assert task.done() and len(task.result()[0].tokens) == 12
+            assert not engine.healthy
+            with pytest.raises(BusyError, match="stopped"):
+                await engine.complete(PROMPT, PARAMS)
+
+    run(main())
+
+
+def test_closing_ends_open_streams(make_engine):
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            stream = engine.stream(PROMPT, dataclasses.replace(PARAMS, max_tokens=120))
+            await anext(stream)
+        with pytest.raises(EngineError, match="stopped"):
+            async for _ in stream:
+                pass
+
+    run(main())
+
+
+def test_a_failure_reaches_all_who_wait(make_engine, monkeypatch):
+    engine = make_engine()
+    steps = iter(range(3))
+
+    def fail_later():
+        if next(steps, None) is None:
+            raise MemoryError("the device is out of memory")
+        return step()
+
+    step = engine.step
+    monkeypatch.setattr(engine, "step", fail_later)
+
+    async def main():
+        async with AsyncEngine(engine) as served:
+            both = await asyncio.gather(*(served.complete(PROMPT, PARAMS) for _ in range(2)), return_exceptions=True)
+            assert all(isinstance(error, EngineError) and "out of memory" in str(error) for error in both)
+            assert not served.healthy
+            with pytest.raises(EngineError, match="out of memory"):
+                await served.complete(PROMPT, PARAMS)
+
+    run(main())
+
+
+def test_weights_change_between_steps(make_engine, small_model):
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            task = asyncio.create_task(engine.complete(PROMPT, PARAMS))
+            await engine.call(lambda e: e.update_weights(small_model))
+            (completion,) = await task
+            return completion.tokens
+
+    ((expected,),) = make_engine().generate([PROMPT], PARAMS)
+    assert run(main()) == expected.tokens
