@@ -16,7 +16,7 @@ from pallas_kernels.shared_prefix_attention.grouping import MAX_GROUP, group_tra
 from pallas_kernels.shared_prefix_attention.merge import merge_by_lse
 from pallas_kernels.shared_prefix_attention.tables import PageTables
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 256  # of every row, whatever its length: what is gathered beyond it is for nothing
 
 
 def shared_prefix_attention(

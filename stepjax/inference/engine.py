@@ -16,7 +16,8 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Sequence as Tokens
+from typing import Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -37,12 +38,22 @@ from stepjax.models.step_vl import StepVL
 from stepjax.processing.tokens import Example, text_example
 
 
+class TextDecoder(Protocol):
+    """What the engine asks of a processor."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    def decode(self, ids: Tokens[int], /) -> str: ...
+
+
 class Engine:
     """Synchronous and single-threaded: call its methods from one thread.
 
     Args:
         model: a STEP3-VL, or a text decoder alone.
-        processor: has a `tokenizer` and, for images, an `image_config`. None: tokens in and tokens out.
+        processor: makes text of tokens and says which of them end a text; for images it has an `image_config`. None:
+            tokens in and tokens out.
         mesh: its tensor axis spreads heads and MLPs; the model is put there.
 
     Raises:
@@ -52,7 +63,7 @@ class Engine:
     def __init__(
         self,
         model: StepVL | Qwen3,
-        processor: Any = None,
+        processor: TextDecoder | None = None,
         config: EngineConfig | None = None,
         *,
         mesh: Mesh | None = None,
@@ -60,8 +71,8 @@ class Engine:
         self.config = config = config or EngineConfig()
         most = programs.decoder_of(model).config.max_positions
         self.max_context = min(config.max_context or most, most)
-        self._tokenizer = getattr(processor, "tokenizer", None)
-        self._stop_ids = frozenset() if self._tokenizer is None else frozenset(self._tokenizer.stop_ids)
+        self._processor = processor
+        self._stop_ids = frozenset() if processor is None else frozenset(processor.stop_ids)
         images = getattr(processor, "image_config", None) if isinstance(model, StepVL) else None
 
         pages = -(-(config.cache_tokens or config.max_sequences * self.max_context) // config.page_size)
@@ -98,7 +109,7 @@ class Engine:
             raise BusyError(f"{waiting} samples are waiting, of at most {self.config.max_waiting}: try again later")
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         shared = Prompt(request_id, example, params, seed, limit, self._runner.images)
-        decode = None if self._tokenizer is None else self._tokenizer.decode
+        decode = None if self._processor is None else self._processor.decode
         samples = [Sequence(shared, i, decode) for i in range(params.n)]
         for sample in samples[1:]:
             sample.leader = samples[0]
@@ -179,8 +190,8 @@ class Engine:
                 f"{name} with its answer may take {limit - 1} tokens of cache, all of which holds {capacity}: lower "
                 f"max_tokens, or raise engine.cache_tokens"
             )
-        if params.stop and self._tokenizer is None:
-            raise RequestError(f"stop={params.stop!r}: there is no tokenizer to find text; give stop_ids")
+        if params.stop and self._processor is None:
+            raise RequestError(f"stop={params.stop!r}: the engine has no processor to make text; give stop_ids")
         if len(example.crops) or len(example.global_views):
             if self._store is None:
                 raise RequestError(f"{name} has images; this model reads text only")

@@ -101,6 +101,11 @@ class Processor:
         except (ImageError, TokenError) as error:
             raise RecordError(f"{name}: {error}") from error
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a generation."""
+        return self.tokenizer.stop_ids
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; see `Tokenizer.decode`."""
         return self.tokenizer.decode(ids, skip_special)

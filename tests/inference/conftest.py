@@ -1,7 +1,5 @@
 """Small models with engines around them, and what they compute without a cache."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
@@ -10,18 +8,20 @@ from stepjax.config import EngineConfig
 from stepjax.inference.engine import Engine
 
 
-class WordTokenizer:
-    """Token i is the i-th word; the last tokens of the vocabulary are bytes of characters, or end a text."""
+class Words:
+    """A processor for which token i is the i-th word."""
 
-    stop_ids = (55, 57)
+    def __init__(self, images, stop_ids=(55, 57)):
+        self.image_config, self.stop_ids = images, stop_ids
 
     def decode(self, ids):
         return "".join(f" w{i}" for i in ids)
 
 
 @pytest.fixture(scope="session")
-def processor(small_images):
-    return SimpleNamespace(tokenizer=WordTokenizer(), image_config=small_images)
+def make_words(small_images):
+    """A function from stop tokens to a processor for which token i is the i-th word."""
+    return lambda *stop_ids: Words(small_images, stop_ids)
 
 
 SMALL = dict(max_sequences=4, page_size=16, prefill_tokens=32, view_batch=2, feature_cache_tokens=64)
@@ -29,11 +29,12 @@ SMALL = dict(max_sequences=4, page_size=16, prefill_tokens=32, view_batch=2, fea
 
 @pytest.fixture(scope="session")
 def make_engine(small_model, small_images):
-    """A function from changes of the configuration to an engine of `small_model` without a tokenizer."""
+    """A function from changes of the configuration to an engine of `small_model` that no token stops."""
 
     def make(processor=None, model=None, mesh=None, **changes) -> Engine:
-        processor = processor or SimpleNamespace(tokenizer=None, image_config=small_images)
-        return Engine(model or small_model, processor, EngineConfig(**SMALL | changes), mesh=mesh)
+        return Engine(
+            model or small_model, processor or Words(small_images, ()), EngineConfig(**SMALL | changes), mesh=mesh
+        )
 
     return make
 

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from stepjax.config import MeshConfig
+from stepjax.config import EngineConfig, MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
 from stepjax.inference import programs
+from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.sharding import make_mesh
 
@@ -241,11 +242,9 @@ def test_a_stop_token_ends_a_sample_and_is_left_out(engine, greedy, prompts):
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
 
 
-def test_the_tokenizers_stop_tokens_can_be_ignored(make_engine, processor, greedy, prompts):
+def test_the_processors_stop_tokens_can_be_ignored(make_engine, make_words, greedy, prompts):
     token = greedy[1].tokens[2]
-    processor = type(processor)(tokenizer=type(processor.tokenizer)(), image_config=processor.image_config)
-    processor.tokenizer.stop_ids = (token,)
-    engine = make_engine(processor)
+    engine = make_engine(make_words(token))
     ((stopped,),) = engine.generate([prompts[1]], GREEDY)
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", None)
     assert stopped.tokens == greedy[1].tokens[: greedy[1].tokens.index(token)]
@@ -253,17 +252,17 @@ def test_the_tokenizers_stop_tokens_can_be_ignored(make_engine, processor, greed
     assert free.tokens == greedy[1].tokens
 
 
-def test_a_stop_string_ends_a_sample_and_its_text(make_engine, processor, greedy, prompts):
+def test_a_stop_string_ends_a_sample_and_its_text(make_engine, greedy, prompts):
     words = [f" w{token}" for token in greedy[0].tokens]
     stop = (words[2] + words[3])[1:]
-    ((completion,),) = make_engine(processor).generate([prompts[0]], dataclasses.replace(GREEDY, stop=("never", stop)))
+    ((completion,),) = make_engine().generate([prompts[0]], dataclasses.replace(GREEDY, stop=("never", stop)))
     text = "".join(words)
     assert completion.text == text[: text.index(stop)]
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
 
 
-def test_deltas_add_up_to_the_completion(make_engine, processor, prompts):
-    engine = make_engine(processor, decode_steps=3)
+def test_deltas_add_up_to_the_completion(make_engine, prompts):
+    engine = make_engine(decode_steps=3)
     request = engine.submit(prompts[0], dataclasses.replace(SAMPLED, logprobs=0, ignore_eos=True))
     deltas = []
     while engine.has_work:
@@ -299,13 +298,17 @@ def test_logits_that_are_not_finite_end_a_sample_with_an_error(make_engine, smal
         ([-1, 2], {}, "vocabulary of 64"),
         ([1] * 128, {}, "context of 128"),
         ([1] * 100, {"max_tokens": 29}, "context of 128"),
-        ([1], {"stop": ("x",)}, "no tokenizer"),
     ],
 )
 def test_what_can_never_be_served_is_refused(engine, prompt, params, message):
     with pytest.raises(RequestError, match=message):
         engine.submit(prompt, SamplingParams(**params))
     assert_all_free(engine)
+
+
+def test_stop_strings_without_a_processor_are_refused(small_model):
+    with pytest.raises(RequestError, match="no processor"):
+        Engine(small_model, None, EngineConfig(max_sequences=1)).submit([1], SamplingParams(stop=("x",)))
 
 
 def test_prompts_beyond_the_cache_are_refused(make_engine, make_example):

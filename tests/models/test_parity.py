@@ -89,7 +89,7 @@ def test_logits_of_text_alone(golden, example, logits_of):
 def test_greedy_continuation(tiny_vl, golden, example):
     model, images = tiny_vl
     recorded = tuple(int(token) for token in golden["greedy_tokens"])
-    engine = Engine(model, SimpleNamespace(tokenizer=None, image_config=images), EngineConfig(max_sequences=1))
+    engine = Engine(model, SimpleNamespace(decode=str, stop_ids=(), image_config=images), EngineConfig(max_sequences=1))
     [[completion]] = engine.generate([example], SamplingParams(temperature=0.0, max_tokens=len(recorded)))
     assert completion.tokens == recorded
     assert completion.finish_reason == "length"
