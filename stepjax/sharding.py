@@ -155,6 +155,13 @@ def check_heads_only(mesh: Mesh) -> None:
         raise ConfigError(f"mesh {other}: an engine spreads over {_mesh_axes('heads')} alone; set the others to 1")
 
 
+def data_parts(mesh: Mesh) -> list[Mesh]:
+    """The parts of a mesh along its axes for rows of the batch, each a mesh of all the other axes."""
+    rows = MESH_AXES.index("context")
+    grids = mesh.devices.reshape(-1, *[1] * rows, *mesh.devices.shape[rows:])
+    return [Mesh(grid, mesh.axis_names, axis_types=(AxisType.Auto,) * len(MESH_AXES)) for grid in grids]
+
+
 def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
     """The rows of the global batch that this process's devices hold: what it has to feed them, in this order.
 

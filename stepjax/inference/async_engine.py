@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -46,7 +46,7 @@ class AsyncEngine:
 
     async def stream(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """The deltas of a request, of all its samples as they come.
 
         Raises:

@@ -3,11 +3,15 @@
 import asyncio
 import dataclasses
 
+import jax
 import pytest
 
+from stepjax.config import EngineConfig, MeshConfig
 from stepjax.errors import BusyError, RequestError
 from stepjax.inference.async_engine import AsyncEngine, EngineError
+from stepjax.inference.replicas import AsyncReplicas, make_engines
 from stepjax.inference.request import SamplingParams
+from stepjax.sharding import make_mesh
 
 PROMPT = [3, 1, 4, 1, 5]
 PARAMS = SamplingParams(seed=1, max_tokens=12)
@@ -128,3 +132,29 @@ def test_weights_change_between_steps(make_engine, small_model):
 
     ((expected,),) = make_engine().generate([PROMPT], PARAMS)
     assert run(main()) == expected.tokens
+
+
+def test_engines_along_the_data_axis_share_the_requests(small_model, make_words, make_engine):
+    """Two engines of two devices each: the requests go to both, and say what one device says."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    config = EngineConfig(max_sequences=2, page_size=16, prefill_tokens=32, feature_cache_tokens=64)
+    engines = make_engines(small_model, make_words(), config, mesh)
+    assert [set(e.model.decoder.norm.scale[...].devices()) for e in engines] == [
+        set(jax.devices()[:2]),
+        set(jax.devices()[2:4]),
+    ]
+    wishes = [dataclasses.replace(PARAMS, seed=i) for i in range(4)]
+
+    async def main():
+        async with AsyncReplicas(engines) as replicas:
+            completions = await asyncio.gather(*(replicas.complete(PROMPT, wish) for wish in wishes))
+            assert replicas.healthy and replicas.stats().finished_samples == 4
+            await replicas.call(lambda engine: engine.update_weights(small_model))
+            await replicas.drain()
+            with pytest.raises(BusyError):
+                await replicas.complete(PROMPT, PARAMS)
+            return [c.tokens for (c,) in completions]
+
+    expected = [c.tokens for (c,) in make_engine().generate([PROMPT] * 4, wishes)]
+    assert run(main()) == expected
+    assert [engine.stats().finished_samples for engine in engines] == [2, 2]

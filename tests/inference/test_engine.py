@@ -14,6 +14,7 @@ from stepjax.config import EngineConfig, MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
 from stepjax.inference import programs
 from stepjax.inference.engine import Engine
+from stepjax.inference.long_context import stretched
 from stepjax.inference.request import SamplingParams
 from stepjax.sharding import make_mesh
 
@@ -408,3 +409,19 @@ def test_a_mesh_gives_what_one_device_gives(make_engine, prompts, tensor):
 def test_other_axes_than_the_heads_are_refused(make_engine):
     with pytest.raises(ConfigError, match="fsdp"):
         make_engine(mesh=make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+
+
+def test_a_stretched_model_reads_on(small_model):
+    long = stretched(small_model, 2.0)
+    config = EngineConfig(max_sequences=1, page_size=16)
+    assert Engine(long, None, config).max_context == 2 * Engine(small_model, None, config).max_context == 256
+    ((completion,),) = Engine(long, None, config).generate([TEXT * 5], GREEDY)
+    assert completion.num_prompt_tokens == 200 and len(completion.tokens) == NEW
+    assert small_model.decoder.config.yarn_factor == 1.0, "the model it was made of is as it was"
+    positions_BT = np.arange(200)[None]
+    hidden_BTD, _ = long.decoder(long.decoder.embed(np.array([TEXT * 5])), positions_BT)
+    assert completion.tokens[0] == int(np.argmax(long.decoder.logits(hidden_BTD)[0, -1]))
+    with pytest.raises(ConfigError, match="already"):
+        stretched(long, 2.0)
+    with pytest.raises(ConfigError, match="factor=0.5"):
+        stretched(small_model, 0.5)

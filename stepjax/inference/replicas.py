@@ -1,0 +1,93 @@
+"""Engines side by side: one for every part of a mesh along its data axis, each with the model and a cache of its own.
+
+A batch is decoded by the devices of one engine together (its tensor axis). More devices than that serve more batches,
+not larger ones; a request goes to the engine with the fewest samples under way.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AsyncExitStack
+from dataclasses import fields
+from typing import Any
+
+from jax.sharding import Mesh
+
+from stepjax.config import EngineConfig
+from stepjax.inference.async_engine import AsyncEngine
+from stepjax.inference.collect import joined
+from stepjax.inference.engine import Engine, TextDecoder
+from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import StepVL
+from stepjax.processing.tokens import Example
+from stepjax.sharding import data_parts
+
+
+def make_engines(
+    model: StepVL | Qwen3, processor: TextDecoder | None, config: EngineConfig, mesh: Mesh
+) -> list[Engine]:
+    """An engine for each part of the mesh's data axis.
+
+    Raises:
+        ConfigError: the mesh has other axes than data and tensor, or its tensor axis does not divide the heads.
+    """
+    return [Engine(model, processor, config, mesh=part) for part in data_parts(mesh)]
+
+
+class AsyncReplicas:
+    """What an `AsyncEngine` is for one engine, for several; used in the same way."""
+
+    def __init__(self, engines: Iterable[Engine]):
+        self._engines = [AsyncEngine(engine) for engine in engines]
+        self._under_way = [0] * len(self._engines)
+        self._running = AsyncExitStack()
+        self.max_context = min(engine.max_context for engine in self._engines)
+
+    async def __aenter__(self) -> "AsyncReplicas":
+        for engine in self._engines:
+            await self._running.enter_async_context(engine)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._running.aclose()
+
+    async def stream(
+        self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """As `AsyncEngine.stream`. Ids are an engine's own: of two engines both may have one."""
+        place = min(range(len(self._engines)), key=self._under_way.__getitem__)
+        self._under_way[place] += params.n
+        stream = self._engines[place].stream(prompt, params, request_id=request_id)
+        try:
+            async for delta in stream:
+                yield delta
+        finally:
+            self._under_way[place] -= params.n
+            await stream.aclose()
+
+    async def complete(
+        self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> list[Completion]:
+        deltas: dict[int, list[Delta]] = {}
+        async for delta in self.stream(prompt, params, request_id=request_id):
+            deltas.setdefault(delta.sample, []).append(delta)
+        return [joined(of_sample) for _, of_sample in sorted(deltas.items())]
+
+    async def call(self, function: Callable[[Engine], Any]) -> list[Any]:
+        """What a function returns for each engine, called between two of its steps."""
+        return list(await asyncio.gather(*(engine.call(function) for engine in self._engines)))
+
+    def stats(self) -> EngineStats:
+        """The sums."""
+        each = [engine.stats() for engine in self._engines]
+        return EngineStats(**{f.name: sum(getattr(stats, f.name) for stats in each) for f in fields(EngineStats)})
+
+    @property
+    def healthy(self) -> bool:
+        return all(engine.healthy for engine in self._engines)
+
+    async def drain(self) -> None:
+        await asyncio.gather(*(engine.drain() for engine in self._engines))
+
+    async def close(self) -> None:
+        await self._running.aclose()
