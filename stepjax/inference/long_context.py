@@ -35,7 +35,9 @@ def stretched(model: Model, factor: float, *, attention_factor: float = 1.0) -> 
         yarn_attention_factor=attention_factor,
     )
     copy: Any = jax.tree.map(lambda leaf: leaf, model)  # the arrays are shared
-    (copy.decoder if isinstance(copy, StepVL) else copy).config = config
-    if isinstance(copy, StepVL):
-        copy.config = dataclasses.replace(copy.config, decoder=config)
+    if isinstance(model, StepVL):
+        copy.config = dataclasses.replace(model.config, decoder=config)
+        copy.decoder.config = config
+    else:
+        copy.config = config
     return copy

@@ -3,6 +3,7 @@
 Legend: B rows, T tokens, V vocabulary.
 """
 
+import copy
 import json
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 
 from stepjax.config import EngineConfig, NumericsConfig
 from stepjax.inference.engine import Engine
+from stepjax.inference.long_context import stretched
 from stepjax.inference.request import SamplingParams
 from stepjax.interop.hf_layout import decoder_config_from_hf, decoder_tensors
 from stepjax.interop.hf_load import fill
@@ -87,6 +89,27 @@ def tokens_BT():
 def test_logits(reference, decoder, tokens_BT):
     positions_BT = np.broadcast_to(np.arange(TOKENS), tokens_BT.shape)
     close(our_logits(decoder, tokens_BT, positions_BT), their_logits(reference, tokens_BT))
+
+
+@pytest.mark.parametrize("attention_factor", [1.0, 1.07])
+def test_logits_of_a_stretched_context(reference, decoder, tokens_BT, attention_factor):
+    """YaRN, at positions that were trained and beyond them; the mixed frequencies are most of a head this small."""
+    config = copy.deepcopy(reference.config)
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 50_000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 256,
+        "attention_factor": attention_factor,
+    }
+    config.max_position_embeddings = 512
+    theirs = transformers.Qwen3ForCausalLM(config).float().eval()
+    theirs.load_state_dict(reference.state_dict())
+    ours = stretched(decoder, 2.0, attention_factor=attention_factor)
+    for first in (0, 400):
+        positions_BT = np.broadcast_to(first + np.arange(TOKENS), tokens_BT.shape)
+        expected = their_logits(theirs, tokens_BT, position_ids=torch.tensor(positions_BT.copy()))
+        close(our_logits(ours, tokens_BT, positions_BT), expected)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
