@@ -17,6 +17,8 @@ USAGE = """usage: stepjax VERB ...
   plan RECIPE --topology v5p-128 [--search]                 what a run needs and takes on TPUs that are not here
   eval RUN [--examples N] [--split held_out|train]          score a run's last checkpoint on held-out questions
   generate RUN --prompt TEXT [--image FILE ...]             answer a question about image files
+  convert SRC DST [--dtype bfloat16] [--part decoder]       between Hugging Face directories and Orbax checkpoints
+  serve MODEL [--port N] [--engine.max-sequences N ...]     answer OpenAI's requests, and chat in the browser
 
 RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits.
 `stepjax VERB --help` says more.
@@ -29,7 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 well, 1 a user's mistake, 2 bad usage, 143 or 130 stopped by a signal after saving, 75 another process was lost.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"pretrain": _pretrain, "plan": _plan, "eval": _eval, "generate": _generate}
+    verbs = {
+        "pretrain": _pretrain,
+        "plan": _plan,
+        "eval": _eval,
+        "generate": _generate,
+        "convert": _convert,
+        "serve": _serve,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -99,6 +108,18 @@ def _plan(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _convert(arguments: list[str]) -> int:
+    from stepjax.interop.command import run
+
+    return run(arguments)
+
+
+def _serve(arguments: list[str]) -> int:
+    from stepjax.serving.command import run
+
+    return run(arguments)
+
+
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
@@ -134,27 +155,29 @@ class _GenerateArguments:
 
 
 def _generate(arguments: list[str]) -> int:
-    from stepjax.inference.generate import generate
+    from stepjax.config import EngineConfig
+    from stepjax.inference.engine import Engine
+    from stepjax.inference.request import SamplingParams
 
     args = tyro.cli(_GenerateArguments, args=arguments, prog="stepjax generate", description="Answer a question.")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if args.temperature < 0:
         raise ConfigError(f"--temperature {args.temperature}: must not be negative")
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_new_tokens, seed=args.seed)
     model, processor, _ = _load_run(args.run)
     items = [{"type": "image", "image": image} for image in args.image] + [{"type": "text", "text": args.prompt}]
     prompt = processor.process_prompt([{"role": "user", "content": items}], enable_thinking=args.thinking)
-    (generation,) = generate(
-        model,
-        [prompt],
-        processor.image_config,
-        stop_ids=processor.tokenizer.stop_ids,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
-    print(processor.decode(generation.tokens))
-    if generation.finish_reason == "length":
+    room = -(-(len(prompt.tokens) + args.max_new_tokens) // 64) * 64
+    engine = Engine(model, processor, EngineConfig(max_sequences=1, max_context=room))
+    engine.submit(prompt, params)
+    finish_reason = None
+    while engine.has_work:
+        for delta in engine.step():
+            print(delta.text, end="", flush=True)
+            finish_reason = delta.finish_reason
+    print()
+    if finish_reason == "length":
         print(f"(cut off after --max-new-tokens {args.max_new_tokens})", file=sys.stderr)
     return 0
 

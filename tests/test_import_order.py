@@ -32,6 +32,7 @@ ALLOWED = {
         *("pallas_kernels", "inference"),
     },
     "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
+    "serving": {"errors", "config", "sharding", "processing", "inference", "interop"},
     "cli": None,  # the top: may import all
 }
 

@@ -7,15 +7,20 @@ the one on disk (`vision_model.*`, `model.layers.*`) and the one that Transforme
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pydantic
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
 from stepjax.errors import CheckpointError
 
 Array = np.ndarray
+
+IMAGE_FIELDS = "stepjax_images"  # our field of config.json: what differs from the public model's images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Tensor:
     name: str  # our parameter, e.g. "decoder/blocks/mlp/up_kernel"
     to_ours: Callable[[Array], Array]
     to_hf: Callable[[Array], Array]
+    is_copy: bool = False  # of a parameter that another tensor fills; a checkpoint may or may not have it
 
     @property
     def stacked(self) -> bool:
@@ -133,6 +139,8 @@ def decoder_tensors(config: DecoderConfig, prefix: str = "decoder/") -> list[Ten
         ]
     if not config.tie_embeddings:
         tensors.append(_linear("lm_head.weight", f"{prefix}head_kernel"))
+    else:  # some writers store the tied head all the same
+        tensors.append(Tensor("lm_head.weight", f"{prefix}embedding", _same, _same, is_copy=True))
     return tensors
 
 
@@ -185,22 +193,26 @@ def config_from_hf(hf: dict) -> tuple[ModelConfig, ImageConfig]:
         )
         # The crop's size is not in the file: its token count is (a square of a 4-fold down-sampled grid).
         crop_grid = 4 * round(hf.get("patch_token_len", 81) ** 0.5)
-        return model, ImageConfig(global_size=image_size, crop_size=crop_grid * patch, patch_size=patch)
+        images = {"global_size": image_size, "crop_size": crop_grid * patch, "patch_size": patch}
+        images |= hf.get(IMAGE_FIELDS, {})
+        return model, pydantic.TypeAdapter(ImageConfig).validate_python(images)
     except KeyError as error:
         raise CheckpointError(f"config.json lacks the field {error}; is it a STEP3-VL checkpoint?") from error
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"config.json has unusable {IMAGE_FIELDS}: {error}") from error
 
 
 def decoder_config_from_hf(text: dict) -> DecoderConfig:
     """Decoder configuration from a Qwen3 or Llama `config.json` (or the `text_config` of a STEP3-VL one).
 
     Raises:
-        CheckpointError: its rotary positions are scaled.
+        CheckpointError: its rotary positions are scaled, and not by plain YaRN.
     """
     family = " ".join([text.get("model_type") or "", *(text.get("architectures") or [])]).lower()
     qwen = "qwen3" in family or not family.strip()
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # Transformers 5 writes the first
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(f"rotary scaling {rope!r} is not supported; only plain rotary positions are")
+    max_positions = text.get("max_position_embeddings", 65_536)
+    yarn = _yarn_fields(rope, max_positions)
     return DecoderConfig(
         vocab_size=text["vocab_size"],
         width=text["hidden_size"],
@@ -213,5 +225,33 @@ def decoder_config_from_hf(text: dict) -> DecoderConfig:
         rope_theta=rope.get("rope_theta") or text.get("rope_theta", 1e6 if qwen else 1e4),
         qk_norm=qwen,
         tie_embeddings=text.get("tie_word_embeddings", False),
-        max_positions=text.get("max_position_embeddings", 65_536),
+        max_positions=max(max_positions, int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))),
+        **yarn,
     )
+
+
+def _yarn_fields(rope: dict, max_positions: int) -> dict[str, Any]:
+    """The fields of `DecoderConfig` for scaled rotary positions; none for plain ones.
+
+    Raises:
+        CheckpointError: they are scaled in a way that is not supported.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}
+    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"}
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    unusual = {
+        name: value
+        for name, value in rope.items()
+        if name not in known and value is not None and usual.get(name) != value
+    }
+    if kind != "yarn" or "factor" not in rope or unusual:
+        raise CheckpointError(f"rotary scaling {rope!r} is not supported: only plain positions, and plain YaRN, are")
+    factor = float(rope["factor"])
+    temperature = rope.get("attention_factor")
+    return {
+        "yarn_factor": factor,
+        "yarn_trained_positions": rope.get("original_max_position_embeddings") or max_positions,
+        "yarn_attention_factor": 0.1 * math.log(factor) + 1 if temperature is None else temperature,
+    }

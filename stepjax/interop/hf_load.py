@@ -1,110 +1,93 @@
-"""Read public safetensors into a model, one parameter at a time."""
+"""Public safetensors into a model, one parameter at a time."""
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from stepjax.config import ImageConfig, NumericsConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_layout import Tensor, config_from_hf, disk_key, step_vl_tensors
-from stepjax.models.step_vl import StepVL, abstract_model
+from stepjax.interop.arrays import packed
+from stepjax.interop.hf_directory import HFDirectory
+from stepjax.interop.hf_layout import Tensor
+from stepjax.interop.hf_match import Place, Shaped, match, places
+from stepjax.interop.model_spec import parameter_name
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import StepVL
+from stepjax.sharding import shardings
 
 
-def fill(abstract: Any, tensors: Iterable[Tensor], read: Callable[[str], np.ndarray], keys: Iterable[str]) -> Any:
-    """The model of `abstract`'s structure with the values that `read` returns for public keys.
+def fill(
+    abstract: Any,
+    tensors: Iterable[Tensor],
+    read: Callable[[str], np.ndarray],
+    stored: Mapping[str, Shaped],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+    """The model of `abstract`'s structure and types with the values that `read` returns for the keys of `stored`.
+
+    With a mesh, every parameter goes to its sharding before the next one is read.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, of another shape or given twice; all of them are named.
+        CheckpointError: tensors are missing, unexpected, of another shape or given twice; all of them are named, and
+            nothing has been read.
+        ConfigError: a parameter does not divide over the mesh.
     """
-    keys = list(keys)
-    by_disk_key = {disk_key(key): key for key in keys}
-    repeated = [key for key in keys if by_disk_key[disk_key(key)] != key]
-    by_name = {tensor.name: tensor for tensor in tensors}
-    missing, misshapen, used = [], [], set()
-
-    def public(key: str) -> np.ndarray | None:
-        used.add(key)
-        if key not in by_disk_key:
-            missing.append(key)
-            return None
-        return read(by_disk_key[key])
-
-    def parameter(path, leaf):
-        tensor = by_name[parameter_name(path)]
-        layers = range(leaf.shape[0]) if tensor.stacked else [None]
-        values = []
-        for layer in layers:
-            key = tensor.key if layer is None else tensor.key.format(layer=layer)
-            value = public(key)
-            if value is None:
-                continue
-            expected = tensor.hf_shape(leaf.shape[1:] if tensor.stacked else leaf.shape)
-            if value.shape != expected:
-                misshapen.append(f"{key} {value.shape} (expected {expected})")
-                continue
-            values.append(tensor.to_ours(value))
-        if missing or misshapen:
-            return leaf
-        value = np.stack(values) if tensor.stacked else values[0]
-        return jnp.asarray(value, leaf.dtype)
-
-    model = jax.tree_util.tree_map_with_path(parameter, abstract)
-    unexpected = sorted(set(by_disk_key) - used)
-    problems = [
-        f"{label}: {', '.join(entries)}"
-        for label, entries in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-            ("in both public layouts", repeated),
-        )
-        if entries
-    ]
-    if problems:
-        raise CheckpointError("the checkpoint does not fit the model; " + "; ".join(problems))
-    return model
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    shapes = {parameter_name(path): leaf.shape for path, leaf in leaves}
+    layouts = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(abstract, mesh))
+    parts: dict[str, list[tuple[Place, str]]] = {}
+    for place, key in match(places(tensors, shapes), stored):
+        parts.setdefault(place.tensor.name, []).append((place, key))
+    values = []
+    for (path, leaf), layout in zip(leaves, layouts, strict=True):
+        value = _parameter(parts[parameter_name(path)], leaf, read)
+        if layout is None:
+            values.append(jnp.asarray(value))
+        else:
+            values.append(jax.make_array_from_callback(leaf.shape, layout, value.__getitem__))
+    return jax.tree.unflatten(structure, values)
 
 
-def parameter_name(path: tuple) -> str:
-    """`decoder/blocks/mlp/up_kernel` from a tree path that ends in the Variable's own `value`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+def _parameter(parts: list[tuple[Place, str]], leaf: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    value = np.empty(leaf.shape, leaf.dtype)
+    for place, key in parts:
+        ours = packed(place.tensor.to_ours(read(key)), value.dtype)
+        if place.tensor.is_copy:
+            check_copy(key, ours, value)
+        elif place.layer is None:
+            value = ours.reshape(leaf.shape)
+        else:
+            value[place.layer] = ours
+    return value
+
+
+def check_copy(key: str, values: np.ndarray, original: np.ndarray) -> None:
+    """Raises CheckpointError where a tied head is not what it is tied to."""
+    if not np.array_equal(values, original):
+        raise CheckpointError(f"{key} differs from the embeddings that it is tied to: set tie_word_embeddings to false")
+
+
+def read_hf(
+    directory: HFDirectory, numerics: NumericsConfig | None = None, mesh: jax.sharding.Mesh | None = None
+) -> StepVL | Qwen3:
+    """The model of an opened directory; see `fill`."""
+    spec = directory.spec
+    return fill(spec.abstract(numerics), spec.tensors(), directory.read, directory.entries, mesh)
 
 
 def load_hf(directory: str | Path, numerics: NumericsConfig | None = None) -> tuple[StepVL, ImageConfig]:
-    """The model in a Hugging Face directory (`config.json` and `*.safetensors`), and its image configuration.
+    """The STEP3-VL model in a Hugging Face directory, and its image configuration. `stepjax.load` reads more kinds.
 
     Raises:
         CheckpointError: the directory or a file in it is not usable; what is wrong is named.
     """
-    directory = Path(directory)
-    try:
-        config, images = config_from_hf(json.loads((directory / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{directory}/config.json cannot be read: {error}") from error
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} holds no *.safetensors")
-    where = {}
-    try:
-        for file in files:
-            with safe_open(file, "np") as tensors:
-                for key in tensors.keys():
-                    if key in where:
-                        raise CheckpointError(
-                            f"{key} is in both {where[key].name} and {file.name} of {directory}; remove one of them"
-                        )
-                    where[key] = file
-
-        def read(key: str) -> np.ndarray:
-            with safe_open(where[key], "np") as tensors:
-                return tensors.get_tensor(key)
-
-        return fill(abstract_model(config, numerics), step_vl_tensors(config), read, where), images
-    except SafetensorError as error:
-        raise CheckpointError(f"{directory}: a safetensors file is damaged: {error}") from error
+    source = HFDirectory(directory)
+    if source.spec.images is None:
+        raise CheckpointError(f"{directory} holds a text model: load it with stepjax.load")
+    model = read_hf(source, numerics)
+    assert isinstance(model, StepVL)
+    return model, source.spec.images
