@@ -1,0 +1,101 @@
+"""`stepjax.load`: a model and its processor from any directory that holds one."""
+
+from pathlib import Path
+
+import jax
+
+from stepjax.config import NumericsConfig, TokenizerConfig
+from stepjax.errors import CheckpointError
+from stepjax.interop.hf_directory import CONFIG, HFDirectory
+from stepjax.interop.hf_load import read_hf
+from stepjax.interop.model_spec import ModelSpec
+from stepjax.interop.orbax_directory import OrbaxDirectory, is_orbax
+from stepjax.interop.text_processor import TOKENIZER, TextProcessor
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import StepVL
+from stepjax.processing.processor import Processor
+from stepjax.sharding import shardings
+from stepjax.training.checkpoint import restore_model
+
+
+def load(
+    path: str | Path, *, numerics: NumericsConfig | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[StepVL | Qwen3, Processor | TextProcessor]:
+    """The model in a directory, and what makes its inputs.
+
+    Args:
+        path: a Hugging Face directory (STEP3-VL, or a plain Qwen3 or Llama text model), a converted checkpoint, a
+            training run, its checkpoint directory, or one step of it.
+        numerics: types to hold and to compute with; by default those of the run, or `NumericsConfig`'s. Parameters are
+            cast as they are read.
+        mesh: every parameter is put onto its sharding by `stepjax.sharding`; by default onto the first device.
+
+    Returns:
+        `StepVL` and a `Processor`; for text models, the decoder `Qwen3` and a `TextProcessor`.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint; names what is missing or does not fit.
+        TokenError: the tokenizer beside it cannot be used.
+    """
+    source = open_checkpoint(path)
+    return load_model(source, numerics=numerics, mesh=mesh), load_processor(source)
+
+
+def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:
+    """Raises CheckpointError where the directory is none that can be loaded."""
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise CheckpointError(f"{path}: there is no such directory")
+    if (directory / CONFIG).exists():
+        return HFDirectory(directory)
+    if is_orbax(directory):
+        return OrbaxDirectory(directory)
+    raise CheckpointError(
+        f"{path} is neither a Hugging Face directory (no {CONFIG}) nor a checkpoint of Orbax or a run (no STEP/state)"
+    )
+
+
+def load_model(
+    source: HFDirectory | OrbaxDirectory,
+    *,
+    numerics: NumericsConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> StepVL | Qwen3:
+    """The model alone; see `load`."""
+    if isinstance(source, HFDirectory):
+        return read_hf(source, numerics, mesh)
+    model = source.spec.abstract(numerics or source.numerics)
+    if mesh is not None:
+        placed = jax.tree.map(
+            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+            model,
+            shardings(model, mesh),
+        )
+        model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(placed))
+    return restore_model(source.step, model)
+
+
+def load_processor(source: HFDirectory | OrbaxDirectory) -> Processor | TextProcessor:
+    """The processor alone; see `load`."""
+    spec: ModelSpec = source.spec
+    if isinstance(source, OrbaxDirectory) and source.run is not None:
+        assert spec.images is not None
+        return Processor.from_config(spec.images, source.run.tokenizer)
+    directory = source.path if isinstance(source, HFDirectory) else source.side_files
+    if directory is None or not (directory / TOKENIZER).exists():
+        raise CheckpointError(
+            f"{directory or source} has no {TOKENIZER}: put the model's there, or load the model alone with "
+            "stepjax.interop.load.load_model"
+        )
+    if spec.images is None:
+        processor = TextProcessor.from_directory(directory)
+        size = processor.vocab_size
+    else:
+        processor = Processor.from_config(spec.images, TokenizerConfig(path=str(directory)))
+        size = processor.tokenizer.vocab_size
+    if size > spec.decoder.vocab_size:
+        raise CheckpointError(
+            f"{directory / TOKENIZER} has {size} ids, and the model only {spec.decoder.vocab_size} embeddings: "
+            "they do not belong together"
+        )
+    return processor

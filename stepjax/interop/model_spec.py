@@ -1,0 +1,114 @@
+"""What a checkpoint holds: STEP3-VL, or a text decoder alone."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import pydantic
+from flax import nnx
+
+from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, NumericsConfig
+from stepjax.errors import CheckpointError
+from stepjax.interop.hf_layout import (
+    Tensor,
+    config_from_hf,
+    decoder_config_from_hf,
+    decoder_tensors,
+    step_vl_tensors,
+)
+from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import StepVL, abstract_model
+
+TEXT_FAMILIES = ("qwen3", "llama")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model's configuration, and that of its images where it sees."""
+
+    model: ModelConfig | DecoderConfig
+    images: ImageConfig | None = None
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.model, DecoderConfig)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return self.model if isinstance(self.model, DecoderConfig) else self.model.decoder
+
+    @property
+    def text_part(self) -> "ModelSpec":
+        """The decoder as a model of its own."""
+        return ModelSpec(self.decoder)
+
+    def tensors(self) -> list[Tensor]:
+        """The public tensors, with our names for the parameters that they fill."""
+        if isinstance(self.model, DecoderConfig):
+            return decoder_tensors(self.model, prefix="")
+        return step_vl_tensors(self.model)
+
+    def abstract(self, numerics: NumericsConfig | None = None) -> StepVL | Qwen3:
+        """The model with shapes in place of arrays."""
+        numerics = numerics or NumericsConfig()
+        if isinstance(self.model, ModelConfig):
+            return abstract_model(self.model, numerics)
+        config = self.model
+
+        def make() -> Qwen3:
+            model = Qwen3(config, numerics, rngs=nnx.Rngs(jax.random.key(0)))
+            return jax.tree.map(lambda x: x.astype(numerics.param_dtype), model)
+
+        return jax.eval_shape(make)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name."""
+        return {parameter_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self.abstract())}
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps({"kind": type(self.model).__name__, **dataclasses.asdict(self)}))
+
+
+def parameter_name(path: tuple) -> str:
+    """`decoder/blocks/mlp/up_kernel` from a tree path that ends in the Variable's own `value`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def spec_from_hf(config: dict[str, Any]) -> ModelSpec:
+    """What the `config.json` of a Hugging Face directory describes.
+
+    Raises:
+        CheckpointError: it is neither STEP3-VL nor a text model of a known family, or a variant that is not covered.
+    """
+    if "vision_config" in config:
+        return ModelSpec(*config_from_hf(config))
+    family = " ".join([config.get("model_type") or "", *(config.get("architectures") or [])]).lower()
+    if not any(name in family for name in TEXT_FAMILIES):
+        raise CheckpointError(
+            f"config.json has model_type={config.get('model_type')!r}, architectures={config.get('architectures')}: "
+            "only STEP3-VL (with a vision_config) and plain Qwen3 and Llama text models are read"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"config.json has hidden_act={config['hidden_act']!r}: only silu is supported")
+    try:
+        return ModelSpec(decoder_config_from_hf(config))
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks the field {error}; is it a Qwen3 or Llama checkpoint?") from error
+
+
+def spec_from_json(fields: dict[str, Any]) -> ModelSpec:
+    """The inverse of `ModelSpec.to_json`.
+
+    Raises:
+        CheckpointError: the fields are not those of this version.
+    """
+    kinds: dict[str, Any] = {"ModelConfig": ModelConfig, "DecoderConfig": DecoderConfig}
+    try:
+        model = pydantic.TypeAdapter(kinds[fields["kind"]]).validate_python(fields["model"])
+        images = pydantic.TypeAdapter(ImageConfig | None).validate_python(fields["images"])
+    except (KeyError, pydantic.ValidationError) as error:
+        raise CheckpointError(
+            f"the checkpoint's configuration does not fit this version of stepjax: {error}"
+        ) from error
+    return ModelSpec(model, images)
