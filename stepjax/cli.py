@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,11 +16,12 @@ USAGE = """usage: stepjax VERB ...
   pretrain RECIPE [--dry-run] [--section.field VALUE ...]   train; run it again to go on after an interruption
   plan RECIPE --topology v5p-128 [--search]                 what a run needs and takes on TPUs that are not here
   eval RUN [--examples N] [--split held_out|train]          score a run's last checkpoint on held-out questions
-  generate RUN --prompt TEXT [--image FILE ...]             answer a question about image files
+  generate MODEL --prompt TEXT [--image FILE ...]           answer a question about image files
   convert SRC DST [--dtype bfloat16] [--part decoder]       between Hugging Face directories and Orbax checkpoints
   serve MODEL [--port N] [--engine.max-sequences N ...]     answer OpenAI's requests, and chat in the browser
 
-RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits.
+RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits,
+MODEL a run, a Hugging Face directory, or what `convert` made of one.
 `stepjax VERB --help` says more.
 """
 
@@ -145,7 +146,7 @@ def _eval(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _GenerateArguments:
-    run: _Run  # directory of a run
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a run, or what `stepjax.load` takes
     prompt: str  # the question
     image: tuple[str, ...] = ()  # image files, shown before the question
     max_new_tokens: int = 64
@@ -158,6 +159,7 @@ def _generate(arguments: list[str]) -> int:
     from stepjax.config import EngineConfig
     from stepjax.inference.engine import Engine
     from stepjax.inference.request import SamplingParams
+    from stepjax.interop.load import load
 
     args = tyro.cli(_GenerateArguments, args=arguments, prog="stepjax generate", description="Answer a question.")
     if args.max_new_tokens < 1:
@@ -165,9 +167,11 @@ def _generate(arguments: list[str]) -> int:
     if args.temperature < 0:
         raise ConfigError(f"--temperature {args.temperature}: must not be negative")
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_new_tokens, seed=args.seed)
-    model, processor, _ = _load_run(args.run)
-    items = [{"type": "image", "image": image} for image in args.image] + [{"type": "text", "text": args.prompt}]
-    prompt = processor.process_prompt([{"role": "user", "content": items}], enable_thinking=args.thinking)
+    model, processor = load(args.model)
+    content: Any = args.prompt
+    if args.image:
+        content = [*({"type": "image", "image": image} for image in args.image), {"type": "text", "text": args.prompt}]
+    prompt = processor.process_prompt([{"role": "user", "content": content}], enable_thinking=args.thinking)
     room = -(-(len(prompt.tokens) + args.max_new_tokens) // 64) * 64
     engine = Engine(model, processor, EngineConfig(max_sequences=1, max_context=room))
     engine.submit(prompt, params)

@@ -45,7 +45,7 @@ def test_version(capsys):
 
 def test_an_unknown_verb_names_those_there_are(capsys):
     assert main(["pretrian"]) == 2
-    assert capsys.readouterr().err == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate\n"
+    assert capsys.readouterr().err == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate, convert, serve\n"
 
 
 def test_pretrain_without_a_recipe(capsys):
@@ -224,7 +224,7 @@ def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_
         ("--image", str(text)): "no image in a known format",
         ("--image", str(tmp_path)): "image 0",
         ("--max-new-tokens", "0"): "--max-new-tokens 0",
-        ("--max-new-tokens", "1000"): "512 positions",
+        ("--max-new-tokens", "1000"): "context of 512",
         ("--temperature", "-1"): "--temperature -1",
     }.items():
         assert_one_line(capsys, main([*generate, *arguments]), part, verb="generate")
