@@ -1,0 +1,137 @@
+"""`/v1/chat/completions`."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from stepjax.inference.request import Delta, TokenLogprob
+from stepjax.serving.answer_stream import AnswerStream
+from stepjax.serving.context import Context
+from stepjax.serving.generation import Usage, generate
+from stepjax.serving.logprobs import chat_logprobs
+from stepjax.serving.processors import starts_thinking
+from stepjax.serving.schemas import ChatRequest
+from stepjax.serving.sse import EventStream, start
+from stepjax.serving.validation import parse_request
+
+
+async def chat_completions(context: Context, body: dict[str, Any]) -> Response:
+    """
+    Raises:
+        ApiError, StepjaxError: the request cannot be served.
+    """
+    request = parse_request(ChatRequest, body)
+    context.check_model(request.model)
+    context.check_samples(request.n)
+    chat = _Chat(context, request)
+    if request.stream:
+        return EventStream(await start(chat.chunks()), write_seconds=context.settings.limits.write_seconds)
+    return JSONResponse(await chat.whole())
+
+
+class _Chat:
+    def __init__(self, context: Context, request: ChatRequest):
+        self._context = context
+        self._request = request
+        self._params = request.params()
+        self._answers: list[AnswerStream] = []  # of the samples, once there is a prompt
+        self._usage = Usage()
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece. It is taken apart as a streamed one is, so that both say the same."""
+        count = self._request.n
+        messages: list[dict[str, Any]] = [{"role": "assistant", "content": None} for _ in range(count)]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in range(count)]
+        ends: list[Delta | None] = [None] * count
+        async with contextlib.aclosing(self._deltas()) as batches:
+            async for batch in batches:
+                for delta in batch:
+                    for part in self._answers[delta.sample].take(delta):
+                        _add(messages[delta.sample], part)
+                    logprobs[delta.sample] += delta.logprobs
+                    ends[delta.sample] = delta
+        choices = []
+        for index, (answer, message, end) in enumerate(zip(self._answers, messages, ends, strict=True)):
+            assert end is not None and end.finish_reason is not None
+            if message["content"] is None and not answer.num_calls:
+                message["content"] = ""
+            choice = self._choice(index, answer, end)
+            choices.append({**choice, "message": message, "logprobs": self._logprobs(logprobs[index])})
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.as_json()}
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self._request.n)]  # of tokens whose text is held back
+        has_begun = [False] * self._request.n
+        async with contextlib.aclosing(self._deltas()) as batches:
+            async for batch in batches:
+                for delta in batch:
+                    index = delta.sample
+                    if not has_begun[index]:
+                        has_begun[index] = True
+                        yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
+                    logprobs[index] += delta.logprobs
+                    for part in self._answers[index].take(delta):
+                        yield self._chunk({"index": index, "delta": part, "logprobs": self._logprobs(logprobs[index])})
+                        logprobs[index] = []
+                    if delta.finish_reason is not None:
+                        choice = self._choice(index, self._answers[index], delta)
+                        yield self._chunk({**choice, "delta": {}, "logprobs": self._logprobs(logprobs[index])})
+        if self._request.includes_usage:
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage.as_json()}
+
+    async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
+        context = self._context
+        async with context.prompts.chat(self._request) as prompt:
+            self._answers = [
+                AnswerStream(
+                    starts_thinking=starts_thinking(context.processor, prompt), parses_calls=self._request.uses_tools
+                )
+                for _ in range(self._request.n)
+            ]
+            batches = generate(
+                context.engine, context.admission, [prompt], self._params, self._usage, request_id=self._id
+            )
+            async with contextlib.aclosing(batches):
+                async for batch in batches:
+                    yield batch
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._context.settings.model_name,
+        }
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {
+            **self._head("chat.completion.chunk"),
+            "choices": [{"finish_reason": None, "logprobs": None, **choice}],
+        }
+        return {**chunk, "usage": None} if self._request.includes_usage else chunk
+
+    def _choice(self, index: int, answer: AnswerStream, end: Delta) -> dict[str, Any]:
+        assert end.finish_reason is not None
+        return {
+            "index": index,
+            "finish_reason": answer.finish_reason(end.finish_reason),
+            "stop_reason": end.stop_reason,
+        }
+
+    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+        return chat_logprobs(logprobs, self._context.processor) if self._request.logprobs else None
+
+
+def _add(message: dict[str, Any], part: dict[str, Any]) -> None:
+    for field, value in part.items():
+        if field == "tool_calls":
+            calls = [{name: each for name, each in call.items() if name != "index"} for call in value]
+            message.setdefault(field, []).extend(calls)
+        else:
+            message[field] = (message.get(field) or "") + value

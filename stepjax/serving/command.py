@@ -1,0 +1,119 @@
+"""`stepjax serve`: its arguments, and the server's life from loading to the last answer."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from stepjax.config import DType, EngineConfig
+from stepjax.errors import ConfigError
+from stepjax.serving.settings import Limits, ServerSettings
+
+KEY_VARIABLE = "STEPJAX_API_KEY"
+_log = logging.getLogger("stepjax.serving")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeArguments:
+    """Answer OpenAI's chat and completion requests, and show a page to chat in a browser."""
+
+    # A Hugging Face directory, a converted checkpoint, or a run.
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; give an API key then
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()  # any of them opens the server; better in the environment: STEPJAX_API_KEY=KEY,KEY
+    model_name: str | None = None  # what requests call the model; by default the directory's name
+    dtype: DType = "bfloat16"  # of parameters and of what is computed
+    tensor_parallel: int = 1  # devices that share the model
+    warm_up: bool = True  # compile before listening, not while the first requests wait
+    allow_remote_images: bool = False  # fetch images from public addresses of the Internet
+    drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
+    workers: int = 2  # threads that read images and make prompts
+    engine: EngineConfig = EngineConfig()
+    limits: Limits = Limits()
+
+    def __post_init__(self):
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"--port {self.port}: must be from 0 (any) to 65535")
+        if not self.drain_seconds >= 0:
+            raise ConfigError(f"--drain-seconds {self.drain_seconds}: must not be negative")
+        if self.tensor_parallel < 1:
+            raise ConfigError(f"--tensor-parallel {self.tensor_parallel}: must be at least 1")
+
+    def settings(self, environment: str | None) -> ServerSettings:
+        """
+        Args:
+            environment: API keys, separated by commas.
+        """
+        keys = [key.strip() for key in (environment or "").split(",") if key.strip()]
+        is_local = self.host in _LOOPBACK
+        return ServerSettings(
+            model_name=self.model_name or Path(self.model).expanduser().absolute().name,
+            api_keys=(*self.api_keys, *keys),
+            hosts=_LOOPBACK if is_local and not (keys or self.api_keys) else (),
+            limits=self.limits,
+            allow_remote_images=self.allow_remote_images,
+            workers=self.workers,
+        )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serves until a signal; returns the exit status: 0 stopped in order, 130 interrupted before it listened.
+
+    Raises:
+        StepjaxError: the model cannot be loaded, or an argument is not usable.
+    """
+    args = tyro.cli(ServeArguments, args=list(arguments), prog="stepjax serve")
+    settings = args.settings(os.environ.get(KEY_VARIABLE))
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'stepjax[serve]'") from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if not settings.api_keys and args.host not in _LOOPBACK:
+        print(f"stepjax serve: no API key: whoever reaches {args.host} can use the model", file=sys.stderr)
+    try:
+        _load_and_serve(args, settings)
+    except KeyboardInterrupt:  # while the model was being loaded
+        return 130
+    return 0
+
+
+def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> None:
+    import jax
+
+    from stepjax.config import MeshConfig, NumericsConfig
+    from stepjax.inference.async_engine import AsyncEngine
+    from stepjax.inference.engine import Engine
+    from stepjax.interop.load import load
+    from stepjax.serving.app import make_app
+    from stepjax.serving.processors import AnyProcessor
+    from stepjax.serving.server import bind, serve
+    from stepjax.sharding import make_mesh
+
+    async def main(engine: Engine, processor: AnyProcessor, bound: socket.socket) -> None:
+        async with AsyncEngine(engine) as running:
+            await serve(make_app(running, processor, settings), bound, drain_seconds=args.drain_seconds)
+
+    with bind(args.host, args.port) as bound:  # first, since loading takes minutes
+        mesh = None
+        if args.tensor_parallel > 1:
+            devices = jax.devices()[: args.tensor_parallel]
+            mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor_parallel), devices)
+        numerics = NumericsConfig(param_dtype=args.dtype, compute_dtype=args.dtype, remat="none")
+        model, processor = load(args.model, numerics=numerics, mesh=mesh)
+        engine = Engine(model, processor, args.engine, mesh=mesh)
+        if args.warm_up:
+            count = engine.warm_up(progress=lambda what: _log.info("compiling %s", what))
+            _log.info("%d programs are compiled", count)
+        asyncio.run(main(engine, processor, bound))

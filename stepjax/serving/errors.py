@@ -1,0 +1,102 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+
+import logging
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from stepjax.errors import BusyError, StepjaxError
+
+RETRY_SECONDS = 1
+
+_log = logging.getLogger("stepjax.serving")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        param: the field of the request that is to blame.
+        code: what programs tell errors of one status apart by.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        message = message.encode("utf-8", "backslashreplace").decode()  # JSON can hold halves of surrogate pairs
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def busy(message: str) -> ApiError:
+    return ApiError(429, message, code="server_busy", headers={"retry-after": str(RETRY_SECONDS)})
+
+
+def shutting_down() -> ApiError:
+    return ApiError(
+        503,
+        "the server is shutting down: ask another one, or later",
+        code="shutting_down",
+        headers={"retry-after": "5", "connection": "close"},
+    )
+
+
+def engine_failed() -> ApiError:
+    return ApiError(500, "the engine could not finish the request; the server's log says why", code="engine_failed")
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """The answer to an exception. Users' mistakes are told as they are, anything else is logged and kept inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BusyError):
+        return busy(str(error))
+    if isinstance(error, StepjaxError):
+        return ApiError(400, str(error))
+    _log.error("a request failed", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+async def answer_exception(request: Request, error: Exception) -> Response:
+    """Handles exceptions of routes."""
+    return as_api_error(error).response()
+
+
+async def answer_http_exception(request: Request, error: Exception) -> Response:
+    """Handles what the framework raises: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"there is no {request.url.path}; there are /v1/chat/completions, /v1/completions and /v1/models",
+        405: f"{request.url.path} does not take {request.method}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=error.headers).response()

@@ -1,0 +1,105 @@
+"""Servers on a port of their own, in a thread of their own."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import threading
+import time
+
+import httpx
+import uvicorn
+from fake_engine import FakeEngine
+from PIL import Image
+
+from stepjax.serving.app import make_app
+from stepjax.serving.server import DrainingServer
+from stepjax.serving.settings import ServerSettings
+
+
+class Running:
+    """A server, its engine and a client."""
+
+    def __init__(self, server, loop, thread, engine, app):
+        self.server, self.loop, self.thread, self.engine = server, loop, thread, engine
+        self.context = app.state.context
+        self.port = server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def chat(self, content="hi", **fields):
+        return self.http.post("/v1/chat/completions", json=chat_body(content, **fields))
+
+    def wait_until(self, condition, seconds=10.0):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it does not happen"
+            time.sleep(0.005)
+
+
+def chat_body(content="hi", **fields):
+    return {"messages": [{"role": "user", "content": content}], **fields}
+
+
+@contextlib.contextmanager
+def running(processor, engine=None, *, drain_seconds=5.0, **settings):
+    """Serves until the block ends; `engine` may be a function that makes one in the loop."""
+    ready, state = threading.Event(), {}
+
+    async def main():
+        async with contextlib.AsyncExitStack() as stack:
+            made = engine or FakeEngine()
+            if hasattr(made, "__aenter__"):
+                made = await stack.enter_async_context(made)
+            app = make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}))
+            config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+            server = DrainingServer(config, drain_seconds=drain_seconds)
+            state.update(server=server, loop=asyncio.get_running_loop(), engine=made, app=app)
+            serving = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.005)
+            ready.set()
+            await serving
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    assert ready.wait(60), "the server does not start"
+    one = Running(thread=thread, **state)
+    try:
+        yield one
+    finally:
+        one.server.should_exit = True
+        one.http.close()
+        thread.join(20)
+        assert not thread.is_alive(), "the server does not end"
+
+
+def picture(width=60, height=40, color="teal", form="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+async def ask(client, index, max_tokens):
+    body = chat_body(f"question {index}", stream=index % 2 == 0, max_tokens=max_tokens)
+    if body["stream"]:
+        text, lines = "", []
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line:
+                    lines.append(line.removeprefix("data: "))
+        if response.status_code != 200:
+            return response.status_code, lines
+        assert lines[-1] == "[DONE]", lines[-1]
+        for line in lines[:-1]:
+            text += json.loads(line)["choices"][0]["delta"].get("content", "")
+        return 200, text
+    response = await client.post("/v1/chat/completions", json=body)
+    return response.status_code, response.json()["choices"][0]["message"]["content"]
+
+
+async def ask_many(server, count, max_tokens=50):
+    limits = httpx.Limits(max_connections=count)
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as client:
+        return await asyncio.gather(*(ask(client, index, max_tokens) for index in range(count)))

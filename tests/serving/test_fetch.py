@@ -1,0 +1,166 @@
+"""Remote images: what is fetched, and above all what is not."""
+
+import asyncio
+import http.server
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from running_server import running
+
+from stepjax.serving.errors import ApiError
+from stepjax.serving.fetch import Fetcher, is_public
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "127.0.0.1",
+            "127.8.9.1",
+            "0.0.0.0",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+        ),
+        *("192.0.2.1", "198.18.0.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255"),
+        *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1", "2001:db8::1", "::ffff:127.0.0.1"),
+        *("192.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1"),
+    ],
+)
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808"])
+def test_addresses_that_are_public(address):
+    assert is_public(address)
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    hosts = []
+
+    def do_GET(self):
+        self.hosts.append(self.headers["host"])
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            target = self.path.removeprefix("/to/")
+            self.send_header("location", target if "://" in target else f"/{target}")
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.05)
+        elif self.path == "/slow-header":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nx: ")
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+        else:
+            size = 5000 if self.path == "/large" else 4
+            self.send_response(200)
+            self.send_header("content-length", str(size + (self.path == "/short")))
+            self.end_headers()
+            self.wfile.write(b"x" * size)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    class Quiet(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_):  # those who are cut off
+            pass
+
+    with Quiet(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"site.test:{server.server_port}"
+        server.shutdown()
+
+
+def fetch(url, *, resolve=lambda host, port: ["127.0.0.1"], allow=lambda address: True, seconds=0.5):
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            return await Fetcher(executor, max_bytes=1000, seconds=seconds, resolve=resolve, allow=allow).fetch(url)
+
+    return asyncio.run(main())
+
+
+def refused(url, part, **options):
+    with pytest.raises(ApiError) as caught:
+        fetch(url, **options)
+    assert caught.value.status == 400 and part in caught.value.message, caught.value.message
+
+
+def test_an_image_is_fetched_from_the_address_in_the_name_of_its_host(site):
+    assert fetch(f"http://{site}/a.png?x=1#y") == b"xxxx"
+    assert Site.hosts[-1] == site
+    assert fetch(f"http://{site}/to/to/a.png") == b"xxxx"
+    assert fetch(f"http://{site}/to/http://{site}/b.png") == b"xxxx"
+
+
+def test_a_name_is_resolved_once_and_the_connection_goes_there(site):
+    asked = []
+
+    def rebinding(host, port):
+        asked.append(host)
+        return ["127.0.0.1"] if len(asked) == 1 else ["127.0.0.2"]
+
+    assert fetch(f"http://{site}/a.png", resolve=rebinding) == b"xxxx"
+    assert asked == ["site.test"]
+
+
+def test_every_address_of_every_hop_is_checked(site):
+    for url in (
+        f"http://{site}/a.png",
+        "http://127.0.0.1:1/",
+        "http://localhost/",
+        "http://[::1]/",
+        "http://2130706433/",
+    ):
+        with pytest.raises(ApiError) as caught:
+            fetch(url, resolve=None, allow=is_public)
+        assert "not public" in caught.value.message or "not known" in caught.value.message
+    refused(f"http://{site}/a.png", "not public", resolve=lambda *_: ["8.8.8.8", "10.0.0.1"], allow=is_public)
+    public = {"site.test": ["127.0.0.1"], "inside.test": ["169.254.169.254"]}
+    refused(
+        f"http://{site}/to/http://inside.test/latest/meta-data",
+        "not public",
+        resolve=lambda host, _: public[host],
+        allow=lambda address: address == "127.0.0.1",
+    )
+
+
+def test_what_goes_wrong_is_told(site):
+    refused(f"http://{site}/large", "larger than 1000 bytes")
+    refused(f"http://{site}/missing", "status 404")
+    refused(f"http://{site}/short", "whole")
+    refused(f"http://{site}/to/to/to/to/to/a", "redirects more than 3 times")
+    refused(f"http://{site}/to/ftp://x/", "http or https")
+    refused("http://user:pw@site.test/", "without a user name")
+    refused("http://site.test:99999/", "ValueError")
+    refused("http://site.test/", "not known", resolve=lambda *_: (_ for _ in ()).throw(OSError()))
+
+
+@pytest.mark.parametrize("path", ["slow", "slow-header"])
+def test_a_site_that_drips_is_given_up_and_its_thread_is_free(site, path):
+    start = time.monotonic()
+    with pytest.raises(ApiError):
+        fetch(f"http://{site}/{path}")
+    assert time.monotonic() - start < 1.5
+
+
+def test_the_server_refuses_its_own_network(processor):
+    with running(processor, allow_remote_images=True) as server:
+        for url in (f"{server.url}/health", "http://169.254.169.254/latest", "file:///etc/hostname"):
+            answer = server.chat([{"type": "image_url", "image_url": {"url": url}}])
+            assert answer.status_code == 400 and answer.json()["error"]["code"] == "image_not_fetched", answer.text

@@ -1,0 +1,223 @@
+"""Who is let in, and what is too much."""
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fake_engine import FakeEngine
+from running_server import chat_body, picture
+
+from stepjax.serving.settings import Limits
+
+
+def error(response, status):
+    assert response.status_code == status, response.text
+    fields = response.json()["error"]
+    assert set(fields) == {"message", "type", "param", "code"} and fields["message"]
+    return fields
+
+
+@pytest.mark.parametrize(
+    "body, part",
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'{"messages": [}', "line 1, column"),
+        (b"[]", "a JSON list"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 10_000 + b"}", "not JSON"),
+    ],
+)
+def test_bodies_that_are_not_json_objects(server, body, part):
+    response = server.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert part in error(response, 400)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    "value", ["[" + "1," * 2_000_000 + '"x"]', "[" + '"x",' * 1_000_000 + "1]", "[" + "{}," * 500_000 + "1]"]
+)
+def test_a_million_mistakes_take_no_time(server, path, value):
+    field = "messages" if "chat" in path else "prompt"
+    start = time.monotonic()
+    response = server.http.post(
+        path, content=f'{{"{field}": {value}}}'.encode(), headers={"content-type": "application/json"}
+    )
+    assert len(error(response, 400)["message"]) < 1000
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("depth, status", [(60, 200), (65, 400), (300, 400), (900, 400)])
+def test_tools_that_are_nested_too_deep(server, depth, status):
+    deep = '{"a":' * depth + "1" + "}" * depth
+    body = '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": '
+    body += f'{{"name": "f", "parameters": {deep}}}}}]}}'
+    response = server.http.post(
+        "/v1/chat/completions", content=body.encode(), headers={"content-type": "application/json"}
+    )
+    assert response.status_code == status, response.text
+
+
+def test_other_paths_methods_and_types(server):
+    assert "/v1/chat/completions" in error(server.http.get("/v1/nothing"), 404)["message"]
+    assert "GET" in error(server.http.get("/v1/chat/completions"), 405)["message"]
+    error(server.http.post("/v1/models"), 405)
+    for headers in ({"content-type": "text/plain"}, {"content-type": "application/json", "content-encoding": "gzip"}):
+        error(server.http.post("/v1/chat/completions", content=b"{}", headers=headers), 415)
+
+
+def test_api_keys(start):
+    server = start(api_keys=("first key", "second"))
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic second"},
+        {"authorization": "second"},
+    ):
+        for path in ("/v1/models", "/metrics", "/nothing"):
+            assert error(server.http.get(path, headers=headers), 401)["code"] == "invalid_api_key"
+        error(server.http.post("/v1/chat/completions", json=chat_body(), headers=headers), 401)
+        error(server.http.post("/stepjax/views", json={"image": picture()}, headers=headers), 401)
+    for key in ("first key", "second"):
+        assert server.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/", "/page.css", "/page.js", "/health"):
+        assert server.http.get(path).status_code == 200
+
+
+def test_other_names_are_not_answered_to(start):
+    server = start(hosts=("127.0.0.1", "[::1]"))
+    assert server.http.get("/v1/models").status_code == 200
+    assert server.http.get("/v1/models", headers={"host": "[::1]:80"}).status_code == 200
+    for name in ("evil.test", "127.0.0.1.evil.test", ""):
+        assert error(server.http.get("/v1/models", headers={"host": name}), 403)["code"] == "host_not_allowed"
+
+
+def test_bodies_that_are_too_large_or_too_slow(start):
+    server = start(limits=Limits(body_bytes=10_000, body_seconds=0.3))
+    large = json.dumps(chat_body("x" * 20_000)).encode()
+    headers = {"content-type": "application/json"}
+    assert (
+        error(server.http.post("/v1/chat/completions", content=large, headers=headers), 413)["code"] == "body_too_large"
+    )
+    chunked = server.http.post("/v1/chat/completions", content=iter([large[:9_000], large[9_000:]]), headers=headers)
+    error(chunked, 413)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+            b"content-type: application/json\r\ncontent-length: 50\r\n\r\n{"
+        )
+        assert b" 408 " in connection.recv(4096)
+    assert server.chat().status_code == 200
+    server.wait_until(lambda: server.context.admission.count == 0)
+
+
+def test_images_that_are_too_many_or_too_large(start):
+    server = start(limits=Limits(images=2, image_bytes=3000, image_pixels=10_000))
+
+    def images(*urls):
+        return server.chat([{"type": "image_url", "image_url": {"url": url}} for url in urls])
+
+    assert images(picture(), picture()).status_code == 200
+    assert error(images(*[picture()] * 3), 400)["code"] == "too_many_images"
+    assert error(images(picture(200, 100)), 400)["code"] == "image_too_large"
+    assert error(images(picture(form="BMP")), 413)["code"] == "image_too_large"
+    assert error(images("data:image/png;base64," + "A" * 7000), 413)["code"] == "image_too_large"
+
+
+def test_prompts_that_are_too_long(start):
+    server = start(limits=Limits(prompt_tokens=40, text_bytes=1000))
+    assert server.chat("hi").status_code == 200
+    assert error(server.chat("hi " * 100), 400)["code"] == "context_length_exceeded"
+    assert error(server.chat("x" * 1001), 400)["code"] == "context_length_exceeded"
+    wide = [{"type": "image_url", "image_url": {"url": picture(112, 112)}}]
+    assert "the images alone" in error(server.chat(wide), 400)["message"]
+    assert not server.context.prompts._view_budget._waiting
+
+
+def test_views_wait_for_memory(start):
+    one = 2 * 12 * (56**2 + 4 * 28**2)  # 60 x 40 pixels are cut into four crops
+    server = start(FakeEngine(step_seconds=0.01), limits=Limits(view_bytes=2 * one))
+    content = [{"type": "image_url", "image_url": {"url": picture()}}]
+    peak = 0
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(server.chat, content) for _ in range(6)]
+        while not all(answer.done() for answer in answers):
+            peak = max(peak, len(server.engine.requests))
+            time.sleep(0.002)
+    assert [answer.result().status_code for answer in answers] == [200] * 6
+    assert peak == 2
+    too_many = server.chat(content * 3)
+    assert "memory" in error(too_many, 400)["message"]
+
+
+def test_too_many_requests(start):
+    server = start(FakeEngine(step_seconds=0.05), limits=Limits(requests=2))
+    with ThreadPoolExecutor(8) as pool:
+        answers = [answer.result() for answer in [pool.submit(server.chat) for _ in range(8)]]
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert len(refused) == 6
+    for answer in refused:
+        assert error(answer, 429)["code"] == "server_busy" and answer.headers["retry-after"] == "1"
+
+
+def test_a_full_queue_of_the_engine_is_busy(start):
+    server = start(FakeEngine(max_requests=0))
+    for stream in (False, True):
+        response = server.chat(stream=stream)
+        assert error(response, 429)["type"] == "rate_limit_error" and response.headers["retry-after"]
+
+
+def test_a_failed_engine(start):
+    server = start(FakeEngine(lambda *_: ["</think>"] + ["x"] * 10_000))
+    with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.engine.fail(RuntimeError("a secret of the inside"))
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed" and "secret" not in last
+    error(server.http.get("/health"), 503)
+    error(server.chat(), 503)
+    server.engine.healthy = True  # it fails before anybody knows
+    assert "secret" not in error(server.chat(), 500)["message"]
+
+
+def test_metrics(start):
+    server = start()
+    assert server.chat().status_code == 200
+    server.chat(temperature=-1)
+    server.http.get("/x" * 50)
+    text = server.http.get("/metrics").text
+    for line in (
+        'stepjax_requests_total{path="/v1/chat/completions",status="200"} 1.0',
+        'stepjax_requests_total{path="/v1/chat/completions",status="400"} 1.0',
+        'stepjax_requests_total{path="other",status="404"} 1.0',
+        'stepjax_request_seconds_count{path="/v1/chat/completions"} 2.0',
+        'stepjax_first_byte_seconds_count{path="/v1/chat/completions"} 1.0',
+        "stepjax_engine_generated_tokens_total 9.0",
+        "stepjax_engine_pages 100.0",
+        "stepjax_requests_under_way 0.0",
+    ):
+        assert line in text, text
+
+
+def test_views(server):
+    views = server.http.post("/stepjax/views", json={"image": picture(112, 60)}).json()
+    assert (views["width"], views["height"], views["columns"], views["rows"]) == (112, 60, 4, 2)
+    assert len(views["crops"]) == 8 and views["crops"][5]["row"] == 1 and views["crops"][5]["column"] == 1
+    assert views["global_view"]["image"].startswith("data:image/jpeg;base64,")
+    assert views["tokens"] == 8 * (views["crops"][0]["tokens"] + 2) + 1 + views["global_view"]["tokens"] + 2
+    error(server.http.post("/stepjax/views", json={"image": "/etc/hostname"}), 400)
+    error(server.http.post("/stepjax/views", json={"picture": "x"}), 400)
+
+
+def test_the_page(server):
+    page = server.http.get("/")
+    assert (
+        page.headers["content-type"].startswith("text/html")
+        and "default-src 'none'" in page.headers["content-security-policy"]
+    )
+    assert server.http.get("/page.js").headers["content-type"].startswith("text/javascript")
+    assert server.http.get("/page.css").headers["content-type"].startswith("text/css")

@@ -1,0 +1,199 @@
+"""The page in a real browser, where there is one."""
+
+import io
+import os
+import shutil
+
+import pytest
+from fake_engine import FakeEngine
+from PIL import Image, ImageDraw
+from running_server import running
+
+from stepjax.config import ImageConfig, TokenizerConfig
+from stepjax.processing.processor import Processor
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
+
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
+
+HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+
+
+def script(prompt, params, sample):
+    thought = "The picture shows three coloured shapes. I count them from the left: a square, a circle and a bar.\n" * 3
+    answer = f"There are 3 shapes:\n\n  1. a square\n  2. a circle\n  3. a bar\n\n{HOSTILE}"
+    return [
+        *(f"{word} " for word in thought.split(" ")),
+        "</think>",
+        "\n\n",
+        *(f"{word} " for word in answer.split(" ")),
+    ]
+
+
+def drawing(width=1280, height=720):
+    image = Image.new("RGB", (width, height), "#f4ead5")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((80, 160, 380, 460), fill="#c2452d")
+    draw.ellipse((480, 200, 820, 540), fill="#2d6cc2")
+    draw.rectangle((950, 80, 1050, 640), fill="#3b8f4d")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"name": "shapes.png", "mimeType": "image/png", "buffer": file.getvalue()}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def large_views():
+    return Processor.from_config(ImageConfig(), TokenizerConfig())
+
+
+@pytest.fixture
+def opened(browser, large_views):
+    """A function that opens the page of a server."""
+    made = []
+
+    def open_page(engine, size="desktop", scheme="light", **settings):
+        server = running(large_views, engine, **{"model_name": "Step3-VL-10B", **settings})
+        width, height = SIZES[size]
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        one = server.__enter__()
+        made.append((server, page))
+        page.errors = []
+        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(one.url)
+        return one, page
+
+    yield open_page
+    for server, page in made:
+        page.close()
+        server.__exit__(None, None, None)
+
+
+def leave_picture(page, name):
+    if PICTURES:
+        page.screenshot(path=f"{PICTURES}/{name}.png")
+
+
+def until(page, condition):
+    # Playwright's own waiting evaluates text in the page, which the page's policy forbids.
+    for _ in range(400):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(25)
+    raise AssertionError(condition)
+
+
+def fits(page):
+    return page.evaluate(
+        "document.documentElement.scrollWidth <= innerWidth && document.body.scrollHeight <= innerHeight"
+    )
+
+
+@pytest.mark.parametrize("size, scheme", [("desktop", "light"), ("phone", "dark")])
+def test_a_conversation(opened, size, scheme):
+    server, page = opened(FakeEngine(script, step_seconds=0.01), size, scheme)
+    until(page, "document.title === 'Step3-VL-10B'")
+    leave_picture(page, f"{size}-{scheme}-0-empty")
+    page.set_input_files("#file", drawing())
+    page.wait_for_selector("#images .views .grid img >> nth=5")
+    assert "3 \u00d7 2 crops and the whole, 670 tokens" in page.inner_text("#images summary")
+    assert fits(page)
+    leave_picture(page, f"{size}-{scheme}-1-views")
+    page.fill("#text", "How many shapes are there?")
+    page.press("#text", "Enter") if size == "desktop" else page.click("#send")
+    page.wait_for_selector(".thought[open]")
+    leave_picture(page, f"{size}-{scheme}-2-thinking")
+    page.wait_for_selector(".answer[aria-busy=false]")
+    assert "tokens/s" in page.inner_text("#status")
+    text = page.inner_text(".answer > .text")
+    assert "There are 3 shapes:\n\n  1. a square" in text and HOSTILE in text
+    assert page.title() == "Step3-VL-10B"
+    assert not page.locator(".thought[open]").count() and "Thought for" in page.inner_text(".thought summary")
+    page.click(".thought summary")
+    assert "I count them" in page.inner_text(".thought .text")
+    assert fits(page)
+    leave_picture(page, f"{size}-{scheme}-3-answer")
+    prompt, _ = server.engine.served[-1]
+    assert len(prompt.global_views) == 1 and len(prompt.crops) == 6
+
+    page.click("#settings-toggle")
+    page.fill("#max-tokens", "40")
+    page.fill("#samples", "2")
+    page.select_option("#thinking", "on")
+    page.fill("#text", "And the colours?")
+    page.click("#send")
+    until(page, "document.querySelectorAll('.answer[aria-busy=false]').length === 3")
+    leave_picture(page, f"{size}-{scheme}-4-settings")
+    prompt, params = server.engine.served[-1]
+    assert params.n == 2 and params.max_tokens == 40
+    assert "There are 3 shapes" in server.context.processor.decode(prompt.tokens)
+    assert fits(page) and not page.errors, page.errors
+
+
+def test_stop_frees_the_request(opened):
+    server, page = opened(FakeEngine(lambda *_: ["</think>", *["on and "] * 5000], step_seconds=0.01), "phone")
+    page.fill("#text", "go on")
+    page.click("#send")
+    until(page, "document.querySelector('.answer .text').textContent.length > 100")
+    page.click("#stop")
+    page.wait_for_selector("text=stopped")
+    server.wait_until(lambda: not server.engine.requests)
+    assert page.is_visible("#send") and not page.is_visible("#stop")
+    page.click("#new")
+    assert page.is_visible("#empty") and not page.locator(".answer").count()
+
+
+def test_errors_and_keys_are_asked_for(opened):
+    server, page = opened(FakeEngine(script, step_seconds=0.001), api_keys=("open sesame",))
+    page.wait_for_selector("#key-field:visible")
+    assert "API key" in page.inner_text("#status")
+    page.fill("#text", "hello?")
+    page.click("#send")
+    page.wait_for_selector(".error")
+    assert page.input_value("#text") == "hello?"
+    leave_picture(page, "desktop-key")
+    page.fill("#key", "open sesame")
+    page.press("#key", "Tab")
+    until(page, "document.title === 'Step3-VL-10B'")
+    page.click("#send")
+    page.wait_for_selector(".answer[aria-busy=false]")
+    page.set_input_files("#file", {"name": "broken.png", "mimeType": "image/png", "buffer": b"hello"})
+    page.wait_for_selector("text=broken.png: image")
+    assert not page.locator("#images li").count()
+    server.engine.fail(RuntimeError("no"))
+    page.fill("#text", "again")
+    page.click("#send")
+    page.wait_for_selector(".error >> nth=2")
+
+
+def test_dropped_images_and_keyboard(opened):
+    server, page = opened(FakeEngine(script, step_seconds=0.001))
+    page.evaluate("""async () => {
+        const canvas = new OffscreenCanvas(300, 200), data = new DataTransfer();
+        canvas.getContext("2d").fillRect(0, 0, 50, 50);
+        data.items.add(new File([await canvas.convertToBlob()], "drop.png", {type: "image/png"}));
+        dispatchEvent(new DragEvent("drop", {dataTransfer: data, cancelable: true}));
+    }""")
+    page.wait_for_selector("#images .views")
+    page.click("text=Remove")
+    assert not page.locator("#images li").count()
+    assert page.evaluate("document.activeElement.id") == "text"
+    names = []
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate("document.activeElement.id"))
+    assert "send" in names
+    unnamed = page.evaluate("""[...document.querySelectorAll("input, textarea, select, button")].filter(
+        (e) => !e.labels?.length && !e.getAttribute("aria-label") && !e.textContent.trim()).length""")
+    assert unnamed == 0
