@@ -143,7 +143,7 @@ class EngineConfig:
     max_problems: int = 8  # prompts shared by several samples whose pages are read once for all of them
     prefix_caching: bool = True  # keep pages of finished requests for prompts that begin alike
     view_batch: int = 4  # views that the encoder takes at once
-    feature_cache_tokens: int = 8192  # image features kept on the device
+    feature_cache_tokens: int = 16_384  # image features kept on the device
     max_waiting: int = 1024  # requests in the queue; more are refused
 
     def __post_init__(self):

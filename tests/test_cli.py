@@ -45,7 +45,10 @@ def test_version(capsys):
 
 def test_an_unknown_verb_names_those_there_are(capsys):
     assert main(["pretrian"]) == 2
-    assert capsys.readouterr().err == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate, convert, serve\n"
+    assert (
+        capsys.readouterr().err
+        == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate, convert, serve\n"
+    )
 
 
 def test_pretrain_without_a_recipe(capsys):

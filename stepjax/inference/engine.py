@@ -183,11 +183,13 @@ class Engine:
                 f"{name} has {length} tokens; with max_tokens={params.max_tokens or 1} that is more than the context "
                 f"of {self.max_context}: shorten one of them"
             )
-        limit = self.max_context if params.max_tokens is None else length + params.max_tokens
         capacity = self._pages.count * self.config.page_size
-        if limit - 1 > capacity:
+        # The last token is drawn and never read. An answer without a limit ends where the context or the cache does.
+        limit = min(self.max_context, capacity + 1) if params.max_tokens is None else length + params.max_tokens
+        needed = max(limit, length + 1) - 1
+        if needed > capacity:
             raise RequestError(
-                f"{name} with its answer may take {limit - 1} tokens of cache, all of which holds {capacity}: lower "
+                f"{name} with its answer may take {needed} tokens of cache, all of which holds {capacity}: lower "
                 f"max_tokens, or raise engine.cache_tokens"
             )
         if params.stop and self._processor is None:

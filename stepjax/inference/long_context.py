@@ -9,7 +9,7 @@ from stepjax.errors import ConfigError
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL
 
-Model = TypeVar("Model", StepVL, Qwen3)
+Model = TypeVar("Model", bound=StepVL | Qwen3)
 
 
 def stretched(model: Model, factor: float, *, attention_factor: float = 1.0) -> Model:

@@ -32,7 +32,9 @@ class ServeArguments:
     api_keys: tuple[str, ...] = ()  # any of them opens the server; better in the environment: STEPJAX_API_KEY=KEY,KEY
     model_name: str | None = None  # what requests call the model; by default the directory's name
     dtype: DType = "bfloat16"  # of parameters and of what is computed
-    tensor_parallel: int = 1  # devices that share the model
+    tensor_parallel: int = 1  # devices that share the model and decode one batch together
+    data_parallel: int = 1  # copies of the model, each with a cache and batches of its own
+    yarn_factor: float = 1.0  # stretches the context beyond the trained one; PaCoRe is served with 2
     warm_up: bool = True  # compile before listening, not while the first requests wait
     allow_remote_images: bool = False  # fetch images from public addresses of the Internet
     drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
@@ -45,8 +47,9 @@ class ServeArguments:
             raise ConfigError(f"--port {self.port}: must be from 0 (any) to 65535")
         if not self.drain_seconds >= 0:
             raise ConfigError(f"--drain-seconds {self.drain_seconds}: must not be negative")
-        if self.tensor_parallel < 1:
-            raise ConfigError(f"--tensor-parallel {self.tensor_parallel}: must be at least 1")
+        for name in ("tensor_parallel", "data_parallel", "yarn_factor"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
 
     def settings(self, environment: str | None) -> ServerSettings:
         """
@@ -93,27 +96,34 @@ def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> None:
     import jax
 
     from stepjax.config import MeshConfig, NumericsConfig
-    from stepjax.inference.async_engine import AsyncEngine
     from stepjax.inference.engine import Engine
+    from stepjax.inference.long_context import stretched
+    from stepjax.inference.replicas import AsyncReplicas
     from stepjax.interop.load import load
     from stepjax.serving.app import make_app
     from stepjax.serving.processors import AnyProcessor
     from stepjax.serving.server import bind, serve
-    from stepjax.sharding import make_mesh
+    from stepjax.sharding import data_parts, make_mesh
 
-    async def main(engine: Engine, processor: AnyProcessor, bound: socket.socket) -> None:
-        async with AsyncEngine(engine) as running:
+    async def main(engines: list[Engine], processor: AnyProcessor, bound: socket.socket) -> None:
+        async with AsyncReplicas(engines) as running:
             await serve(make_app(running, processor, settings), bound, drain_seconds=args.drain_seconds)
 
     with bind(args.host, args.port) as bound:  # first, since loading takes minutes
-        mesh = None
-        if args.tensor_parallel > 1:
-            devices = jax.devices()[: args.tensor_parallel]
-            mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor_parallel), devices)
+        needed, there = args.tensor_parallel * args.data_parallel, len(jax.devices())
+        if needed > there:
+            raise ConfigError(
+                f"--tensor-parallel {args.tensor_parallel} --data-parallel {args.data_parallel}: need {needed} "
+                f"devices, and there are {there}"
+            )
         numerics = NumericsConfig(param_dtype=args.dtype, compute_dtype=args.dtype, remat="none")
-        model, processor = load(args.model, numerics=numerics, mesh=mesh)
-        engine = Engine(model, processor, args.engine, mesh=mesh)
+        shape = MeshConfig(data=args.data_parallel, fsdp=1, tensor=args.tensor_parallel)
+        mesh = make_mesh(shape, jax.devices()[:needed])
+        parts = data_parts(mesh)
+        model, processor = load(args.model, numerics=numerics, mesh=parts[0])
+        model = stretched(model, args.yarn_factor)
+        engines = [Engine(model, processor, args.engine, mesh=part) for part in parts]
         if args.warm_up:
-            count = engine.warm_up(progress=lambda what: _log.info("compiling %s", what))
+            count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
             _log.info("%d programs are compiled", count)
-        asyncio.run(main(engine, processor, bound))
+        asyncio.run(main(engines, processor, bound))

@@ -282,6 +282,11 @@ def test_the_context_ends_a_sample(make_engine):
     assert len(completion.tokens) == 8 and completion.finish_reason == "length"
 
 
+def test_the_cache_ends_a_sample_without_a_limit(make_engine):
+    ((completion,),) = make_engine(cache_tokens=48).generate([TEXT], SamplingParams(temperature=0.0))
+    assert len(completion.tokens) == 9 and completion.finish_reason == "length"
+
+
 def test_logits_that_are_not_finite_end_a_sample_with_an_error(make_engine, small_model):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, small_model)
     ((completion,),) = make_engine(model=broken).generate([[1, 2, 3]], GREEDY)
@@ -316,6 +321,8 @@ def test_prompts_beyond_the_cache_are_refused(make_engine, make_example):
     engine = make_engine(cache_tokens=48, feature_cache_tokens=4)
     with pytest.raises(RequestError, match="engine.cache_tokens"):
         engine.submit([1] * 40, SamplingParams(max_tokens=20))
+    with pytest.raises(RequestError, match="engine.cache_tokens"):
+        engine.submit([1] * 49)
     with pytest.raises(RequestError, match="engine.feature_cache_tokens"):
         engine.submit(make_example(2, (1, 2), 3), SamplingParams(max_tokens=2))
     with pytest.raises(RequestError, match="ends within an image"):

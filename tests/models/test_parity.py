@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+
 from stepjax.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
-
 from stepjax.processing.tokens import Example
 
 TOLERANCE = 5e-5  # the recorded features and logits reach 5; all is float32
