@@ -16,7 +16,7 @@ from pallas_kernels.shared_prefix_attention.grouping import MAX_GROUP, group_tra
 from pallas_kernels.shared_prefix_attention.merge import merge_by_lse
 from pallas_kernels.shared_prefix_attention.tables import PageTables
 
-CHUNK_TOKENS = 256  # of every row, whatever its length: what is gathered beyond it is for nothing
+MIN_CHUNK, MAX_CHUNK = 128, 1024  # tokens of a row
 
 
 def shared_prefix_attention(
@@ -67,22 +67,29 @@ def attend_pages(
     """
     num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
     num_groups, members, _, repeats, _ = q_GIKRH.shape
-    step = min(max(1, CHUNK_TOKENS // page_size), pages_GM.shape[1])
+    # What is gathered beyond the end of a row is for nothing, so chunks of many rows are short; but the loop over them
+    # should not take more than 64 rounds.
+    most = pages_GM.shape[1] * page_size
+    chunk_tokens = min(max(512 // num_groups, most // 64, MIN_CHUNK), MAX_CHUNK)
+    step = min(max(1, chunk_tokens // page_size), pages_GM.shape[1])
     lengths_G = jnp.clip(lengths_G, 0, pages_GM.shape[1] * page_size)
     pages_GM = jnp.clip(pages_GM, 0, num_pages - 1)
     pages_GM = jnp.pad(pages_GM, ((0, 0), (0, -pages_GM.shape[1] % step)))
     q_GKXH = q_GIKRH.transpose(0, 2, 1, 3, 4).reshape(num_groups, num_kv_heads, members * repeats, width)
+    head_K1 = jnp.arange(num_kv_heads)[:, None]
     precision = "highest" if q_GIKRH.dtype == jnp.float32 else None
 
     def attend_chunk(carry):
         chunk, max_GKX, sum_GKX, acc_GKXH = carry
         chunk_pages = jax.lax.dynamic_slice_in_dim(pages_GM, chunk * step, step, axis=1)
-        kv_2GKCH = (
-            kv_pages_S2KTH[chunk_pages].transpose(2, 0, 3, 1, 4, 5).reshape(2, num_groups, num_kv_heads, -1, width)
+        # Gathered head by head, the pages of a head lie one after the other, as the products want them.
+        k_GKCH, v_GKCH = (
+            kv_pages_S2KTH[chunk_pages[:, None], i, head_K1].reshape(num_groups, num_kv_heads, -1, width)
+            for i in range(2)
         )
         valid_GC = chunk * step * page_size + jnp.arange(step * page_size) < lengths_G[:, None]
         scores_GKXC = scale * jnp.einsum(
-            "GKXH,GKCH->GKXC", q_GKXH, kv_2GKCH[0], precision=precision, preferred_element_type=jnp.float32
+            "GKXH,GKCH->GKXC", q_GKXH, k_GKCH, precision=precision, preferred_element_type=jnp.float32
         )
         seen_GXC = valid_GC[:, None]
         if visible_GI is not None:
@@ -93,7 +100,7 @@ def attend_pages(
         shift_GKX = jnp.where(new_max_GKX == -jnp.inf, 0, new_max_GKX)
         weights_GKXC = jnp.exp(scores_GKXC - shift_GKX[..., None])
         decay_GKX = jnp.exp(max_GKX - shift_GKX)
-        v_GKCH = jnp.where(valid_GC[:, None, :, None], kv_2GKCH[1], 0)  # 0 x NaN of an unused place is NaN
+        v_GKCH = jnp.where(valid_GC[:, None, :, None], v_GKCH, 0)  # 0 x NaN of an unused place is NaN
         update_GKXH = jnp.einsum(
             "GKXC,GKCH->GKXH",
             weights_GKXC.astype(v_GKCH.dtype),

@@ -77,12 +77,12 @@ def make_batch(
     return batch
 
 
-def sizes(least: int, most: int) -> list[int]:
-    """The sizes that are compiled: least, 4 x least, 16 x least, ... and most."""
+def sizes(least: int, most: int, factor: int) -> list[int]:
+    """The sizes that are compiled: least, factor x least, factor^2 x least, ... and most."""
     found = []
     while least < most:
         found.append(least)
-        least *= 4
+        least *= factor
     return [*found, most]
 
 

@@ -50,13 +50,15 @@ class Runner:
             model = jax.device_put(model, shardings(model, mesh))
         self.model = model
         self.row_pages = -(-max_context // config.page_size)
-        self.batch_sizes = sizes(1, config.max_sequences)
-        self.chunk_sizes = sizes(min(64, config.prefill_tokens), config.prefill_tokens)
+        self.batch_sizes = sizes(1, config.max_sequences, 4)
+        self.chunk_sizes = sizes(min(32, config.prefill_tokens), config.prefill_tokens, 2)
         self.feature_rows = 0 if images is None else config.feature_cache_tokens
         with self._scope():
             platform = target_platform()
             # XLA follows the pages that are in use; the kernel's copy of a prompt's pages is as long as their table.
-            self.row_widths = sizes(min(16, self.row_pages), self.row_pages) if platform == "tpu" else [self.row_pages]
+            self.row_widths = (
+                sizes(min(16, self.row_pages), self.row_pages, 4) if platform == "tpu" else [self.row_pages]
+            )
             dtype = jnp.dtype(programs.decoder_of(model).numerics.compute_dtype)
             if decoder.num_kv_heads * config.page_size * num_pages == 0:
                 raise ConfigError(f"engine.cache_tokens={config.cache_tokens}: must hold at least a page")
