@@ -3,8 +3,8 @@
     python benchmarks/decode.py [--model DIR] [--repeats 3]
 
 Needs what `benchmarks/smollm2.py` needs for the weights (`make .venv-parity/installed`), and takes llama.cpp along if
-llama-cpp-python is installed. Large pages for malloc (GLIBC_TUNABLES, set here) help JAX on CPU. All sides hold the same weights in float32, on the same cores, in one run, their turns
-interleaved; every figure is a median.
+llama-cpp-python is installed. All sides hold the same weights in float32, on the same cores, in one run, their turns
+interleaved; every figure is a median. Large pages for malloc, which help JAX on CPU, are asked for here.
 
     one, sixteen   tokens/s of 1 and of 16 requests at once, prompts of 100 tokens and answers of 64, greedy, from the
                    first prompt token to the last token drawn. Transformers takes the sixteen as one padded batch,
@@ -207,7 +207,8 @@ def shared(directory: Path, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     if "GLIBC_TUNABLES" not in os.environ:  # read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="where the weights are, or are put")
     parser.add_argument("--repeats", type=int, default=3)
