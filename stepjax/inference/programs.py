@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sampling import sample
+from pallas_kernels.sampling import Sample, sample
 from pallas_kernels.shared_prefix_attention import PageTables
+from stepjax.config import NumericsConfig
 from stepjax.models.attention import resolve
 from stepjax.models.paged_cache import Chunk, PagedCache
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
-from stepjax.sharding import constrain, target_platform
+from stepjax.sharding import constrain, spec, target_platform
 
 
 class Rows(NamedTuple):
@@ -115,17 +116,10 @@ def decode(
         x_B1D = constrain(decoder.embed(tokens_B[:, None]), None, None, "act_embed")
         cache = PagedCache(pool_S2KTW, seen, jnp.int32(num_pages), jnp.int32(0))
         hidden_B1D, cache = decoder(x_B1D, (rows.positions_B + i)[:, None], None, cache)
-        logits_BV = constrain(decoder.logits(hidden_B1D)[:, 0], None, None)
-        drawn = sample(
-            logits_BV,
-            seeds_B=rows.seeds_B2,
-            positions_B=rows.positions_B + i + 1,
-            temperature_B=rows.temperature_B,
-            top_k_B=rows.top_k_B,
-            top_p_B=rows.top_p_B,
-            min_p_B=rows.min_p_B,
-            implementation="tpu" if resolve(decoder.numerics.attention, target_platform()) == "tpu" else "xla",
-        )
+        # In two steps, or the output projection would be gathered in place of the logits.
+        logits_BV = constrain(decoder.logits(hidden_B1D)[:, 0], None, "vocab")
+        logits_BV = constrain(logits_BV, None, None)
+        drawn = _draw(logits_BV, rows, rows.positions_B + i + 1, decoder.numerics)
         top_BL, top_tokens_BL = jax.lax.top_k(logits_BV, num_top)
         top_BL = top_BL - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True) if num_top else top_BL
         # A NaN among the logits gives token -1; the host sees it, and the embedding must not.
@@ -135,6 +129,27 @@ def decode(
 
     (pool_S2KTW, _), drawn = jax.lax.scan(step, (pool_S2KTW, rows.tokens_B), jnp.arange(steps))
     return pool_S2KTW, drawn
+
+
+def _draw(logits_BV: jax.Array, rows: Rows, positions_B: jax.Array, numerics: NumericsConfig) -> Sample:
+    """The tokens for these positions. Every device of a mesh has all logits, and draws the same."""
+    implementation = "tpu" if resolve(numerics.attention, target_platform()) == "tpu" else "xla"
+
+    def of_device(logits_BV, rows, positions_B):
+        return sample(
+            logits_BV,
+            seeds_B=rows.seeds_B2,
+            positions_B=positions_B,
+            temperature_B=rows.temperature_B,
+            top_k_B=rows.top_k_B,
+            top_p_B=rows.top_p_B,
+            min_p_B=rows.min_p_B,
+            implementation=implementation,
+        )
+
+    if not jax.sharding.get_abstract_mesh().empty:  # the partitioner cannot look into a kernel
+        of_device = jax.shard_map(of_device, in_specs=spec(), out_specs=spec(), check_vma=False)
+    return of_device(logits_BV, rows, positions_B)
 
 
 PROGRAMS: tuple[Any, ...] = (encode, prefill, copy, decode)

@@ -98,7 +98,9 @@ def _paired(k_BTKH: jax.Array, v_BTKH: jax.Array, pool_S2KTW: jax.Array) -> jax.
 def _write(pool_S2KTW, kv_X2KW, page_X, place_X, first_page, num_pages):
     nowhere = pool_S2KTW.shape[0]
     page_X = jnp.where(page_X < num_pages, first_page + page_X, nowhere)
-    return pool_S2KTW.at[page_X, :, :, place_X].set(kv_X2KW, mode="drop")
+    # Row by row of W: a scatter of whole [2, K, W] would have XLA for TPUs turn the pool around for it, and back.
+    which_21, head_K = jnp.arange(2)[:, None], jnp.arange(pool_S2KTW.shape[2])
+    return pool_S2KTW.at[page_X[:, None, None], which_21, head_K, place_X[:, None, None]].set(kv_X2KW, mode="drop")
 
 
 def _append_tokens(pool_S2KTW, kv_BT2KW, tables: PageTables, first_page, num_pages):

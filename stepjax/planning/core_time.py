@@ -51,9 +51,22 @@ class CoreTime:
         if operation.opcode in ("dynamic-update-slice", "dynamic-slice", "slice"):
             # In place, or a part only: what moves is the smaller side, in and out.
             moved = 2 * min((a.bytes for a in read + written if a.dims), default=0)
+        elif self._does("gather", operation):  # of a table, the rows that are wanted
+            result = sum(a.bytes for a in written)
+            moved = result + sum(min(a.bytes, result) for a in read)
+        elif self._does("scatter", operation) and written and any(a.dims == written[0].dims for a in read):
+            # In place: rows are read, changed and written; the rest of the target stays where it is.
+            moved = 3 * sum(a.bytes for a in read if a.dims != written[0].dims)
         else:
             moved = sum(a.bytes for a in read + written)
         return "bytes", moved / self.facts.hbm_bandwidth
+
+    def _does(self, opcode: str, operation: Operation) -> bool:
+        """Whether an operation, or a fusion's inside, is of a kind."""
+        called = operation.called if operation.opcode == "fusion" else ()
+        return operation.opcode == opcode or any(
+            self.program.contains(name, lambda inner: inner.opcode == opcode) for name in called
+        )
 
     def _kernel(self, computation: str, operation: Operation) -> tuple[Kind, float]:
         read = self.program.operand_arrays(computation, operation)

@@ -253,6 +253,15 @@ def test_operations_without_an_estimate_cost_their_bytes():
     assert list(found.seconds_by("kind")) == [("bytes",)]
 
 
+def test_gathers_and_scatters_move_their_rows_and_not_the_table():
+    table = "%t = f32[204750,100]{1,0} bitcast(%x)"
+    found = play([table, "%g = f32[204750]{0} gather(%t, %x), offset_dims={}"])
+    assert found.seconds == pytest.approx(2 * US, rel=1e-3)  # read and written, and 16 bytes of %x
+    rows = "%r = f32[2047,100]{1,0} bitcast(%x)"
+    found = play([table, rows, "%s = f32[204750,100]{1,0} scatter(%t, %x, %r), to_apply=%add"])
+    assert found.seconds == pytest.approx(3 * US, rel=1e-2)
+
+
 def test_unknown_custom_calls_are_told_and_known_ones_are_free():
     found = play(
         [

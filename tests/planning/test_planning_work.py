@@ -11,7 +11,9 @@ from stepjax.errors import ConfigError
 from stepjax.models.flops import decoder_flops
 from stepjax.models.paged_cache import LANES
 from stepjax.models.step_vl import init_model, num_parameters
+from stepjax.planning import hlo
 from stepjax.planning.command import run
+from stepjax.planning.hlo import arrays
 from stepjax.planning.plan import make_plan
 from stepjax.planning.report import to_json, to_text
 from stepjax.planning.topologies import find
@@ -102,6 +104,31 @@ def test_plans_of_other_work_than_training(tiny, kind):
         assert cache <= plan.step.batch_bytes < cache + 10_000
         assert plan.step.alias_bytes >= cache, "the cache is written in place"
         assert fields["images_per_second"] is None
+
+
+def test_decoding_on_a_mesh_moves_neither_weights_nor_the_cache(tiny, tmp_path):
+    """Four chips, a head each: activations and logits are exchanged, and the pool is written where it lies."""
+    pytest.importorskip("libtpu")
+    decoder = dataclasses.replace(tiny.model.decoder, num_heads=4, num_kv_heads=4, vocab_size=2048)
+    mesh = dataclasses.replace(tiny.mesh, fsdp=1, tensor=4)
+    vision = dataclasses.replace(tiny.model.vision, num_heads=4, width=64, mlp_dim=64)
+    model = dataclasses.replace(tiny.model, decoder=decoder, vision=vision)
+    batch = dataclasses.replace(tiny.batch, rows=64, tokens=8192)  # a cache that is too large for vector memory
+    config = dataclasses.replace(tiny, model=model, mesh=mesh, batch=batch)
+    text = tmp_path / "program"
+    plan = make_plan(config, find("v5e-4"), kind="decode", keep_text=text)
+    assert plan.fits
+    pages = 64 * 8192 // PAGE_SIZE * decoder.num_layers
+    moved = [array for op in operations(text, "copy") for array in arrays(op.shape)]
+    assert not [array for array in moved if array.dims[:2] == (pages, 2)], "the cache is copied"
+    gathered = [array for op in operations(text, "all-gather") for array in arrays(op.shape)]
+    logits = 4 * 64 * decoder.vocab_size
+    assert sum(array.bytes for array in gathered) <= 2 * logits, "weights are gathered"
+
+
+def operations(text, opcode):
+    program = hlo.read(text.read_text())
+    return [op for ops in program.computations.values() for op in ops if op.opcode.startswith(opcode)]
 
 
 def test_only_training_is_searched():
