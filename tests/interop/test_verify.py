@@ -1,15 +1,15 @@
 """`stepjax convert verify` tells a model that is the recorded one from one that is not."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA
 from safetensors.numpy import load_file, save_file
 
 from stepjax.cli import main
 
-GOLDEN = DATA / "tiny_vl_golden.safetensors"
+GOLDEN = Path(__file__).parents[1] / "data" / "tiny_vl_golden.safetensors"
 
 
 def verify(directory, golden, *options):

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.flash_attention import flash_attention
 from stepjax.config import MeshConfig
 from stepjax.models import attention
-from stepjax.models.attention import attend, attend_to_cache, resolve
+from stepjax.models.attention import attend, resolve
 from stepjax.sharding import make_mesh, target_platform
 
 SEGMENTS_BT = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
@@ -58,14 +58,6 @@ def test_equals_naive_softmax(heads, kv_heads, causal, segments):
     out = attend(q, k, v, causal=causal, segment_ids_BT=jnp.asarray(SEGMENTS_BT) if segments else None)
     expected = naive(q, k, v, visibility(causal=causal, segments=segments))
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
-
-
-def test_cache_is_seen_up_to_the_position_of_each_token():
-    q, k, v = qkv(4, 2, keys=11)
-    positions_BT = np.array([[3, 10, 0, 5, 7, 2, 9, 1], np.arange(T)])
-    visible_BTS = np.arange(11) <= positions_BT[:, :, None]
-    out = attend_to_cache(q, k, v, jnp.asarray(positions_BT))
-    np.testing.assert_allclose(out, naive(q, k, v, visible_BTS), rtol=0, atol=2e-6)
 
 
 def test_bfloat16_rounds_inputs_and_output_but_not_the_softmax():
