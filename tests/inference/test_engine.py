@@ -82,6 +82,7 @@ def test_samples_depend_on_seed_sample_and_position_alone(engine):
     assert again.tokens == one.tokens
 
 
+@pytest.mark.slow
 def test_samples_follow_the_tempered_distribution(make_engine, prompts, uncached):
     """1,024 first tokens against softmax(logits / temperature)."""
     logits_V, draws, temperature = uncached(prompts[1], ()), 1024, 2.0
@@ -195,6 +196,7 @@ def test_under_memory_pressure_sequences_wait_give_way_and_say_the_same(make_eng
     assert_all_free(scarce)
 
 
+@pytest.mark.slow
 def test_samples_that_give_way_say_the_same(make_engine, make_example):
     prompt = make_example(3, (1, 1), 20, seed=8)
     params = dataclasses.replace(SAMPLED, max_tokens=40, n=4)

@@ -84,7 +84,9 @@ def test_flops_and_tokens(tiny):
     assert 0 < model_flops("prefill", tiny) < model_flops("score", tiny) / 4
 
 
-@pytest.mark.parametrize("kind", ["score", pytest.param("prefill", marks=pytest.mark.slow), "decode"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("score", "prefill")] + ["decode"]
+)
 def test_plans_of_other_work_than_training(tiny, kind):
     pytest.importorskip("libtpu")
     # An engine's devices share its batch and part the heads, and here there is one head of keys.

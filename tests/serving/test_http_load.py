@@ -32,6 +32,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once_and_memory_is_flat(start):
     server = start(FakeEngine(step_seconds=0.002))
     sizes = []
