@@ -135,6 +135,7 @@ class EngineConfig:
     """The inference engine. Everything here that has a size is a static shape: requests never compile anything."""
 
     max_sequences: int = 16  # samples that are decoded together
+    smallest_batch: int = 1  # sequences that a decoding step has room for at least: more, and less is compiled
     max_context: int | None = None  # tokens of prompt and answer; None: the decoder's max_positions
     page_size: int = 64  # tokens of a page of the key-value cache
     cache_tokens: int | None = None  # that all pages hold together; None: max_sequences times max_context
@@ -148,6 +149,12 @@ class EngineConfig:
 
     def __post_init__(self):
         _require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_problems")
+        _require(
+            0 < self.smallest_batch <= self.max_sequences,
+            "engine.smallest_batch",
+            self.smallest_batch,
+            f"must be from 1 to max_sequences {self.max_sequences}",
+        )
         _require_positive("engine", self, "view_batch", "feature_cache_tokens", "max_waiting")
         for name in ("max_context", "cache_tokens"):
             value = getattr(self, name)

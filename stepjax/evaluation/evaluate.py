@@ -36,7 +36,19 @@ def evaluate(
     """
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
-    engine = Engine(model, processor, EngineConfig(max_sequences=config.batch_size, page_size=16))
+    rows, longest = config.batch_size, model.config.decoder.max_positions
+    # One size of batch and no groups: compiling more would take longer than the questions. Room in the cache for a
+    # batch of questions about large images; where they are longer, fewer are answered at a time.
+    sizes = EngineConfig(
+        max_sequences=rows,
+        smallest_batch=rows,
+        max_problems=1,
+        page_size=16,
+        cache_tokens=max(longest, rows * min(longest, 4096 + config.max_new_tokens)),
+        prefill_tokens=128,
+        view_batch=8,
+    )
+    engine = Engine(model, processor, sizes)
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     for source in config.sources:

@@ -50,7 +50,7 @@ class Runner:
             model = jax.device_put(model, shardings(model, mesh))
         self.model = model
         self.row_pages = -(-max_context // config.page_size)
-        self.batch_sizes = sizes(1, config.max_sequences, 4)
+        self.batch_sizes = sizes(config.smallest_batch, config.max_sequences, 4)
         self.chunk_sizes = sizes(min(32, config.prefill_tokens), config.prefill_tokens, 2)
         self.feature_rows = 0 if images is None else config.feature_cache_tokens
         with self._scope():

@@ -70,7 +70,7 @@ def ends_a_thought_once(text, starts_thinking):
     return "</think>" not in text or starts_thinking or "<think>" in text.partition("</think>")[0]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(thoughtful, cuts, st.booleans())
 @example("Well <think>\nhm\n</think>\n\nyes", [3, 9], False)
 @example("Well <think> unclosed", [6], False)
@@ -85,7 +85,7 @@ def test_reasoning_as_of_the_whole_text(text, at, starts_thinking):
         assert got == (content, reasoning or "")
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(soup, cuts)
 @example('<tool_calls>\n<tool_call>{"name": "g"}</tool_call>\n</tool_calls> so', [5, 20, 50])
 @example('<tool_call>{"name": "g"}</tool_call><tool_calls></tool_calls><tool_call>{"name": "g"}', [])
@@ -94,9 +94,10 @@ def test_calls_as_of_the_whole_text(text, at):
     content, calls = call_stream(text, at)
     assert (content, calls) == call_stream(text, [])
     assert (content, calls) == call_stream(text, range(len(text)))
-    whole = parse_assistant(text)
-    assert tuple(calls) == whole.tool_calls
-    assert content == whole.content if not calls else content.lstrip() == whole.content
+    if "think>" not in text:  # reasoning is taken off before
+        whole = parse_assistant(text)
+        assert tuple(calls) == whole.tool_calls
+        assert content == whole.content if not calls else content.lstrip() == whole.content
 
 
 @settings(max_examples=300, deadline=None)
