@@ -32,7 +32,8 @@ import numpy as np
 import smollm2
 
 import stepjax
-from stepjax.config import EngineConfig, NumericsConfig
+from stepjax.config import NumericsConfig
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 

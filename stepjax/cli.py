@@ -156,7 +156,7 @@ class _GenerateArguments:
 
 
 def _generate(arguments: list[str]) -> int:
-    from stepjax.config import EngineConfig
+    from stepjax.inference.config import EngineConfig
     from stepjax.inference.engine import Engine
     from stepjax.inference.request import SamplingParams
     from stepjax.interop.load import load

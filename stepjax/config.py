@@ -11,21 +11,11 @@ import dataclasses
 import math
 from typing import Literal
 
-from stepjax.errors import ConfigError
+from stepjax.checks import require, require_positive
 
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "dots", "attention", "qkv"]
 AttentionImplementation = Literal["auto", "xla", "tpu", "gpu"]
-
-
-def _require(condition: bool, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}={value!r}: {remedy}")
-
-
-def _require_positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) > 0, f"{section}.{name}", getattr(config, name), "must be positive")
 
 
 # Model ---------------------------------------------------------------------------------------------------------------
@@ -46,11 +36,9 @@ class VisionConfig:
     layer_scale_init: float = 0.1
 
     def __post_init__(self):
-        _require_positive("vision", self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "position_grid")
-        _require(
-            self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}"
-        )
-        _require(
+        require_positive("vision", self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "position_grid")
+        require(self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}")
+        require(
             self.head_dim % 4 == 0,
             "vision.num_heads",
             self.num_heads,
@@ -85,17 +73,17 @@ class DecoderConfig:
     yarn_attention_factor: float = 1.0  # of cosines and sines, and so squared of the scores
 
     def __post_init__(self):
-        _require(self.yarn_factor >= 1, "decoder.yarn_factor", self.yarn_factor, "must be at least 1 (off)")
-        _require_positive("decoder", self, "yarn_trained_positions", "yarn_attention_factor")
-        _require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
-        _require_positive("decoder", self, "head_dim", "mlp_dim", "max_positions")
-        _require(
+        require(self.yarn_factor >= 1, "decoder.yarn_factor", self.yarn_factor, "must be at least 1 (off)")
+        require_positive("decoder", self, "yarn_trained_positions", "yarn_attention_factor")
+        require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
+        require_positive("decoder", self, "head_dim", "mlp_dim", "max_positions")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "decoder.num_kv_heads",
             self.num_kv_heads,
             f"must divide num_heads {self.num_heads}",
         )
-        _require(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "must be even (rotary pairs)")
+        require(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "must be even (rotary pairs)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,46 +108,11 @@ class NumericsConfig:
     loss_chunk: int = 2048  # tokens whose logits exist at one time
 
     def __post_init__(self):
-        _require_positive("numerics", self, "loss_chunk")
+        require_positive("numerics", self, "loss_chunk")
 
     @property
     def policy_of_encoder(self) -> RematPolicy:
         return self.remat if self.encoder_remat is None else self.encoder_remat
-
-
-# Inference -----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """The inference engine. Everything here that has a size is a static shape: requests never compile anything."""
-
-    max_sequences: int = 16  # samples that are decoded together
-    smallest_batch: int = 1  # sequences that a decoding step has room for at least: more, and less is compiled
-    max_context: int | None = None  # tokens of prompt and answer; None: the decoder's max_positions
-    page_size: int = 64  # tokens of a page of the key-value cache
-    cache_tokens: int | None = None  # that all pages hold together; None: max_sequences times max_context
-    prefill_tokens: int = 512  # of a prompt that are computed between two decoding steps
-    decode_steps: int = 1  # tokens of every sample in one call of the device: fewer calls, coarser streaming
-    max_problems: int = 8  # prompts shared by several samples whose pages are read once for all of them
-    prefix_caching: bool = True  # keep pages of finished requests for prompts that begin alike
-    view_batch: int = 4  # views that the encoder takes at once
-    feature_cache_tokens: int = 16_384  # image features kept on the device
-    max_waiting: int = 1024  # requests in the queue; more are refused
-
-    def __post_init__(self):
-        _require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_problems")
-        _require(
-            0 < self.smallest_batch <= self.max_sequences,
-            "engine.smallest_batch",
-            self.smallest_batch,
-            f"must be from 1 to max_sequences {self.max_sequences}",
-        )
-        _require_positive("engine", self, "view_batch", "feature_cache_tokens", "max_waiting")
-        for name in ("max_context", "cache_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"engine.{name}", value, "must be positive")
-        _require(self.page_size in (16, 32, 64, 128, 256), "engine.page_size", self.page_size, "16, 32, 64, 128 or 256")
 
 
 # Images and tokens ---------------------------------------------------------------------------------------------------
@@ -183,10 +136,10 @@ class ImageConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
-        _require_positive("images", self, "global_size", "crop_size", "patch_size", "max_side")
+        require_positive("images", self, "global_size", "crop_size", "patch_size", "max_side")
         for name in ("global_size", "crop_size"):
             size = getattr(self, name)
-            _require(
+            require(
                 size % self.patch_size == 0,
                 f"images.{name}",
                 size,
@@ -274,12 +227,12 @@ class DataConfig:
     prefetch: int = 4  # batches made ahead
 
     def __post_init__(self):
-        _require_positive("data", self, "open_rows", "prefetch")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
+        require_positive("data", self, "open_rows", "prefetch")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
         names = [source.name for source in self.sources]
-        _require(len(set(names)) == len(names), "data.sources", names, "give every source a name of its own")
+        require(len(set(names)) == len(names), "data.sources", names, "give every source a name of its own")
         for source in self.sources:
-            _require(source.weight > 0, f"data.sources.{source.name}.weight", source.weight, "must be positive")
+            require(source.weight > 0, f"data.sources.{source.name}.weight", source.weight, "must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,16 +247,16 @@ class BatchConfig:
     accumulation: int = 1  # micro-batches that the rows are split into
 
     def __post_init__(self):
-        _require_positive("batch", self, "rows", "tokens", "accumulation")
+        require_positive("batch", self, "rows", "tokens", "accumulation")
         for name in ("global_views", "crops"):
-            _require(getattr(self, name) >= 0, f"batch.{name}", getattr(self, name), "must not be negative")
-        _require(
+            require(getattr(self, name) >= 0, f"batch.{name}", getattr(self, name), "must not be negative")
+        require(
             self.example_tokens is None or 0 < self.example_tokens <= self.tokens,
             "batch.example_tokens",
             self.example_tokens,
             f"must be from 1 to batch.tokens={self.tokens}",
         )
-        _require(
+        require(
             self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}"
         )
 
@@ -332,13 +285,13 @@ class ScheduleConfig:
     decay: Literal["cosine", "linear"] = "cosine"  # shape within a phase. Unconfirmed.
 
     def __post_init__(self):
-        _require(bool(self.phases), "schedule.phases", self.phases, "needs at least one phase")
+        require(bool(self.phases), "schedule.phases", self.phases, "needs at least one phase")
         for i, phase in enumerate(self.phases):
-            _require_positive(f"schedule.phases.{i}", phase, "tokens")
+            require_positive(f"schedule.phases.{i}", phase, "tokens")
             for name in ("start", "end"):
                 rate = getattr(phase, name)
-                _require(rate >= 0, f"schedule.phases.{i}.{name}", rate, "a learning rate must not be negative")
-        _require(
+                require(rate >= 0, f"schedule.phases.{i}.{name}", rate, "a learning rate must not be negative")
+        require(
             self.warmup_tokens <= self.phases[0].tokens,
             "schedule.warmup_tokens",
             self.warmup_tokens,
@@ -383,12 +336,12 @@ class MeshConfig:
     def shape(self, num_devices: int) -> tuple[int, int, int, int, int]:
         """Sizes of (slice, data, fsdp, context, tensor) for `num_devices` devices."""
         sizes = [self.slice, self.data, self.fsdp, self.context, self.tensor]
-        _require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1")
-        _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
+        require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1")
+        require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and num_devices % known == 0:
             sizes[sizes.index(-1)] = num_devices // known
-        _require(
+        require(
             math.prod(sizes) == num_devices,
             "mesh",
             sizes,
@@ -416,7 +369,7 @@ class CheckpointConfig:
     keep: int = 3
 
     def __post_init__(self):
-        _require_positive("checkpoint", self, "every", "keep")
+        require_positive("checkpoint", self, "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -429,8 +382,8 @@ class HeartbeatConfig:
     give_up_after: float = 3600.0  # the same, and end the run
 
     def __post_init__(self):
-        _require_positive("heartbeat", self, "every", "lost_after", "warn_after", "give_up_after")
-        _require(self.lost_after > self.every, "heartbeat.lost_after", self.lost_after, "must exceed heartbeat.every")
+        require_positive("heartbeat", self, "every", "lost_after", "warn_after", "give_up_after")
+        require(self.lost_after > self.every, "heartbeat.lost_after", self.lost_after, "must exceed heartbeat.every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -441,10 +394,10 @@ class LoggingConfig:
     profile: tuple[int, int] | None = None  # trace these steps, from first to last, into OUT/profile
 
     def __post_init__(self):
-        _require_positive("logging", self, "every")
+        require_positive("logging", self, "every")
         if self.profile is not None:
             first, last = self.profile
-            _require(1 <= first <= last, "logging.profile", self.profile, "name a first step from 1, and a last one")
+            require(1 <= first <= last, "logging.profile", self.profile, "name a first step from 1, and a last one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -456,10 +409,10 @@ class EvaluationConfig:
     every: int | None = None  # steps between evaluations during training; None: at the end only
 
     def __post_init__(self):
-        _require_positive("evaluation", self, "examples", "max_new_tokens", "batch_size")
-        _require(self.every is None or self.every > 0, "evaluation.every", self.every, "must be positive, or None")
+        require_positive("evaluation", self, "examples", "max_new_tokens", "batch_size")
+        require(self.every is None or self.every > 0, "evaluation.every", self.every, "must be positive, or None")
         for source in self.sources:
-            _require(
+            require(
                 isinstance(source, DigitsSource),
                 f"evaluation.sources.{source.name}",
                 type(source).__name__,
@@ -490,16 +443,16 @@ class PretrainConfig:
     out: str = "runs"  # the run lives in OUT/NAME
 
     def __post_init__(self):
-        _require(bool(self.name), "name", self.name, "must not be empty: the run lives in OUT/NAME")
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(bool(self.name), "name", self.name, "must not be empty: the run lives in OUT/NAME")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
         vision, images = self.model.vision, self.images
-        _require(
+        require(
             vision.patch_size == images.patch_size,
             "images.patch_size",
             images.patch_size,
             f"must equal vision.patch_size {vision.patch_size}",
         )
-        _require(
+        require(
             vision.position_grid == images.global_grid,
             "model.vision.position_grid",
             vision.position_grid,

@@ -13,7 +13,8 @@ KERNELS = PACKAGE.parent / "pallas_kernels"
 # Room -> the rooms it may import. Files directly in the package are rooms of their own name.
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
+    "checks": {"errors"},
+    "config": {"errors", "checks"},
     "config_file": {"errors", "config"},
     "sharding": {"errors", "config"},
     "distributed": {"errors"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "data": {"errors", "config", "processing"},
     "models": {"errors", "config", "sharding", "pallas_kernels"},
     "interop": {"errors", "config", "config_file", "sharding", "models", "processing", "training"},
-    "inference": {"errors", "config", "sharding", "models", "processing", "pallas_kernels"},
+    "inference": {"errors", "checks", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
         "pallas_kernels",

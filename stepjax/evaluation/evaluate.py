@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 
-from stepjax.config import DigitsSource, EngineConfig, EvaluationConfig
+from stepjax.config import DigitsSource, EvaluationConfig
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError
 from stepjax.evaluation.contact_sheet import Item
 from stepjax.evaluation.scoring import TaskResult, chance_level, score
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.models.step_vl import StepVL

@@ -22,11 +22,11 @@ from typing import Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from stepjax.config import EngineConfig
 from stepjax.errors import BusyError, RequestError
 from stepjax.inference import programs
 from stepjax.inference.advance import advance, make_delta
 from stepjax.inference.collect import Collector
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore, ViewFeatures
 from stepjax.inference.pages import Pages
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams

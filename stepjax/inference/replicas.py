@@ -12,9 +12,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from stepjax.config import EngineConfig
 from stepjax.inference.async_engine import AsyncEngine
 from stepjax.inference.collect import joined
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine, TextDecoder
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.models.qwen3 import Qwen3

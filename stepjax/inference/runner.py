@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stepjax.config import EngineConfig, ImageConfig
+from stepjax.config import ImageConfig
 from stepjax.errors import ConfigError, RequestError
 from stepjax.inference import programs
 from stepjax.inference.batch import Batch, bucket, make_batch, sizes
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import ViewFeatures
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence

@@ -11,7 +11,7 @@ Samples of one request wait for the first of them to compute the prompt, and the
 from collections import deque
 from collections.abc import Iterable
 
-from stepjax.config import EngineConfig
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore
 from stepjax.inference.pages import OutOfPages, Pages
 from stepjax.inference.sequence import Sequence

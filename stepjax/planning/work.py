@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from stepjax.config import EngineConfig, PretrainConfig
+from stepjax.config import PretrainConfig
 from stepjax.data.packing import RowBudget, pack
 from stepjax.inference import programs
 from stepjax.inference.batch import Batch
+from stepjax.inference.config import EngineConfig
 from stepjax.models.flops import decoder_flops, training_flops
 from stepjax.models.paged_cache import Chunk, make_pool, pool_layout
 from stepjax.models.step_vl import abstract_model

@@ -12,8 +12,9 @@ from typing import Annotated
 
 import tyro
 
-from stepjax.config import DType, EngineConfig
+from stepjax.config import DType
 from stepjax.errors import ConfigError
+from stepjax.inference.config import EngineConfig
 from stepjax.serving.settings import Limits, ServerSettings
 
 KEY_VARIABLE = "STEPJAX_API_KEY"

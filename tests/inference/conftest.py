@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepjax.config import EngineConfig
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 
 

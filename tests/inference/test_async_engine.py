@@ -6,9 +6,10 @@ import dataclasses
 import jax
 import pytest
 
-from stepjax.config import EngineConfig, MeshConfig
+from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, RequestError
 from stepjax.inference.async_engine import AsyncEngine, EngineError
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.replicas import AsyncReplicas, make_engines
 from stepjax.inference.request import SamplingParams
 from stepjax.sharding import make_mesh

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from stepjax.config import EngineConfig, MeshConfig
+from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
 from stepjax.inference import programs
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.long_context import stretched
 from stepjax.inference.request import SamplingParams

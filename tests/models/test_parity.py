@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepjax.config import EngineConfig
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.processing.tokens import Example

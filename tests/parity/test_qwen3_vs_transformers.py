@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stepjax.config import EngineConfig, NumericsConfig
+from stepjax.config import NumericsConfig
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.long_context import stretched
 from stepjax.inference.request import SamplingParams

@@ -15,8 +15,9 @@ import pytest
 from running_server import ask_many, chat_body, picture, running
 from tiny_checkpoint import write_tiny_checkpoint
 
-from stepjax.config import EngineConfig, NumericsConfig
+from stepjax.config import NumericsConfig
 from stepjax.inference.async_engine import AsyncEngine
+from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.interop.load import load
 from stepjax.interop.text_processor import TextProcessor

@@ -1,0 +1,37 @@
+"""The engine's configuration. As those of `stepjax.config`, it is checked at construction."""
+
+import dataclasses
+
+from stepjax.checks import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The inference engine. Everything here that has a size is a static shape: requests never compile anything."""
+
+    max_sequences: int = 16  # samples that are decoded together
+    smallest_batch: int = 1  # sequences that a decoding step has room for at least: more, and less is compiled
+    max_context: int | None = None  # tokens of prompt and answer; None: the decoder's max_positions
+    page_size: int = 64  # tokens of a page of the key-value cache
+    cache_tokens: int | None = None  # that all pages hold together; None: max_sequences times max_context
+    prefill_tokens: int = 512  # of a prompt that are computed between two decoding steps
+    decode_steps: int = 1  # tokens of every sample in one call of the device: fewer calls, coarser streaming
+    max_problems: int = 8  # prompts shared by several samples whose pages are read once for all of them
+    prefix_caching: bool = True  # keep pages of finished requests for prompts that begin alike
+    view_batch: int = 4  # views that the encoder takes at once
+    feature_cache_tokens: int = 16_384  # image features kept on the device
+    max_waiting: int = 1024  # requests in the queue; more are refused
+
+    def __post_init__(self):
+        require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_problems")
+        require(
+            0 < self.smallest_batch <= self.max_sequences,
+            "engine.smallest_batch",
+            self.smallest_batch,
+            f"must be from 1 to max_sequences {self.max_sequences}",
+        )
+        require_positive("engine", self, "view_batch", "feature_cache_tokens", "max_waiting")
+        for name in ("max_context", "cache_tokens"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"engine.{name}", value, "must be positive")
+        require(self.page_size in (16, 32, 64, 128, 256), "engine.page_size", self.page_size, "16, 32, 64, 128 or 256")
