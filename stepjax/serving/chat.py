@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from stepjax.inference.request import Delta, TokenLogprob
-from stepjax.serving.answer_stream import AnswerStream
+from stepjax.processing.answer_stream import AnswerStream
 from stepjax.serving.context import Context
 from stepjax.serving.generation import Usage, generate
 from stepjax.serving.logprobs import chat_logprobs
@@ -52,7 +52,7 @@ class _Chat:
         async with contextlib.aclosing(self._deltas()) as batches:
             async for batch in batches:
                 for delta in batch:
-                    for part in self._answers[delta.sample].take(delta):
+                    for part in self._answers[delta.sample].take(delta.text, is_last=delta.finish_reason is not None):
                         _add(messages[delta.sample], part)
                     logprobs[delta.sample] += delta.logprobs
                     ends[delta.sample] = delta
@@ -76,7 +76,7 @@ class _Chat:
                         has_begun[index] = True
                         yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
                     logprobs[index] += delta.logprobs
-                    for part in self._answers[index].take(delta):
+                    for part in self._answers[index].take(delta.text, is_last=delta.finish_reason is not None):
                         yield self._chunk({"index": index, "delta": part, "logprobs": self._logprobs(logprobs[index])})
                         logprobs[index] = []
                     if delta.finish_reason is not None:

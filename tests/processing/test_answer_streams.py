@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stepjax.processing.assistant_message import parse_assistant, split_reasoning
-from stepjax.serving.call_stream import Call, CallStream
-from stepjax.serving.reasoning_stream import ReasoningStream
+from stepjax.processing.call_stream import Call, CallStream
+from stepjax.processing.reasoning_stream import ReasoningStream
 
 WORDS = [
     "a",

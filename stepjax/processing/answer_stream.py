@@ -4,9 +4,8 @@ import json
 import uuid
 from typing import Any
 
-from stepjax.inference.request import Delta
-from stepjax.serving.call_stream import Call, CallStream
-from stepjax.serving.reasoning_stream import ReasoningStream
+from stepjax.processing.call_stream import Call, CallStream
+from stepjax.processing.reasoning_stream import ReasoningStream
 
 
 class AnswerStream:
@@ -25,10 +24,9 @@ class AnswerStream:
         self._calls = CallStream() if parses_calls else None
         self.num_calls = 0
 
-    def take(self, delta: Delta) -> list[dict[str, Any]]:
-        """What is new: `reasoning_content`, `content` or `tool_calls`, one of them each."""
-        is_last = delta.finish_reason is not None
-        parts = self._reasoning.feed(delta.text) + (self._reasoning.finish() if is_last else [])
+    def take(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        """What is new with some more text: `reasoning_content`, `content` or `tool_calls`, one of them each."""
+        parts = self._reasoning.feed(text) + (self._reasoning.finish() if is_last else [])
         made: list[dict[str, Any]] = []
         for kind, text in parts:
             if kind == "reasoning":

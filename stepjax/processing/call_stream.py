@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from stepjax.serving.reasoning_stream import open_end
+from stepjax.processing.reasoning_stream import open_end
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _WRAPPER, _WRAPPER_END = "<tool_calls>", "</tool_calls>"
