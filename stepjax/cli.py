@@ -20,7 +20,7 @@ USAGE = """usage: stepjax VERB ...
   convert SRC DST [--dtype bfloat16] [--part decoder]       between Hugging Face directories and Orbax checkpoints
   serve MODEL [--port N] [--engine.max-sequences N ...]     answer OpenAI's requests, and chat in the browser
 
-RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits,
+RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits or gs://bucket/runs/digits,
 MODEL a run, a Hugging Face directory, or what `convert` made of one.
 `stepjax VERB --help` says more.
 """
@@ -126,16 +126,18 @@ _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 @dataclasses.dataclass(frozen=True)
 class _EvalArguments:
-    run: _Run  # directory of a run
+    run: _Run  # directory of a run, or its URL
     examples: int | None = None  # questions per source; the recipe's number by default
     split: Split = "held_out"
 
 
 def _eval(arguments: list[str]) -> int:
+    from stepjax.interop.load import load_run
+
     args = tyro.cli(_EvalArguments, args=arguments, prog="stepjax eval", description="Score a run's last checkpoint.")
     if args.examples is not None and args.examples < 1:
         raise ConfigError(f"--examples {args.examples}: must be at least 1")
-    model, processor, config = _load_run(args.run)
+    model, processor, config = load_run(args.run)
     evaluation = config.evaluation
     sources = tuple(dataclasses.replace(source, split=args.split) for source in evaluation.sources)
     evaluation = dataclasses.replace(evaluation, sources=sources, examples=args.examples or evaluation.examples)
@@ -187,18 +189,6 @@ def _generate(arguments: list[str]) -> int:
 
 
 # Shared parts
-
-
-def _load_run(run: str):
-    """Model, processor and configuration of a run's last checkpoint."""
-    from stepjax.config_file import from_json
-    from stepjax.models.step_vl import abstract_model
-    from stepjax.training.checkpoint import read_meta, restore_model
-    from stepjax.training.loop import make_processor
-
-    checkpoints = f"{run.rstrip('/')}/checkpoints"  # a path, or the URL of an object store
-    config = from_json(read_meta(checkpoints)["config"])
-    return restore_model(checkpoints, abstract_model(config.model, config.numerics)), make_processor(config), config
 
 
 def _report(model, processor, config, directory: Path, title: str) -> None:

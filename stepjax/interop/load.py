@@ -1,10 +1,13 @@
-"""`stepjax.load`: a model and its processor from any directory that holds one."""
+"""`stepjax.load`: a model and its processor from any directory that holds one, or from a run in an object store."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import jax
+from etils import epath
 
-from stepjax.config import NumericsConfig, TokenizerConfig
+from stepjax.config import NumericsConfig, PretrainConfig, TokenizerConfig
+from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
 from stepjax.interop.hf_directory import CONFIG, HFDirectory
 from stepjax.interop.hf_load import read_hf
@@ -12,10 +15,12 @@ from stepjax.interop.model_spec import ModelSpec
 from stepjax.interop.orbax_directory import OrbaxDirectory, is_orbax
 from stepjax.interop.text_processor import TOKENIZER, TextProcessor
 from stepjax.models.qwen3 import Qwen3
-from stepjax.models.step_vl import StepVL
+from stepjax.models.step_vl import StepVL, abstract_model
 from stepjax.processing.processor import Processor
 from stepjax.sharding import shardings
-from stepjax.training.checkpoint import restore_model
+from stepjax.training.checkpoint import read_meta, restore_model
+
+Model = TypeVar("Model", bound=StepVL | Qwen3)
 
 
 def load(
@@ -25,7 +30,7 @@ def load(
 
     Args:
         path: a Hugging Face directory (STEP3-VL, or a plain Qwen3 or Llama text model), a converted checkpoint, a
-            training run, its checkpoint directory, or one step of it.
+            training run, its checkpoint directory, or one step of it. Of a run it may be a URL ("gs://...").
         numerics: types to hold and to compute with; by default those of the run, or `NumericsConfig`'s. Parameters are
             cast as they are read.
         mesh: every parameter is put onto its sharding by `stepjax.sharding`; by default onto the first device.
@@ -37,8 +42,40 @@ def load(
         CheckpointError: there is no usable checkpoint; names what is missing or does not fit.
         TokenError: the tokenizer beside it cannot be used.
     """
+    if "://" in str(path):
+        model, processor, _ = load_run(path, numerics=numerics, mesh=mesh)
+        return model, processor
     source = open_checkpoint(path)
     return load_model(source, numerics=numerics, mesh=mesh), load_processor(source)
+
+
+def load_run(
+    path: str | Path, *, numerics: NumericsConfig | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[StepVL, Processor, PretrainConfig]:
+    """Model, processor and configuration of a training run.
+
+    Args:
+        path: the run, its checkpoint directory, or one step of it; local, or the URL of an object store.
+        numerics, mesh: as in `load`.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint of a run.
+        TokenError: the run's tokenizer cannot be used.
+    """
+    try:
+        directory = epath.Path(path).expanduser()
+        if (directory / "checkpoints").is_dir():
+            directory /= "checkpoints"
+    except (ImportError, KeyError) as error:  # KeyError: of a kind of URL that is not known
+        raise CheckpointError(
+            f"{path} cannot be opened ({error}): give a local path, or a gs:// URL with stepjax[tpu] installed"
+        ) from error
+    fields = read_meta(directory)["config"]
+    if "kind" in fields:
+        raise CheckpointError(f"{path} is a converted checkpoint and no run: copy it here, and load the copy")
+    config = from_json(fields)
+    model = restore_model(directory, _placed(abstract_model(config.model, numerics or config.numerics), mesh))
+    return model, Processor.from_config(config.images, config.tokenizer), config
 
 
 def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:
@@ -64,15 +101,19 @@ def load_model(
     """The model alone; see `load`."""
     if isinstance(source, HFDirectory):
         return read_hf(source, numerics, mesh)
-    model = source.spec.abstract(numerics or source.numerics)
-    if mesh is not None:
-        placed = jax.tree.map(
-            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-            model,
-            shardings(model, mesh),
-        )
-        model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(placed))
-    return restore_model(source.step, model)
+    return restore_model(source.step, _placed(source.spec.abstract(numerics or source.numerics), mesh))
+
+
+def _placed(model: Model, mesh: jax.sharding.Mesh | None) -> Model:
+    """An abstract model whose parameters say where on the mesh they are to go."""
+    if mesh is None:
+        return model
+    placed = jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        model,
+        shardings(model, mesh),
+    )
+    return jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(placed))
 
 
 def load_processor(source: HFDirectory | OrbaxDirectory) -> Processor | TextProcessor:

@@ -5,20 +5,20 @@ import dataclasses
 import pytest
 from tiny_recipe import config as tiny
 
-from stepjax.cli import _load_run
 from stepjax.config import DigitsSource, EvaluationConfig, JsonlSource
 from stepjax.errors import ConfigError
 from stepjax.evaluation import evaluate as evaluate_module
 from stepjax.evaluation.evaluate import evaluate
 from stepjax.evaluation.scoring import chance_level, score
 from stepjax.inference.request import Completion
+from stepjax.interop.load import load_run
 
 pytest_plugins = ("tiny_run",)
 
 
 @pytest.fixture(scope="module")
 def model_and_processor(finished_run):
-    model, processor, _ = _load_run(str(finished_run.directory))
+    model, processor, _ = load_run(finished_run.directory)
     return model, processor
 
 

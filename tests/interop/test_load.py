@@ -15,7 +15,7 @@ from stepjax.cli import main
 from stepjax.config import MeshConfig, NumericsConfig
 from stepjax.errors import CheckpointError, TokenError
 from stepjax.interop.hf_config import config_json
-from stepjax.interop.load import load_model, open_checkpoint
+from stepjax.interop.load import load_model, load_run, open_checkpoint
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf
 from stepjax.interop.text_processor import TextProcessor
 from stepjax.models.qwen3 import Qwen3
@@ -136,6 +136,25 @@ def test_places_without_a_checkpoint_are_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         stepjax.load(tmp_path)
+
+
+def test_a_run_is_loaded_with_its_configuration(run):
+    for part in ("", "checkpoints", "checkpoints/16"):
+        model, processor, config = load_run(run[0] / part)
+        assert_same(model, run[1])
+        assert config == RECIPE and processor.image_config == RECIPE.images
+
+
+def test_urls_are_of_runs(run, exported, tmp_path, capsys):
+    """A URL goes to `load_run`, which names the stores that cannot be reached from here."""
+    for read in (stepjax.load, load_run):
+        with pytest.raises(CheckpointError, match="nowhere://bucket/run cannot be opened .*: give a local path, or"):
+            read("nowhere://bucket/run")
+    assert main(["generate", "nowhere://bucket/run", "--prompt", "?"]) == 1
+    assert "nowhere://bucket/run cannot be opened" in capsys.readouterr().err
+    main(["convert", str(exported), str(tmp_path / "orbax")])
+    with pytest.raises(CheckpointError, match="is a converted checkpoint and no run"):
+        load_run(tmp_path / "orbax")
 
 
 # What an exported run has beside its weights -------------------------------------------------------------------------
