@@ -129,34 +129,32 @@ class Engine:
         self,
         prompts: Iterable[Example | Iterable[int]],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
-        *,
-        progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Completion]]:
         """All samples of all prompts, in order. Prompts are taken as there is room, so they may be made lazily.
 
         Args:
             params: of each prompt, or of all. Then, if it names a seed, prompt i is given seed + i, so that equal
                 prompts differ.
-            progress: told how many prompts are done.
 
         Raises:
-            RequestError: as `submit`; nothing goes on.
+            RequestError: as `submit`; nothing goes on. Or other requests are under way: their deltas would be lost.
         """
+        if self.has_work:
+            raise RequestError(
+                f"{len(self._samples)} other requests are under way, and generate takes the steps of its own alone: "
+                "use submit and step for all of them, or finish or cancel those first"
+            )
         if not isinstance(params, Iterable):
             params = _numbered(params or SamplingParams())
         collector, ids = Collector(), []
-
-        def step() -> None:
-            collector.add(self.step())
-            progress(sum(request_id not in self._samples for request_id in ids))
 
         try:
             for prompt, wish in zip(prompts, params, strict=False):
                 ids.append(self.submit(prompt, wish))
                 while len(self._scheduler.waiting) > self.config.max_sequences:
-                    step()
-            while any(request_id in self._samples for request_id in ids):
-                step()
+                    collector.add(self.step())
+            while self.has_work:
+                collector.add(self.step())
         except BaseException:
             for request_id in ids:
                 self.cancel(request_id)

@@ -13,6 +13,7 @@ import pytest
 from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
 from stepjax.inference import programs
+from stepjax.inference.collect import joined
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.long_context import stretched
@@ -351,6 +352,19 @@ def test_a_full_queue_refuses(make_engine):
         engine.submit([1, 2], GREEDY)
     with pytest.raises(RequestError, match="'1': is in use"):
         engine.submit([1, 2], GREEDY, request_id="1")
+
+
+def test_generate_leaves_other_requests_their_deltas(make_engine):
+    engine = make_engine()
+    other = engine.submit(TEXT, GREEDY)
+    with pytest.raises(RequestError, match="1 other requests are under way.*use submit and step"):
+        engine.generate([TEXT], GREEDY)
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert {delta.request_id for delta in deltas} == {other}
+    (completions,) = engine.generate([TEXT], GREEDY)
+    assert [joined(deltas).tokens] == tokens_of(completions)
 
 
 @pytest.mark.parametrize(
