@@ -104,15 +104,13 @@ class Engine:
         if request_id in self._samples:
             raise RequestError(f"request_id={request_id!r}: is in use; give each request its own")
         limit = self._limit(example, params)
-        waiting = len(self._scheduler.waiting)
+        waiting = self._scheduler.num_waiting
         if waiting and waiting + params.n > self.config.max_waiting:
             raise BusyError(f"{waiting} samples are waiting, of at most {self.config.max_waiting}: try again later")
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         shared = Prompt(request_id, example, params, seed, limit, self._runner.images)
         decode = None if self._processor is None else self._processor.decode
         samples = [Sequence(shared, i, decode) for i in range(params.n)]
-        for sample in samples[1:]:
-            sample.leader = samples[0]
         self._samples[request_id] = list(samples)
         self._scheduler.add(samples)
         return request_id
@@ -151,7 +149,7 @@ class Engine:
         try:
             for prompt, wish in zip(prompts, params, strict=False):
                 ids.append(self.submit(prompt, wish))
-                while len(self._scheduler.waiting) > self.config.max_sequences:
+                while self._scheduler.num_waiting > self.config.max_sequences:
                     collector.add(self.step())
             while self.has_work:
                 collector.add(self.step())
@@ -309,7 +307,7 @@ class Engine:
         pages, scheduler, totals = self._pages, self._scheduler, self._totals
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.num_waiting,
             pages=pages.count,
             pages_used=pages.count - pages.num_free,
             pages_cached=pages.num_cached,

@@ -5,11 +5,11 @@ is computed in stretches, then it is decoded with all others. One that needs a p
 sequence admitted last, which goes back to the front of the queue and is computed anew when its turn comes: it then
 continues as if nothing had happened, for a token depends on its position and not on when it is drawn.
 
-Samples of one request wait for the first of them to compute the prompt, and then hold its pages too.
+Samples of one request follow the first of them, which computes the prompt, and then hold its pages too. Until then they
+are in no queue: they wait with their leader.
 """
 
 from collections import deque
-from collections.abc import Iterable
 
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore
@@ -22,6 +22,7 @@ class Scheduler:
         self.config, self.pages, self.store = config, pages, store
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
+        self.num_following = 0  # that wait with their leader, which waits or runs
         self.preemptions = 0
         self.cached_tokens = 0
         self.computed_tokens = 0  # of prompts, when they were admitted; recomputation counts again
@@ -34,20 +35,20 @@ class Scheduler:
     def prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if not sequence.decodes]
 
-    def add(self, samples: Iterable[Sequence]) -> None:
-        self.waiting.extend(samples)
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self.num_following
+
+    def add(self, samples: list[Sequence]) -> None:
+        """Queues the samples of a request."""
+        leader, *leader.followers = samples
+        self.waiting.append(leader)
+        self.num_following += len(leader.followers)
 
     def admit(self) -> None:
         """Takes sequences into work, in order, while there are places, pages and room for their image features."""
-        waits_for_leader = []
-        while self.waiting and len(self.running) < self.config.max_sequences:
-            sequence = self.waiting.popleft()
-            if sequence.leader is not None:
-                waits_for_leader.append(sequence)
-            elif not self._take_in(sequence):
-                self.waiting.appendleft(sequence)
-                break
-        self.waiting.extendleft(reversed(waits_for_leader))
+        while self.waiting and len(self.running) < self.config.max_sequences and self._take_in(self.waiting[0]):
+            self.waiting.popleft()
 
     def _take_in(self, sequence: Sequence) -> bool:
         page_size = self.config.page_size
@@ -91,29 +92,29 @@ class Scheduler:
             self._release_views(sequence)
 
     def fork(self) -> list[tuple[int, int]]:
-        """Takes in the samples whose prompt another sample has computed, while there are places and pages.
+        """Takes in the samples whose prompt their leader has computed, while there are places and pages. The others are
+        queued, in front of what was submitted later: in their turn they look for the prompt's pages.
 
         Returns:
             Pages to copy, from and to: of each prompt the last one, where it is not full.
         """
-        copies, page_size = [], self.config.page_size
-        for sequence in list(self.waiting):
-            leader = sequence.leader
-            if leader is None or leader not in self.running or not leader.decodes:
-                continue
-            sequence.leader = None  # one for which there is no room now looks for the prompt's pages later
-            if len(self.running) >= self.config.max_sequences or self.pages.num_free < 1 + len(self.running):
-                continue
+        copies, queued, page_size = [], [], self.config.page_size
+        for leader in [sequence for sequence in self.running if sequence.followers and sequence.decodes]:
             size = leader.length - len(leader.generated) - 1  # of what all samples have in common
             full, partial = divmod(size, page_size)
-            shared, own = leader.pages[:full], self.pages.take(1)
-            self.pages.hold(shared)
-            self.waiting.remove(sequence)
-            sequence.pages, sequence.computed = shared + own, size
-            sequence.keys, sequence.num_published = leader.keys[:full], full
-            self.running.append(sequence)
-            if partial:
-                copies.append((leader.pages[full], own[0]))
+            for sequence in leader.followers:
+                if len(self.running) >= self.config.max_sequences or self.pages.num_free < 1 + len(self.running):
+                    queued.append(sequence)
+                    continue
+                shared, own = leader.pages[:full], self.pages.take(1)
+                self.pages.hold(shared)
+                sequence.pages, sequence.computed = shared + own, size
+                sequence.keys, sequence.num_published = leader.keys[:full], full
+                self.running.append(sequence)
+                if partial:
+                    copies.append((leader.pages[full], own[0]))
+            self._let_go(leader)
+        self.waiting.extendleft(reversed(queued))
         return copies
 
     def reserve(self, steps: int) -> list[Sequence]:
@@ -135,23 +136,31 @@ class Scheduler:
         return self.decoding
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence out of work; it is the next to be admitted again."""
+        """Takes a sequence out of work; it is the next to be admitted again. Those that follow it go on waiting."""
         self.preemptions += 1
-        self.remove(sequence)
+        self.running.remove(sequence)
+        self._free(sequence)
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Frees what a sequence holds, whatever it is doing. Samples that wait for it compute the prompt themselves."""
+        """Ends a sequence, whatever it is doing, and those that follow it: before they are in work, only the whole
+        request can end.
+        """
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._let_go(sequence)
+        self._free(sequence)
+
+    def _let_go(self, leader: Sequence) -> None:
+        self.num_following -= len(leader.followers)
+        leader.followers = []
+
+    def _free(self, sequence: Sequence) -> None:
         self._release_views(sequence)
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.num_published = [], 0, 0
-        followers = [other for other in self.waiting if other.leader is sequence]
-        for other in followers:
-            other.leader = followers[0] if other is not followers[0] else None
 
     def _release_views(self, sequence: Sequence) -> None:
         if sequence.views is not None:

@@ -72,7 +72,7 @@ class Sequence:
         self.keys: list[Key] = []  # of full pages, computed or not
         self.num_published = 0  # pages that can be found
         self.views: list[ViewFeatures] | None = None  # held while the prompt is computed
-        self.leader: Sequence | None = None  # the sample that computes the prompt for this one
+        self.followers: list[Sequence] = []  # samples for which this one computes the prompt
         self.text = None if decode is None else TextStream(decode, prompt.params.stop)
 
     @property

@@ -228,6 +228,40 @@ def test_a_cancelled_request_frees_its_pages_at_once(make_engine):
     assert_all_free(engine)
 
 
+def test_samples_that_wait_with_their_leader_are_counted_and_go_with_it(make_engine):
+    engine = make_engine(max_waiting=10, prefill_tokens=16)
+    engine.submit(TEXT, dataclasses.replace(SAMPLED, n=4), request_id="running")
+    engine.submit(TEXT, dataclasses.replace(SAMPLED, n=6), request_id="waiting")
+    with pytest.raises(BusyError, match="10 samples are waiting"):
+        engine.submit(TEXT, GREEDY)
+    engine.step()  # computes a part of the prompts of the two leaders
+    assert (engine.stats().running, engine.stats().waiting) == (2, 8)
+    assert len(engine.cancel("waiting")) == 6
+    assert (engine.stats().running, engine.stats().waiting) == (1, 3)
+    engine.update_weights(engine.model)  # the leader gives way, and those that follow it with it
+    assert (engine.stats().running, engine.stats().waiting) == (0, 4)
+    while engine.stats().running < 4:
+        engine.step()
+    assert engine.stats().waiting == 0
+    assert len(engine.cancel("running")) == 4
+    assert_all_free(engine)
+
+
+def test_samples_go_on_when_their_leader_had_to_give_way(make_engine):
+    params = dataclasses.replace(SAMPLED, n=5, max_tokens=3)
+    (expected,) = make_engine().generate([TEXT], params)
+    engine = make_engine(prefill_tokens=16)
+    engine.submit(TEXT, params)
+    engine.step()
+    engine.update_weights(engine.model)
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    samples = [joined([delta for delta in deltas if delta.sample == i]) for i in range(5)]
+    assert tokens_of(samples) == tokens_of(expected)
+    assert_all_free(engine)
+
+
 def test_a_leader_may_be_cancelled_before_its_samples_have_its_prompt(make_engine):
     """A sample ends while others of its request still wait for a place: they compute the prompt themselves."""
     engine = make_engine(max_sequences=2, prefix_caching=False)
