@@ -9,7 +9,7 @@ from collections.abc import Sequence as List
 import numpy as np
 
 from pallas_kernels.shared_prefix_attention import PageTables
-from stepjax.inference.grouping import group_by_prefix
+from stepjax.inference.grouping import Group
 from stepjax.inference.programs import Rows
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence
@@ -44,16 +44,20 @@ class Batch:
 
 
 def make_batch(
-    sequences: List[Sequence], *, num_rows: int, row_pages: int, num_pages: int, page_size: int, max_problems: int
+    sequences: List[Sequence],
+    groups: List[Group],
+    *,
+    num_rows: int,
+    row_pages: int,
+    num_pages: int,
+    page_size: int,
+    max_problems: int,
 ) -> Batch:
-    """The batch that decodes `sequences`, in rows of their order.
+    """The batch that decodes `sequences`, in rows of their order, with the pages that the groups share read once.
 
     Two shapes of it exist: with room for one group and for `max_problems`. What attention over groups costs on CPU and
     GPU grows with the number of groups that there is room for, and mostly there is one or none.
     """
-    groups = (
-        [] if num_rows == 1 else group_by_prefix([s.pages[: s.computed // page_size] for s in sequences], max_problems)
-    )
     top = max((s.prompt.params.logprobs or 0 for s in sequences), default=0)
     batch = Batch.empty(
         num_rows, max_problems if len(groups) > 1 else 1, row_pages, num_pages, MAX_TOP_LOGPROBS if top else 0

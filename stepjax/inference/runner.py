@@ -18,6 +18,7 @@ from stepjax.inference import programs
 from stepjax.inference.batch import Batch, bucket, make_batch, sizes
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import ViewFeatures
+from stepjax.inference.grouping import Group, group_by_prefix
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence
 from stepjax.models.paged_cache import Chunk, make_pool, pool_layout
@@ -50,6 +51,7 @@ class Runner:
             check_heads_only(mesh)
             model = jax.device_put(model, shardings(model, mesh))
         self.model = model
+        self._grouped: tuple[list[list[int]], list[Group]] = [], []  # lists of pages, and the groups found for them
         self.row_pages = -(-max_context // config.page_size)
         self.batch_sizes = sizes(config.smallest_batch, config.max_sequences, 4)
         self.chunk_sizes = sizes(min(32, config.prefill_tokens), config.prefill_tokens, 2)
@@ -118,6 +120,7 @@ class Runner:
         """The next tokens of all, on the host; row i is of sequence i."""
         batch = make_batch(
             sequences,
+            self._groups_of(sequences),
             num_rows=bucket(len(sequences), self.batch_sizes),
             row_pages=self.row_pages,
             num_pages=self.num_pages,
@@ -125,6 +128,18 @@ class Runner:
             max_problems=self.config.max_problems,
         )
         return jax.device_get(self._decode(batch))
+
+    def _groups_of(self, sequences: list[Sequence]) -> list[Group]:
+        """The groups that share pages, found anew when a sequence comes or goes: the pages that it fills meanwhile are
+        its own. At each admission it is given another list of pages.
+        """
+        of_rows = [sequence.pages for sequence in sequences]
+        before, groups = self._grouped
+        if len(of_rows) != len(before) or any(a is not b for a, b in zip(of_rows, before, strict=True)):
+            full = [sequence.pages[: sequence.computed // self.config.page_size] for sequence in sequences]
+            groups = group_by_prefix(full, self.config.max_problems)
+            self._grouped = of_rows, groups
+        return groups
 
     def _decode(self, batch: Batch) -> programs.Drawn:
         with self._scope():

@@ -12,7 +12,7 @@ import pytest
 
 from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
-from stepjax.inference import programs
+from stepjax.inference import programs, runner
 from stepjax.inference.collect import joined
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
@@ -139,6 +139,23 @@ def test_shared_pages_do_not_change_what_is_drawn(make_engine):
     (samples,) = shared.generate([TEXT], dataclasses.replace(SAMPLED, n=6))
     (expected,) = alone.generate([TEXT], dataclasses.replace(SAMPLED, n=6))
     assert tokens_of(samples) == tokens_of(expected)
+
+
+def test_groups_are_found_when_a_sequence_comes_or_goes(make_engine, monkeypatch):
+    found = []
+    find = runner.group_by_prefix
+    monkeypatch.setattr(runner, "group_by_prefix", lambda *arguments: found.append(find(*arguments)) or found[-1])
+    engine = make_engine()
+    params = dataclasses.replace(SAMPLED, n=3, max_tokens=20)  # into the page after the next
+    engine.submit(TEXT, params)
+    for _ in range(15):
+        engine.step()
+    assert [[(len(group.members), group.num_pages) for group in groups] for groups in found] == [[(3, 2)]]
+    engine.submit(TEXT, dataclasses.replace(GREEDY, max_tokens=1))
+    while engine.has_work:
+        engine.step()
+    # With the newcomer for one step, and then without it.
+    assert [[(len(group.members), group.num_pages) for group in groups] for groups in found[1:]] == [[(4, 2)], [(3, 2)]]
 
 
 def test_prompts_that_begin_alike_find_each_others_pages(make_engine):
