@@ -33,7 +33,8 @@ ALLOWED = {
         *("pallas_kernels", "inference"),
     },
     "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
-    "serving": {"errors", "config", "sharding", "processing", "inference", "interop"},
+    "pacore": {"errors", "config", "sharding", "processing", "inference", "interop"},
+    "serving": {"errors", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all
 }
 

@@ -49,6 +49,16 @@ class AnswerStream:
         return "tool_calls" if reason == "stop" and self.num_calls else reason
 
 
+def add_piece(message: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Puts a message together from what `AnswerStream.take` gives."""
+    for field, value in piece.items():
+        if field == "tool_calls":
+            calls = [{name: each for name, each in call.items() if name != "index"} for call in value]
+            message.setdefault(field, []).extend(calls)
+        else:
+            message[field] = (message.get(field) or "") + value
+
+
 def _append(made: list[dict[str, Any]], field: str, text: str) -> None:
     if made and field in made[-1]:
         made[-1][field] += text

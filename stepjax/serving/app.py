@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from stepjax.interop.any_processor import AnyProcessor
 from stepjax.serving.admission import Admission
 from stepjax.serving.chat import chat_completions
 from stepjax.serving.completions import completions
@@ -24,7 +25,6 @@ from stepjax.serving.errors import ApiError, answer_exception, answer_http_excep
 from stepjax.serving.fetch import Fetcher
 from stepjax.serving.metrics import Metrics
 from stepjax.serving.middleware import Authentication, HostCheck, Measurement
-from stepjax.serving.processors import AnyProcessor
 from stepjax.serving.prompts import PromptMaker
 from stepjax.serving.settings import ServerSettings
 from stepjax.serving.views import views

@@ -9,11 +9,11 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from stepjax.inference.request import Delta, TokenLogprob
-from stepjax.processing.answer_stream import AnswerStream
+from stepjax.interop.any_processor import starts_thinking
+from stepjax.processing.answer_stream import AnswerStream, add_piece
 from stepjax.serving.context import Context
 from stepjax.serving.generation import Usage, generate
 from stepjax.serving.logprobs import chat_logprobs
-from stepjax.serving.processors import starts_thinking
 from stepjax.serving.schemas import ChatRequest
 from stepjax.serving.sse import EventStream, start
 from stepjax.serving.validation import parse_request
@@ -53,7 +53,7 @@ class _Chat:
             async for batch in batches:
                 for delta in batch:
                     for part in self._answers[delta.sample].take(delta.text, is_last=delta.finish_reason is not None):
-                        _add(messages[delta.sample], part)
+                        add_piece(messages[delta.sample], part)
                     logprobs[delta.sample] += delta.logprobs
                     ends[delta.sample] = delta
         choices = []
@@ -126,12 +126,3 @@ class _Chat:
 
     def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
         return chat_logprobs(logprobs, self._context.processor) if self._request.logprobs else None
-
-
-def _add(message: dict[str, Any], part: dict[str, Any]) -> None:
-    for field, value in part.items():
-        if field == "tool_calls":
-            calls = [{name: each for name, each in call.items() if name != "index"} for call in value]
-            message.setdefault(field, []).extend(calls)
-        else:
-            message[field] = (message.get(field) or "") + value

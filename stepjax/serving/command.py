@@ -100,9 +100,9 @@ def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> None:
     from stepjax.inference.engine import Engine
     from stepjax.inference.long_context import stretched
     from stepjax.inference.replicas import AsyncReplicas
+    from stepjax.interop.any_processor import AnyProcessor
     from stepjax.interop.load import load
     from stepjax.serving.app import make_app
-    from stepjax.serving.processors import AnyProcessor
     from stepjax.serving.server import bind, serve
     from stepjax.sharding import data_parts, make_mesh
 

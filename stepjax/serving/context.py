@@ -2,11 +2,11 @@
 
 import dataclasses
 
+from stepjax.interop.any_processor import AnyProcessor
 from stepjax.serving.admission import Admission
 from stepjax.serving.engine import AsyncEngine
 from stepjax.serving.errors import ApiError
 from stepjax.serving.metrics import Metrics
-from stepjax.serving.processors import AnyProcessor
 from stepjax.serving.prompts import PromptMaker
 from stepjax.serving.settings import ServerSettings
 

@@ -1,16 +1,9 @@
-"""What the server asks of a processor: STEP3-VL's, or that of a model which reads text alone."""
-
-from typing import Any
+"""What the server asks of a processor that may be asked of those with eyes only."""
 
 from stepjax.config import ImageConfig
+from stepjax.interop.any_processor import AnyProcessor
 from stepjax.interop.text_processor import TextProcessor
-from stepjax.processing.processor import Processor
-from stepjax.processing.tokens import Example
 from stepjax.serving.errors import ApiError
-
-AnyProcessor = Processor | TextProcessor
-
-_TAIL = 16  # tokens at the end of a prompt, enough for `<think>` however it is spelled
 
 
 def image_config(processor: AnyProcessor) -> ImageConfig:
@@ -21,27 +14,3 @@ def image_config(processor: AnyProcessor) -> ImageConfig:
     if isinstance(processor, TextProcessor):
         raise ApiError(400, "this model reads text only: send no images", code="images_not_supported")
     return processor.image_config
-
-
-def encode(processor: AnyProcessor, text: str) -> list[int]:
-    """Ids of a text to go on with. STEP3-VL's are never those of control tokens."""
-    return processor.encode(text) if isinstance(processor, TextProcessor) else processor.tokenizer.encode(text)
-
-
-def vocab_size(processor: AnyProcessor) -> int:
-    return processor.vocab_size if isinstance(processor, TextProcessor) else processor.tokenizer.vocab_size
-
-
-def image_token(processor: AnyProcessor) -> int | None:
-    """The id that stands for an image's features."""
-    return None if isinstance(processor, TextProcessor) else processor.tokenizer.special_tokens.image_patch
-
-
-def content_of(processor: AnyProcessor, parts: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
-    """Text and image items as the processor takes them: templates of text models know strings."""
-    return "".join(part["text"] for part in parts) if isinstance(processor, TextProcessor) else parts
-
-
-def starts_thinking(processor: AnyProcessor, prompt: Example) -> bool:
-    """Whether the prompt has opened `<think>` for the model."""
-    return processor.decode(prompt.tokens[-_TAIL:].tolist(), False).rstrip().endswith("<think>")

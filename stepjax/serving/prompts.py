@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+from stepjax.interop.any_processor import AnyProcessor, content_of, encode, image_token, vocab_size
 from stepjax.processing.tokens import Example, text_example
 from stepjax.serving.admission import ByteBudget
 from stepjax.serving.errors import ApiError
 from stepjax.serving.fetch import Fetcher
 from stepjax.serving.images import data_uri_bytes, plan_of, view_bytes
-from stepjax.serving.processors import AnyProcessor, content_of, encode, image_config, image_token, vocab_size
+from stepjax.serving.processors import image_config
 from stepjax.serving.schemas import ChatRequest, ImagePart, Message
 from stepjax.serving.settings import Limits
 

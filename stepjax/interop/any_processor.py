@@ -1,0 +1,35 @@
+"""What servers and samplers ask of a processor: STEP3-VL's, or that of a model which reads text alone."""
+
+from typing import Any
+
+from stepjax.interop.text_processor import TextProcessor
+from stepjax.processing.processor import Processor
+from stepjax.processing.tokens import Example
+
+AnyProcessor = Processor | TextProcessor
+
+_TAIL = 16  # tokens at the end of a prompt, enough for `<think>` however it is spelled
+
+
+def encode(processor: AnyProcessor, text: str) -> list[int]:
+    """Ids of a text to go on with. STEP3-VL's are never those of control tokens."""
+    return processor.encode(text) if isinstance(processor, TextProcessor) else processor.tokenizer.encode(text)
+
+
+def vocab_size(processor: AnyProcessor) -> int:
+    return processor.vocab_size if isinstance(processor, TextProcessor) else processor.tokenizer.vocab_size
+
+
+def image_token(processor: AnyProcessor) -> int | None:
+    """The id that stands for an image's features."""
+    return None if isinstance(processor, TextProcessor) else processor.tokenizer.special_tokens.image_patch
+
+
+def content_of(processor: AnyProcessor, parts: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
+    """Text and image items as the processor takes them: templates of text models know strings."""
+    return "".join(part["text"] for part in parts) if isinstance(processor, TextProcessor) else parts
+
+
+def starts_thinking(processor: AnyProcessor, prompt: Example) -> bool:
+    """Whether the prompt has opened `<think>` for the model."""
+    return processor.decode(prompt.tokens[-_TAIL:].tolist(), False).rstrip().endswith("<think>")

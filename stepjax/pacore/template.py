@@ -1,0 +1,152 @@
+"""From a conversation and the messages of a round to the conversation that the next round continues.
+
+The last message is replaced by a text in the published structure (report, table 6): what is given and what to do; the
+problem; the references, each under a line "Reference <n>:", from 1; and the request for a solution of one's own. Models
+that were trained with PaCoRe speak of "Reference 3", so that the labels should be kept by other templates. The wording
+is ours. A second one is for the result of a tool.
+
+Everything before the last message stays as it is, and so do its images. Without references nothing is changed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stepjax.errors import ConfigError, RecordError
+from stepjax.pacore.config import PacoreConfig
+from stepjax.pacore.records import Message
+
+# White space as published: a blank line before each reference, two before the last sentence.
+_REFERENCES = """{% for reference in references %}
+
+Reference {{ loop.index }}:
+{{ reference }}{% endfor %}
+
+
+"""
+
+_CALLS = "\n(Tool calls inside a reference were proposed only: none of them has been run.)"
+
+USER_TEMPLATE = (
+    "Below are a problem and several reference answers to it. Examine them critically, then work out your own answer."
+    """
+
+Problem:
+{{ problem }}
+
+Reference answers:{% if has_tool_calls %}"""
+    + _CALLS
+    + "{% endif %}"
+    + _REFERENCES
+    + "Drawing on the problem and the references above, give your own complete solution."
+)
+
+TOOL_TEMPLATE = (
+    "Below are the result of a tool call and several reference answers to it. Examine them critically, then decide on "
+    """the next step yourself.
+
+Tool result:
+{{ problem }}
+
+Reference answers:{% if has_tool_calls %}"""
+    + _CALLS
+    + "{% endif %}"
+    + _REFERENCES
+    + "Drawing on the tool result and the references above, give your own analysis and the next steps."
+)
+
+
+class Template:
+    """The texts, compiled.
+
+    Raises:
+        ConfigError: the file cannot be read or is no Jinja template, or jinja2 is not installed.
+    """
+
+    def __init__(self, config: PacoreConfig):
+        try:
+            from jinja2 import StrictUndefined, TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise ConfigError("PaCoRe's templates need jinja2: pip install 'stepjax[pacore]'") from error
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        self._images = config.images
+        self._errors = TemplateError
+        texts = {"user": USER_TEMPLATE, "tool": TOOL_TEMPLATE}
+        if config.template is not None:
+            try:
+                text = Path(config.template).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"template {config.template!r} cannot be read: {error}") from error
+            texts = dict.fromkeys(texts, text)
+        try:
+            self._templates = {role: environment.from_string(text) for role, text in texts.items()}
+            for role in self._templates:
+                self._render(role, "problem", [Message(0, "reference")])
+        except (TemplateError, TypeError) as error:
+            raise ConfigError(
+                f"template {config.template!r}: {error}; it may use problem, references, role and has_tool_calls"
+            ) from error
+
+    def conversation(
+        self, messages: Sequence[dict[str, Any]], references: Sequence[Message]
+    ) -> tuple[dict[str, Any], ...]:
+        """
+        Raises:
+            RecordError: the conversation does not end with a user's or a tool's message of text and images.
+        """
+        check_conversation(messages)
+        if not references:
+            return tuple(messages)
+        *before, last = messages
+        text, images = _text_and_images(last["content"])
+        text = self._render(last["role"], text, references)
+        content: str | list[dict[str, Any]] = text
+        if images:
+            item = {"type": "text", "text": text}
+            content = [*images, item] if self._images == "before" else [item, *images]
+        return (*before, {**last, "content": content})
+
+    def _render(self, role: str, problem: str, references: Sequence[Message]) -> str:
+        texts = [reference.text for reference in references]
+        return self._templates[role].render(
+            problem=problem,
+            references=texts,
+            role=role,
+            has_tool_calls=any("<tool_call>" in text for text in texts),
+        )
+
+
+def check_conversation(messages: Sequence[dict[str, Any]]) -> None:
+    """
+    Raises:
+        RecordError: it does not end with a user's or a tool's message of text and images.
+    """
+    if not messages:
+        raise RecordError("messages is empty: give at least the user's question")
+    last = messages[-1]
+    if not isinstance(last, dict) or last.get("role") not in ("user", "tool"):
+        role = last.get("role") if isinstance(last, dict) else last
+        raise RecordError(f"the last message has role={role!r}: PaCoRe answers a user's or a tool's message")
+    _text_and_images(last.get("content"))
+
+
+def _text_and_images(content: Any) -> tuple[str, list[dict[str, Any]]]:
+    if isinstance(content, str):
+        return content, []
+    texts, images = [], []
+    for item in content if isinstance(content, list) else [content]:
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "text":
+            texts.append(str(item["text"]))
+        elif kind in ("image", "image_url"):
+            images.append(item)
+        else:
+            raise RecordError(f"the last message's content has {item!r:.120}: give a text, or items of text and images")
+    return "\n".join(texts), images
+
+
+def with_ends(message: Message, text: str) -> Message:
+    """A message of which only the end is left; it says so."""
+    return dataclasses.replace(message, text=f"[...] {text.lstrip()}", was_cut=True)
