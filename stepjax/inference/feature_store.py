@@ -1,6 +1,7 @@
 """Image features on the device, encoded once per view and found again by the view's pixels."""
 
 import hashlib
+import weakref
 from collections import OrderedDict
 
 import numpy as np
@@ -18,13 +19,20 @@ class ViewFeatures:
         self.encoded = False
 
 
+# Many requests may come with one example, whose views take long to read.
+_digests: weakref.WeakKeyDictionary[Example, list[bytes]] = weakref.WeakKeyDictionary()
+
+
 def view_digests(example: Example) -> list[bytes]:
     """Of all views of a prompt in the order of its feature table: crops, then global views."""
-    return [
-        hashlib.blake2b(np.ascontiguousarray(view).tobytes(), digest_size=16).digest()
-        for views in (example.crops, example.global_views)
-        for view in views
-    ]
+    known = _digests.get(example)
+    if known is None:
+        known = _digests[example] = [
+            hashlib.blake2b(np.ascontiguousarray(view).tobytes(), digest_size=16).digest()
+            for views in (example.crops, example.global_views)
+            for view in views
+        ]
+    return known
 
 
 class FeatureStore:

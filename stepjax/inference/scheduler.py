@@ -5,8 +5,8 @@ is computed in stretches, then it is decoded with all others. One that needs a p
 sequence admitted last, which goes back to the front of the queue and is computed anew when its turn comes: it then
 continues as if nothing had happened, for a token depends on its position and not on when it is drawn.
 
-Samples of one request follow the first of them, which computes the prompt, and then hold its pages too. Until then they
-are in no queue: they wait with their leader.
+Samples of one request follow the first of them, which computes the prompt, and then hold its pages too; so do requests
+that come with the same prompt while it is computed. Until then they are in no queue: they wait with their leader.
 """
 
 from collections import deque
@@ -23,6 +23,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
         self.num_following = 0  # that wait with their leader, which waits or runs
+        self._leaders: dict[bytes, Sequence] = {}  # by prompt; the latest whose prompt is not computed yet
         self.preemptions = 0
         self.cached_tokens = 0
         self.computed_tokens = 0  # of prompts, when they were admitted; recomputation counts again
@@ -40,10 +41,16 @@ class Scheduler:
         return len(self.waiting) + self.num_following
 
     def add(self, samples: list[Sequence]) -> None:
-        """Queues the samples of a request."""
-        leader, *leader.followers = samples
-        self.waiting.append(leader)
-        self.num_following += len(leader.followers)
+        """Queues the samples of a request. They follow the first of them or, where prompts are shared between requests,
+        one that is about to compute the same prompt.
+        """
+        key = samples[0].prompt.key
+        leader = self._leaders.get(key) if self.config.prefix_caching else None
+        if leader is None:
+            leader, *samples = samples
+            self._leaders[key] = leader
+            self.waiting.append(leader)
+        self._follow(leader, samples)
 
     def admit(self) -> None:
         """Takes sequences into work, in order, while there are places, pages and room for their image features."""
@@ -73,12 +80,16 @@ class Scheduler:
         sequence.pages = found + self.pages.take(needed)
         sequence.computed, sequence.num_published = start, len(found)
         self.running.append(sequence)
+        self._count_prompt(sequence, start)
+        return True
+
+    def _count_prompt(self, sequence: Sequence, start: int) -> None:
+        """Once for a request: how much of its prompt was found when its first sample came into work."""
         prompt = sequence.prompt
         if prompt.num_cached is None:
             prompt.num_cached = start
             self.cached_tokens += start
             self.computed_tokens += len(prompt.tokens_T) - start
-        return True
 
     def computed(self, sequence: Sequence, end: int) -> None:
         """Tokens up to `end` have their keys and values: full pages can be found, and features may not be needed."""
@@ -90,6 +101,8 @@ class Scheduler:
             sequence.num_published = len(keys)
         if sequence.decodes:
             self._release_views(sequence)
+            if not sequence.followers:  # `fork` sees to them
+                self._let_go(sequence)
 
     def fork(self) -> list[tuple[int, int]]:
         """Takes in the samples whose prompt their leader has computed, while there are places and pages. The others are
@@ -102,18 +115,18 @@ class Scheduler:
         for leader in [sequence for sequence in self.running if sequence.followers and sequence.decodes]:
             size = leader.length - len(leader.generated) - 1  # of what all samples have in common
             full, partial = divmod(size, page_size)
-            for sequence in leader.followers:
+            for sequence in self._let_go(leader):
                 if len(self.running) >= self.config.max_sequences or self.pages.num_free < 1 + len(self.running):
                     queued.append(sequence)
                     continue
                 shared, own = leader.pages[:full], self.pages.take(1)
                 self.pages.hold(shared)
                 sequence.pages, sequence.computed = shared + own, size
+                self._count_prompt(sequence, size)
                 sequence.keys, sequence.num_published = leader.keys[:full], full
                 self.running.append(sequence)
                 if partial:
                     copies.append((leader.pages[full], own[0]))
-            self._let_go(leader)
         self.waiting.extendleft(reversed(queued))
         return copies
 
@@ -143,19 +156,41 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence, whatever it is doing, and those that follow it: before they are in work, only the whole
-        request can end.
-        """
+        """Ends a sequence, whatever it is doing. Of those that follow it the first takes its place."""
+        if sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+            sequence.leader = None
+            self.num_following -= 1
+            return
+        place = 0
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
+            place = self.waiting.index(sequence)
             self.waiting.remove(sequence)
-        self._let_go(sequence)
         self._free(sequence)
+        followers = self._let_go(sequence)
+        if followers:
+            leader, *others = followers
+            self._leaders[leader.prompt.key] = leader
+            self.waiting.insert(place, leader)
+            self._follow(leader, others)
 
-    def _let_go(self, leader: Sequence) -> None:
-        self.num_following -= len(leader.followers)
-        leader.followers = []
+    def _follow(self, leader: Sequence, samples: list[Sequence]) -> None:
+        for sequence in samples:
+            sequence.leader = leader
+        leader.followers += samples
+        self.num_following += len(samples)
+
+    def _let_go(self, leader: Sequence) -> list[Sequence]:
+        """Nobody follows a sequence any more; those who did."""
+        if self._leaders.get(leader.prompt.key) is leader:
+            del self._leaders[leader.prompt.key]
+        followers, leader.followers = leader.followers, []
+        for sequence in followers:
+            sequence.leader = None
+        self.num_following -= len(followers)
+        return followers
 
     def _free(self, sequence: Sequence) -> None:
         self._release_views(sequence)

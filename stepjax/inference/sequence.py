@@ -3,6 +3,7 @@
 Legend: T tokens of the prompt.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
@@ -48,6 +49,11 @@ class Prompt:
             of_row = np.concatenate([start - np.arange(size) for start, size in zip(first, sizes, strict=True)])
             self.contents_T = np.where(index_T >= 0, of_row[np.maximum(index_T, 0)], self.contents_T)
 
+    @functools.cached_property
+    def key(self) -> bytes:
+        """Equal for prompts that are the same."""
+        return hashlib.blake2b(self.contents_T.tobytes(), digest_size=16).digest()
+
     def feature_rows(self, views: list[ViewFeatures], start: int, end: int) -> np.ndarray:
         """Rows of the store for the positions from `start` to `end`, NO_FEATURE where there is none."""
         index_T = self.example.feature_index[start:end]
@@ -72,6 +78,7 @@ class Sequence:
         self.keys: list[Key] = []  # of full pages, computed or not
         self.num_published = 0  # pages that can be found
         self.views: list[ViewFeatures] | None = None  # held while the prompt is computed
+        self.leader: Sequence | None = None  # the sample that computes the prompt for this one
         self.followers: list[Sequence] = []  # samples for which this one computes the prompt
         self.text = None if decode is None else TextStream(decode, prompt.params.stop)
 

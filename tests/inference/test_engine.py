@@ -13,7 +13,7 @@ import pytest
 from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
 from stepjax.inference import programs, runner
-from stepjax.inference.collect import joined
+from stepjax.inference.collect import Collector, joined
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.long_context import stretched
@@ -248,7 +248,7 @@ def test_a_cancelled_request_frees_its_pages_at_once(make_engine):
 def test_samples_that_wait_with_their_leader_are_counted_and_go_with_it(make_engine):
     engine = make_engine(max_waiting=10, prefill_tokens=16)
     engine.submit(TEXT, dataclasses.replace(SAMPLED, n=4), request_id="running")
-    engine.submit(TEXT, dataclasses.replace(SAMPLED, n=6), request_id="waiting")
+    engine.submit(TEXT[1:], dataclasses.replace(SAMPLED, n=6), request_id="waiting")
     with pytest.raises(BusyError, match="10 samples are waiting"):
         engine.submit(TEXT, GREEDY)
     engine.step()  # computes a part of the prompts of the two leaders
@@ -261,6 +261,40 @@ def test_samples_that_wait_with_their_leader_are_counted_and_go_with_it(make_eng
         engine.step()
     assert engine.stats().waiting == 0
     assert len(engine.cancel("running")) == 4
+    assert_all_free(engine)
+
+
+def test_requests_that_come_with_one_prompt_compute_it_once(make_engine, prompts):
+    image = prompts[0]
+    params = [dataclasses.replace(SAMPLED, seed=seed) for seed in range(4)]
+    expected = [make_engine().generate([image], each)[0][0].tokens for each in params]
+    engine = make_engine()
+    together = engine.generate([image] * 4, params)
+    assert [completion.tokens for (completion,) in together] == expected
+    stats = engine.stats()
+    length = len(image.tokens)
+    # Each of the others finds all but the token that begins its answer, the unfinished page included.
+    assert [completion.num_cached_tokens for (completion,) in together] == [0] + [length - 1] * 3
+    assert stats.prompt_tokens - stats.cached_prompt_tokens == length + 3
+    assert_all_free(engine)
+    apart = make_engine(prefix_caching=False)
+    assert [completion.tokens for (completion,) in apart.generate([image] * 4, params)] == expected
+    assert apart.stats().cached_prompt_tokens == 0
+
+
+def test_requests_go_on_when_the_one_that_computes_their_prompt_is_cancelled(make_engine):
+    engine = make_engine(prefill_tokens=16)
+    names = [engine.submit(TEXT, dataclasses.replace(SAMPLED, seed=seed)) for seed in range(4)]
+    engine.step()  # a part of the prompt
+    assert (engine.stats().running, engine.stats().waiting) == (1, 3)
+    engine.cancel(names[0]), engine.cancel(names[2])
+    assert (engine.stats().running, engine.stats().waiting) == (0, 2)
+    collector = Collector()
+    while engine.has_work:
+        collector.add(engine.step())
+    for seed in (1, 3):
+        [alone] = make_engine().generate([TEXT], dataclasses.replace(SAMPLED, seed=seed))
+        assert tokens_of(collector.completions(names[seed])) == tokens_of(alone)
     assert_all_free(engine)
 
 
