@@ -13,6 +13,7 @@ from stepjax.inference.grouping import Group
 from stepjax.inference.programs import Rows
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence
+from stepjax.models.paged_cache import NO_PAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Batch:
     num_top: int  # likeliest tokens to report
 
     @classmethod
-    def empty(cls, rows: int, problems: int, row_pages: int, num_pages: int, num_top: int) -> "Batch":
-        """No sequence at all; `num_pages` stands for no page."""
+    def empty(cls, rows: int, problems: int, row_pages: int, num_top: int) -> "Batch":
+        """No sequence at all."""
         tables = PageTables(
-            prefix_pages_PM=np.full((problems, row_pages), num_pages, np.int32),
+            prefix_pages_PM=np.full((problems, row_pages), NO_PAGE, np.int32),
             prefix_lengths_P=np.zeros(problems, np.int32),
             problem_of_B=np.full(rows, -1, np.int32),
-            suffix_pages_BM=np.full((rows, row_pages), num_pages, np.int32),
+            suffix_pages_BM=np.full((rows, row_pages), NO_PAGE, np.int32),
             suffix_lengths_B=np.zeros(rows, np.int32),
         )
         off = Rows(
@@ -49,7 +50,6 @@ def make_batch(
     *,
     num_rows: int,
     row_pages: int,
-    num_pages: int,
     page_size: int,
     max_problems: int,
 ) -> Batch:
@@ -59,9 +59,8 @@ def make_batch(
     GPU grows with the number of groups that there is room for, and mostly there is one or none.
     """
     top = max((s.prompt.params.logprobs or 0 for s in sequences), default=0)
-    batch = Batch.empty(
-        num_rows, max_problems if len(groups) > 1 else 1, row_pages, num_pages, MAX_TOP_LOGPROBS if top else 0
-    )
+    num_problems = max_problems if len(groups) > 1 else 1
+    batch = Batch.empty(num_rows, num_problems, row_pages, MAX_TOP_LOGPROBS if top else 0)
     tables, rows = batch.tables, batch.rows
     shared_B = np.zeros(num_rows, np.int32)
     for problem, group in enumerate(groups):

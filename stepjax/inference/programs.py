@@ -19,7 +19,7 @@ from pallas_kernels.sampling import Sample, sample
 from pallas_kernels.shared_prefix_attention import PageTables
 from stepjax.config import NumericsConfig
 from stepjax.models.attention import resolve
-from stepjax.models.paged_cache import Chunk, PagedCache
+from stepjax.models.paged_cache import NO_PAGE, Chunk, PagedCache
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
 from stepjax.sharding import constrain, spec, target_platform
@@ -58,7 +58,7 @@ def encode(model: StepVL, store_RD: jax.Array, views_EHWC: jax.Array, rows_EQ: j
     return store_RD.at[rows_EQ.reshape(-1)].set(features_QD.astype(store_RD.dtype), mode="drop")
 
 
-@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames="num_pages")
+@partial(jax.jit, donate_argnames="pool_S2KTW")
 def prefill(
     model: StepVL | Qwen3,
     pool_S2KTW: jax.Array,
@@ -66,8 +66,6 @@ def prefill(
     tokens_C: jax.Array,
     feature_rows_C: jax.Array,
     chunk: Chunk,
-    *,
-    num_pages: int,
 ) -> jax.Array:
     """The pool with the keys and values of a chunk. `feature_rows_C` names rows of the store, or NO_FEATURE."""
     decoder = decoder_of(model)
@@ -76,36 +74,35 @@ def prefill(
     x_1CD = jnp.where(feature_rows_C[None, :, None] == NO_FEATURE, x_1CD, features_1CD)
     x_1CD = constrain(x_1CD, None, None, "act_embed")
     positions_1C = (chunk.start + jnp.arange(tokens_C.shape[0]))[None]
-    cache = PagedCache(pool_S2KTW, chunk, jnp.int32(num_pages), jnp.int32(0))
+    cache = PagedCache(pool_S2KTW, chunk)
     _, cache = decoder(x_1CD, positions_1C, None, cache)
     assert cache is not None
     return cache.pool_S2KTW
 
 
-@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames="num_pages")
-def copy(pool_S2KTW: jax.Array, source_X: jax.Array, target_X: jax.Array, *, num_pages: int) -> jax.Array:
-    """The pool with pages copied in every layer; pairs with a target of `num_pages` are dropped (padding)."""
-    layers_L1 = num_pages * jnp.arange(pool_S2KTW.shape[0] // num_pages)[:, None]
-    target_LX = jnp.where(target_X < num_pages, layers_L1 + target_X, pool_S2KTW.shape[0])
-    copied_LX2KTW = pool_S2KTW[layers_L1 + jnp.minimum(source_X, num_pages - 1)]
-    return pool_S2KTW.at[target_LX].set(copied_LX2KTW, mode="drop")
+@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames="num_layers")
+def copy(pool_S2KTW: jax.Array, source_X: jax.Array, target_X: jax.Array, *, num_layers: int) -> jax.Array:
+    """The pool with pages copied in every layer; pairs with a target of NO_PAGE are dropped (padding)."""
+    num_pages = pool_S2KTW.shape[0]
+    first_L1 = jnp.arange(0, num_pages, num_pages // num_layers)[:, None]
+    target_LX = jnp.where(target_X == NO_PAGE, num_pages, first_L1 + target_X)
+    return pool_S2KTW.at[target_LX].set(pool_S2KTW[first_L1 + source_X], mode="drop")
 
 
-@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames=("num_pages", "steps", "num_top"))
+@partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames=("steps", "num_top"))
 def decode(
     model: StepVL | Qwen3,
     pool_S2KTW: jax.Array,
     tables: PageTables,
     rows: Rows,
     *,
-    num_pages: int,
     steps: int,
     num_top: int,
 ) -> tuple[jax.Array, Drawn]:
     """`steps` tokens of every sequence, each a function of its sequence, seed and position alone.
 
     The suffixes of `tables` count the first of the tokens that are written; pages for all of them must be there, or
-    num_pages in their place: what is drawn after a missing page means nothing.
+    NO_PAGE in their place: what is drawn after a missing page means nothing.
     """
     decoder = decoder_of(model)
     in_use_B = tables.suffix_lengths_B > 0
@@ -114,7 +111,7 @@ def decode(
         pool_S2KTW, tokens_B = carry
         seen = tables._replace(suffix_lengths_B=tables.suffix_lengths_B + i * in_use_B)
         x_B1D = constrain(decoder.embed(tokens_B[:, None]), None, None, "act_embed")
-        cache = PagedCache(pool_S2KTW, seen, jnp.int32(num_pages), jnp.int32(0))
+        cache = PagedCache(pool_S2KTW, seen)
         hidden_B1D, cache = decoder(x_B1D, (rows.positions_B + i)[:, None], None, cache)
         # In two steps, or the output projection would be gathered in place of the logits.
         logits_BV = constrain(decoder.logits(hidden_B1D)[:, 0], None, "vocab")

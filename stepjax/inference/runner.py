@@ -21,7 +21,7 @@ from stepjax.inference.feature_store import ViewFeatures
 from stepjax.inference.grouping import Group, group_by_prefix
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence
-from stepjax.models.paged_cache import Chunk, make_pool, pool_layout
+from stepjax.models.paged_cache import NO_PAGE, Chunk, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
 from stepjax.sharding import check_heads_only, shardings, target_platform
@@ -45,8 +45,8 @@ class Runner:
         num_pages: int,
         mesh: Mesh | None,
     ):
-        self.config, self.images, self.num_pages, self.mesh = config, images, num_pages, mesh
-        decoder = programs.decoder_of(model).config
+        self.config, self.images, self.mesh = config, images, mesh
+        self.decoder_config = decoder = programs.decoder_of(model).config
         if mesh is not None:
             check_heads_only(mesh)
             model = jax.device_put(model, shardings(model, mesh))
@@ -78,10 +78,12 @@ class Runner:
         width = self.config.max_sequences
         for first in range(0, max(len(pairs), 1), width):
             some = np.array(pairs[first : first + width], np.int32).reshape(-1, 2)
-            source_X, target_X = np.zeros(width, np.int32), np.full(width, self.num_pages, np.int32)
+            source_X, target_X = np.zeros(width, np.int32), np.full(width, NO_PAGE, np.int32)
             source_X[: len(some)], target_X[: len(some)] = some.T
             with self._scope():
-                self.pool_S2KTW = programs.copy(self.pool_S2KTW, source_X, target_X, num_pages=self.num_pages)
+                self.pool_S2KTW = programs.copy(
+                    self.pool_S2KTW, source_X, target_X, num_layers=self.decoder_config.num_layers
+                )
 
     def prefill(self, sequence: Sequence, start: int, end: int) -> int:
         """Computes the tokens from `start` to `end`; how many the device was given."""
@@ -95,13 +97,11 @@ class Runner:
     def _prefill(
         self, tokens_C: np.ndarray, rows_C: np.ndarray, pages: list[int], start: int, end: int, width: int
     ) -> None:
-        pages_M = np.full(width, self.num_pages, np.int32)
+        pages_M = np.full(width, NO_PAGE, np.int32)
         pages_M[: len(pages)] = pages
         chunk = Chunk(pages_M, np.int32(start), np.int32(end - start))
         with self._scope():
-            self.pool_S2KTW = programs.prefill(
-                self.model, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk, num_pages=self.num_pages
-            )
+            self.pool_S2KTW = programs.prefill(self.model, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk)
 
     def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> None:
         """Encodes up to `view_batch` views of one kind, given with their pixels."""
@@ -123,7 +123,6 @@ class Runner:
             self._groups_of(sequences),
             num_rows=bucket(len(sequences), self.batch_sizes),
             row_pages=self.row_pages,
-            num_pages=self.num_pages,
             page_size=self.config.page_size,
             max_problems=self.config.max_problems,
         )
@@ -148,7 +147,6 @@ class Runner:
                 self.pool_S2KTW,
                 batch.tables,
                 batch.rows,
-                num_pages=self.num_pages,
                 steps=self.config.decode_steps,
                 num_top=batch.num_top,
             )
@@ -170,7 +168,7 @@ class Runner:
             for problems in (1, self.config.max_problems) if rows > 1 and self.config.max_problems > 1 else (1,):
                 for num_top in (0, MAX_TOP_LOGPROBS) if top_logprobs else (0,):
                     yield f"decoding of {rows}, {problems} shared, {num_top} likeliest"
-                    self._decode(Batch.empty(rows, problems, self.row_pages, self.num_pages, num_top))
+                    self._decode(Batch.empty(rows, problems, self.row_pages, num_top))
         jax.block_until_ready(self.pool_S2KTW)
 
     def set_weights(self, model: StepVL | Qwen3) -> None:

@@ -1,8 +1,8 @@
 """The key-value cache in pages, and attention to it: of a prompt's next chunk, or of one token of many sequences.
 
 One pool holds all layers: layer i owns the pages from i * P on, so that a scan over the layers carries the pool and
-every layer writes into its own part in place. Page numbers of a cache are those of a layer, 0 to P - 1; P itself stands
-for no page, into which nothing is written. A sequence's token t lies in place t % T of its page t // T.
+every layer writes into its own part in place. Page numbers of a cache are those of a layer, 0 to P - 1; NO_PAGE is one
+into which nothing is written. A sequence's token t lies in place t % T of its page t // T.
 
 Legend: B sequences, C tokens of a chunk, N query heads, K key-value heads, H head dim, W width of the pool (H, on a TPU
 rounded up to its lanes), P pages of a layer, S of all layers, T tokens of a page (of a row, in BTNH), M pages of a row.
@@ -22,6 +22,7 @@ from stepjax.models.attention import resolve
 from stepjax.sharding import spec, target_platform
 
 LANES = 128
+NO_PAGE = -1
 
 
 class Chunk(NamedTuple):
@@ -37,11 +38,10 @@ class PagedCache(NamedTuple):
 
     pool_S2KTW: jax.Array
     reads: PageTables | Chunk  # one token of every sequence (their lengths count it), or a stretch of one
-    num_pages: jax.Array  # P
-    layer: jax.Array
+    first_page: jax.Array | int = 0  # of the layer at work
 
-    def at_layer(self, offset: jax.Array) -> "PagedCache":
-        return self._replace(layer=self.layer + offset)
+    def at_layer(self, layer: jax.Array, num_layers: int) -> "PagedCache":
+        return self._replace(first_page=layer * (self.pool_S2KTW.shape[0] // num_layers))
 
 
 def make_pool(config: DecoderConfig, num_pages: int, page_size: int, dtype: jnp.dtype, platform: str) -> jax.Array:
@@ -73,20 +73,19 @@ def append_and_attend(
     # There is a paged kernel for TPUs only; GPUs take the same algorithm from XLA.
     chosen = "tpu" if resolve(implementation, platform) == "tpu" else "xla"
 
-    def of_device(q_BTNH, k_BTKH, v_BTKH, pool_S2KTW, reads, first_page, num_pages):
+    def of_device(q_BTNH, k_BTKH, v_BTKH, pool_S2KTW, reads, first_page):
         kv_BT2KW = _paired(k_BTKH, v_BTKH, pool_S2KTW)
         if isinstance(reads, Chunk):
-            pool_S2KTW = _append_chunk(pool_S2KTW, kv_BT2KW, reads, first_page, num_pages)
+            pool_S2KTW = _append_chunk(pool_S2KTW, kv_BT2KW, reads, first_page)
             return _attend_chunk(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
-        pool_S2KTW = _append_tokens(pool_S2KTW, kv_BT2KW, reads, first_page, num_pages)
+        pool_S2KTW = _append_tokens(pool_S2KTW, kv_BT2KW, reads, first_page)
         return _attend_all(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
 
     if not jax.sharding.get_abstract_mesh().empty:
         q_spec, kv_spec = spec(None, None, "heads", None), spec(None, None, "kv_heads", None)
-        in_specs = (q_spec, kv_spec, kv_spec, _pool_spec(), spec(), spec(), spec())
+        in_specs = (q_spec, kv_spec, kv_spec, _pool_spec(), spec(), spec())
         of_device = jax.shard_map(of_device, in_specs=in_specs, out_specs=(q_spec, _pool_spec()), check_vma=False)
-    first_page = cache.layer * cache.num_pages
-    out_BTNH, pool_S2KTW = of_device(q_BTNH, k_BTKH, v_BTKH, cache.pool_S2KTW, cache.reads, first_page, cache.num_pages)
+    out_BTNH, pool_S2KTW = of_device(q_BTNH, k_BTKH, v_BTKH, *cache)
     return out_BTNH, cache._replace(pool_S2KTW=pool_S2KTW)
 
 
@@ -95,30 +94,30 @@ def _paired(k_BTKH: jax.Array, v_BTKH: jax.Array, pool_S2KTW: jax.Array) -> jax.
     return jnp.pad(kv_BT2KH, ((0, 0),) * 4 + ((0, pool_S2KTW.shape[-1] - k_BTKH.shape[-1]),))
 
 
-def _write(pool_S2KTW, kv_X2KW, page_X, place_X, first_page, num_pages):
-    nowhere = pool_S2KTW.shape[0]
-    page_X = jnp.where(page_X < num_pages, first_page + page_X, nowhere)
+def _write(pool_S2KTW, kv_X2KW, page_X, place_X, first_page):
+    # Beyond the pool, to be dropped: a negative index would count from its end.
+    page_X = jnp.where(page_X == NO_PAGE, pool_S2KTW.shape[0], first_page + page_X)
     # Row by row of W: a scatter of whole [2, K, W] would have XLA for TPUs turn the pool around for it, and back.
     which_21, head_K = jnp.arange(2)[:, None], jnp.arange(pool_S2KTW.shape[2])
     return pool_S2KTW.at[page_X[:, None, None], which_21, head_K, place_X[:, None, None]].set(kv_X2KW, mode="drop")
 
 
-def _append_tokens(pool_S2KTW, kv_BT2KW, tables: PageTables, first_page, num_pages):
+def _append_tokens(pool_S2KTW, kv_BT2KW, tables: PageTables, first_page):
     page_size = pool_S2KTW.shape[3]
     place_B = tables.suffix_lengths_B - 1
     column_B = jnp.clip(place_B // page_size, 0, tables.suffix_pages_BM.shape[1] - 1)
     page_B = jnp.take_along_axis(tables.suffix_pages_BM, column_B[:, None], axis=1)[:, 0]
-    page_B = jnp.where((place_B >= 0) & (place_B // page_size == column_B), page_B, num_pages)
-    return _write(pool_S2KTW, kv_BT2KW[:, 0], page_B, place_B % page_size, first_page, num_pages)
+    page_B = jnp.where((place_B >= 0) & (place_B // page_size == column_B), page_B, NO_PAGE)
+    return _write(pool_S2KTW, kv_BT2KW[:, 0], page_B, place_B % page_size, first_page)
 
 
-def _append_chunk(pool_S2KTW, kv_1C2KW, chunk: Chunk, first_page, num_pages):
+def _append_chunk(pool_S2KTW, kv_1C2KW, chunk: Chunk, first_page):
     page_size = pool_S2KTW.shape[3]
     offset_C = jnp.arange(kv_1C2KW.shape[1])
     position_C = chunk.start + offset_C
-    page_C = chunk.pages_M.at[position_C // page_size].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
-    page_C = jnp.where(offset_C < chunk.length, page_C, num_pages)
-    return _write(pool_S2KTW, kv_1C2KW[0], page_C, position_C % page_size, first_page, num_pages)
+    page_C = chunk.pages_M.at[position_C // page_size].get(mode="fill", fill_value=NO_PAGE)
+    page_C = jnp.where(offset_C < chunk.length, page_C, NO_PAGE)
+    return _write(pool_S2KTW, kv_1C2KW[0], page_C, position_C % page_size, first_page)
 
 
 def _attend_all(q_BTNH, pool_S2KTW, tables: PageTables, first_page, implementation):

@@ -136,8 +136,8 @@ class Qwen3(nnx.Module):
         def layer(carry, block_and_index):
             x_BTD, cache = carry
             block, index = block_and_index
-            x_BTD, at_layer = block(x_BTD, rotary, positions_BT, None, cache.at_layer(index), self.numerics)
-            return (x_BTD, at_layer.at_layer(-index)), None
+            at_layer = cache.at_layer(index, self.config.num_layers)
+            return block(x_BTD, rotary, positions_BT, None, at_layer, self.numerics), None
 
         layers = jnp.arange(self.config.num_layers)
         (x_BTD, cache), _ = jax.lax.scan(layer, (x_BTD, cache), (self.blocks, layers))

@@ -95,11 +95,11 @@ def _of_engine(kind: Kind, config: PretrainConfig, model: Any, rows: int, mesh: 
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
     if kind == "decode":
-        empty = Batch.empty(rows, 1, row_pages, num_pages, 0)
+        empty = Batch.empty(rows, 1, row_pages, 0)
         batch = replicated((empty.tables, empty.rows))
 
         def decode(model, pool_S2KTW, tables, sequences):
-            return programs.decode(model, pool_S2KTW, tables, sequences, num_pages=num_pages, steps=1, num_top=0)
+            return programs.decode(model, pool_S2KTW, tables, sequences, steps=1, num_top=0)
 
         return Work(decode, (model, pool_S2KTW, *batch), (1,), model, (), (pool_S2KTW, batch))
 
@@ -109,7 +109,7 @@ def _of_engine(kind: Kind, config: PretrainConfig, model: Any, rows: int, mesh: 
     batch = replicated((store_RD, tokens_C, tokens_C, chunk))
 
     def prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk):
-        return programs.prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk, num_pages=num_pages)
+        return programs.prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk)
 
     return Work(prefill, (model, pool_S2KTW, *batch), (1,), model, (), (pool_S2KTW, batch))
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.shared_prefix_attention import PageTables
 from stepjax.config import DecoderConfig, NumericsConfig
-from stepjax.models.paged_cache import Chunk, PagedCache, make_pool
+from stepjax.models.paged_cache import NO_PAGE, Chunk, PagedCache, make_pool
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import abstract_model
 
@@ -35,7 +35,7 @@ def read(decoder: Qwen3, tokens_BT, positions_BT, pool_S2KTW, reads, attention):
     numerics = dataclasses.replace(decoder.numerics, attention=attention)
     decoder = jax.tree.map(lambda leaf: leaf, decoder)
     decoder.numerics = numerics
-    cache = PagedCache(pool_S2KTW, reads, jnp.int32(PAGES), jnp.int32(0))
+    cache = PagedCache(pool_S2KTW, reads)
     hidden_BTD, cache = decoder(decoder.embed(tokens_BT), positions_BT, None, cache)
     return decoder.logits(hidden_BTD), cache.pool_S2KTW
 
@@ -71,7 +71,7 @@ def test_chunks_and_tokens_equal_the_uncached_forward(decoder, attention):
                 prefix_pages_PM=np.array([PAGES_OF[1][:1]], np.int32),  # row 1 reads its first page as a prefix
                 prefix_lengths_P=np.array([PAGE], np.int32),
                 problem_of_B=np.array([-1, 0], np.int32),
-                suffix_pages_BM=np.array([PAGES_OF[0], [*PAGES_OF[1][1:], PAGES]], np.int32),
+                suffix_pages_BM=np.array([PAGES_OF[0], [*PAGES_OF[1][1:], NO_PAGE]], np.int32),
                 suffix_lengths_B=(positions_B + 1 - np.array([0, PAGE])).astype(np.int32),
             )
             tokens_B1 = TOKENS_BT[np.arange(2), positions_B][:, None]
@@ -86,7 +86,7 @@ def test_nothing_is_written_where_no_page_is(decoder):
         prefix_lengths_P=np.zeros(1, np.int32),
         problem_of_B=np.full(3, -1, np.int32),
         # An unused row, a row whose next page is missing, and one that is longer than its table.
-        suffix_pages_BM=np.array([[0, 0], [4, PAGES], [1, 2]], np.int32),
+        suffix_pages_BM=np.array([[0, 0], [4, NO_PAGE], [1, 2]], np.int32),
         suffix_lengths_B=np.array([0, PAGE + 1, 2 * PAGE + 1], np.int32),
     )
     _, after = read(decoder, np.ones((3, 1), np.int32), np.ones((3, 1), np.int32), pool_S2KTW, tables, "xla")
