@@ -47,10 +47,6 @@ class HFDirectory:
         """One tensor, as it is stored."""
         return read_tensor(key, self.entries[key])
 
-    def side_files(self) -> tuple[list[Path], list[str]]:
-        """The files beside the weights (tokenizer, templates, code), and the names of all else that is there."""
-        return side_files(self.path)
-
     def _files(self) -> list[Path]:
         if (self.path / INDEX).exists():
             try:
@@ -68,7 +64,7 @@ class HFDirectory:
 
 
 def side_files(path: Path) -> tuple[list[Path], list[str]]:
-    """The files of a directory that are not weights, nor their index; and the names of all else in it."""
+    """The files of a directory beside its weights (tokenizer, templates, code), and the names of all else in it."""
     files, others = [], []
     for entry in sorted(path.iterdir()):
         if entry.is_file() and entry.suffix not in _OTHER_WEIGHTS:

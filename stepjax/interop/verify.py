@@ -12,6 +12,7 @@ The file is safetensors, with any of
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,17 @@ def _all(model: StepVL, recorded: dict[str, np.ndarray], images: ImageConfig, im
     encode = jax.jit(lambda model, views_MHWC: model.vision(views_MHWC))
     project = jax.jit(lambda model, views_BMHWC: model.encode_views(views_BMHWC))
 
+    table = jax.jit(lambda model, *views: model.feature_table(*views))
+
     @jax.jit
-    def logits(model: StepVL, tokens_BT, feature_index_BT, global_views_BGHWC, crops_BCHWC):
-        hidden_BTD = model(
-            tokens_BT=tokens_BT,
-            positions_BT=jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape),
-            feature_index_BT=feature_index_BT,
-            global_views_BGHWC=global_views_BGHWC,
-            crops_BCHWC=crops_BCHWC,
-        )
+    def logits(model: StepVL, tokens_BT, feature_index_BT, features_BFD):
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        hidden_BTD, _ = model.decoder(model.embed(tokens_BT, features_BFD, feature_index_BT), positions_BT)
         return model.decoder.logits(hidden_BTD)
+
+    @functools.cache
+    def features_1FD() -> jax.Array:
+        return table(model, views["global"][None], views["crop"][None])
 
     def features(kind: str) -> np.ndarray:
         per_view = recorded[f"features_{kind}"].shape[1:]
@@ -124,12 +126,12 @@ def _all(model: StepVL, recorded: dict[str, np.ndarray], images: ImageConfig, im
 
     def with_images(tokens_1T: np.ndarray) -> np.ndarray:
         index_T = _feature_index(tokens_1T[0], recorded["num_patches"], images, image_token)
-        return np.asarray(logits(model, tokens_1T, index_T[None], views["global"][None], views["crop"][None]))
+        return np.asarray(logits(model, tokens_1T, index_T[None], features_1FD()))
 
     def text_alone() -> np.ndarray:
         tokens_BT = recorded["text_ids"]
-        empty = np.zeros((tokens_BT.shape[0], 0, 14, 14, 3), np.float32)
-        return np.asarray(logits(model, tokens_BT, np.full(tokens_BT.shape, NO_FEATURE), empty, empty))
+        none_BFD = np.zeros((tokens_BT.shape[0], 0, model.config.decoder.width), np.float32)
+        return np.asarray(logits(model, tokens_BT, np.full(tokens_BT.shape, NO_FEATURE), none_BFD))
 
     def greedy() -> np.ndarray:
         prompt_T, count = recorded["input_ids"][0], recorded["greedy_tokens"].size
@@ -137,7 +139,7 @@ def _all(model: StepVL, recorded: dict[str, np.ndarray], images: ImageConfig, im
         tokens_1T = np.concatenate([prompt_T, np.zeros(count, prompt_T.dtype)])[None]
         index_T = _feature_index(tokens_1T[0], recorded["num_patches"], images, image_token)
         for position in range(len(prompt_T), len(prompt_T) + count):
-            scores = logits(model, tokens_1T, index_T[None], views["global"][None], views["crop"][None])
+            scores = logits(model, tokens_1T, index_T[None], features_1FD())
             tokens_1T[0, position] = int(np.argmax(np.asarray(scores)[0, position - 1]))
         return tokens_1T[0, len(prompt_T) :]
 
