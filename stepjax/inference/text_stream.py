@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from stepjax.processing.reasoning_stream import open_end
+
 _UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
 _MAX_HELD = 8  # tokens; no character has more bytes, so what is still unreadable then is no beginning of one
 
@@ -46,12 +48,7 @@ class TextStream:
             end, self.stopped_by = min(ends)
             shown, self._held = self._held[:end], ""
             return shown
-        longest = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        longest = max((open_end(self._held, stop) for stop in self._stop), default=0)
         keep = len(self._held) - longest
         shown, self._held = self._held[:keep], self._held[keep:]
         return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
