@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from stepjax.errors import BusyError
-from stepjax.inference.collect import joined
+from stepjax.inference.collect import collected
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.processing.tokens import Example
@@ -91,10 +91,7 @@ class AsyncEngine:
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> list[Completion]:
         """All samples of a request, in order. Raises as `stream`."""
-        deltas: dict[int, list[Delta]] = {}
-        async for delta in self.stream(prompt, params, request_id=request_id):
-            deltas.setdefault(delta.sample, []).append(delta)
-        return [joined(of_sample) for _, of_sample in sorted(deltas.items())]
+        return await collected(self.stream(prompt, params, request_id=request_id))
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
         """Calls a function with the engine between two steps, as `engine.update_weights`; gives what it returns.

@@ -1,7 +1,7 @@
 """Deltas put together to whole samples."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterable, Iterable
 
 from stepjax.inference.request import Completion, Delta
 
@@ -19,6 +19,14 @@ class Collector:
     def completions(self, request_id: str) -> list[Completion]:
         """The samples of a request whose samples have all ended, in order; they are forgotten then."""
         return [joined(deltas) for _, deltas in sorted(self._deltas.pop(request_id).items())]
+
+
+async def collected(stream: AsyncIterable[Delta]) -> list[Completion]:
+    """The samples of one request, in order, when its stream has ended."""
+    deltas: dict[int, list[Delta]] = defaultdict(list)
+    async for delta in stream:
+        deltas[delta.sample].append(delta)
+    return [joined(of_sample) for _, of_sample in sorted(deltas.items())]
 
 
 def joined(deltas: list[Delta]) -> Completion:

@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from stepjax.inference.async_engine import AsyncEngine
-from stepjax.inference.collect import joined
+from stepjax.inference.collect import collected
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine, TextDecoder
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
@@ -68,10 +68,7 @@ class AsyncReplicas:
     async def complete(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> list[Completion]:
-        deltas: dict[int, list[Delta]] = {}
-        async for delta in self.stream(prompt, params, request_id=request_id):
-            deltas.setdefault(delta.sample, []).append(delta)
-        return [joined(of_sample) for _, of_sample in sorted(deltas.items())]
+        return await collected(self.stream(prompt, params, request_id=request_id))
 
     async def call(self, function: Callable[[Engine], Any]) -> list[Any]:
         """What a function returns for each engine, called between two of its steps."""
