@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 
 from stepjax.errors import CheckpointError, TokenError
-from stepjax.processing.tokens import Example
+from stepjax.processing.tokens import Example, text_example
 
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
@@ -137,15 +136,7 @@ class TextProcessor:
 
     def process_text(self, text: str, *, name: str = "prompt", add_special_tokens: bool = True) -> Example:
         """A text that the model is to continue."""
-        tokens = np.array(self.encode(text, add_special_tokens=add_special_tokens), np.int32)
-        return Example(
-            name=name,
-            tokens=tokens,
-            loss_weights=np.zeros(len(tokens), np.float32),
-            feature_index=np.full(len(tokens), -1, np.int32),
-            global_views=np.zeros((0, 0, 0, 3), np.float32),
-            crops=np.zeros((0, 0, 0, 3), np.float32),
-        )
+        return text_example(self.encode(text, add_special_tokens=add_special_tokens), name)
 
 
 def _json(path: Path) -> dict[str, Any]:

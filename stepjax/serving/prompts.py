@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -145,7 +144,7 @@ class PromptMaker:
         if not len(ids):
             raise ApiError(400, f"{where} is empty", param="prompt", code="invalid_value")
         self._check_tokens(len(ids), where)
-        return dataclasses.replace(text_example(ids), name=where)
+        return text_example(ids, where)
 
     def _check_text(self, size: int, where: str) -> None:
         if size > self.limits.text_bytes:
