@@ -6,7 +6,6 @@ all but their first frame.
 """
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -183,17 +182,30 @@ def _as_file(data: bytes, label: str) -> io.BytesIO:
 
 
 def _data_uri_bytes(uri: str, label: str) -> bytes:
-    header, comma, payload = uri.partition(",")
-    media_type, *parameters = header[len("data:") :].split(";")
-    if not comma or not media_type.lower().startswith("image/"):
+    parts = split_data_uri(uri)
+    if parts is None:
         raise ImageError(f"{label}: {_short(uri)} is no data URI of an image; write 'data:image/png;base64,...'")
-    data = urllib.parse.unquote_to_bytes(payload)
-    if "base64" not in parameters:
-        return data
+    payload, is_base64 = parts
+    if not is_base64:
+        return urllib.parse.unquote_to_bytes(payload)
     try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as error:
+        return decode_base64(payload)
+    except ValueError as error:
         raise ImageError(f"{label}: its base64 text is broken ({error}); encode it again") from error
+
+
+def split_data_uri(uri: str) -> tuple[str, bool] | None:
+    """The payload of a `data:image/...` URI as it stands there, and whether it is base64; None of another text."""
+    header, comma, payload = uri.partition(",")
+    media_type, *parameters = header.strip()[len("data:") :].split(";")
+    if not comma or header[:5].lower() != "data:" or not media_type.lower().startswith("image/"):
+        return None
+    return payload, "base64" in [parameter.strip().lower() for parameter in parameters]
+
+
+def decode_base64(payload: str) -> bytes:
+    """The bytes of such a payload, which may hold white space and escapes. ValueError where it is broken."""
+    return base64.b64decode(b"".join(urllib.parse.unquote_to_bytes(payload).split()), validate=True)
 
 
 def _describe(source: Any) -> str:

@@ -1,15 +1,12 @@
 """Images of requests: from a URI to the bytes of a file, within limits that are checked before a pixel is decoded."""
 
-import base64
-import binascii
 import io
-import urllib.parse
 
 from PIL import Image
 
 from stepjax.config import ImageConfig
 from stepjax.errors import ImageError
-from stepjax.processing.image_files import FORMATS
+from stepjax.processing.image_files import FORMATS, decode_base64, split_data_uri
 from stepjax.processing.images import ViewPlan, plan_views
 from stepjax.serving.errors import ApiError
 from stepjax.serving.settings import Limits
@@ -21,17 +18,17 @@ def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
     Raises:
         ApiError: 400, it is not one; 413, it is too large.
     """
-    header, comma, payload = uri.partition(",")
-    media_type, *parameters = header.strip()[len("data:") :].split(";")
-    if not comma or not header[:5].lower() == "data:" or not media_type.lower().startswith("image/"):
+    parts = split_data_uri(uri)
+    if parts is None:
         raise ApiError(400, f"{where}: {uri[:60]!r} is no data URI of an image", param=where, code="invalid_image")
-    if "base64" not in [parameter.strip().lower() for parameter in parameters]:
+    payload, is_base64 = parts
+    if not is_base64:
         raise ApiError(400, f"{where}: encode the image as base64", param=where, code="invalid_image")
     if len(payload) > 2 * limits.image_bytes:  # white space and escapes are generously allowed for
         raise _too_large(limits, where)
     try:
-        data = base64.b64decode(b"".join(urllib.parse.unquote_to_bytes(payload).split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        data = decode_base64(payload)
+    except ValueError as error:
         raise ApiError(
             400, f"{where}: its base64 text is broken ({error})", param=where, code="invalid_image"
         ) from None
