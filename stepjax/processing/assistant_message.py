@@ -98,10 +98,13 @@ def _parse_call(text: str, start: int) -> tuple[dict[str, Any], int] | None:
         call, end = json.JSONDecoder().raw_decode(text, space.end())
     except (ValueError, RecursionError):
         return None
-    closing = _CALL_END.match(text, end)
-    if closing is None or not isinstance(call, dict):
+    closing, call = _CALL_END.match(text, end), as_call(call)
+    return None if closing is None or call is None else (call, closing.end())
+
+
+def as_call(value: Any) -> dict[str, Any] | None:
+    """Name and arguments of a JSON value that is a call; None of another one."""
+    if not isinstance(value, dict):
         return None
-    name, arguments = call.get("name"), call.get("arguments", {})
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    return {"name": name, "arguments": arguments}, closing.end()
+    name, arguments = value.get("name"), value.get("arguments", {})
+    return {"name": name, "arguments": arguments} if isinstance(name, str) and isinstance(arguments, dict) else None

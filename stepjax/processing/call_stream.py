@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from stepjax.processing.assistant_message import as_call
 from stepjax.processing.reasoning_stream import open_end
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
@@ -79,7 +80,7 @@ class CallStream:
         end = scanner.scan(self._held)
         if end is None:
             return is_last or scanner.failed, None
-        call = _as_call(self._held[:end])
+        call = _parsed(self._held[:end])
         rest = self._held[end:].lstrip()
         if call is None:
             return True, None
@@ -166,12 +167,9 @@ class _ObjectScanner:
         return None
 
 
-def _as_call(text: str) -> Call | None:
+def _parsed(text: str) -> Call | None:
     try:
-        value = json.loads(text)
+        call = as_call(json.loads(text))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict):
-        return None
-    name, arguments = value.get("name"), value.get("arguments", {})
-    return Call(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
+    return None if call is None else Call(**call)
