@@ -66,7 +66,7 @@ class Caller:
             def tell(piece: dict) -> None:
                 self._notify(TrajectoryPiece(round_number, index, piece))
 
-            listener = Listener(tell if tells_pieces else None)
+            listener = Listener(tell if tells_pieces else None, at=at)
             self._under_way[at] = trajectory, listener
             ended = await self._try(prompt, trajectory, listener)
             if isinstance(ended, Trajectory) and not (insists and _has_no_answer(ended)):

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from stepjax.errors import ConfigError
 from stepjax.pacore.answers import Matching, plurality
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.events import Notify, Pieces, ignore
+from stepjax.pacore.events import Event, Notify, Pieces, TrajectoryPiece, ignore
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
 from stepjax.pacore.rounds import ProblemRun, RoundFailedError, trajectory_of
-from stepjax.pacore.sampler import Sampler
+from stepjax.pacore.sampler import Sampler, is_answer
 from stepjax.pacore.template import Template
 
 
@@ -74,16 +74,24 @@ class Coordinator:
             RoundFailedError: no trajectory of a round left a message; or the final one left none, and there is no
                 earlier message or `config.fallback` is off.
         """
-        run = self.begin(problem, sample=sample, done=done, notify=notify, pieces=pieces)
+        was_shown = False  # a part of an answer that may then break off
+
+        def tell(event: Event) -> None:
+            nonlocal was_shown
+            was_shown |= isinstance(event, TrajectoryPiece) and is_answer(event.piece)
+            notify(event)
+
+        run = self.begin(problem, sample=sample, done=done, notify=tell, pieces=pieces)
         for width in self.config.schedule:
             made = await run.round(width, is_final=False)
             agreed = run.agreement(made.messages, width)
             if agreed is not None:
                 return outcome(run, made, agreed, "agreement")
+        was_shown = False
         try:
             final = await run.round(1, is_final=True)
         except RoundFailedError:
-            if not self.config.fallback or len(run.rounds) < 2 or _was_shown(run.rounds[-1], pieces):
+            if not self.config.fallback or len(run.rounds) < 2 or was_shown:
                 raise
             last = run.rounds[-2]
             index, _ = plurality([message.text for message in last.messages], self.matching)
@@ -107,8 +115,3 @@ def outcome(run: ProblemRun, of: Round, message: Message, answered_by) -> Outcom
         rounds=tuple(run.rounds),
         seconds=run.seconds,
     )
-
-
-def _was_shown(final: Round, pieces: Pieces) -> bool:
-    """Whether observers may have seen a part of an answer that then broke off."""
-    return pieces != "none" and any(each.status != "ok" for each in final.trajectories)

@@ -12,6 +12,11 @@ from stepjax.inference.request import SamplingParams
 Piece = dict[str, Any]
 
 
+def is_answer(piece: Piece) -> bool:
+    """Whether it is a part of the answer: neither of the thought, nor white space alone."""
+    return bool(piece.get("content", "").strip() or piece.get("tool_calls"))
+
+
 class SamplerError(RuntimeError):
     """A call failed.
 
@@ -42,11 +47,13 @@ class Listener:
     """Follows a sample while it is drawn.
 
     Attributes:
+        at: round and index of the trajectory.
         tokens: drawn so far, as far as the sampler knows.
         has_content: a part of the answer, not only of the thought, was passed on.
     """
 
-    def __init__(self, on_piece: Callable[[Piece], None] | None = None):
+    def __init__(self, on_piece: Callable[[Piece], None] | None = None, *, at: tuple[int, int] = (0, 0)):
+        self.at = at
         self.tokens = 0
         self.has_content = False
         self._on_piece = on_piece
@@ -57,7 +64,7 @@ class Listener:
 
     def piece(self, piece: Piece) -> None:
         if self._on_piece is not None:
-            self.has_content |= bool(piece.get("content") or piece.get("tool_calls"))
+            self.has_content |= is_answer(piece)
             self._on_piece(piece)
 
 

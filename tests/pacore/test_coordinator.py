@@ -209,6 +209,14 @@ def test_an_answer_that_was_shown_is_not_replaced(solve):
         solve(sampler, (2,), limits=QUICK, coordinate={"pieces": "final"})
 
 
+def test_the_plurality_stands_in_while_nothing_was_shown(solve):
+    def script(asked):
+        return SamplerError("down", is_temporary=True) if is_synthesis(asked) else "the answer is 42"
+
+    outcome = solve(FakeSampler(script), (2,), limits=QUICK, coordinate={"pieces": "final"})
+    assert outcome.answered_by == "fallback" and outcome.content == "the answer is 42"
+
+
 def test_what_is_done_is_not_drawn_again(solve):
     events = []
     whole = FakeSampler(numbered)
