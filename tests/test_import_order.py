@@ -13,6 +13,7 @@ KERNELS = PACKAGE.parent / "pallas_kernels"
 # Room -> the rooms it may import. Files directly in the package are rooms of their own name.
 ALLOWED = {
     "errors": set(),
+    "figures": set(),
     "checks": {"errors"},
     "config": {"errors", "checks"},
     "config_file": {"errors", "config"},
@@ -25,15 +26,15 @@ ALLOWED = {
     "interop": {"errors", "config", "config_file", "sharding", "models", "processing", "training"},
     "inference": {"errors", "checks", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
-        *("errors", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
+        *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
         "pallas_kernels",
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
-        *("pallas_kernels", "inference"),
+        *("pallas_kernels", "inference", "figures"),
     },
-    "evaluation": {"errors", "config", "models", "data", "processing", "inference"},
-    "pacore": {"errors", "config", "sharding", "processing", "inference", "interop"},
+    "evaluation": {"errors", "figures", "config", "models", "data", "processing", "inference"},
+    "pacore": {"errors", "figures", "config", "sharding", "processing", "inference", "interop"},
     "serving": {"errors", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all
 }

@@ -10,9 +10,9 @@ from typing import Any
 from stepjax.config import DigitsSource
 from stepjax.data.digits import arithmetic_problems, num_digits_distribution, solve
 from stepjax.errors import RecordError
+from stepjax.figures import wilson_interval
 
 _POINT = re.compile(r"\(\s*(\d{1,2})\s*,\s*(\d{1,2})\s*\)")
-_NORMAL_QUANTILE = 1.959964  # of 97.5 %: two-sided intervals of 95 %
 
 
 def score(record: dict[str, Any], text: str) -> bool:
@@ -80,18 +80,6 @@ def _ways_to_sum(num_digits: int) -> Counter[int]:
     for _ in range(num_digits):
         ways = Counter({s: sum(ways[s - digit] for digit in range(10)) for s in range(max(ways) + 10)})
     return ways
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson, 1927), which stays sensible near 0 and 1; (0, 1) without trials."""
-    assert 0 <= correct <= total
-    if total == 0:
-        return 0.0, 1.0
-    z, p = _NORMAL_QUANTILE, correct / total
-    centre = p + z**2 / (2 * total)
-    radius = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
-    scale = 1 + z**2 / total
-    return max(0.0, (centre - radius) / scale), min(1.0, (centre + radius) / scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 from stepjax.config import NumericsConfig
+from stepjax.figures import human_number
 from stepjax.planning.memory import advice
 from stepjax.planning.parts import COLLECTIVES, PARTS
 from stepjax.planning.plan import REFERENCE_TOKENS, Plan
 from stepjax.planning.work import rows_at_once
-from stepjax.training.progress import human_number
 
 _DIRECTIONS = ("forward", "recomputed", "backward")
 

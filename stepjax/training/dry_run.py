@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, flat
+from stepjax.figures import human_number
 from stepjax.models.flops import training_flops
 from stepjax.models.step_vl import abstract_model
 from stepjax.training.loop import make_processor
 from stepjax.training.optimizer import learning_rate, make_optimizer, named_leaves, trained_names
-from stepjax.training.progress import human_number
 from stepjax.training.run_directory import run_directory
 from stepjax.training.step import abstract_state
 

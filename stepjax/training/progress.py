@@ -9,13 +9,12 @@
 On a terminal one live line is refreshed; elsewhere (a log file, a pod's console) lines are printed at an interval.
 """
 
-import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-NUMBER_SUFFIXES = ("", "k", "M", "B", "T")
+from stepjax.figures import human_number, human_time
 
 # The metrics that are shown, in order: (keys, text of their values). A field is shown when one of its keys is present;
 # the absent ones are given as None. What a key means:
@@ -113,40 +112,6 @@ def fit(fields: Mapping[str, str], columns: int) -> str:
             break
         fields.pop(key, None)
     return "  ".join(fields.values())[: max(columns, 0)]
-
-
-def human_number(value: float) -> str:
-    """Three digits and a suffix: 12345 -> "12.3k"."""
-    if not math.isfinite(value):
-        return f"{value}"
-    magnitude = abs(value)
-    for power, suffix in enumerate(NUMBER_SUFFIXES):
-        scaled = magnitude / 1000**power
-        # 999.5 would be rounded to four digits: it belongs to the next suffix.
-        if scaled < 999.5 or suffix == NUMBER_SUFFIXES[-1]:
-            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
-            return f"{'-' if value < 0 else ''}{scaled:.{digits}f}{suffix}"
-    raise AssertionError("unreachable")
-
-
-def human_time(seconds: float) -> str:
-    """The two largest units: "533ms", "4.55s", "62s", "5m20s", "7h12m", "3d04h"."""
-    if not math.isfinite(seconds):
-        return f"{seconds}"
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.0f}ms"
-    if seconds < 9.995:
-        return f"{seconds:.2f}s"
-    total = round(seconds)
-    if total < 120:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    minutes = round(total / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    hours = round(total / 3600)
-    return f"{hours // 24}d{hours % 24:02d}h"
 
 
 def _losses(loss: float | None, image: float | None, text: float | None) -> str:

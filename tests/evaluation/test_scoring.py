@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from stepjax.config import DigitsSource
 from stepjax.data.digits import DigitsRecords
 from stepjax.errors import RecordError
-from stepjax.evaluation.scoring import TaskResult, chance_level, parse_point, score, summary_table, wilson_interval
+from stepjax.evaluation.scoring import TaskResult, chance_level, parse_point, score, summary_table
+from stepjax.figures import wilson_interval
 
 TASKS = ("transcribe", "count", "add", "point", "arithmetic")
 

@@ -13,8 +13,9 @@ import pytest
 
 from stepjax.config import LoggingConfig
 from stepjax.errors import ConfigError
+from stepjax.figures import human_number, human_time
 from stepjax.training.metrics import JsonlTracker, make_trackers, truncate_after
-from stepjax.training.progress import ProgressLine, fit, format_progress, human_number, human_time
+from stepjax.training.progress import ProgressLine, fit, format_progress
 
 # Trackers ------------------------------------------------------------------------------------------------------------
 

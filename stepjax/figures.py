@@ -1,0 +1,53 @@
+"""Figures for people: numbers of three digits, durations, and how sure a proportion is."""
+
+import math
+
+NORMAL_QUANTILE = 1.959964  # of 97.5 %: two-sided intervals of 95 %
+
+_SUFFIXES = ("", "k", "M", "B", "T")
+
+
+def human_number(value: float) -> str:
+    """Three digits and a suffix: 12345 -> "12.3k"."""
+    if not math.isfinite(value):
+        return f"{value}"
+    magnitude = abs(value)
+    for power, suffix in enumerate(_SUFFIXES):
+        scaled = magnitude / 1000**power
+        # 999.5 would be rounded to four digits: it belongs to the next suffix.
+        if scaled < 999.5 or suffix == _SUFFIXES[-1]:
+            digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+            return f"{'-' if value < 0 else ''}{scaled:.{digits}f}{suffix}"
+    raise AssertionError("unreachable")
+
+
+def human_time(seconds: float) -> str:
+    """The two largest units: "533ms", "4.55s", "62s", "5m20s", "7h12m", "3d04h"."""
+    if not math.isfinite(seconds):
+        return f"{seconds}"
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f}ms"
+    if seconds < 9.995:
+        return f"{seconds:.2f}s"
+    total = round(seconds)
+    if total < 120:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    minutes = round(total / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = round(total / 3600)
+    return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson, 1927), which stays sensible near 0 and 1; (0, 1) without trials."""
+    assert 0 <= correct <= total
+    if total == 0:
+        return 0.0, 1.0
+    z, p = NORMAL_QUANTILE, correct / total
+    centre = p + z**2 / (2 * total)
+    radius = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    return max(0.0, (centre - radius) / scale), min(1.0, (centre + radius) / scale)
