@@ -114,6 +114,11 @@ def param_axes(param: nnx.Variable) -> tuple[str, ...]:
     return ("layers",) * (len(param.shape) - len(axes)) + tuple(axes)
 
 
+def parameter_name(path: tuple) -> str:
+    """`decoder/blocks/mlp/up_kernel`: of a parameter's path in a tree, or of its array's, which ends in `value`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a model, a train state, or the abstract form of one, in a tree of its structure.
 
@@ -128,7 +133,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         axes = param_axes(node)
         for dim, axis in zip(node.shape, axes, strict=True):
-            _check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), dim, axis, mesh)
+            _check_divides(parameter_name(path), dim, axis, mesh)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec(*axes)), node)
 
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=_is_param)

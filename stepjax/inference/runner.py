@@ -24,7 +24,7 @@ from stepjax.inference.sequence import Sequence
 from stepjax.models.paged_cache import NO_PAGE, Chunk, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
-from stepjax.sharding import check_heads_only, shardings, target_platform
+from stepjax.sharding import check_heads_only, parameter_name, shardings, target_platform
 
 ViewKind = Literal["crop", "global"]
 
@@ -179,7 +179,7 @@ class Runner:
         old, new = (jax.tree_util.tree_leaves_with_path(m) for m in (self.model, model))
         for (path, a), (_, b) in zip(old, new, strict=False):
             if a.shape != b.shape or a.dtype != b.dtype:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                name = parameter_name(path)
                 raise RequestError(f"weights: {name} is {b.dtype}{b.shape}, the engine has {a.dtype}{a.shape}")
         if jax.tree.structure(self.model) != jax.tree.structure(model):
             raise RequestError("weights: the model is built differently from the engine's")

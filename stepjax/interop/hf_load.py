@@ -14,10 +14,9 @@ from stepjax.interop.arrays import packed
 from stepjax.interop.hf_directory import HFDirectory
 from stepjax.interop.hf_layout import Tensor
 from stepjax.interop.hf_match import Place, Shaped, match, places
-from stepjax.interop.model_spec import parameter_name
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL
-from stepjax.sharding import shardings
+from stepjax.sharding import parameter_name, shardings
 
 
 def fill(

@@ -19,6 +19,7 @@ from stepjax.interop.hf_layout import (
 )
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL, abstract_model
+from stepjax.sharding import parameter_name
 
 TEXT_FAMILIES = ("qwen3", "llama")
 
@@ -68,11 +69,6 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps({"kind": type(self.model).__name__, **dataclasses.asdict(self)}))
-
-
-def parameter_name(path: tuple) -> str:
-    """`decoder/blocks/mlp/up_kernel` from a tree path that ends in the Variable's own `value`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def spec_from_hf(config: dict[str, Any]) -> ModelSpec:

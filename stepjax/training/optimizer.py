@@ -24,6 +24,7 @@ from flax import nnx
 
 from stepjax.config import OptimizerConfig, ScheduleConfig
 from stepjax.errors import ConfigError
+from stepjax.sharding import parameter_name
 
 
 def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedule:
@@ -60,7 +61,7 @@ def _is_variable(node: Any) -> bool:
 def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """(name, leaf) pairs and the treedef, where an `nnx.Variable` is one leaf."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs], treedef
+    return [(parameter_name(path), leaf) for path, leaf in pairs], treedef
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

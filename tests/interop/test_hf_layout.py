@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.interop.hf_layout import config_from_hf, decoder_config_from_hf, decoder_tensors, disk_key, step_vl_tensors
-from stepjax.interop.model_spec import parameter_name
 from stepjax.models.step_vl import abstract_model, num_parameters
+from stepjax.sharding import parameter_name
 
 BLOCK, LAYER = "vision_model.transformer.resblocks.{layer}", "model.layers.{layer}"
 # The public checkpoint as published (spec section 1.7), per layer where there are layers.
