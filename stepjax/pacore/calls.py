@@ -90,9 +90,12 @@ class Caller:
             await asyncio.sleep(max(random.uniform(0.5, 1) * longest, min(asked or 0, limits.max_backoff_seconds)))
 
     def cancelled(self, round_number: int, index: int) -> Trajectory:
-        """The record of a call that was under way and whose task has been cancelled."""
+        """The record of a call whose task has been cancelled, under way or before it began."""
+        now = time.monotonic() - self._begin
+        if (round_number, index) not in self._under_way:
+            return Trajectory(round=round_number, index=index, status="cancelled", start=now)
         trajectory, listener = self._under_way.pop((round_number, index))
-        seconds = time.monotonic() - self._begin - trajectory.start
+        seconds = now - trajectory.start
         return dataclasses.replace(trajectory, seconds=seconds, output_tokens=listener.tokens)
 
     async def _try(self, prompt: Prompt, trajectory: Trajectory, listener: Listener) -> Trajectory | Exception:

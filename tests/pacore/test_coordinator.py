@@ -10,7 +10,7 @@ from stepjax.inference.request import SamplingParams
 from stepjax.pacore.config import Limits, PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import AttemptFailed, RoundEnded, RoundStarted, TrajectoryEnded, TrajectoryPiece
-from stepjax.pacore.records import Problem
+from stepjax.pacore.records import Problem, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
 from stepjax.pacore.sampler import PromptTooLongError, Reply, SamplerError
 
@@ -230,6 +230,15 @@ def test_what_is_done_is_not_drawn_again(solve):
         assert len(sampler.asked) == 6 - count == sum(isinstance(event, TrajectoryEnded) for event in told)
         assert outcome.content == expected.content
         assert [r.references for r in outcome.rounds] == [r.references for r in expected.rounds]
+
+
+def test_agreement_among_what_is_done_ends_a_round_at_once(solve):
+    """A run that was cut off between the last vote that it needed and the records of the calls it then cancelled."""
+    done = [Trajectory(round=0, index=i, status="ok", content="42", output_tokens=1) for i in range(3)]
+    sampler = FakeSampler(numbered)
+    outcome = solve(sampler, (4,), limits=Limits(agreement=0.75), coordinate={"done": done})
+    assert outcome.answered_by == "agreement" and not sampler.asked
+    assert outcome.rounds[0].losses == {"cancelled": 1}
 
 
 def test_observers_see_it_all(solve):
