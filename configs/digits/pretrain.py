@@ -47,7 +47,7 @@ config = PretrainConfig(
             num_kv_heads=2,
             head_dim=32,
             mlp_dim=256,
-            max_positions=1024,
+            max_positions=2048,  # more than its questions need: PaCoRe lists many answers in one prompt
         ),
         init_range=0.1,
     ),

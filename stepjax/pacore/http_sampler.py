@@ -113,6 +113,7 @@ class HttpSampler:
         )
         self._turn = asyncio.Semaphore(endpoint.max_concurrent)
         self._model = endpoint.model
+        self._asking = asyncio.Lock()
         self._has_warned = False
 
     async def __aenter__(self) -> "HttpSampler":
@@ -127,15 +128,16 @@ class HttpSampler:
         Raises:
             SamplerError: the endpoint cannot be reached, or lists none.
         """
-        if self._model is None:
-            try:
-                listed = (await self._client.models.list()).data
-            except self._openai.OpenAIError as error:
-                raise self._failure(error, 0) from error
-            if not listed:
-                raise SamplerError(f"{self.endpoint.url} lists no model: name one", is_temporary=False)
-            self._model = listed[0].id
-        return self._model
+        async with self._asking:  # once, for all calls
+            if self._model is None:
+                try:
+                    listed = (await self._client.models.list()).data
+                except self._openai.OpenAIError as error:
+                    raise self._failure(error, 0) from error
+                if not listed:
+                    raise SamplerError(f"{self.endpoint.url} lists no model: name one", is_temporary=False)
+                self._model = listed[0].id
+            return self._model
 
     @contextlib.asynccontextmanager
     async def prompt(
