@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
-import numpy as np
 from jax.sharding import Mesh
 
 from stepjax.errors import BusyError, RequestError
@@ -27,7 +26,7 @@ from stepjax.inference import programs
 from stepjax.inference.advance import advance, make_delta
 from stepjax.inference.collect import Collector
 from stepjax.inference.config import EngineConfig
-from stepjax.inference.feature_store import FeatureStore, ViewFeatures
+from stepjax.inference.feature_store import FeatureStore
 from stepjax.inference.pages import Pages
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.inference.runner import Runner
@@ -237,26 +236,10 @@ class Engine:
             self._fork()
 
     def _encode(self) -> None:
-        """One batch of views: of the first prompt that waits for some, filled up with those of the next ones."""
-        crops: dict[int, tuple[ViewFeatures, np.ndarray]] = {}
-        globals_: dict[int, tuple[ViewFeatures, np.ndarray]] = {}
-        for sequence in self._scheduler.prefilling:
-            example, views = sequence.prompt.example, sequence.views or []
-            for i, view in enumerate(views):
-                if view.encoded:
-                    continue
-                if i < len(example.crops):
-                    crops.setdefault(id(view), (view, example.crops[i]))
-                else:
-                    globals_.setdefault(id(view), (view, example.global_views[i - len(example.crops)]))
-            if crops or globals_ and len(globals_) >= self.config.view_batch:
-                break
-        kind, waiting = ("crop", crops) if crops else ("global", globals_)
-        batch = list(waiting.values())[: self.config.view_batch]
-        self._runner.encode(kind, batch)
-        for view, _ in batch:
-            view.encoded = True
-        self._totals["encoded"] += len(batch)
+        assert self._store is not None
+        kind, views = self._store.next_batch(self.config.view_batch)
+        self._runner.encode(kind, views)
+        self._totals["encoded"] += len(views)
 
     def _advance(self, sequence: Sequence, drawn: programs.Drawn, row: int) -> Delta:
         delta = advance(sequence, drawn, row, self._stop_ids)

@@ -3,11 +3,14 @@
 import hashlib
 import weakref
 from collections import OrderedDict
+from typing import Literal
 
 import numpy as np
 
 from stepjax.config import ImageConfig
 from stepjax.processing.tokens import Example
+
+ViewKind = Literal["crop", "global"]
 
 
 class ViewFeatures:
@@ -44,6 +47,7 @@ class FeatureStore:
         self.num_rows, self.images = num_rows, images
         self._free = list(range(num_rows - 1, -1, -1))
         self._views: OrderedDict[bytes, ViewFeatures] = OrderedDict()
+        self._pending: dict[bytes, tuple[ViewKind, ViewFeatures, np.ndarray]] = {}  # with pixels; held, not yet encoded
         self.num_found = 0  # views that were there when a prompt asked for them
 
     def size_of(self, example: Example) -> int:
@@ -51,15 +55,15 @@ class FeatureStore:
         return len(example.crops) * self.images.crop_tokens + len(example.global_views) * self.images.global_tokens
 
     def hold(self, example: Example, digests: list[bytes]) -> list[ViewFeatures] | None:
-        """The places of a prompt's views, held until `release`; those not `encoded` yet are for the caller to fill.
+        """The places of a prompt's views, held until `release`; those not `encoded` yet will be in a `next_batch`.
         None where there is no room now.
         """
-        wanted: dict[bytes, int] = {}
-        for index, digest in enumerate(digests):
-            is_crop = index < len(example.crops)
-            wanted[digest] = self.images.crop_tokens if is_crop else self.images.global_tokens
+        sizes: dict[ViewKind, int] = {"crop": self.images.crop_tokens, "global": self.images.global_tokens}
+        kinds: tuple[tuple[ViewKind, np.ndarray], ...] = (("crop", example.crops), ("global", example.global_views))
+        views: list[tuple[ViewKind, np.ndarray]] = [(kind, view) for kind, some in kinds for view in some]
+        wanted = dict(zip(digests, views, strict=True))
         found = sum(digest in self._views for digest in wanted)
-        needed = sum(size for digest, size in wanted.items() if digest not in self._views)
+        needed = sum(sizes[kind] for digest, (kind, _) in wanted.items() if digest not in self._views)
         idle = [d for d, view in self._views.items() if view.holders == 0 and d not in wanted]
         room = len(self._free) + sum(len(self._views[digest].rows_Q) for digest in idle)
         if needed > room:
@@ -69,19 +73,36 @@ class FeatureStore:
                 break
             self._free += self._views.pop(digest).rows_Q.tolist()
         self.num_found += found
-        for digest, size in wanted.items():
+        for digest, (kind, view_HWC) in wanted.items():
             if digest not in self._views:
-                rows_Q = np.array([self._free.pop() for _ in range(size)], np.int32)
+                rows_Q = np.array([self._free.pop() for _ in range(sizes[kind])], np.int32)
                 self._views[digest] = ViewFeatures(rows_Q)
+                self._pending[digest] = kind, self._views[digest], view_HWC
             self._views[digest].holders += 1
             self._views.move_to_end(digest)
         return [self._views[digest] for digest in digests]
 
+    def next_batch(self, size: int) -> tuple[ViewKind, list[tuple[ViewFeatures, np.ndarray]]]:
+        """Up to `size` views of one kind with their pixels, of those that wait the kind that has waited longest. The
+        caller encodes them, and they count as encoded.
+        """
+        kind = next(iter(self._pending.values()))[0]
+        digests = [digest for digest, (other, _, _) in self._pending.items() if other == kind][:size]
+        batch = [self._pending.pop(digest)[1:] for digest in digests]
+        for view, _ in batch:
+            view.encoded = True
+        return kind, batch
+
     def release(self, digests: list[bytes]) -> None:
         for digest in set(digests):
-            self._views[digest].holders -= 1
+            view = self._views[digest]
+            view.holders -= 1
+            if not (view.holders or view.encoded):
+                del self._views[digest], self._pending[digest]
+                self._free += view.rows_Q.tolist()
 
     def forget_all(self) -> None:
-        """Everything must be encoded again: the weights changed."""
-        for view in self._views.values():
-            view.encoded = False
+        """Everything must be encoded again, as when the weights change; nobody may hold anything."""
+        assert not any(view.holders for view in self._views.values())
+        self._views.clear()
+        self._free = list(range(self.num_rows - 1, -1, -1))

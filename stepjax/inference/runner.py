@@ -5,7 +5,6 @@ Legend: C tokens of a chunk, E views, Q features of a view, M pages of a row, X 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from stepjax.errors import ConfigError, RequestError
 from stepjax.inference import programs
 from stepjax.inference.batch import Batch, bucket, make_batch, sizes
 from stepjax.inference.config import EngineConfig
-from stepjax.inference.feature_store import ViewFeatures
+from stepjax.inference.feature_store import ViewFeatures, ViewKind
 from stepjax.inference.grouping import Group, group_by_prefix
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence
@@ -25,8 +24,6 @@ from stepjax.models.paged_cache import NO_PAGE, Chunk, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
 from stepjax.sharding import check_heads_only, parameter_name, shardings, target_platform
-
-ViewKind = Literal["crop", "global"]
 
 
 class Runner:
