@@ -21,7 +21,8 @@ from stepjax.processing.tokens import Example
 class Engine(Protocol):
     """`stepjax.inference.async_engine.AsyncEngine` is one, and so is `replicas.AsyncReplicas`."""
 
-    max_context: int
+    @property
+    def max_context(self) -> int: ...
 
     def stream(
         self, prompt: Example, params: SamplingParams, *, request_id: str | None = None

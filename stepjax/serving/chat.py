@@ -1,47 +1,49 @@
 """`/v1/chat/completions`."""
 
 import contextlib
-import time
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from stepjax.inference.request import Delta, TokenLogprob
 from stepjax.interop.any_processor import starts_thinking
 from stepjax.processing.answer_stream import AnswerStream, add_piece
-from stepjax.serving.context import Context
+from stepjax.serving.context import EngineContext
 from stepjax.serving.generation import Usage, generate
 from stepjax.serving.logprobs import chat_logprobs
+from stepjax.serving.pacore_chat import PacoreChat
+from stepjax.serving.pacore_options import pacore_config
+from stepjax.serving.pacore_sampler import EngineSampler
+from stepjax.serving.replies import ChatReply, respond
 from stepjax.serving.schemas import ChatRequest
-from stepjax.serving.sse import EventStream, start
 from stepjax.serving.validation import parse_request
 
 
-async def chat_completions(context: Context, body: dict[str, Any]) -> Response:
+async def chat_completions(context: EngineContext, body: dict[str, Any]) -> Response:
     """
     Raises:
         ApiError, StepjaxError: the request cannot be served.
     """
     request = parse_request(ChatRequest, body)
-    context.check_model(request.model)
+    chosen = await context.names.choose(request.model)
     context.check_samples(request.n)
-    chat = _Chat(context, request)
-    if request.stream:
-        return EventStream(await start(chat.chunks()), write_seconds=context.settings.limits.write_seconds)
-    return JSONResponse(await chat.whole())
+    if request.pacore is None and chosen.schedule is None:
+        chat = _Chat(context, request, chosen.name)
+    else:
+        config = pacore_config(request, chosen, context.settings, max_context=context.engine.max_context)
+        chat = PacoreChat(context, request, chosen.name, config, EngineSampler(context, request))
+    return await respond(chat, request, context.settings.limits)
 
 
 class _Chat:
-    def __init__(self, context: Context, request: ChatRequest):
+    def __init__(self, context: EngineContext, request: ChatRequest, name: str):
         self._context = context
         self._request = request
         self._params = request.params()
         self._answers: list[AnswerStream] = []  # of the samples, once there is a prompt
         self._usage = Usage()
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._reply = ChatReply(request, name)
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece. It is taken apart as a streamed one is, so that both say the same."""
@@ -63,7 +65,7 @@ class _Chat:
                 message["content"] = ""
             choice = self._choice(index, answer, end)
             choices.append({**choice, "message": message, "logprobs": self._logprobs(logprobs[index])})
-        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.as_json()}
+        return self._reply.whole(choices, self._usage.as_json())
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         logprobs: list[list[TokenLogprob]] = [[] for _ in range(self._request.n)]  # of tokens whose text is held back
@@ -74,16 +76,18 @@ class _Chat:
                     index = delta.sample
                     if not has_begun[index]:
                         has_begun[index] = True
-                        yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
+                        yield self._reply.chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
                     logprobs[index] += delta.logprobs
                     for part in self._answers[index].take(delta.text, is_last=delta.finish_reason is not None):
-                        yield self._chunk({"index": index, "delta": part, "logprobs": self._logprobs(logprobs[index])})
+                        yield self._reply.chunk(
+                            {"index": index, "delta": part, "logprobs": self._logprobs(logprobs[index])}
+                        )
                         logprobs[index] = []
                     if delta.finish_reason is not None:
                         choice = self._choice(index, self._answers[index], delta)
-                        yield self._chunk({**choice, "delta": {}, "logprobs": self._logprobs(logprobs[index])})
-        if self._request.includes_usage:
-            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage.as_json()}
+                        yield self._reply.chunk({**choice, "delta": {}, "logprobs": self._logprobs(logprobs[index])})
+        for chunk in self._reply.usage_chunks(self._usage.as_json()):
+            yield chunk
 
     async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         context = self._context
@@ -95,26 +99,11 @@ class _Chat:
                 for _ in range(self._request.n)
             ]
             batches = generate(
-                context.engine, context.admission, [prompt], self._params, self._usage, request_id=self._id
+                context.engine, context.admission, [prompt], self._params, self._usage, request_id=self._reply.id
             )
             async with contextlib.aclosing(batches):
                 async for batch in batches:
                     yield batch
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._context.settings.model_name,
-        }
-
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {
-            **self._head("chat.completion.chunk"),
-            "choices": [{"finish_reason": None, "logprobs": None, **choice}],
-        }
-        return {**chunk, "usage": None} if self._request.includes_usage else chunk
 
     def _choice(self, index: int, answer: AnswerStream, end: Delta) -> dict[str, Any]:
         assert end.finish_reason is not None

@@ -19,7 +19,7 @@ from stepjax.serving.settings import Limits, ServerSettings
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
 _log = logging.getLogger("stepjax.serving")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,7 @@ class ServeArguments:
     limits: Limits = Limits()
 
     def __post_init__(self):
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"--port {self.port}: must be from 0 (any) to 65535")
-        if not self.drain_seconds >= 0:
-            raise ConfigError(f"--drain-seconds {self.drain_seconds}: must not be negative")
+        check_address(self.port, self.drain_seconds)
         for name in ("tensor_parallel", "data_parallel", "yarn_factor"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -57,16 +54,49 @@ class ServeArguments:
         Args:
             environment: API keys, separated by commas.
         """
-        keys = [key.strip() for key in (environment or "").split(",") if key.strip()]
-        is_local = self.host in _LOOPBACK
+        keys = api_keys(self.api_keys, environment)
         return ServerSettings(
             model_name=self.model_name or Path(self.model).expanduser().absolute().name,
-            api_keys=(*self.api_keys, *keys),
-            hosts=_LOOPBACK if is_local and not (keys or self.api_keys) else (),
+            api_keys=keys,
+            hosts=LOOPBACK if self.host in LOOPBACK and not keys else (),
             limits=self.limits,
             allow_remote_images=self.allow_remote_images,
             workers=self.workers,
         )
+
+
+def check_address(port: int, drain_seconds: float) -> None:
+    """
+    Raises:
+        ConfigError: one of them cannot work.
+    """
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port {port}: must be from 0 (any) to 65535")
+    if not drain_seconds >= 0:
+        raise ConfigError(f"--drain-seconds {drain_seconds}: must not be negative")
+
+
+def api_keys(given: tuple[str, ...], environment: str | None) -> tuple[str, ...]:
+    """Those of the command line, and those of the environment, separated by commas."""
+    return (*given, *(key.strip() for key in (environment or "").split(",") if key.strip()))
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        ConfigError: what a server needs is not installed.
+    """
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'stepjax[serve]'") from error
+
+
+def warn_if_open(program: str, host: str, settings: ServerSettings) -> None:
+    if not settings.api_keys and host not in LOOPBACK:
+        print(f"{program}: no API key: whoever reaches {host} can use the model", file=sys.stderr)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -77,15 +107,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     args = tyro.cli(ServeArguments, args=list(arguments), prog="stepjax serve")
     settings = args.settings(os.environ.get(KEY_VARIABLE))
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'stepjax[serve]'") from error
+    check_installed()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if not settings.api_keys and args.host not in _LOOPBACK:
-        print(f"stepjax serve: no API key: whoever reaches {args.host} can use the model", file=sys.stderr)
+    warn_if_open("stepjax serve", args.host, settings)
     try:
         _load_and_serve(args, settings)
     except KeyboardInterrupt:  # while the model was being loaded

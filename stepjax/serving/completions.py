@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from stepjax.inference.request import Delta, TokenLogprob
-from stepjax.serving.context import Context
+from stepjax.serving.context import EngineContext
 from stepjax.serving.errors import ApiError
 from stepjax.serving.generation import Usage, generate
 from stepjax.serving.logprobs import CompletionLogprobs
@@ -19,23 +19,27 @@ from stepjax.serving.sse import EventStream, start
 from stepjax.serving.validation import parse_request
 
 
-async def completions(context: Context, body: dict[str, Any]) -> Response:
+async def completions(context: EngineContext, body: dict[str, Any]) -> Response:
     """
     Raises:
         ApiError, StepjaxError: the request cannot be served.
     """
     request = parse_request(CompletionRequest, body)
-    context.check_model(request.model)
-    completion = _Completion(context, request)
+    chosen = await context.names.choose(request.model)
+    if chosen.schedule is not None:
+        message = f"model {chosen.name!r}: PaCoRe answers chats; ask /v1/chat/completions"
+        raise ApiError(400, message, param="model", code="invalid_value")
+    completion = _Completion(context, request, chosen.name)
     if request.stream:
         return EventStream(await start(completion.chunks()), write_seconds=context.settings.limits.write_seconds)
     return JSONResponse(await completion.whole())
 
 
 class _Completion:
-    def __init__(self, context: Context, request: CompletionRequest):
+    def __init__(self, context: EngineContext, request: CompletionRequest, name: str):
         self._context = context
         self._request = request
+        self._name = name
         self._params = request.params()
         self._prompts = _prompts(request.prompt)
         self._num_samples = len(self._prompts) * request.n
@@ -94,7 +98,7 @@ class _Completion:
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
-            "model": self._context.settings.model_name,
+            "model": self._name,
         }
 
     def _choice(

@@ -7,27 +7,21 @@ from stepjax.serving.admission import Admission
 from stepjax.serving.engine import AsyncEngine
 from stepjax.serving.errors import ApiError
 from stepjax.serving.metrics import Metrics
+from stepjax.serving.model_names import ModelNames
 from stepjax.serving.prompts import PromptMaker
 from stepjax.serving.settings import ServerSettings
+from stepjax.serving.threads import Threads
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    engine: AsyncEngine
-    processor: AnyProcessor
-    prompts: PromptMaker
+    """Of any server."""
+
+    names: ModelNames
+    threads: Threads
     admission: Admission
     metrics: Metrics
     settings: ServerSettings
-
-    def check_model(self, name: str | None) -> None:
-        """
-        Raises:
-            ApiError: 404, another model is asked for.
-        """
-        if name is not None and name != self.settings.model_name:
-            message = f"there is no model {name[:200]!r}; there is {self.settings.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_samples(self, count: int) -> None:
         """
@@ -37,3 +31,12 @@ class Context:
         if count > self.settings.limits.samples:
             message = f"n={count} samples are more than the limit of {self.settings.limits.samples} for a request"
             raise ApiError(400, message, param="n", code="invalid_value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineContext(Context):
+    """Of a server that has the model."""
+
+    engine: AsyncEngine
+    processor: AnyProcessor
+    prompts: PromptMaker

@@ -12,7 +12,7 @@ from stepjax.serving.bodies import Disconnected, parse_object, read_body
 from stepjax.serving.context import Context
 from stepjax.serving.errors import ApiError, as_api_error, shutting_down
 
-Handle = Callable[[Context, dict[str, Any]], Awaitable[Response]]
+Handle = Callable[[dict[str, Any]], Awaitable[Response]]
 
 _LARGE_BODY = 2**18  # is parsed in a thread
 
@@ -54,9 +54,9 @@ class Endpoint:
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             large = len(body) > _LARGE_BODY
-            fields = await self._context.prompts.run(parse_object, body) if large else parse_object(body)
+            fields = await self._context.threads.run(parse_object, body) if large else parse_object(body)
             del body
-            response = await self._handle(self._context, fields)
+            response = await self._handle(fields)
             del fields
         except asyncio.CancelledError:
             if not self._context.admission.is_draining:

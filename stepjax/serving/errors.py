@@ -20,6 +20,7 @@ _TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "service_unavailable_error",
 }
 
@@ -55,6 +56,18 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+class TooLongError(ApiError):
+    """A prompt is too long.
+
+    Attributes:
+        excess: by about how many tokens.
+    """
+
+    def __init__(self, message: str, *, param: str, excess: int):
+        super().__init__(400, message, param=param, code="context_length_exceeded")
+        self.excess = excess
 
 
 def busy(message: str) -> ApiError:

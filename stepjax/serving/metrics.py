@@ -17,7 +17,11 @@ _NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # of Engin
 class Metrics:
     """A registry of its own for each app."""
 
-    def __init__(self, engine: AsyncEngine, admission: Admission):
+    def __init__(self, engine: AsyncEngine | None, admission: Admission):
+        """
+        Args:
+            engine: None where the model is another server's.
+        """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("stepjax_requests", "Answered requests", ["path", "status"], registry=registry)
         self.seconds = Histogram(
@@ -37,9 +41,32 @@ class Metrics:
         self.disconnects = Counter(
             "stepjax_disconnects", "Requests whose client left before the end", registry=registry
         )
+        self.pacore_requests = Counter(
+            "stepjax_pacore_requests",
+            "Requests with PaCoRe, by what answered: synthesis, agreement, fallback; else failed, or cancelled",
+            ["answered_by"],
+            registry=registry,
+        )
+        self.pacore_rounds = Counter("stepjax_pacore_rounds", "Rounds of PaCoRe that have ended", registry=registry)
+        self.pacore_calls = Counter(
+            "stepjax_pacore_calls",
+            "Calls of PaCoRe: ok, error, timeout or cancelled; those of a request that was cancelled do not count",
+            ["status"],
+            registry=registry,
+        )
+        self.pacore_attempts = Counter(
+            "stepjax_pacore_failed_attempts", "Tries of calls that led to nothing", ["status"], registry=registry
+        )
+        self.pacore_losses = Counter(
+            "stepjax_pacore_losses", "Trajectories that left no message, by the reason", ["reason"], registry=registry
+        )
+        self.pacore_tokens = Counter(
+            "stepjax_pacore_output_tokens", "Tokens of trajectories that have ended", registry=registry
+        )
         under_way = Gauge("stepjax_requests_under_way", "Requests that are being answered", registry=registry)
         under_way.set_function(lambda: admission.count)
-        registry.register(_EngineCollector(engine))
+        if engine is not None:
+            registry.register(_EngineCollector(engine))
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)

@@ -1,22 +1,20 @@
 """From requests to prompts, in threads: reading images and tokenizing would hold up everybody's streams."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 from stepjax.interop.any_processor import AnyProcessor, content_of, encode, image_token, vocab_size
 from stepjax.processing.tokens import Example, text_example
 from stepjax.serving.admission import ByteBudget
-from stepjax.serving.errors import ApiError
+from stepjax.serving.bounds import check_chat_text, check_text, image_urls, is_data_uri, place_of, utf8_length
+from stepjax.serving.errors import ApiError, TooLongError
 from stepjax.serving.fetch import Fetcher
 from stepjax.serving.images import data_uri_bytes, plan_of, view_bytes
 from stepjax.serving.processors import image_config
 from stepjax.serving.schemas import ChatRequest, ImagePart, Message
 from stepjax.serving.settings import Limits
-
-_Result = TypeVar("_Result")
+from stepjax.serving.threads import Threads
 
 
 class PromptMaker:
@@ -28,7 +26,7 @@ class PromptMaker:
         limits: Limits,
         *,
         max_context: int,
-        executor: Executor,
+        threads: Threads,
         fetcher: Fetcher | None,
     ):
         """
@@ -38,28 +36,27 @@ class PromptMaker:
         self.processor = processor
         self.limits = limits
         self.max_prompt_tokens = min(limits.prompt_tokens or max_context, max_context - 1)
-        self._executor = executor
+        self._threads = threads
         self._fetcher = fetcher
         self._view_budget = ByteBudget(limits.view_bytes)
 
-    async def run(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
-
     @contextlib.asynccontextmanager
-    async def chat(self, request: ChatRequest) -> AsyncIterator[Example]:
+    async def chat(self, request: ChatRequest, *, fetched: dict[str, bytes] | None = None) -> AsyncIterator[Example]:
         """The prompt of a conversation. Its views count against the memory for views until the context is left.
+
+        Args:
+            fetched: image files by their URL, which are not fetched again; those that are new are added.
 
         Raises:
             ApiError, StepjaxError: the prompt is too large, or an image or a message is not usable.
         """
-        tools = sum(len(tool.model_dump_json()) for tool in request.tools or ())
-        self._check_text(tools + sum(_text_bytes(message) for message in request.messages), "messages")
-        files = await self._files(request)
+        check_chat_text(request, self.limits)
+        files = await self._files(request, {} if fetched is None else fetched)
         size = 0
         if files:
-            size = await self.run(self._view_bytes, files)
+            size = await self._threads.run(self._view_bytes, files)
         async with self._view_budget.hold(size) if size else contextlib.nullcontext():
-            yield await self.run(self._chat, request, files)
+            yield await self._threads.run(self._chat, request, files)
 
     async def completion(self, prompt: str | list[int], where: str) -> Example:
         """The prompt of a plain completion. What text spells stays text; ids may be those of control tokens.
@@ -68,37 +65,26 @@ class PromptMaker:
             ApiError, StepjaxError: the prompt is empty, too long, or holds ids that there are not.
         """
         if isinstance(prompt, str):
-            self._check_text(_utf8_length(prompt), where)
-        return await self.run(self._completion, prompt, where)
+            check_text(utf8_length(prompt), where, self.limits)
+        return await self._threads.run(self._completion, prompt, where)
 
-    async def _files(self, request: ChatRequest) -> dict[tuple[int, int], bytes]:
+    async def _files(self, request: ChatRequest, fetched: dict[str, bytes]) -> dict[tuple[int, int], bytes]:
         """Image files, by the indices of their message and part."""
-        parts = {
-            (i, j): part.image_url.url
-            for i, message in enumerate(request.messages)
-            if isinstance(message.content, list)
-            for j, part in enumerate(message.content)
-            if isinstance(part, ImagePart)
-        }
-        if len(parts) > self.limits.images:
-            message = f"messages hold {len(parts)} images, more than the limit of {self.limits.images}"
-            raise ApiError(400, message, param="messages", code="too_many_images")
+        urls = image_urls(request, self.limits, allow_remote=self._fetcher is not None)
         files = {}
-        for at, url in parts.items():
-            if url[:5].lower() == "data:":
-                files[at] = await self.run(data_uri_bytes, url, self.limits, _where(at))
-            elif self._fetcher is None:
-                message = (
-                    f"{_where(at)}: images are not fetched from URLs here; send a data URI: data:image/...;base64,..."
-                )
-                raise ApiError(400, message, param=_where(at), code="remote_images_not_allowed")
+        for at, url in urls.items():
+            if is_data_uri(url):
+                files[at] = await self._threads.run(data_uri_bytes, url, self.limits, place_of(at))
+            elif url in fetched:
+                files[at] = fetched[url]
             else:
-                files[at] = await self._fetcher.fetch(url)
+                assert self._fetcher is not None
+                files[at] = fetched[url] = await self._fetcher.fetch(url)
         return files
 
     def _view_bytes(self, files: dict[tuple[int, int], bytes]) -> int:
         config = image_config(self.processor)
-        plans = [plan_of(data, config, self.limits, _where(at)) for at, data in files.items()]
+        plans = [plan_of(data, config, self.limits, place_of(at)) for at, data in files.items()]
         self._check_tokens(sum(plan.num_tokens(config) - plan.num_newlines for plan in plans), "the images alone")
         size = sum(view_bytes(plan, config) for plan in plans)
         if size > self.limits.view_bytes:
@@ -146,30 +132,7 @@ class PromptMaker:
         self._check_tokens(len(ids), where)
         return text_example(ids, where)
 
-    def _check_text(self, size: int, where: str) -> None:
-        if size > self.limits.text_bytes:
-            message = f"{where}: {size} bytes of text are more than the limit of {self.limits.text_bytes}"
-            raise ApiError(400, message, param=where, code="context_length_exceeded")
-
     def _check_tokens(self, count: int, where: str) -> None:
         if count > self.max_prompt_tokens:
             message = f"{where}: {count} tokens are more than the limit of {self.max_prompt_tokens} for a prompt"
-            raise ApiError(400, message, param=where, code="context_length_exceeded")
-
-
-def _text_bytes(message: Message) -> int:
-    texts = [message.reasoning_content or ""]
-    if isinstance(message.content, str):
-        texts.append(message.content)
-    elif message.content is not None:
-        texts += [part.text for part in message.content if not isinstance(part, ImagePart)]
-    texts += [call.function.arguments for call in message.tool_calls or ()]
-    return sum(map(_utf8_length, texts))
-
-
-def _utf8_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def _where(at: tuple[int, int]) -> str:
-    return f"messages[{at[0]}].content[{at[1]}].image_url.url"
+            raise TooLongError(message, param=where, excess=count - self.max_prompt_tokens)

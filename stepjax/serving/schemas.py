@@ -140,6 +140,23 @@ class ChatTemplateOptions(_Strict):
     enable_thinking: bool | None = None
 
 
+class PacoreOptions(_Strict):
+    """How PaCoRe goes about a request; what is left out is the server's. See `pacore.config`."""
+
+    schedule: str | _List[int] | None = None  # a preset's name, "32,4", or the widths
+    order: Literal["shuffle", "length"] | None = None
+    overflow: Literal["shorten", "drop", "fail"] | None = None
+    truncated: Literal["drop", "tail"] | None = None
+    images: Literal["before", "after"] | None = None
+    quorum: float | None = None
+    round_seconds: float | None = None
+    call_seconds: float | None = None
+    retries: int | None = Field(default=None, le=16)
+    agreement: float | None = None
+    # What events and rounds hold of the trajectories: counts alone; their messages; their reasoning, too.
+    include: Literal["summary", "messages", "full"] = "messages"
+
+
 class ChatRequest(_Sampling):
     messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
@@ -148,6 +165,7 @@ class ChatRequest(_Sampling):
     tools: _List[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
+    pacore: PacoreOptions | None = None
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "ChatRequest":

@@ -3,6 +3,7 @@
 import dataclasses
 
 from stepjax.errors import ConfigError
+from stepjax.pacore.config import PacoreConfig
 
 MiB = 2**20
 
@@ -17,6 +18,7 @@ class Limits:
 
     requests: int = 256  # under way at a time; more are answered with status 429
     samples: int = 64  # prompts times n of one request
+    pacore_calls: int = 64  # of one request that is answered with PaCoRe, the final one included
     body_bytes: int = 32 * MiB
     body_seconds: float = 60.0  # for a body to arrive
     text_bytes: int = 4 * MiB  # of a prompt, before it is tokenized
@@ -42,16 +44,17 @@ class ServerSettings:
         ConfigError: a value cannot work.
     """
 
-    model_name: str
+    model_name: str | None  # None: the upstream's own, where there is one
     api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # any of them opens the server; none: anybody
     hosts: tuple[str, ...] = ()  # names in the header `Host` that are answered to; none: all
     limits: Limits = Limits()
+    pacore: PacoreConfig = PacoreConfig()  # of what requests leave open
     allow_remote_images: bool = False  # fetch images from public addresses
     fetch_seconds: float = 10.0  # for one remote image, redirects included
     workers: int = 2  # threads that read images and make prompts
 
     def __post_init__(self):
-        if not self.model_name:
+        if self.model_name == "":
             raise ConfigError(f"model_name={self.model_name!r}: must not be empty")
         if not all(key.strip() and key.isascii() for key in self.api_keys):
             raise ConfigError("an API key is empty or not ASCII: give a long random one")

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from stepjax.config import ImageConfig
 from stepjax.processing.image_files import open_image
 from stepjax.processing.images import make_views
-from stepjax.serving.context import Context
+from stepjax.serving.context import EngineContext
 from stepjax.serving.images import data_uri_bytes, plan_of
 from stepjax.serving.processors import image_config
 from stepjax.serving.schemas import ViewsRequest
@@ -20,16 +20,16 @@ from stepjax.serving.validation import parse_request
 MAX_SIDE = 256  # pixels of a picture
 
 
-async def views(context: Context, body: dict[str, Any]) -> Response:
+async def views(context: EngineContext, body: dict[str, Any]) -> Response:
     """
     Raises:
         ApiError, StepjaxError: the image is not usable.
     """
     request = parse_request(ViewsRequest, body)
-    return JSONResponse(await context.prompts.run(_views, context, request.image))
+    return JSONResponse(await context.threads.run(_views, context, request.image))
 
 
-def _views(context: Context, uri: str) -> dict[str, Any]:
+def _views(context: EngineContext, uri: str) -> dict[str, Any]:
     config, limits = image_config(context.processor), context.settings.limits
     data = data_uri_bytes(uri, limits, "image")
     plan_of(data, config, limits, "image")

@@ -51,7 +51,8 @@ class FakeEngine:
             raise BusyError("the queue is full")
         if len(prompt.tokens) + (params.max_tokens or 1) > self.max_context:
             raise RequestError(f"the prompt has {len(prompt.tokens)} tokens: too long")
-        assert request_id is not None and request_id not in self.requests
+        request_id = request_id or f"request-{len(self.served)}"
+        assert request_id not in self.requests
         self.served.append((prompt, params))
         scripts = [self.script(prompt, params, sample) for sample in range(params.n)]
         request = _Request(request_id, prompt, params, scripts, [0] * params.n, asyncio.Queue())

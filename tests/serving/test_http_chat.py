@@ -210,7 +210,8 @@ def test_another_model_is_not_found(server):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    suffixes = ["", ":pacore-low", ":pacore-medium", ":pacore-high"]
+    assert [model.id for model in client.models.list()] == [f"tiny{suffix}" for suffix in suffixes]
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")

@@ -1,0 +1,107 @@
+"""`stepjax pacore serve`: PaCoRe in front of any server that speaks OpenAI's chat completions."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+
+import tyro
+
+from stepjax.errors import ConfigError
+from stepjax.pacore import config as pacore
+from stepjax.pacore.http_sampler import Endpoint, HttpSampler
+from stepjax.pacore.schedule import num_calls, parse_schedule
+from stepjax.serving.command import KEY_VARIABLE, LOOPBACK, api_keys, check_address, check_installed, warn_if_open
+from stepjax.serving.settings import Limits, ServerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class PacoreServeArguments:
+    """Answer OpenAI's chat requests with PaCoRe over another server, and show its rounds in a browser.
+
+    The other server's key, if it wants one, is taken from the environment: STEPJAX_UPSTREAM_API_KEY or OPENAI_API_KEY.
+    """
+
+    upstream: str  # such as http://localhost:8001/v1
+    upstream_model: str | None = None  # what it calls the model; by default the first that it lists
+    upstream_concurrent: int = 256  # calls of it under way; more wait for their turn
+    # How many tokens prompt and answer may have there, and a tokenizer.json to count them with: what messages of a
+    # round are fitted to. Without them the other server's refusal is what tells.
+    upstream_context: int | None = None
+    upstream_tokenizer: str | None = None
+    # It leaves thoughts in its content, and its template opens `<think>`.
+    upstream_opens_thought: bool | None = None
+    upstream_streams: bool = True  # its answers are streamed
+    upstream_sends_seed: bool = True  # it takes the field `seed`
+    schedule: str = "low"  # of requests that say nothing else: low, medium, high, none, or widths such as 32,4
+    rounds: pacore.Limits = pacore.Limits()  # retries, and when a round does not wait; requests may say otherwise
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; give an API key then
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()  # any of them opens this server; better in the environment: STEPJAX_API_KEY=KEY,KEY
+    model_name: str | None = None  # what requests call the model; by default as the other server
+    allow_remote_images: bool = False  # pass URLs of images on; the other server fetches them
+    drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
+    limits: Limits = Limits()
+
+    def __post_init__(self):
+        check_address(self.port, self.drain_seconds)
+        if num_calls(parse_schedule(self.schedule)) > self.limits.pacore_calls:
+            raise ConfigError(
+                f"--schedule {self.schedule}: takes more calls than --limits.pacore-calls {self.limits.pacore_calls}"
+            )
+
+    def settings(self, environment: str | None) -> ServerSettings:
+        """
+        Args:
+            environment: API keys, separated by commas.
+        """
+        keys = api_keys(self.api_keys, environment)
+        return ServerSettings(
+            model_name=self.model_name,
+            api_keys=keys,
+            hosts=LOOPBACK if self.host in LOOPBACK and not keys else (),
+            limits=self.limits,
+            pacore=pacore.PacoreConfig(schedule=parse_schedule(self.schedule), limits=self.rounds),
+            allow_remote_images=self.allow_remote_images,
+        )
+
+    def endpoint(self) -> Endpoint:
+        return Endpoint(
+            url=self.upstream,
+            model=self.upstream_model,
+            max_concurrent=self.upstream_concurrent,
+            max_context=self.upstream_context,
+            tokenizer=self.upstream_tokenizer,
+            opens_thought=self.upstream_opens_thought,
+            streams=self.upstream_streams,
+            sends_seed=self.upstream_sends_seed,
+        )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serves until a signal; returns the exit status: 0 stopped in order, 130 interrupted before it listened.
+
+    Raises:
+        StepjaxError: an argument is not usable.
+    """
+    args = tyro.cli(PacoreServeArguments, args=list(arguments), prog="stepjax pacore serve")
+    settings, endpoint = args.settings(os.environ.get(KEY_VARIABLE)), args.endpoint()
+    check_installed()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call
+    warn_if_open("stepjax pacore serve", args.host, settings)
+
+    from stepjax.serving.server import bind, serve
+    from stepjax.serving.upstream import make_upstream_app
+
+    async def main() -> None:
+        upstream = HttpSampler(endpoint)
+        await serve(make_upstream_app(upstream, settings), bound, drain_seconds=args.drain_seconds)
+
+    try:
+        with bind(args.host, args.port) as bound:
+            asyncio.run(main())
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,141 @@
+"""Rounds as clients are told of them: events of a stream, and the field `pacore` of a whole answer.
+
+How much is said of a trajectory is the request's `include`: counts alone, the messages that they leave, or all that
+they wrote. Of the final call only counts are said, since its text is the answer.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from stepjax.pacore.citations import citations
+from stepjax.pacore.config import PacoreConfig
+from stepjax.pacore.events import AttemptFailed, Event, RoundEnded, RoundStarted, TrajectoryEnded
+from stepjax.pacore.messages import compact
+from stepjax.pacore.records import Message, Outcome, Round, Totals, Trajectory
+from stepjax.pacore.sampler import Tokens
+
+Include = Literal["summary", "messages", "full"]
+
+
+class Teller:
+    def __init__(self, config: PacoreConfig, tokens: Tokens | None, include: Include):
+        """
+        Args:
+            tokens: of the sampler.
+        """
+        self._config, self._tokens, self._include = config, tokens, include
+        self._references: dict[int, int] = {}  # how many each round's prompt holds
+
+    def event(self, event: Event) -> dict[str, Any] | None:
+        """None for pieces of messages, which are told as such."""
+        if isinstance(event, RoundStarted):
+            self._references[event.number] = len(event.references)
+            return {
+                "type": "round_started",
+                "round": event.number,
+                "is_final": self._is_final(event.number),
+                "width": event.width,
+                "references": _references(event.references),
+                "seconds": _rounded(event.seconds),
+            }
+        if isinstance(event, AttemptFailed):
+            return {
+                "type": "attempt_failed",
+                "round": event.round,
+                "index": event.index,
+                **_seconds_rounded(dataclasses.asdict(event.attempt)),
+            }
+        if isinstance(event, TrajectoryEnded):
+            return {"type": "trajectory_ended", **self._trajectory(event.trajectory)}
+        if isinstance(event, RoundEnded):
+            return {"type": "round_ended", **self._round(event.round)}
+        return None
+
+    def result(self, outcome: Outcome) -> dict[str, Any]:
+        """Of the whole, without the rounds."""
+        return {
+            "schedule": list(self._config.schedule),
+            "seed": self._config.seed,
+            "answered_by": outcome.answered_by,
+            "seconds": _rounded(outcome.seconds),
+            "totals": _totals(outcome.totals),
+        }
+
+    def rounds(self, outcome: Outcome) -> list[dict[str, Any]]:
+        """Every round, with its trajectories."""
+        self._references = {each.number: len(each.references) for each in outcome.rounds}
+        return [
+            {
+                **self._round(each),
+                "references": _references(each.references),
+                "trajectories": [self._trajectory(trajectory) for trajectory in each.trajectories],
+            }
+            for each in outcome.rounds
+        ]
+
+    def _is_final(self, number: int) -> bool:
+        return number == len(self._config.schedule)
+
+    def _round(self, round_: Round) -> dict[str, Any]:
+        return {
+            "round": round_.number,
+            "is_final": self._is_final(round_.number),
+            "width": round_.width,
+            "messages": len(round_.messages),
+            "losses": dict(round_.losses),
+            "cut_references": round_.cut_references,
+            "cut_answers": round_.cut_answers,
+            "cites": self._cites(round_.number, *round_.trajectories),
+            "totals": _totals(round_.totals),
+        }
+
+    def _trajectory(self, trajectory: Trajectory) -> dict[str, Any]:
+        left = compact(trajectory, self._config, self._tokens)
+        told = {
+            "round": trajectory.round,
+            "index": trajectory.index,
+            "status": trajectory.status,
+            "loss": None if isinstance(left, Message) else left,
+            "finish_reason": trajectory.finish_reason,
+            "error": trajectory.error,
+            "seed": trajectory.seed,
+            "retries": len(trajectory.attempts),
+            "prompt_tokens": trajectory.prompt_tokens,
+            "cached_tokens": trajectory.cached_tokens,
+            "output_tokens": trajectory.output_tokens,
+            "start": _rounded(trajectory.start),
+            "seconds": _rounded(trajectory.seconds),
+            "cites": self._cites(trajectory.round, trajectory),
+        }
+        if self._is_final(trajectory.round) or self._include == "summary":
+            return told
+        told["message"] = left.text if isinstance(left, Message) else None
+        if self._include == "full":
+            told["content"] = trajectory.content
+            told["reasoning_content"] = trajectory.reasoning
+            told["tool_calls"] = list(trajectory.tool_calls)
+        return told
+
+    def _cites(self, number: int, *trajectories: Trajectory) -> dict[str, int]:
+        """How often each reference is spoken of, in thought and answer, by its number in the prompt."""
+        text = "\n".join(f"{each.reasoning or ''}\n{each.content}" for each in trajectories)
+        found = citations(text, self._references.get(number, 0))
+        return {str(reference): count for reference, count in found.items()}
+
+
+def _references(references: Sequence[Message]) -> list[dict[str, Any]]:
+    """Which trajectories of the round before they are of; the first is "Reference 1"."""
+    return [{"index": reference.index, "was_cut": reference.was_cut} for reference in references]
+
+
+def _totals(totals: Totals) -> dict[str, Any]:
+    return _seconds_rounded(dataclasses.asdict(totals))
+
+
+def _seconds_rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "seconds": _rounded(fields["seconds"])}
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 3)
