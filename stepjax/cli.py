@@ -19,6 +19,9 @@ USAGE = """usage: stepjax VERB ...
   generate MODEL --prompt TEXT [--image FILE ...]           answer a question about image files
   convert SRC DST [--dtype bfloat16] [--part decoder]       between Hugging Face directories and Orbax checkpoints
   serve MODEL [--port N] [--engine.max-sequences N ...]     answer OpenAI's requests, and chat in the browser
+  pacore run PROBLEMS --model MODEL --out DIR               answer a file of problems by parallel trajectories
+  pacore serve ...                                          the same, for OpenAI's requests
+  pacore trace RUN ...                                      how an answer came about, as a page
 
 RECIPE is a file such as configs/digits/pretrain.py, RUN a directory such as runs/digits or gs://bucket/runs/digits,
 MODEL a run, a Hugging Face directory, or what `convert` made of one.
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "convert": _convert,
         "serve": _serve,
+        "pacore": _pacore,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -117,6 +121,36 @@ def _convert(arguments: list[str]) -> int:
 
 def _serve(arguments: list[str]) -> int:
     from stepjax.serving.command import run
+
+    return run(arguments)
+
+
+def _pacore(arguments: list[str]) -> int:
+    verbs = {"run": _pacore_run, "serve": _pacore_serve, "trace": _pacore_trace}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: stepjax pacore {{{','.join(verbs)}}} ...")
+        print("       stepjax pacore run --help   and so on say more")
+        return 0 if arguments else 2
+    if arguments[0] not in verbs:
+        print(f"stepjax pacore: no verb {arguments[0]!r}; there are {', '.join(verbs)}", file=sys.stderr)
+        return 2
+    return verbs[arguments[0]](arguments[1:])
+
+
+def _pacore_run(arguments: list[str]) -> int:
+    from stepjax.pacore.run_command import run
+
+    return run(arguments)
+
+
+def _pacore_serve(arguments: list[str]) -> int:
+    from stepjax.serving.pacore_command import run
+
+    return run(arguments)
+
+
+def _pacore_trace(arguments: list[str]) -> int:
+    from stepjax.pacore.trace_command import run
 
     return run(arguments)
 

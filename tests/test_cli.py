@@ -47,7 +47,7 @@ def test_an_unknown_verb_names_those_there_are(capsys):
     assert main(["pretrian"]) == 2
     assert (
         capsys.readouterr().err
-        == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate, convert, serve\n"
+        == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate, convert, serve, pacore\n"
     )
 
 

@@ -161,13 +161,12 @@ def _responses(record: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], 
     given = record.get("responses") or []
     if not isinstance(given, list):
         raise RecordError(f"{where}: responses is {_short(given)}; give a list")
-    texts = [each.get("content") if isinstance(each, dict) else each for each in given]
-    for place, text in enumerate(texts):
+    messages = []
+    for place, each in enumerate(given):
+        text = each.get("content") if isinstance(each, dict) else each
         if not isinstance(text, str):
-            raise RecordError(
-                f'{where}: responses[{place}] is {_short(given[place])}; give a text, or {{"content": text}}'
-            )
-    messages = [text.rpartition("</think>")[2].strip() for text in texts]
+            raise RecordError(f'{where}: responses[{place}] is {_short(each)}; give a text, or {{"content": text}}')
+        messages.append(text.rpartition("</think>")[2].strip())
     return tuple(message for message in messages if message), messages.count("")
 
 
