@@ -17,6 +17,7 @@ from stepjax.errors import ConfigError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.sampler import Listener, Prompt, PromptTooLongError, Reply, SamplerError, Tokens
 from stepjax.processing.assistant_message import split_reasoning
+from stepjax.processing.reasoning_stream import Part, ReasoningStream
 
 KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
 
@@ -161,7 +162,7 @@ class HttpSampler:
         """See `Sampler.sample`."""
         body = {**prompt.payload, **self._fields(params), **self.endpoint.body}
         known = {name: body.pop(name) for name in _KNOWN if name in body}
-        answer = _Answer(listener)
+        answer = _Answer(listener, opens_thought=bool(self.endpoint.opens_thought))
         try:
             model = await self.model()
             async with self._turn:
@@ -248,8 +249,9 @@ _KNOWN = ("messages", "tools", "temperature", "top_p", "max_tokens", "stop", "se
 class _Answer:
     """Put together from what the endpoint sends; whatever it leaves out or sends as null."""
 
-    def __init__(self, listener: Listener):
+    def __init__(self, listener: Listener, *, opens_thought: bool):
         self._listener = listener
+        self._parts = ReasoningStream(starts_thinking=opens_thought)  # of a content that holds the thought
         self.content = self.reasoning = ""
         self.finish_reason: str | None = None
         self.prompt_tokens = self.cached_tokens = self.num_parts = 0
@@ -283,7 +285,9 @@ class _Answer:
         return [call for _, call in sorted(self._calls.items())]
 
     def _take_end(self, choice: Any) -> None:
-        self.finish_reason = choice.finish_reason or self.finish_reason
+        if choice.finish_reason and self.finish_reason is None:
+            self.finish_reason = choice.finish_reason
+            self._tell(self._parts.finish())
         logprobs = getattr(choice, "logprobs", None)
         self._logprobs += [each.logprob for each in (logprobs.content if logprobs else None) or ()]
 
@@ -299,11 +303,17 @@ class _Answer:
         self._listener.tokens += bool(content or reasoning)
         if reasoning:
             self._listener.piece({"reasoning_content": reasoning})
-        if content:
+        if content and self.reasoning:
             self._listener.piece({"content": content})
+        elif content:
+            self._tell(self._parts.feed(content))
         calls = [self._take_call(call, place) for place, call in enumerate(message.tool_calls or ())]
         if calls:
             self._listener.piece({"tool_calls": calls})
+
+    def _tell(self, parts: Sequence[Part]) -> None:
+        for kind, text in parts:
+            self._listener.piece({"content" if kind == "content" else "reasoning_content": text})
 
     def _take_call(self, call: Any, place: int) -> dict[str, Any]:
         index = getattr(call, "index", None)
