@@ -110,6 +110,7 @@ class Round:
     """
     Attributes:
         references: what its prompt held, in the order of "Reference 1", "Reference 2" and so on.
+        own_references: the same for each trajectory, where each had a prompt of its own; `references` is the first's.
         trajectories: by index.
         messages: of the trajectories that left one, by index.
         losses: how many left none, by reason; see LOSSES. `did_not_fit` counts references that its own prompt had no
@@ -126,6 +127,7 @@ class Round:
     losses: Mapping[str, int]
     cut_references: int = 0
     cut_answers: int = 0
+    own_references: tuple[tuple[Message, ...], ...] = ()
 
     @property
     def width(self) -> int:

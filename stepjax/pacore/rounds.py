@@ -108,7 +108,8 @@ class ProblemRun:
             )
             trajectories = await self._draw(prompts, number, is_final)
         fits = [losses_of_fitting(before, after) for before, (_, after) in zip(wanted, prepared, strict=True)]
-        made = self._made(number, is_final, trajectories, shown, fits)
+        own = () if shared is not None else tuple(tuple(each) for _, each in prepared)
+        made = dataclasses.replace(self._made(number, is_final, trajectories, shown, fits), own_references=own)
         self.rounds.append(made)
         self._notify(RoundEnded(made))
         if not made.messages:

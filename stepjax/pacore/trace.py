@@ -1,0 +1,87 @@
+"""The trace of a problem: one HTML file, complete in itself, that shows all that led to the answer.
+
+Data are JSON inside the page, laid out by its script as text, never as HTML. What models and problems say cannot get
+out of the JSON, and the page's policy lets no other script run and nothing be fetched.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from stepjax.pacore.answers import Matching
+from stepjax.pacore.records import Outcome
+from stepjax.pacore.trace_data import Failure, finite, trace_data
+
+_PAGE = Path(__file__).parent / "trace_page"
+# Lone surrogates have no form in UTF-8, but JSON can name them.
+_NOT_PLAIN = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+
+
+def trace_html(
+    of: Outcome | Failure,
+    *,
+    title: str | None = None,
+    correct: bool | None = None,
+    matching: Matching | None = None,
+    thoughts: bool = True,
+) -> str:
+    """
+    Args:
+        correct: whether the answer is right, where that is known.
+        matching: how answers are found in messages, to show them; None where they are no short answers.
+        thoughts: with the chains of thought, which make up most of a page.
+    """
+    data = trace_data(of, correct=correct, matching=matching, thoughts=thoughts)
+    name = title or f"{of.problem.id}: trace"
+    return fill("trace.html", {"title": html.escape(name), "data": script_json({"title": name, **data})})
+
+
+def write_trace(of: Outcome | Failure, path: str | os.PathLike[str], **options: Any) -> None:
+    """Writes `trace_html(of, **options)`; the file is there as a whole or not at all."""
+    write_whole(Path(path), trace_html(of, **options))
+
+
+def script_json(value: Any) -> str:
+    """JSON that no text in it can end the script element around."""
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _NOT_PLAIN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """A page from its template: `{{name}}` stands for a value, and for its style, script and policy."""
+    style, script = _read("trace.css"), _read("trace.js")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    known = {"style": style, "script": script, "policy": policy, **values}
+    # In one pass: what is put in is not looked at again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: known[match[1]], _read(template))
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Surrogates may still stand in a title.
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@cache
+def _read(name: str) -> str:
+    return (_PAGE / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

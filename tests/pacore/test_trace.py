@@ -1,0 +1,451 @@
+"""The trace page: what it says, that nothing gets out of it, and how it looks and behaves in a real browser."""
+
+import asyncio
+import dataclasses
+import html.parser
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fake_sampler import FakeSampler
+from trace_examples import HOSTILE, drawing, outcome, problem
+
+from stepjax.pacore.baselines import Method, answer
+from stepjax.pacore.citations import citations, find_citations
+from stepjax.pacore.config import Limits, PacoreConfig
+from stepjax.pacore.coordinator import Coordinator
+from stepjax.pacore.records import Problem, Trajectory
+from stepjax.pacore.rounds import RoundFailedError
+from stepjax.pacore.sampler import Reply, SamplerError
+from stepjax.pacore.trace import trace_html, write_trace
+from stepjax.pacore.trace_data import Failure, trace_data
+
+PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, their attributes, and the text of the elements that hold data and code."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.policy, self.inside = [], {}, None, ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        fields = dict(attrs)
+        self.tags.append((tag, fields))
+        self.inside = fields.get("id") or tag
+        if fields.get("http-equiv") == "Content-Security-Policy":
+            self.policy = fields["content"]
+
+    def handle_data(self, data):
+        self.texts[self.inside] = self.texts.get(self.inside, "") + data
+
+
+def data_of(text):
+    return json.loads(Page(text).texts["data"])
+
+
+def hostile(of=None):
+    made = of or outcome((8, 2))
+    rounds = []
+    for round_ in made.rounds:
+        trajectories = tuple(
+            dataclasses.replace(
+                each, content=each.content and f"{each.content} {HOSTILE}", error=each.error and HOSTILE
+            )
+            for each in round_.trajectories
+        )
+        messages = tuple(dataclasses.replace(each, text=f"{each.text} {HOSTILE}") for each in round_.messages)
+        references = tuple(dataclasses.replace(each, text=f"{each.text} {HOSTILE}") for each in round_.references)
+        rounds.append(dataclasses.replace(round_, trajectories=trajectories, messages=messages, references=references))
+    asked = Problem(
+        id=HOSTILE,
+        messages=(
+            {"role": HOSTILE, "content": [{"type": "text", "text": HOSTILE}, {"type": "image", "image": HOSTILE}]},
+        ),
+        tools=({"type": "function", "function": {"name": HOSTILE}},),
+        ground_truth=[HOSTILE],
+        extra={HOSTILE: HOSTILE},
+    )
+    call = {"function": {"name": HOSTILE, "arguments": HOSTILE}}
+    return dataclasses.replace(
+        made, problem=asked, content=HOSTILE, reasoning=HOSTILE, tool_calls=(call,), rounds=tuple(rounds)
+    )
+
+
+def test_nothing_gets_out_of_the_data():
+    text = trace_html(hostile(), title=HOSTILE, correct=False)
+    page, plain = Page(text), Page(trace_html(outcome((8, 2))))
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    assert page.texts["style"] == plain.texts["style"] and page.texts["script"] == plain.texts["script"]
+    assert page.texts["title"].strip() == HOSTILE
+    data = data_of(text)
+    assert data["id"] == HOSTILE and data["answer"]["message"] == [HOSTILE]
+    assert data["problem"]["messages"][0]["role"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "text", ["\u2028\u2029", "\ud800 alone", "\U0001f600 \u53c2\u8003", "\\u003c \\", "a\x00b\r\n"]
+)
+def test_any_text_comes_through(text):
+    made = dataclasses.replace(outcome((2,)), content=f"x{text}y", problem=problem(id=text, ground_truth=text))
+    page = trace_html(made)
+    assert data_of(page)["answer"]["message"] == [f"x{text}y"] and "\u2028" not in Page(page).texts["data"]
+    assert data_of(page)["problem"]["ground_truth"] == text
+
+
+def test_a_page_stands_alone(tmp_path):
+    write_trace(outcome((16,)), tmp_path / "deep" / "trace.html")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["trace.html"]
+    page = Page((tmp_path / "deep" / "trace.html").read_text())
+    addresses = [value for _, fields in page.tags for name, value in fields.items() if name in ("src", "href")]
+    assert addresses == ["data:,"], "the page's icon, so that none is asked for"
+    assert page.policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in page.policy and "http" not in page.policy
+    assert not re.search(r"https?:|url\(|@import|fetch|XMLHttp|innerHTML", page.texts["style"] + page.texts["script"])
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "trace.html"
+    path.write_text("before")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_trace(outcome((2,)), path)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_data_say():
+    made = outcome((16, 4))
+    data = data_of(trace_html(made, correct=True, matching="math"))
+    assert data["totals"]["output_tokens"] == made.totals.output_tokens and data["totals"]["calls"] == 21
+    first, second, final = data["rounds"]
+    states = [each["state"] for each in first["trajectories"]]
+    assert states[:9] == ["ok", "ok", "error", "truncated", "empty", "tail", "cut", "cancelled", "ok"]
+    assert first["references"] == [] and first["losses"] == {"cancelled": 1, "empty": 1, "error": 1, "truncated": 1}
+    assert [each["earlier"] for each in first["trajectories"]][:3] == [0, 2, 0], (
+        "the last try of a lost call is its bar"
+    )
+    # 12 left a message; one of them did not fit, one was shortened, and one is the end of a thought.
+    assert len(second["references"]) == 11 and len(second["left_out"]) == 1
+    assert sorted(each["state"] for each in second["references"]) == ["shortened", "tail", *["whole"] * 9]
+    for each, trajectory in zip(second["trajectories"], made.rounds[1].trajectories, strict=True):
+        counted = {int(label): sum(counts) for label, counts in each["citations"].items()}
+        assert counted and counted == citations(f"{trajectory.content}\n{trajectory.reasoning}", 11)
+        written = "".join(part if isinstance(part, str) else part[1] for part in each["message"])
+        assert written == trajectory.content.strip()
+        assert each["references"] == [reference.index for reference in made.rounds[1].references]
+    assert final["is_final"] and data["chosen"] == [2, 0]
+    assert final["trajectories"][0]["answer"] == "18" and final["trajectories"][0]["correct"] is True
+    assert sum(count for _, count in first["answers"]) == 11, "the end of a thought has no answer"
+
+
+def test_without_thoughts_and_without_answers():
+    text = trace_html(outcome((16,)), thoughts=False)
+    assert "legs seem to be" not in text
+    data = data_of(text)
+    assert all(not each["thought"] and each["answer"] is None for each in data["rounds"][0]["trajectories"])
+    assert data["rounds"][1]["trajectories"][0]["citations"], "citations in thoughts are counted all the same"
+
+
+def test_thoughts_in_the_content_are_parted():
+    made = outcome((2,), troubled=False)
+    last = dataclasses.replace(
+        made.rounds[1].trajectories[0], content="<think>hm, Reference 1</think>\n\n42", reasoning=None
+    )
+    rounds = (made.rounds[0], dataclasses.replace(made.rounds[1], trajectories=(last,)))
+    data = trace_data(dataclasses.replace(made, rounds=rounds, content=last.content, reasoning=None))
+    for each in (data["answer"], data["rounds"][1]["trajectories"][0]):
+        assert each["message"] == ["42"] and each["thought"] == ["hm, ", [1, "Reference 1"]]
+    assert data["rounds"][1]["trajectories"][0]["citations"] == {"1": [0, 1]}
+
+
+def test_places_of_citations():
+    text = "Reference 3 and refs. 1, #2 and 40; preference 1; \u53c2\u8003\u7b54\u6848 2\u548c3"
+    found = [(text[start:end], number) for start, end, number in find_citations(text, 4)]
+    assert found == [("Reference 3", 3), ("refs. 1", 1), ("2", 2), ("\u53c2\u8003\u7b54\u6848 2", 2), ("3", 3)]
+    assert citations(text, 4) == {1: 1, 2: 2, 3: 2}
+
+
+def test_images_are_shown_small_and_never_fetched(tmp_path):
+    (tmp_path / "big.png").write_bytes(drawing(3000, 1000))
+    uri = "data:image/png;base64,iVBORw0KGgo="
+    content = [
+        {"type": "image", "image": str(tmp_path / "big.png")},
+        {"type": "image", "image": drawing()},
+        {"type": "image_url", "image_url": {"url": uri}},
+        {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+        {"type": "image", "image": str(tmp_path / "none.png")},
+        {"type": "text", "text": "what is it?"},
+    ]
+    made = dataclasses.replace(outcome((2,)), problem=problem(messages=({"role": "user", "content": content},)))
+    big, small, given, remote, none, text = data_of(trace_html(made))["problem"]["messages"][0]["items"]
+    assert big["image"].startswith("data:image/") and big["name"] == "big.png, 3000 x 1000 pixels"
+    assert len(big["image"]) < 60_000 and small["image"].startswith("data:image/")
+    assert given["image"] == uri and text == {"text": "what is it?"}
+    assert "https://example.com/a.png" in remote["note"] and "no such file" in none["note"]
+
+
+def test_numbers_that_are_none():
+    made = outcome((2,))
+    odd = dataclasses.replace(made.rounds[0].trajectories[0], mean_logprob=float("nan"))
+    rounds = (dataclasses.replace(made.rounds[0], trajectories=(odd, made.rounds[0].trajectories[1])), made.rounds[1])
+    data = data_of(trace_html(dataclasses.replace(made, rounds=rounds)))
+    assert data["rounds"][0]["trajectories"][0]["mean_logprob"] is None
+
+
+def test_a_page_is_not_much_larger_than_what_it_shows():
+    made = outcome((32, 4))
+    page = len(trace_html(made))
+    code = len(trace_html(Failure(problem=Problem(id="p", messages=()), error="none")))
+    shown = sum(len(json.dumps(each.to_json())) for round_ in made.rounds for each in round_.trajectories)
+    assert code < 50_000 and page < code + 2.5 * shown + 100_000
+
+
+def test_a_problem_that_failed(solve):
+    sampler = FakeSampler(lambda asked: SamplerError(HOSTILE, is_temporary=False))
+    with pytest.raises(RoundFailedError) as caught:
+        solve(sampler, (4,))
+    failure = Failure(problem=problem(), rounds=caught.value.rounds, error=str(caught.value))
+    data = data_of(trace_html(failure))
+    assert HOSTILE in data["error"] and data["answer"] is None and len(data["rounds"]) == 1
+    assert data_of(trace_html(Failure(problem=problem(), error="too long")))["rounds"] == []
+
+
+def aggregated():
+    """Recursive self-aggregation: each call of a later round has references of its own."""
+    texts = ["I say 1", "I say 2", "I say 3", "I say 4"]
+
+    def script(asked):
+        if "Reference 1:" not in asked.text:
+            return texts[asked.number]
+        first = next(text for text in texts if f"Reference 1:\n{text}" in asked.text)
+        return Reply(content=f"Reference 1 says: {first}", output_tokens=5, finish_reason="stop")
+
+    coordinator = Coordinator(FakeSampler(script), PacoreConfig(schedule=(), limits=Limits(retries=0)))
+    asked = Problem(id="p", messages=({"role": "user", "content": "?"},))
+    method = Method(name="rsa", width=4, references=2, loops=2)
+    # In a thread: playwright keeps an event loop in this one.
+    with ThreadPoolExecutor() as pool:
+        return texts, pool.submit(asyncio.run, answer(coordinator, asked, method)).result()
+
+
+def test_references_of_each_call():
+    texts, made = aggregated()
+    data = trace_data(made)
+    second = data["rounds"][1]
+    assert second["has_own_references"] and second["left_out"] == []
+    cited = []
+    for each in second["trajectories"]:
+        assert len(each["references"]) == 2
+        cited.append(each["references"][0])
+        assert each["message"][-1].endswith(texts[cited[-1]])
+    assert [each["index"] for each in second["references"]] == sorted(
+        {i for e in second["trajectories"] for i in e["references"]}
+    )
+    assert {each["index"]: each["cited_by"] for each in second["references"] if each["cited_by"]} == {
+        index: cited.count(index) for index in cited
+    }
+
+
+def test_trajectories_come_back_from_their_json():
+    for round_ in outcome((16,)).rounds:
+        for each in round_.trajectories:
+            assert Trajectory.from_json(json.loads(json.dumps(each.to_json()))) == each
+
+
+# In a browser.
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A function that opens the page of an outcome, and notes every error and every request."""
+    made = []
+
+    def open_page(of, size="desktop", scheme="light", hash="", **options):
+        path = tmp_path / f"{len(made)}.html"
+        write_trace(of, path, **options)
+        width, height = SIZES[size]
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        made.append(page)
+        page.errors, page.requests = [], []
+        page.on("console", lambda message: message.type in ("error", "warning") and page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("request", lambda request: page.requests.append(request.url[:100]))
+        page.goto(path.as_uri() + hash)
+        return page
+
+    yield open_page
+    for page in made:
+        page.close()
+
+
+def leave_picture(page, name, **options):
+    if PICTURES:
+        page.screenshot(path=f"{PICTURES}/trace-{name}.png", **options)
+
+
+def is_sound(page):
+    assert not page.errors, page.errors
+    assert [each for each in page.requests if not each.startswith(("file:", "data:"))] == []
+    wide = """[...document.querySelectorAll("body *")].filter((each) => !each.closest(".wide")
+        && each.getBoundingClientRect().right > innerWidth + 0.5).map((each) => `${each.tagName} ${each.className}`)"""
+    assert page.evaluate(wide) == [] and page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    return True
+
+
+def lit(page):
+    return page.evaluate("[...document.querySelectorAll('.lit[id]')].map((each) => each.id).sort()")
+
+
+@pytest.mark.parametrize("size, scheme", [("desktop", "light"), ("phone", "dark")])
+@pytest.mark.parametrize("widths", [(16,), (32, 4)], ids=str)
+def test_a_trace(opened, widths, size, scheme):
+    made = outcome(widths)
+    page = opened(made, size, scheme, correct=True, matching="math")
+    assert page.locator("article.card").count() == sum(widths) + 1 == page.locator("a.row").count()
+    assert page.locator("section[id^=round]").count() == len(widths) + 1
+    assert page.inner_text("#top .pill") == "right"
+    assert f"{made.totals.output_tokens:,}" in page.inner_text("#top")
+    assert "there are 5 + 12 + 1 = 18 of them" in page.inner_text("#answer")
+    assert page.evaluate("[...document.images].every((each) => each.complete && each.naturalWidth > 0)")
+    assert "1 not waited for" in page.inner_text("#round0 .warning")
+    leave_picture(page, f"{size}-{scheme}-{sum(widths)}", full_page=True)
+    # Bars lie where and when their calls did.
+    boxes = page.evaluate("""[...document.querySelectorAll("a.row")].map((row) => {
+        const boxOf = (part) => row.querySelector(part).getBoundingClientRect();
+        const [track, bar] = [boxOf(".track"), boxOf(".bar:not(.try)")];
+        return [(bar.left - track.left) / track.width, bar.width / track.width, row.querySelectorAll(".try").length];
+    })""")
+    calls = [each for round_ in made.rounds for each in round_.trajectories]
+    end = max(made.seconds, *(each.start + each.seconds for each in calls))
+    for (left, width, tries), call in zip(boxes, calls, strict=True):
+        assert left == pytest.approx(call.start / end, abs=0.01)
+        assert width == pytest.approx(call.seconds / end, abs=0.02), "the shortest is a few pixels wide"
+        assert tries == len(call.attempts) - (call.status == "error")
+    assert is_sound(page)
+
+
+def test_citations_are_followed(opened):
+    made = outcome((16, 4))
+    page = opened(made)
+    [label, *_] = trace_data(made)["rounds"][1]["trajectories"][0]["citations"]
+    source = made.rounds[1].references[int(label) - 1].index
+    page.click(f"#t1-0 .cites .cite >> text=/^{label}( |$)/")
+    assert lit(page) == sorted([f"bar-t0-{source}", f"r1-{source}", f"t0-{source}"])
+    assert f"Reference {label} of round 2 is trajectory 1.{source + 1}" in page.inner_text("#lit")
+    assert page.locator("#t1-0 .text .cite.lit").count() and page.locator(".matrix th.lit").count()
+    page.click("#lit >> text=Show trajectory")
+    assert page.evaluate("document.activeElement.id") == f"t0-{source}"
+    assert page.evaluate(
+        f"(r => r.top >= 0 && r.top < innerHeight)(document.getElementById('t0-{source}').getBoundingClientRect())"
+    )
+    leave_picture(page, "lit")
+    page.keyboard.press("Escape")
+    assert page.locator(".lit").count() == 0 and page.is_hidden("#lit")
+    page.click("#answer .cite >> nth=0")
+    assert lit(page) and "of final synthesis is trajectory 2." in page.inner_text("#lit")
+    page.click("#lit >> text=Close")
+    page.click("#round1 .matrix th .cite >> nth=2")
+    assert f"r1-{made.rounds[1].references[2].index}" in lit(page)
+    assert page.inner_text("#round1 .dropped .pill") == "left out: did not fit the prompt"
+    rows = page.evaluate(
+        "[...document.querySelectorAll('#round1 .matrix tbody tr')]"
+        ".map((row) => [...row.cells].slice(1).map((cell) => +cell.textContent || 0))"
+    )
+    for row, each in zip(rows, trace_data(made)["rounds"][1]["trajectories"], strict=True):
+        assert row == [sum(each["citations"].get(str(i), [0])) for i in range(1, 12)]
+    assert is_sound(page)
+
+
+def test_the_timeline_by_keyboard(opened):
+    page = opened(outcome((16,)), matching="math")
+    page.focus("a.row >> nth=0")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.id") == "bar-t0-1"
+    said = page.inner_text("#readout")
+    assert "1.2: answered" in said and "2 failed tries before" in said and "tokens/s" in said and "stop" in said
+    assert page.locator("a.row[tabindex='0']").count() == 1, "one stop for the Tab key, not one a call"
+    page.keyboard.press("End")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "t1-0"
+    page.hover("#bar-t0-2")
+    assert "1.3: error" in page.inner_text("#readout")
+    unnamed = page.evaluate("""[...document.querySelectorAll("button, a")].filter(
+        (e) => !e.getAttribute("aria-label") && !e.textContent.trim()).length""")
+    assert unnamed == 0 and is_sound(page)
+
+
+def test_thoughts_unfold(opened):
+    page = opened(outcome((16,)), "phone")
+    assert not page.locator("#t0-0 .thought .text").count(), "laid out when it is opened"
+    page.click("#t0-0 .thought summary")
+    page.wait_for_selector("#t0-0 .thought .text")
+    assert "The legs seem to be 5 and 12" in page.inner_text("#t0-0 .thought .text")
+    page.click("#t0-2 summary >> text=1 failed try")
+    assert "status 400: no such model" in page.inner_text("#t0-2 .more li")
+    page.click("#t0-0 summary >> text=Details")
+    assert str(outcome((16,)).rounds[0].trajectories[0].seed) in page.inner_text("#t0-0 .more")
+    assert is_sound(page)
+
+
+def test_hostile_texts_are_text(opened):
+    page = opened(hostile(), "phone", title=HOSTILE)
+    for summary in page.locator("summary").all():
+        if summary.is_visible() and summary.evaluate("(e) => !e.parentElement.open"):
+            summary.click()
+    assert page.title() == HOSTILE and page.locator("script").count() == 2 and page.locator("main img").count() == 0
+    assert HOSTILE in page.inner_text("#answer") and HOSTILE in page.inner_text("#problem")
+    leave_picture(page, "hostile", full_page=True)
+    assert is_sound(page)
+
+
+def test_a_failure_and_references_of_each_call(opened):
+    made = outcome((16,))
+    page = opened(Failure(problem=problem(), rounds=made.rounds[:1], error=f"nothing came of it: {HOSTILE}"), "phone")
+    assert page.inner_text("#top .pill") == "failed" and HOSTILE in page.inner_text("#answer .error")
+    assert page.locator("article.card").count() == 16 and is_sound(page)
+    page = opened(Failure(problem=problem(), error="the problem is too long"))
+    assert page.locator("section").count() == 2 and is_sound(page)
+
+    _, rsa = aggregated()
+    page = opened(rsa, matching="math")
+    source = trace_data(rsa)["rounds"][1]["trajectories"][2]["references"][0]
+    page.click("#t1-2 .text .cite")
+    assert lit(page) == sorted([f"bar-t0-{source}", f"r1-{source}", f"t0-{source}"])
+    assert page.locator("#round1 .matrix td.some").count() == 4
+    leave_picture(page, "rsa", full_page=True)
+    assert is_sound(page)
+
+
+def test_long_messages_and_addresses(opened):
+    made = outcome((2, 2), troubled=False)
+    long = dataclasses.replace(made.rounds[1].trajectories[0], content="a line\n" * 200)
+    second = dataclasses.replace(made.rounds[1], trajectories=(long, made.rounds[1].trajectories[1]))
+    page = opened(dataclasses.replace(made, rounds=(made.rounds[0], second, made.rounds[2])), hash="#round2")
+    assert page.evaluate("scrollY") > 0
+    height = "document.querySelector('#t1-0 > .text').clientHeight"
+    assert page.evaluate(height) < 400
+    page.click("#t1-0 >> text=Show all")
+    assert page.evaluate(height) > 2000
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.querySelector('.scrolling')).maxHeight") == "none"
+    assert is_sound(page)
