@@ -44,6 +44,7 @@ class Teller:
                 "type": "attempt_failed",
                 "round": event.round,
                 "index": event.index,
+                "is_final": self._is_final(event.round),
                 **_seconds_rounded(dataclasses.asdict(event.attempt)),
             }
         if isinstance(event, TrajectoryEnded):

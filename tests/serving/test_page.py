@@ -1,6 +1,7 @@
 """The page in a real browser, where there is one."""
 
 import io
+import itertools
 import os
 import shutil
 
@@ -197,3 +198,83 @@ def test_dropped_images_and_keyboard(opened):
     unnamed = page.evaluate("""[...document.querySelectorAll("input, textarea, select, button")].filter(
         (e) => !e.labels?.length && !e.getAttribute("aria-label") && !e.textContent.trim()).length""")
     assert unnamed == 0
+
+
+def trajectories():
+    """Eight that end one after the other, two of them without an answer; then one that cites three of them."""
+    numbers = itertools.count()
+
+    def script(prompt, params, sample):
+        number = next(numbers)
+        if number in (1, 6):
+            return ["hm, "] * (15 + number)  # and nothing else
+        if number < 8:
+            return [*["so "] * (12 + 3 * number), "</think>\n\n", f"The answer is {number + 40}, I think.\n", HOSTILE]
+        thought = "Reference 2 and Reference 5 agree, Reference 1 has slipped. Let me check Reference 5 again.\n"
+        answer = f"Following Reference 5, the answer is 42.\n\n{HOSTILE}"
+        return [*(f"{word} " for word in thought.split(" ")), "</think>\n\n", *(f"{w} " for w in answer.split(" "))]
+
+    return script
+
+
+@pytest.mark.parametrize("size, scheme", [("desktop", "light"), ("phone", "dark")])
+def test_rounds_of_pacore(opened, size, scheme):
+    server, page = opened(FakeEngine(trajectories(), step_seconds=0.07), size, scheme)
+    until(page, "document.title === 'Step3-VL-10B'")
+    page.click("#settings-toggle")
+    page.select_option("#pacore", "custom")
+    assert page.is_visible("#schedule") and page.is_disabled("#samples")
+    page.fill("#schedule", "many")
+    page.fill("#text", "What is 6 x 7?")
+    page.click("#send")
+    assert not page.locator(".answer").count(), "a schedule must be numbers"
+    page.fill("#schedule", "8")
+    leave_picture(page, f"{size}-{scheme}-pacore-0-settings")
+    page.click("#settings-toggle")
+    page.click("#send")
+    page.wait_for_selector(".cell.running >> nth=3")
+    leave_picture(page, f"{size}-{scheme}-pacore-1-running")
+    page.wait_for_selector(".cell.done")
+    page.wait_for_selector(".cell.lost")
+    page.click(".cell.done >> nth=0")
+    assert HOSTILE in page.inner_text(".reading .text")
+    page.wait_for_selector(".thought[open]")
+    leave_picture(page, f"{size}-{scheme}-pacore-2-synthesis")
+    page.wait_for_selector(".answer[aria-busy=false]")
+    assert page.title() == "Step3-VL-10B"
+    assert page.inner_text(".answer > .text").startswith("Following Reference 5, the answer is 42.")
+    assert page.locator(".cell.cited").count() == 3 and page.locator(".cell").count() == 8
+    heads = page.locator(".round .head").all_inner_texts()
+    assert "of 8 done" in heads[0] and "lost" in heads[0] and "cites Reference 1, Reference 2, Reference 5" in heads[1]
+    assert fits(page) and not page.errors, page.errors
+    leave_picture(page, f"{size}-{scheme}-pacore-3-answer")
+
+    # By keyboard: one stop of Tab for a row, arrows within it, Enter to read.
+    page.click(".cell >> nth=0")
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    assert page.inner_text(".reading p").startswith("Trajectory 7: ")
+    assert page.get_attribute(".cell >> nth=6", "aria-expanded") == "true"
+    assert page.locator(".cell[tabindex='0']").count() == 1
+    page.keyboard.press("Enter")
+    assert not page.is_visible(".reading")
+
+
+def test_stopping_and_failing_rounds(opened):
+    server, page = opened(FakeEngine(lambda *_: ["</think>", *["on and "] * 5000], step_seconds=0.01))
+    page.click("#settings-toggle")
+    page.select_option("#pacore", "low")
+    page.fill("#text", "go on")
+    page.click("#send")
+    page.wait_for_selector(".cell.running")
+    page.click("#stop")
+    page.wait_for_selector("text=Stopped.")
+    server.wait_until(lambda: not server.engine.requests)
+    assert page.locator(".cell.lost").count() == 4 and "stopped" in page.inner_text(".cell >> nth=0")
+    server.engine.script = lambda *_: ["nothing but thought"]
+    page.fill("#text", "again")
+    page.click("#send")
+    page.wait_for_selector(".error")
+    assert "nothing came of round 1 of 4 (4 empty)" in page.inner_text(".error")
+    assert page.input_value("#text") == "again" and page.locator(".cell.lost").count() == 8

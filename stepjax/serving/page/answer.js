@@ -1,6 +1,7 @@
 // One answer as it is written: the thought apart, which folds when the answer begins.
 
 import { make, write } from "./elements.js";
+import { Rounds } from "./rounds.js";
 
 export class Answer {
   constructor(index, count) {
@@ -21,7 +22,7 @@ export class Answer {
         this.thoughtText = make("div", { class: "text", tabindex: "0" });
         this.thought = make("details", { class: "thought" }, this.summary, this.thoughtText);
         this.thought.open = true;
-        this.element.prepend(this.thought);
+        this.text.before(this.thought);
         this.begin = performance.now();
       }
       this.reasoning += delta.reasoning_content;
@@ -36,6 +37,24 @@ export class Answer {
     }
   }
 
+  // An event of PaCoRe.
+  take(event) {
+    if (!this.rounds) {
+      this.rounds = new Rounds();
+      this.element.prepend(this.rounds.element);
+    }
+    this.rounds.take(event);
+    if (event.type === "attempt_failed" && event.is_final && !this.content) this.forgetThought();
+  }
+
+  // The final call is tried again.
+  forgetThought() {
+    this.thought?.remove();
+    this.thought = null;
+    this.thoughtEnded = false;
+    this.reasoning = "";
+  }
+
   endThought(folds) {
     if (!this.thought || this.thoughtEnded) return;
     this.thoughtEnded = true;
@@ -46,6 +65,7 @@ export class Answer {
 
   end(reason) {
     this.endThought(Boolean(this.content));
+    this.rounds?.stop();
     this.element.classList.remove("waiting");
     this.element.setAttribute("aria-busy", "false");
     this.text.hidden = !this.content;

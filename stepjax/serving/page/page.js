@@ -26,10 +26,37 @@ async function loadModel() {
   try {
     const list = await (await request("v1/models")).json();
     $("model").textContent = document.title = list.data[0].id;
+    choosePacore(list.data[0].pacore?.schedule ?? []);
     $("status").textContent = "";
   } catch (error) {
     $("status").textContent = error.message;
   }
+}
+
+// PaCoRe -------------------------------------------------------------------------------------------------------------
+
+const PRESETS = { low: "4", medium: "16", high: "32,4" };
+let isUnasked = false; // the server goes about in rounds even where nobody asks for them
+
+function choosePacore(schedule) {
+  const text = schedule.join(",");
+  isUnasked = Boolean(text);
+  $("pacore").value = text && (Object.keys(PRESETS).find((name) => PRESETS[name] === text) ?? "custom");
+  if ($("pacore").value === "custom") $("schedule").value = schedule.join(", ");
+  fitSettings();
+}
+
+// What does not apply is out of the way.
+function fitSettings() {
+  const chosen = $("pacore").value;
+  $("schedule-field").hidden = $("schedule").disabled = chosen !== "custom";
+  $("samples").disabled = Boolean(chosen);
+}
+
+function pacore() {
+  const chosen = $("pacore").value;
+  if (!chosen) return isUnasked ? { schedule: [] } : undefined;
+  return { schedule: chosen === "custom" ? $("schedule").value : chosen };
 }
 
 // Images -------------------------------------------------------------------------------------------------------------
@@ -52,6 +79,10 @@ async function addFiles(files) {
       image.views = await (await request("stepjax/views", { image: image.uri })).json();
       item.querySelector(".note").replaceWith(viewsOf(image.views, true));
     } catch (error) {
+      if (item && error.status === 404) {
+        item.querySelector(".note").textContent = image.name; // the model is elsewhere, and so are its views
+        continue;
+      }
       pending = pending.filter((each) => each !== image);
       item?.remove();
       showError(`${file.name}: ${error.message}`);
@@ -115,7 +146,8 @@ function requestBody() {
     temperature: numberOf("temperature"),
     top_p: numberOf("top-p"),
     max_tokens: numberOf("max-tokens"),
-    n: numberOf("samples") ?? 1,
+    n: $("samples").disabled ? 1 : (numberOf("samples") ?? 1),
+    pacore: pacore(),
   };
   if ($("thinking").value) body.chat_template_kwargs = { enable_thinking: $("thinking").value === "on" };
   return body;
@@ -142,17 +174,19 @@ async function ask(text, images) {
   }, 1000);
   try {
     for await (const event of events(await request("v1/chat/completions", body, running.signal))) {
-      first ??= performance.now();
+      if (event.pacore) answers[0].take(event.pacore);
+      else first ??= performance.now();
       for (const choice of event.choices) {
         answers[choice.index].add(choice.delta);
         if (choice.finish_reason) answers[choice.index].end(choice.finish_reason);
       }
       if (event.usage) {
-        const seconds = (performance.now() - first) / 1000;
+        // With PaCoRe the tokens are those of all calls.
+        const seconds = (performance.now() - (answers[0].rounds ? begin : first)) / 1000;
         const { completion_tokens: tokens, prompt_tokens: prompt } = event.usage;
         $("status").textContent =
           `${tokens} tokens, ${(tokens / Math.max(seconds, 0.001)).toFixed(1)} tokens/s, first after ` +
-          `${((first - begin) / 1000).toFixed(2)} s; prompt of ${prompt} tokens`;
+          `${((first - begin) / 1000).toFixed(2)} s; ${answers[0].rounds ? "prompts" : "prompt"} of ${prompt} tokens`;
       }
       scrollDown();
     }
@@ -170,8 +204,10 @@ async function ask(text, images) {
   if (answers.every((answer) => !answer.content && !answer.reasoning)) {
     // Nothing came: the question goes back, to be sent again.
     messages.pop();
-    group.remove();
-    question.remove();
+    if (!answers[0].rounds) {
+      group.remove();
+      question.remove();
+    }
     if (!$("text").value) $("text").value = text;
     images.forEach(showPending);
     return;
@@ -212,6 +248,7 @@ function fitText() {
 $("settings-toggle").onclick = () => showSettings($("settings").hidden);
 $("settings").onsubmit = (event) => event.preventDefault();
 $("key").onchange = loadModel;
+$("pacore").onchange = fitSettings;
 $("stop").onclick = () => running?.abort();
 $("text").oninput = fitText;
 $("text").onkeydown = (event) => {

@@ -2,6 +2,13 @@
 
 export class KeyError extends Error {}
 
+export class StatusError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
 export async function call(path, body, { key, signal } = {}) {
   const headers = { "content-type": "application/json" };
   if (key) headers.authorization = `Bearer ${key}`;
@@ -15,7 +22,8 @@ export async function call(path, body, { key, signal } = {}) {
   if (response.ok) return response;
   if (response.status === 401) throw new KeyError("This server asks for an API key: enter it above.");
   const answer = await response.json().catch(() => null);
-  throw new Error(answer?.error?.message ?? `The server answered with status ${response.status}.`);
+  const message = answer?.error?.message ?? `The server answered with status ${response.status}.`;
+  throw new StatusError(message, response.status);
 }
 
 export async function* events(response) {
