@@ -200,7 +200,7 @@ class HttpSampler:
         return fields
 
     def _reply(self, answer: "_Answer", prompt: Prompt) -> Reply:
-        content, reasoning = answer.content, answer.reasoning or None
+        content, reasoning = _whole(answer.content), _whole(answer.reasoning) or None
         if reasoning is None:
             is_cut = answer.finish_reason == "length"
             opens = is_cut if self.endpoint.opens_thought is None else self.endpoint.opens_thought
@@ -369,6 +369,12 @@ def data_uri(source: Any) -> str:
     except (OSError, TypeError, ValueError) as error:
         raise ImageError(f"image {source!r:.100} cannot be read: {error}") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _whole(text: str) -> str:
+    """Surrogates that came as escapes of JSON: pairs are made characters, and a half that is alone is replaced, since
+    no request could hold it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text(message: dict[str, Any]) -> str:

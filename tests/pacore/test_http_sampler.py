@@ -47,6 +47,12 @@ def test_an_answer_is_read_whole(start, streams):
     assert "".join(piece.get("content", "") for piece in pieces) == reply.content
 
 
+def test_half_a_character_does_not_reach_the_next_prompt(start):
+    """JSON may escape surrogates that are alone, and may be cut between the two of a pair; requests hold neither."""
+    reply = ask(start(lambda body: {"content": "a \ud83d b \ud83d\ude00", "reasoning": "\ude00"}))
+    assert reply.content.strip() == "a \ufffd b \U0001f600" and reply.reasoning.strip() == "\ufffd"
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_tool_calls(start, streams):
     calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
