@@ -106,7 +106,12 @@ class RunArguments:
     yarn_factor: float = 1.0  # stretches the context beyond the trained one; the report uses 2
     engine: EngineConfig = EngineConfig(max_waiting=65_536)
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: arguments do not go together, or are out of range. (Raised by the constructor, tyro would take
+                it for a failure to parse.)
+        """
         if (self.model is None) == (self.upstream is None):
             given = "neither" if self.model is None else "both"
             raise ConfigError(f"{given} of --model and --upstream given: name exactly one, which answers")
@@ -171,6 +176,7 @@ def run(arguments: Sequence[str]) -> int:
         StepjaxError: an argument, the file or the model is not usable, or the directory holds another run.
     """
     args = tyro.cli(RunArguments, args=list(arguments), prog="stepjax pacore run")
+    args.check()
     config, batch = args.config, args.batch
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     problems = read_problems(args.problems, use_responses=args.use_responses, limit=args.limit)
