@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,20 @@ def trace_html(
     correct: bool | None = None,
     matching: Matching | None = None,
     thoughts: bool = True,
+    notes: Sequence[str] = (),
 ) -> str:
     """
     Args:
         correct: whether the answer is right, where that is known.
         matching: how answers are found in messages, to show them; None where they are no short answers.
         thoughts: with the chains of thought, which make up most of a page.
+        notes: for the reader, at the top.
     """
     data = trace_data(of, correct=correct, matching=matching, thoughts=thoughts)
     name = title or f"{of.problem.id}: trace"
-    return fill("trace.html", {"title": html.escape(name), "data": script_json({"title": name, **data})})
+    return fill(
+        "trace.html", {"title": html.escape(name), "data": script_json({"title": name, "notes": notes, **data})}
+    )
 
 
 def write_trace(of: Outcome | Failure, path: str | os.PathLike[str], **options: Any) -> None:

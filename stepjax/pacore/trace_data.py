@@ -267,6 +267,8 @@ def _item(item: Any) -> dict[str, str]:
 
 def _image(source: Any) -> dict[str, str]:
     """A data URI as it is, a picture from elsewhere made small; what cannot be shown is named."""
+    if source is None:
+        return {"note": "image, not kept in the results"}
     if isinstance(source, str):
         if source.startswith("data:image/"):
             return {"image": source, "name": "image"}

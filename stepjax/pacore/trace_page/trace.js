@@ -200,6 +200,7 @@ function header() {
       ["time of all calls", time(totals.seconds)],
       ["ended by", counted(totals.finish_reasons)],
     ]),
+    ...trace.notes.map((text) => make("p", { class: "warning", text })),
     make("nav", { "aria-label": "Parts of the page" }, links.map(([id, text]) => make("a", { href: `#${id}`, text }))),
   ];
 }
