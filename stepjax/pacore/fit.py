@@ -9,7 +9,6 @@ from stepjax.pacore.template import with_ends
 
 # Shorter than that a reference says nothing; then references are dropped.
 _LEAST_TOKENS = 16
-_MARK_TOKENS = 4  # of the sign that the beginning is missing, at the most
 
 
 def fitted(
@@ -32,9 +31,7 @@ def fitted(
         most = _water_level(counts, room)
         if most >= _LEAST_TOKENS:
             return [
-                reference
-                if count <= most
-                else with_ends(reference, tokens.tail(_unmarked(reference), most - _MARK_TOKENS))
+                reference if count <= most else _shortened(reference, most, tokens)
                 for reference, count in zip(references, counts, strict=True)
             ]
     by_length = sorted(range(len(references)), key=lambda i: (counts[i], i))
@@ -56,6 +53,20 @@ def _water_level(counts: Sequence[int], room: int) -> int:
             return left // (len(rest) - i)
         left -= count
     return max(counts, default=0)
+
+
+def _shortened(reference: Message, most: int, tokens: Tokens) -> Message:
+    """Its end, of at most `most` tokens. The sign that the beginning is missing has some, and an end can have more by
+    itself than it had in its text.
+    """
+    left = most
+    while left > 0:
+        short = with_ends(reference, tokens.tail(_unmarked(reference), left))
+        over = tokens.count(short.text) - most
+        if over <= 0:
+            return short
+        left -= over
+    return with_ends(reference, "")
 
 
 def _unmarked(reference: Message) -> str:

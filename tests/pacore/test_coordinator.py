@@ -1,5 +1,6 @@
 """Rounds, seeds, losses, quorum, agreement, fallback: with a sampler that answers from a script."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -12,7 +13,7 @@ from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import AttemptFailed, RoundEnded, RoundStarted, TrajectoryEnded, TrajectoryPiece
 from stepjax.pacore.records import Problem, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
-from stepjax.pacore.sampler import PromptTooLongError, Reply, SamplerError
+from stepjax.pacore.sampler import Prompt, PromptTooLongError, Reply, SamplerError
 
 QUICK = Limits(backoff_seconds=0.0)
 QUESTION = Problem(id="p", messages=({"role": "user", "content": "What is 6 x 7?"},))
@@ -276,6 +277,30 @@ def test_references_that_do_not_fit_are_shortened_or_dropped(solve):
     assert final.losses == {"did_not_fit": 1} and len(final.references) == 2 and "long" not in sampler.asked[-1].text
     with pytest.raises(PromptTooLongError):
         run("fail")
+
+
+def test_shortening_ends_whatever_the_tokenizer_makes_of_ends(solve):
+    """Here the sign that a beginning is missing has eight tokens."""
+
+    class Letters:
+        def count(self, text):
+            return len(text) + 2 * text.count("[")
+
+        def tail(self, text, count):
+            return text[-count:] if count > 0 else ""
+
+    class Sampler(FakeSampler):
+        @contextlib.asynccontextmanager
+        async def prompt(self, messages, tools, *, answer_tokens):
+            count = len(messages[-1]["content"])
+            if count + answer_tokens > 600:
+                raise PromptTooLongError("too long", excess=count + answer_tokens - 600)
+            yield Prompt(count, tuple(messages))
+
+    sampler = Sampler(lambda asked: "x" * 100 + str(asked.number), tokens=Letters())
+    outcome = solve(sampler, (4,), sampling=SamplingParams(max_tokens=1))
+    assert outcome.rounds[1].cut_references == 4
+    assert all(f"{i}\n" in sampler.asked[-1].text for i in range(4)), "ends are what stays"
 
 
 def test_a_problem_that_does_not_fit_is_refused(solve):
