@@ -21,6 +21,7 @@ from stepjax.pacore.records import Outcome
 from stepjax.pacore.trace_data import Failure, finite, trace_data
 
 _PAGE = Path(__file__).parent / "trace_page"
+_SCRIPTS = ("elements.js", "timeline.js", "trace.js")
 # Lone surrogates have no form in UTF-8, but JSON can name them.
 _NOT_PLAIN = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
@@ -61,7 +62,7 @@ def script_json(value: Any) -> str:
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """A page from its template: `{{name}}` stands for a value, and for its style, script and policy."""
-    style, script = _read("trace.css"), _read("trace.js")
+    style, script = _read("trace.css"), "\n".join(map(_read, _SCRIPTS))
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'"

@@ -180,9 +180,11 @@ def _trajectory(
     message = next((message for message in round_.messages if message.index == each.index), None)
     thought, text = _split(each.content, each.reasoning)
     cited: dict[int, list[int]] = {}
-    for place, source in enumerate((text, thought)):
-        for citation in find_citations(source, count):
-            cited.setdefault(citation.number, [0, 0])[place] += 1
+    said, thought_of = _parts(text, count), _parts(thought, count)
+    for place, parts in enumerate((said, thought_of)):
+        for part in parts:
+            if not isinstance(part, str):
+                cited.setdefault(part[0], [0, 0])[place] += 1
     answer = extract(message.text, matching) if matching and message and not message.was_cut else None
     correct = None
     if answer is not None and message and matching and problem.ground_truth is not None:
@@ -190,10 +192,10 @@ def _trajectory(
     return {
         "index": each.index,
         "state": _state(each, message),
-        "message": _parts(text, count),
+        "message": said,
         # Where it is not what the trajectory says itself.
         "passed_on": message.text if message and message.was_cut else None,
-        "thought": _parts(thought, count) if thoughts else [],
+        "thought": thought_of if thoughts else [],
         "tool_calls": [_call(call) for call in each.tool_calls],
         "citations": {str(number): cited[number] for number in sorted(cited)},  # [in the message, in the thought]
         "references": [reference.index for reference in seen],  # sources, by label
