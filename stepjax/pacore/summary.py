@@ -150,15 +150,16 @@ def table(summary: Mapping[str, Any]) -> str:
         ("prompts", _tokens(summary["prompt_tokens"], summary["prompt_tokens_per_answer"])),
     ]
     if summary["lost_tokens"]:
-        lines.append(("lost", f"{human_number(summary['lost_tokens'])} tokens, of tries that failed"))
+        lines.append(("lost", f"{_number(summary['lost_tokens'])} tokens, of tries that failed"))
     lines.append(("ended by", _counts(summary["finish_reasons"])))
     for each in summary["rounds"]:
         losses = {**each["losses"]} | {
             name.replace("_", " "): each[name] for name in ("cut_references", "cut_answers") if each[name]
         }
         lost = f"; lost or cut: {_counts(losses)}" if losses else ""
-        tokens = human_number(each["output_tokens"])
-        lines.append((f"round {each['round']}", f"{each['calls']} calls, {tokens} tokens{lost}"))
+        lines.append(
+            (f"round {each['round']}", f"{each['calls']} calls, {_number(each['output_tokens'])} tokens{lost}")
+        )
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
 
@@ -172,7 +173,11 @@ def _percent(summary: Mapping[str, Any]) -> str:
 
 
 def _tokens(total: int, mean: float | None) -> str:
-    return f"{human_number(total)} tokens" + ("" if mean is None else f", {human_number(mean)} an answer")
+    return f"{_number(total)} tokens" + ("" if mean is None else f", {human_number(mean)} an answer")
+
+
+def _number(count: int) -> str:
+    return str(count) if count < 1000 else human_number(count)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from stepjax.processing.tokenizer import load_tokenizer
 
-TINY = Path(__file__).parent.parent / "data" / "tiny_vl"
+TINY = Path(__file__).parent / "data" / "tiny_vl"
 
 
 def write_tiny_checkpoint(directory: Path) -> Path:
