@@ -440,7 +440,8 @@ def test_long_messages_and_addresses(opened):
     made = outcome((2, 2), troubled=False)
     long = dataclasses.replace(made.rounds[1].trajectories[0], content="a line\n" * 200)
     second = dataclasses.replace(made.rounds[1], trajectories=(long, made.rounds[1].trajectories[1]))
-    page = opened(dataclasses.replace(made, rounds=(made.rounds[0], second, made.rounds[2])), hash="#round2")
+    rounds = (made.rounds[0], second, made.rounds[2])
+    page = opened(dataclasses.replace(made, rounds=rounds), scheme="dark", hash="#round2")
     assert page.evaluate("scrollY") > 0
     height = "document.querySelector('#t1-0 > .text').clientHeight"
     assert page.evaluate(height) < 400
@@ -448,4 +449,5 @@ def test_long_messages_and_addresses(opened):
     assert page.evaluate(height) > 2000
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.querySelector('.scrolling')).maxHeight") == "none"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 29, 27)", "paper is white"
     assert is_sound(page)
