@@ -44,15 +44,26 @@ def chat_body(content="hi", **fields):
 
 @contextlib.contextmanager
 def running(processor, engine=None, *, drain_seconds=5.0, **settings):
-    """Serves until the block ends; `engine` may be a function that makes one in the loop."""
+    """Serves until the block ends."""
+
+    async def make(stack):
+        made = engine or FakeEngine()
+        if hasattr(made, "__aenter__"):
+            made = await stack.enter_async_context(made)
+        return made, make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}))
+
+    with running_app(make, drain_seconds=drain_seconds) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def running_app(make, *, drain_seconds=5.0):
+    """Serves what `make` gives, called in the server's loop: an engine, or None, and an app."""
     ready, state = threading.Event(), {}
 
     async def main():
         async with contextlib.AsyncExitStack() as stack:
-            made = engine or FakeEngine()
-            if hasattr(made, "__aenter__"):
-                made = await stack.enter_async_context(made)
-            app = make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}))
+            made, app = await make(stack)
             config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
             server = DrainingServer(config, drain_seconds=drain_seconds)
             state.update(server=server, loop=asyncio.get_running_loop(), engine=made, app=app)

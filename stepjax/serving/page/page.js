@@ -270,7 +270,11 @@ $("composer").onsubmit = (event) => {
   event.preventDefault();
   const text = $("text").value.trim();
   if (running || (!text && !pending.length)) return;
-  if (!$("settings").reportValidity()) return;
+  if (!$("settings").checkValidity()) {
+    showSettings(true); // what is hidden cannot be complained about
+    $("settings").reportValidity();
+    return;
+  }
   const images = pending;
   pending = [];
   $("images").replaceChildren();

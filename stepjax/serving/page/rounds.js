@@ -2,14 +2,15 @@
 
 import { make } from "./elements.js";
 
+// In a cell, and said in full.
 const LOSSES = {
-  error: "failed",
-  timeout: "took too long",
-  cancelled: "not waited for",
-  empty: "wrote no answer",
-  truncated: "cut off in thought",
+  error: ["failed", "failed"],
+  timeout: ["too long", "took too long"],
+  cancelled: ["unneeded", "not waited for"],
+  empty: ["empty", "wrote no answer"],
+  truncated: ["cut off", "cut off within its thought"],
+  stopped: ["stopped", "stopped"],
 };
-const STATES = { waiting: "waiting", running: "running", done: "done", lost: "lost" };
 const SIGNS = { waiting: "\u00b7", running: "\u2026", done: "\u2713", lost: "\u2715" };
 const ANSWERED_BY = {
   agreement: "Enough trajectories agreed: one of them is the answer.",
@@ -117,7 +118,7 @@ class Round {
     else if (this.seconds === undefined) parts.push("writing");
     if (inState("lost")) parts.push(`${inState("lost")} lost`);
     parts.push(`${tokens.toLocaleString("en")} tokens`, `${seconds.toFixed(1)} s`);
-    if (this.cited?.length) parts.push(`cites ${this.cited.map((number) => `Reference ${number}`).join(", ")}`);
+    if (this.cited?.length) parts.push(`cites ${this.cited.length > 1 ? "references" : "reference"} ${this.cited.join(", ")}`);
     this.counts.textContent = parts.join(" \u00b7 ");
   }
 
@@ -210,18 +211,18 @@ class Cell {
   show() {
     this.element.className = `cell ${this.state}${this.cites ? " cited" : ""}`;
     this.sign.textContent = `${this.index + 1} ${SIGNS[this.state]}`;
-    this.count.textContent = this.state === "lost" ? this.reason() : this.tokens ? short(this.tokens) : "";
+    this.count.textContent = this.state === "lost" ? this.reason()[0] : this.tokens ? short(this.tokens) : "";
     this.element.setAttribute("aria-label", this.describe());
     this.element.title = this.describe();
     if (this.round.opened === this) this.round.read();
   }
 
   reason() {
-    return this.isStopped ? "stopped" : (LOSSES[this.trajectory?.loss] ?? "lost");
+    return LOSSES[this.isStopped ? "stopped" : this.trajectory.loss] ?? ["lost", "lost"];
   }
 
   describe() {
-    const parts = [`Trajectory ${this.index + 1}: ${this.state === "lost" ? this.reason() : STATES[this.state]}`];
+    const parts = [`Trajectory ${this.index + 1}: ${this.state === "lost" ? this.reason()[1] : this.state}`];
     if (this.tokens) parts.push(`${this.tokens.toLocaleString("en")} tokens`);
     if (this.trajectory) parts.push(`${this.trajectory.seconds.toFixed(1)} s`);
     if (this.retries) parts.push(`tried ${this.retries + 1} times`);
