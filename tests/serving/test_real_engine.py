@@ -108,6 +108,38 @@ def test_a_client_that_leaves_frees_its_pages(server):
     assert server.engine.stats().cancelled_samples - before == 4
 
 
+def test_rounds_of_pacore(server, client):
+    """Without a thought, which so small a model would not end."""
+    fields = dict(model="tiny", messages=question("and this?", picture(60, 40)), seed=3, max_tokens=12)
+    options = {"pacore": {"schedule": [3, 2]}, "chat_template_kwargs": {"enable_thinking": False}}
+    whole = client.chat.completions.create(**fields, extra_body=options)
+    rounds = whole.pacore["rounds"]
+    assert [len(each["trajectories"]) for each in rounds] == [3, 2, 1] and not any(each["losses"] for each in rounds)
+    calls = [call for each in rounds for call in each["trajectories"]]
+    assert whole.usage.completion_tokens == sum(call["output_tokens"] for call in calls) > 6
+    assert len({call["message"] for call in rounds[0]["trajectories"]}) == 3, "seeds differ"
+    assert whole.usage.prompt_tokens_details.cached_tokens > 0, "trajectories share their prompt"
+    chunks = list(
+        client.chat.completions.create(
+            **fields, extra_body=options, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == whole.choices[0].message.content and text
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    told = [chunk.pacore for chunk in chunks[:-1] if hasattr(chunk, "pacore")]
+    messages = [event.get("message") for event in told if event["type"] == "trajectory_ended" and not event["round"]]
+    assert sorted(messages) == sorted(call["message"] for call in rounds[0]["trajectories"])
+
+    body = chat_body("tell me more", stream=True, ignore_eos=True, pacore={"schedule": [4]})
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        reader = response.iter_lines()
+        next(reader)
+        server.wait_until(lambda: server.engine.stats().running > 0)
+    server.wait_until(lambda: server.engine.stats().running + server.engine.stats().waiting == 0, seconds=5)
+    assert server.engine.stats().pages_used == 0
+
+
 def test_metrics_of_the_engine(server):
     text = server.http.get("/metrics").text
     values = dict(line.split(" ") for line in text.splitlines() if line.startswith("stepjax_engine_"))
