@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import signal
 import socket
 
 import openai
 import pytest
 from fake_engine import FakeEngine
-from running_server import chat_body, picture
+from running_server import chat_body, picture, running
 
 from stepjax.pacore.config import Limits as RoundLimits
 from stepjax.pacore.config import PacoreConfig
@@ -323,6 +324,19 @@ def test_a_client_that_leaves_cancels_it_all(start, stream):
     server.wait_until(lambda: not server.engine.requests, seconds=2)
     server.wait_until(lambda: server.context.admission.count == 0)
     assert 'stepjax_pacore_requests_total{answered_by="cancelled"} 1.0' in server.http.get("/metrics").text
+
+
+def test_the_end_of_the_server_is_told(processor):
+    engine = FakeEngine(lambda *_: ["</think>", *["on "] * 20_000], step_seconds=0.005)
+    with running(processor, engine, drain_seconds=0.2) as server:
+        with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, pacore={})) as response:
+            reader = response.iter_lines()
+            next(reader)
+            server.wait_until(lambda: len(engine.requests) == 4)
+            server.server.handle_exit(signal.SIGTERM, None)
+            lines = [line for line in reader if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        server.wait_until(lambda: not engine.requests)
 
 
 def test_metrics(server):

@@ -1,5 +1,6 @@
 """The page in a real browser, where there is one."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -8,10 +9,14 @@ import shutil
 import pytest
 from fake_engine import FakeEngine
 from PIL import Image, ImageDraw
-from running_server import running
+from running_server import running, running_app
 
 from stepjax.config import ImageConfig, TokenizerConfig
+from stepjax.pacore.config import PacoreConfig
+from stepjax.pacore.http_sampler import Endpoint, HttpSampler
 from stepjax.processing.processor import Processor
+from stepjax.serving.settings import ServerSettings
+from stepjax.serving.upstream import make_upstream_app
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
@@ -278,3 +283,33 @@ def test_stopping_and_failing_rounds(opened):
     page.wait_for_selector(".error")
     assert "nothing came of round 1 of 4 (4 empty)" in page.inner_text(".error")
     assert page.input_value("#text") == "again" and page.locator(".cell.lost").count() == 8
+
+
+def test_the_page_in_front_of_another_server(browser, large_views):
+    """Rounds are what it answers with by itself, and the views of images are not to be had."""
+    with contextlib.ExitStack() as stack:
+        behind = stack.enter_context(running(large_views, FakeEngine(lambda *_: ["</think>\n\n", "fine"])))
+
+        async def make(_):
+            settings = ServerSettings(model_name=None, pacore=PacoreConfig(schedule=(3, 2)))
+            return None, make_upstream_app(HttpSampler(Endpoint(url=f"{behind.url}/v1")), settings)
+
+        front = stack.enter_context(running_app(make))
+        page = browser.new_page()
+        stack.callback(page.close)
+        page.goto(front.url)
+        until(page, "document.title === 'tiny'")
+        assert page.input_value("#pacore") == "custom" and page.input_value("#schedule") == "3, 2"
+        page.set_input_files("#file", drawing())
+        page.wait_for_selector("#images >> text=shapes.png")
+        page.fill("#text", "What is it?")
+        page.click("#send")
+        page.wait_for_selector(".answer[aria-busy=false]")
+        assert page.locator(".cell.done").count() == 5 and page.inner_text(".answer > .text") == "fine"
+        assert [len(prompt.global_views) for prompt, _ in behind.engine.served] == [1] * 6
+        page.click("#settings-toggle")
+        page.select_option("#pacore", "")
+        page.fill("#text", "And now?")
+        page.click("#send")
+        until(page, "document.querySelectorAll('.answer[aria-busy=false]').length === 2")
+        assert len(behind.engine.served) == 7
