@@ -31,7 +31,8 @@ class Progress:
         self._under_way: dict[Job, int] = {}
         self._losses: Counter[str] = Counter()
         self._answers = self._drawn_answers = self._right = self._scored = self._failed = 0
-        self._tokens = self._drawn_tokens = 0
+        self._drawn_tokens = self._earlier_tokens = 0  # by this process, and by those before it
+        self._told: dict[Job, int] = {}  # tokens that this process has drawn for the round that is under way
         self._has_line = False
 
     def notify(self, job: Job, event: Event, known: int = 0) -> None:
@@ -41,13 +42,15 @@ class Progress:
         """
         if isinstance(event, RoundStarted):
             self._under_way[job] = event.width - known
+            self._told[job] = 0
         elif isinstance(event, TrajectoryEnded):
             self._under_way[job] -= 1
             self._drawn_tokens += event.trajectory.output_tokens
+            self._told[job] += event.trajectory.output_tokens
         elif isinstance(event, RoundEnded):
             self._under_way.pop(job, None)
             self._losses.update(event.round.losses)
-            self._tokens += event.round.totals.output_tokens
+            self._earlier_tokens += event.round.totals.output_tokens - self._told.pop(job)
 
     def answered(self, job: Job, correct: bool | None, *, is_failed: bool, is_new: bool) -> None:
         """
@@ -55,6 +58,7 @@ class Progress:
             is_new: it took calls of this process.
         """
         self._under_way.pop(job, None)
+        self._told.pop(job, None)
         self._answers += 1
         self._drawn_answers += is_new
         self._failed += is_failed
@@ -84,7 +88,7 @@ class Progress:
         if self._scored:
             fields.append(f"{100 * self._right / self._scored:.1f}% right")
         fields.append(f"{sum(self._under_way.values())} calls under way")
-        fields.append(f"{human_number(self._tokens)} tok")
+        fields.append(f"{human_number(self._drawn_tokens + self._earlier_tokens)} tok")
         if seconds > 0:
             fields.append(f"{human_number(self._drawn_tokens / seconds)} tok/s")
         losses: Mapping[str, int] = self._losses

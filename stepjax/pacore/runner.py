@@ -7,6 +7,7 @@ for its final call. A problem that fails becomes a row that says so, and stops n
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,7 @@ class BatchRun:
         self._journal, self._directory, self._progress = journal, directory, progress
         self._rows, self._figures = Rows(directory), list[Figures]()
         self._timing = Timing(directory)
+        self._answers_before = _num_answers(directory / SUMMARY)
 
     async def run(self) -> dict[str, Any]:
         """Answers all; returns the summary. When cancelled, it leaves what it has, and the journal.
@@ -86,14 +88,17 @@ class BatchRun:
         with contextlib.closing(self._rows), contextlib.closing(self._progress):
             helpers = [asyncio.create_task(self._refresh()), asyncio.create_task(self._tell())]
             workers = [asyncio.create_task(self._work(jobs)) for _ in range(self._config.concurrent_problems)]
+            is_complete = False
             try:
                 await _all(workers, helpers)
+                is_complete = True
             finally:
                 for task in (*workers, *helpers):
                     task.cancel()
                 await asyncio.gather(*workers, *helpers, return_exceptions=True)
-                summary = self._save()
-        return summary
+                if is_complete or self._has_more:
+                    self._save()
+            return self._summary()
 
     async def _work(self, jobs: Iterator[tuple[int, int]]) -> None:
         for place, sample in jobs:
@@ -143,7 +148,7 @@ class BatchRun:
         pause, saved = _REFRESH_SECONDS, 0
         while True:
             await asyncio.sleep(pause)
-            if len(self._rows) > saved:
+            if len(self._rows) > saved and self._has_more:
                 begin, saved = time.monotonic(), len(self._rows)
                 summary = self._summary()
                 await asyncio.to_thread(self._rows.save, self._directory / RESULTS)
@@ -156,12 +161,15 @@ class BatchRun:
             await asyncio.sleep(self._progress.seconds)
             self._progress.tick()
 
-    def _save(self) -> dict[str, Any]:
-        summary = self._summary()
+    @property
+    def _has_more(self) -> bool:
+        """At least as many answers as an earlier process has left, and not only the first ones of its journal."""
+        return len(self._rows) >= self._answers_before
+
+    def _save(self) -> None:
         self._rows.save(self._directory / RESULTS)
-        write_json(self._directory / SUMMARY, summary)
+        write_json(self._directory / SUMMARY, self._summary())
         self._timing.save()
-        return summary
 
     def _summary(self) -> dict[str, Any]:
         return summarise(
@@ -171,6 +179,13 @@ class BatchRun:
             samples=self._config.samples,
             matching=self._coordinator.matching,
         )
+
+
+def _num_answers(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["answers"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none yet
+        return 0
 
 
 async def _all(workers: Sequence[asyncio.Task[None]], helpers: Sequence[asyncio.Task[None]]) -> None:

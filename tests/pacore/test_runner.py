@@ -109,6 +109,15 @@ def test_cancelled_it_leaves_what_it_has(start, tmp_path):
         start(slow, beside=beside)
     assert [row["id"] for row in rows(tmp_path)] == ["p0", "p1", "p2", "p3"]
     assert json.loads((tmp_path / "summary.json").read_text())["answers"] == 4
+
+    async def at_once(task, sampler):
+        await asyncio.sleep(0)
+        task.cancel()
+
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with pytest.raises(asyncio.CancelledError):
+        start(slow, beside=at_once)
+    assert (tmp_path / "results.jsonl").read_bytes() == before, "fewer answers do not replace more"
     sampler, _ = start(lambda asked: "x")
     assert {number(asked) for asked in sampler.asked} == {4, 5, 6, 7}
 
