@@ -204,7 +204,7 @@ class Cell {
     if (!count) return;
     this.cites = count;
     this.badge.hidden = false;
-    this.badge.textContent = `Ref ${this.reference}${count > 1 ? ` \u00d7${count}` : ""}`;
+    this.badge.textContent = `Ref ${this.reference}`;
     this.show();
   }
 
