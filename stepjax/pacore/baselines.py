@@ -23,7 +23,8 @@ from stepjax.pacore.answers import is_right, plurality
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator, outcome
 from stepjax.pacore.events import Notify, ignore
-from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
+from stepjax.pacore.messages import answers
+from stepjax.pacore.records import Message, Outcome, Problem, Trajectory
 from stepjax.pacore.rounds import ProblemRun, trajectory_of
 
 MethodName = Literal["pacore", "single", "majority", "best-of-n", "sequential", "rsa"]
@@ -122,7 +123,7 @@ async def answer(
     if method.name == "majority":
         return _voted(run)
     scorer = method.scorer if callable(method.scorer) else _scorer(method.scorer, coordinator)
-    candidates = _answers(made)
+    candidates = answers(made.messages)
     scores = [scorer(problem, trajectory_of(made, message)) for message in candidates]
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     return outcome(run, made, candidates[best], "score")
@@ -144,14 +145,9 @@ def _subset(run: ProblemRun, population: tuple[Message, ...], count: int, loop: 
 
 def _voted(run: ProblemRun) -> Outcome:
     last = run.rounds[-1]
-    candidates = _answers(last)
+    candidates = answers(last.messages)
     index, _ = plurality([message.text for message in candidates], run.matching)
     return outcome(run, last, candidates[index], "vote")
-
-
-def _answers(round_: Round) -> list[Message]:
-    """Its messages without ends of thoughts, as long as there are others."""
-    return [message for message in round_.messages if not message.was_cut] or list(round_.messages)
 
 
 def _scorer(name: str, coordinator: Coordinator) -> Scorer:

@@ -6,6 +6,7 @@ from stepjax.errors import ConfigError
 from stepjax.pacore.answers import Matching, plurality
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.events import Event, Notify, Pieces, TrajectoryPiece, ignore
+from stepjax.pacore.messages import answers
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
 from stepjax.pacore.rounds import ProblemRun, RoundFailedError, trajectory_of
 from stepjax.pacore.sampler import Sampler, is_answer
@@ -94,8 +95,9 @@ class Coordinator:
             if not self.config.fallback or len(run.rounds) < 2 or was_shown:
                 raise
             last = run.rounds[-2]
-            index, _ = plurality([message.text for message in last.messages], self.matching)
-            return outcome(run, last, last.messages[index], "fallback")
+            candidates = answers(last.messages)
+            index, _ = plurality([message.text for message in candidates], self.matching)
+            return outcome(run, last, candidates[index], "fallback")
         return outcome(run, final, final.messages[0], "synthesis")
 
 

@@ -37,6 +37,12 @@ def compact(trajectory: Trajectory, config: PacoreConfig, tokens: Tokens | None)
     return Message(trajectory.index, "[...] " + tokens.tail(thought, config.tail_tokens).lstrip(), was_cut=True)
 
 
+def answers(messages: Iterable[Message]) -> list[Message]:
+    """Those that may be voted on: without ends of thoughts, as long as there are others."""
+    messages = list(messages)
+    return [message for message in messages if not message.was_cut] or messages
+
+
 def _call_text(call: dict) -> str:
     """A proposed call as markup: tool_call, function and parameter, as the authors' server writes it."""
     function = call.get("function", call)

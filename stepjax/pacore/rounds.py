@@ -171,8 +171,9 @@ class ProblemRun:
         share = self.config.limits.agreement
         if share is None or width < 2:
             return None
-        index, votes = plurality([message.text for message in messages], self.matching)
-        return messages[index] if votes >= max(2, math.ceil(share * width)) else None
+        candidates = [message for message in messages if not message.was_cut]
+        index, votes = plurality([message.text for message in candidates], self.matching)
+        return candidates[index] if votes >= max(2, math.ceil(share * width)) else None
 
     def _messages(self, trajectories: Iterable[Trajectory]) -> list[Message]:
         made = (compact(each, self.config, self._sampler.tokens) for each in trajectories)

@@ -195,6 +195,21 @@ def test_the_plurality_stands_in_for_a_final_call_that_fails(solve):
         solve(FakeSampler(script), (4,), limits=QUICK, fallback=False)
 
 
+def test_ends_of_thoughts_neither_stand_in_nor_agree(solve):
+    """They are passed on with truncated="tail", and hold numbers that nobody has called an answer."""
+
+    def script(asked):
+        if is_synthesis(asked):
+            return SamplerError("down", is_temporary=True)
+        if asked.number == 3:
+            return 0.1
+        return Reply(content="", reasoning="if it were 41", finish_reason="length")
+
+    limits = dataclasses.replace(QUICK, agreement=0.5)
+    outcome = solve(FakeSampler(script), (4,), limits=limits, truncated="tail")
+    assert outcome.answered_by == "fallback" and outcome.content == "late"
+
+
 def test_an_answer_that_was_shown_is_not_replaced(solve):
     """Observers have sent a part of it to somebody: neither a second try nor the fallback can take that back."""
 
