@@ -16,7 +16,8 @@ pretrain: .venv/installed  ## train the demo model, evaluate it and draw the pic
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
 
 test: .venv-test/installed  ## the test suite, in its own environment, without torch
-	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 -m "not slow" $(ARGS)
+	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		-m "not slow" $(ARGS)
 
 slow: .venv-test/installed  ## what `make test` leaves out: every shape of the kernels, on every chip (half an hour)
 	.venv-test/bin/python -m pytest -n $(JOBS) -m slow $(ARGS)

@@ -5,6 +5,7 @@ compile more than they compute, so code generation is told to hurry, which halve
 does before it, partitioning over devices among it, is as always.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # LLVM's
 if jax.__version_info__ < (0, 11):  # XLA refuses to start on a flag that it does not know (any more)
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    # One module a program: the tests' programs are small, and parts of them cost more together.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+# Tracing makes objects by the million and leaves hardly a cycle: the collector's looks at them are a sixth of a test.
+gc.set_threshold(50_000, 20, 50)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -40,6 +45,24 @@ SPECIAL_TOKENS = SpecialTokens(
     patch_end=62,
     patch_newline=63,
 )
+
+# The files that take longest, the longest first: one that a process began last would keep the others waiting.
+LONGEST = (
+    "launch/test_processes.py",
+    "training/test_loop.py",
+    "inference/test_engine.py",
+    "training/test_resume.py",
+    "pallas_kernels/sampling/test_sampling_values.py",
+    "pallas_kernels/shared_prefix_attention/test_shared_prefix_values.py",
+    "test_sharding.py",
+    "models/test_paged_cache.py",
+    "training/test_step.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))  # stable: all else stays in its order
 
 
 @pytest.fixture(scope="session")

@@ -94,8 +94,13 @@ def model() -> Any:
     return init_model(CONFIG.model, CONFIG.numerics, seed=1)
 
 
-def copied(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+@functools.partial(jax.jit, static_argnums=1)
+def started(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state of copies, which may be donated; compiled as one, not array by array."""
+    return new_state(jax.tree.map(jnp.copy, model), optimizer)
+
+
+norm = jax.jit(optax.global_norm)
 
 
 @functools.cache
@@ -105,7 +110,7 @@ def _value_and_grad():
 
 def loss_and_gradients(*batches: dict[str, jax.Array]) -> tuple[Any, dict[str, Any], Any]:
     """Loss, metrics and gradients, each a sum over all tokens of all batches."""
-    results = [_value_and_grad()(model(), batch) for batch in batches]
+    results = [jax.device_get(_value_and_grad()(model(), batch)) for batch in batches]
     (loss, sums), grads = jax.tree.map(lambda *parts: sum(parts), *results)
     return loss, sums, grads
 
@@ -133,7 +138,7 @@ def accumulating_step(batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str
 
     Adam's first step would blow rounding errors up to whole signs.
     """
-    return _accumulating_step()(new_state(model(), SGD), batch)
+    return _accumulating_step()(started(model(), SGD), batch)
 
 
 # Packing -------------------------------------------------------------------------------------------------------------
@@ -214,10 +219,10 @@ def test_metrics_are_means_over_the_weighted_tokens():
     assert metrics["loss"] == pytest.approx(float(sums["loss_X"].sum()) / weight, rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(float(sums["correct_X"].sum()) / weight, rel=1e-5)
     assert metrics["z"] == pytest.approx(float(sums["z"]) / weight, rel=1e-5)
-    grad_norm = float(optax.global_norm(grads)) / weight
+    grad_norm = float(norm(grads)) / weight
     assert metrics["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
     assert metrics["update_norm"] == pytest.approx(grad_norm, rel=1e-4)  # SGD of rate 1
-    assert metrics["param_norm"] == pytest.approx(float(optax.global_norm(model())), rel=1e-5)
+    assert metrics["param_norm"] == pytest.approx(float(norm(model())), rel=1e-5)
     assert metrics["learning_rate"] == 1.0 and int(state.step) == 1
 
 
@@ -239,7 +244,7 @@ def test_accumulation_does_not_change_the_step():
     )
     state, metrics = accumulating_step(batch)
     _, _, grads = loss_and_gradients(batch)
-    expected = jax.tree.map(lambda p, g: p - g / weights_B.sum(), model(), grads)
+    expected = jax.tree.map(lambda p, g: p - g / weights_B.sum(), jax.device_get(model()), grads)
     assert_close(state.model, expected, 1e-5)
     # The first step of the optimizer below makes its gradients from the whole batch.
     _, history = train(1)
@@ -266,7 +271,7 @@ def adam_step(freeze: tuple[str, ...] = ()):
 
 def train(steps: int, freeze: tuple[str, ...] = ()) -> tuple[TrainState, list[dict[str, Any]]]:
     optimizer, step = adam_step(freeze)
-    state, batch, history = new_state(copied(model()), optimizer), packed_batch(), []
+    state, batch, history = started(model(), optimizer), packed_batch(), []
     for _ in range(steps):
         state, metrics = step(state, batch)
         history.append(jax.device_get(metrics))
@@ -298,7 +303,7 @@ def test_frozen_parameters_stay_as_they_are():
 
 def test_state_is_donated():
     optimizer, step = adam_step()
-    state = new_state(copied(model()), optimizer)
+    state = started(model(), optimizer)
     after, _ = step(state, packed_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
