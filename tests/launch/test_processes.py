@@ -46,7 +46,6 @@ class Job:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
-        shared.pop("XLA_FLAGS", None)  # conftest's eight devices
         self.logs = [open(out / f"log{index}", "w+") for index in range(processes)]
         self.processes = []
         for index, log in enumerate(self.logs):
