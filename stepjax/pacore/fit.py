@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Message
 from stepjax.pacore.sampler import PromptTooLongError, Tokens
-from stepjax.pacore.template import with_ends
+from stepjax.pacore.template import CUT_MARK, with_ends
 
 # Shorter than that a reference says nothing; then references are dropped.
 _LEAST_TOKENS = 16
@@ -70,7 +70,7 @@ def _shortened(reference: Message, most: int, tokens: Tokens) -> Message:
 
 
 def _unmarked(reference: Message) -> str:
-    return reference.text.removeprefix("[...] ") if reference.was_cut else reference.text
+    return reference.text.removeprefix(CUT_MARK) if reference.was_cut else reference.text
 
 
 def losses_of_fitting(before: Sequence[Message], after: Sequence[Message]) -> tuple[int, int]:

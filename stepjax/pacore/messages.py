@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Message, Trajectory
 from stepjax.pacore.sampler import Tokens
+from stepjax.pacore.template import CUT_MARK
 
 _CLOSE = "</think>"
 
@@ -34,7 +35,7 @@ def compact(trajectory: Trajectory, config: PacoreConfig, tokens: Tokens | None)
     if config.truncated == "drop" or not thought:
         return "truncated"
     assert tokens is not None, "checked when the coordinator was made"
-    return Message(trajectory.index, "[...] " + tokens.tail(thought, config.tail_tokens).lstrip(), was_cut=True)
+    return Message(trajectory.index, CUT_MARK + tokens.tail(thought, config.tail_tokens).lstrip(), was_cut=True)
 
 
 def answers(messages: Iterable[Message]) -> list[Message]:

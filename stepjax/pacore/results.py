@@ -15,7 +15,8 @@ from typing import Any
 
 from stepjax.pacore.answers import Matching, is_right
 from stepjax.pacore.journal import replace_file
-from stepjax.pacore.records import Outcome, Problem, Round, Totals, Trajectory
+from stepjax.pacore.records import Message, Outcome, Problem, Round, Totals, Trajectory
+from stepjax.pacore.template import CUT_MARK
 
 
 def row(
@@ -47,6 +48,7 @@ def row(
         "chosen": list(outcome.chosen) if outcome else None,
         "correct": right if known else None,
         "round_responses": [[_response(each) for each in round_.trajectories] for round_ in rounds],
+        "references": [_references(problem, rounds, number) for number in range(len(rounds))],
         "usage": _usage(rounds),
         "losses": [dict(sorted(round_.losses.items())) for round_ in rounds],
         "cut_references": [round_.cut_references for round_ in rounds],
@@ -54,6 +56,23 @@ def row(
         "error": error,
         **({"extra": dict(problem.extra)} if problem.extra else {}),
     }
+
+
+def _references(problem: Problem, rounds: Sequence[Round], number: int) -> list[list[list[int | None]]]:
+    """What a round's prompts listed: one list for all, or one for each trajectory. It has the index of each message
+    and, where that was shortened for this prompt, how many characters of its end are left.
+    """
+    given = [Message(i, text) for i, text in enumerate(problem.responses)]
+    texts = rounds[number - 1].messages if number else given
+    whole = {message.index: message.text for message in texts}
+    each = rounds[number].own_references or (rounds[number].references,)
+    return [
+        [
+            [message.index, None if whole.get(message.index) == message.text else len(message.text) - len(CUT_MARK)]
+            for message in references
+        ]
+        for references in each
+    ]
 
 
 def _response(trajectory: Trajectory) -> dict[str, Any]:

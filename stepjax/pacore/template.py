@@ -17,6 +17,8 @@ from stepjax.errors import ConfigError, RecordError
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Message
 
+CUT_MARK = "[...] "  # in place of what is missing before the end of a message
+
 # White space as published: a blank line before each reference, two before the last sentence.
 _REFERENCES = """{% for reference in references %}
 
@@ -149,4 +151,4 @@ def _text_and_images(content: Any) -> tuple[str, list[dict[str, Any]]]:
 
 def with_ends(message: Message, text: str) -> Message:
     """A message of which only the end is left; it says so."""
-    return dataclasses.replace(message, text=f"[...] {text.lstrip()}", was_cut=True)
+    return dataclasses.replace(message, text=CUT_MARK + text.lstrip(), was_cut=True)

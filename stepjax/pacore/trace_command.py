@@ -76,7 +76,7 @@ def _write(given: argparse.Namespace) -> int:
             correct=row["correct"],
             matching="math" if traced.matching == "math" and row["ground_truth"] is not None else None,
             thoughts=not given.without_thoughts,
-            notes=traced.notes(row),
+            notes=traced.notes(),
         )
         entries.append((row, name, of.seconds))
     missing = sorted((wanted or set()) - {row["id"] for row, _, _ in entries})

@@ -1,8 +1,8 @@
 """Outcomes of a batch run from its directory, for traces: the run once more, with its journal in place of a model.
 
-What a round's prompt held follows from the trajectories and the settings. Two things do not, for they need a tokenizer:
-which references were shortened or left out for want of room, and where exactly the end of a thought begins that is
-passed on. Their numbers are in the results; `notes` says where a trace lacks the rest.
+What a round's prompt held follows from the trajectories and the settings, and where references were shortened or left
+out for want of room, from the results. Where exactly the end of a thought begins that is passed on needs a tokenizer:
+`notes` says so.
 """
 
 import asyncio
@@ -20,10 +20,11 @@ from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import Event, RoundEnded
 from stepjax.pacore.journal import CALLS, SETTINGS, Job
 from stepjax.pacore.problems import read_problems
-from stepjax.pacore.records import Outcome, Problem, Round, Trajectory
+from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
 from stepjax.pacore.runner import RESULTS, SUMMARY
 from stepjax.pacore.sampler import Prompt, SamplerError
+from stepjax.pacore.template import with_ends
 from stepjax.pacore.trace_data import Failure
 
 
@@ -96,17 +97,11 @@ class TracedRun:
             seconds=seconds,
         )
 
-    def notes(self, row: Mapping[str, Any]) -> list[str]:
-        """What the trace of a row does not show."""
-        made = []
-        if any(row["cut_references"]) or any(losses.get("did_not_fit") for losses in row["losses"]):
-            made.append(
-                "Some references were shortened or left out to fit a prompt. The run does not record which ones: all "
-                "are shown as they were before, under the labels that they would have had."
-            )
+    def notes(self) -> list[str]:
+        """What traces do not show."""
         if self._coordinator.config.truncated == "tail":
-            made.append("Where the end of a thought that was cut off is passed on, its beginning is not exact here.")
-        return made
+            return ["Where the end of a thought that was cut off is passed on, its beginning is not exact here."]
+        return []
 
     async def _replay(self, problem: Problem, row: Mapping[str, Any], done: Sequence[Trajectory]) -> tuple[Round, ...]:
         rounds: list[Round] = []
@@ -119,10 +114,13 @@ class TracedRun:
         with contextlib.suppress(StepjaxError, RoundFailedError):
             await answer(self._coordinator, problem, self._method, sample=row["sample"], done=done, notify=notify)
         counted = zip(rounds, row["losses"], row["cut_references"], row["cut_answers"], strict=False)
-        return tuple(
-            dataclasses.replace(round_, losses=losses, cut_references=references, cut_answers=answers)
-            for round_, losses, references, answers in counted
-        )
+        made: list[Round] = []
+        for round_, losses, references, answers in counted:
+            seen = _seen(row["references"][round_.number], made[-1].messages if made else _given(problem), round_)
+            made.append(
+                dataclasses.replace(round_, losses=losses, cut_references=references, cut_answers=answers, **seen)
+            )
+        return tuple(made)
 
     def _trajectories(self, job: Job) -> list[Trajectory]:
         with open(self._directory / CALLS, "rb") as file:
@@ -178,6 +176,24 @@ class _Recorded:
 
     async def sample(self, prompt, params, listener):
         raise SamplerError("it is not in the journal", is_temporary=False)
+
+
+def _given(problem: Problem) -> list[Message]:
+    return [Message(i, text) for i, text in enumerate(problem.responses)]
+
+
+def _seen(listed: Sequence[Sequence[Any]], sources: Sequence[Message], round_: Round) -> dict[str, Any]:
+    """A round's references as its prompts held them; see `results.row`. Without their sources they stay as they are."""
+    by_index = {message.index: message for message in sources}
+    if any(index not in by_index for references in listed for index, _ in references):
+        return {}
+
+    def shown(index: int, kept: int | None) -> Message:
+        whole = by_index[index]
+        return whole if kept is None else with_ends(whole, whole.text[-kept:] if kept else "")
+
+    seen = tuple(tuple(shown(index, kept) for index, kept in references) for references in listed)
+    return {"references": seen[0], "own_references": seen if round_.own_references else ()}
 
 
 def _places(path: Path) -> dict[Job, dict[tuple[int, int], int]]:

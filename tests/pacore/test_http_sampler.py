@@ -163,15 +163,6 @@ def test_a_tokenizer_counts_and_cuts(tokenizer_file):
         FileTokens("nothing.json")
 
 
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory):
-    from stepjax.processing.tokenizer import load_tokenizer
-
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    load_tokenizer("demo").save(path)
-    return str(path)
-
-
 @pytest.mark.parametrize(
     "fields", [{"url": "localhost:8000"}, {"max_concurrent": 0}, {"max_context": 100}, {"silence_seconds": 0.0}]
 )

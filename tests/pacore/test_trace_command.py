@@ -70,6 +70,19 @@ def run(problems, out, *options, **endpoint):
         ("--schedule", "6,3", "--samples", "2", "--use-responses"),
         ("--schedule", "none"),
         ("--schedule", "5", "--agreement", "0.4"),
+        ("--schedule", "6,3", "--max-tokens", "20", "--max-context", "430", "--tokenizer", "TOKENIZER"),
+        (
+            "--schedule",
+            "6",
+            "--max-tokens",
+            "20",
+            "--max-context",
+            "380",
+            "--tokenizer",
+            "TOKENIZER",
+            "--overflow",
+            "drop",
+        ),
         ("--schedule", "5", "--order", "length", "--retries", "0", "--no-fallback"),
         ("--method", "majority", "--width", "4"),
         ("--method", "best-of-n", "--width", "3", "--scorer", "longest"),
@@ -78,15 +91,19 @@ def run(problems, out, *options, **endpoint):
     ],
     ids=" ".join,
 )
-def test_outcomes_are_made_again_from_the_directory(problems, tmp_path, made, options):
+def test_outcomes_are_made_again_from_the_directory(problems, tmp_path, made, tokenizer_file, options):
+    options = [tokenizer_file if option == "TOKENIZER" else option for option in options]
     assert run(problems, tmp_path / "run", *options) == 0
     traced = TracedRun(tmp_path / "run")
     rows = list(traced.rows())
     assert len(rows) == len(made) >= 5
+    if "--max-context" in options:
+        lost = [losses.get("did_not_fit", 0) for row in rows for losses in row["losses"]]
+        assert any(lost) if "drop" in options else any(any(row["cut_references"]) for row in rows)
     for row in rows:
         problem, rounds, outcome = made[row["id"], row["sample"]]
         again = traced.outcome(row)
-        assert again.problem == problem and again.rounds == rounds and not traced.notes(row)
+        assert again.problem == problem and again.rounds == rounds and not traced.notes()
         if outcome is None:
             assert isinstance(again, Failure) and again.error == row["error"]
         else:
@@ -109,7 +126,7 @@ def test_without_the_problems_file_and_with_the_ends_of_thoughts(problems, tmp_p
     (out / "run.json").write_text(json.dumps(settings))
     traced = TracedRun(out)
     for row in traced.rows():
-        assert isinstance(traced.outcome(row).rounds[0], Round) and "thought" in traced.notes(row)[0]
+        assert isinstance(traced.outcome(row).rounds[0], Round) and "thought" in traced.notes()[0]
 
 
 def test_pages_and_their_table(problems, tmp_path, capsys):
