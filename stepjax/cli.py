@@ -1,6 +1,7 @@
 """`stepjax <verb>`: parses, calls, prints. Users' mistakes are answered with one line, not with a traceback."""
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in verbs:
         print(f"stepjax: no verb {verb!r}; there are {', '.join(verbs)}", file=sys.stderr)
         return 2
+    # Tracing makes objects by the million and hardly a cycle; the collector's looks at them are a tenth of a start.
+    gc.set_threshold(50_000, 20, 50)
     try:
         return verbs[verb](rest)
     except StepjaxError as error:

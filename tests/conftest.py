@@ -18,7 +18,7 @@ if jax.__version_info__ < (0, 11):  # XLA refuses to start on a flag that it doe
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     # One module a program: the tests' programs are small, and parts of them cost more together.
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-# Tracing makes objects by the million and leaves hardly a cycle: the collector's looks at them are a sixth of a test.
+# Tracing makes objects by the million and leaves hardly a cycle: the collector's looks at them are a tenth of a test.
 gc.set_threshold(50_000, 20, 50)
 
 import numpy as np  # noqa: E402
