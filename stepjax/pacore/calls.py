@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -51,28 +52,28 @@ class Caller:
         limits, attempts = self._config.limits, []
         at = (round_number, index)
         while True:
-            seed = derived_seed(*self._address, round_number, index, len(attempts))
-            start = time.monotonic()
             trajectory = Trajectory(
                 round=round_number,
                 index=index,
                 status="cancelled",
-                seed=seed,
+                seed=derived_seed(*self._address, round_number, index, len(attempts)),
                 prompt_tokens=prompt.num_tokens or 0,
-                start=start - self._begin,
+                start=time.monotonic() - self._begin,
                 attempts=tuple(attempts),
             )
 
             def tell(piece: dict) -> None:
                 self._notify(TrajectoryPiece(round_number, index, piece))
 
-            listener = Listener(tell if tells_pieces else None, at=at)
+            limit = asyncio.timeout(None)  # that of the call runs from when it is sent
+            listener = Listener(tell if tells_pieces else None, at=at, on_begin=functools.partial(self._limit, limit))
             self._under_way[at] = trajectory, listener
-            ended = await self._try(prompt, trajectory, listener)
+            ended = await self._try(prompt, trajectory, listener, limit)
             if isinstance(ended, Trajectory) and not (insists and _has_no_answer(ended)):
                 del self._under_way[at]
                 return ended
-            failure, attempt = _as_attempt(ended, time.monotonic() - start, listener.tokens)
+            trajectory = self._timed(trajectory, listener)
+            failure, attempt = _as_attempt(ended, trajectory.seconds, listener.tokens)
             self._notify(AttemptFailed(round_number, index, attempt))
             is_hopeless = isinstance(ended, BaseException) and not _is_temporary(ended)
             # What an observer has shown of an answer cannot be taken back and written anew.
@@ -81,38 +82,48 @@ class Caller:
                 if isinstance(ended, Trajectory):
                     return ended
                 return dataclasses.replace(
-                    trajectory, status=failure, error=attempt.error, seconds=attempt.seconds,
-                    attempts=(*attempts, attempt),
-                )  # fmt: skip
+                    trajectory, status=failure, error=attempt.error, attempts=(*attempts, attempt)
+                )
             attempts.append(attempt)
+            self._under_way[at] = dataclasses.replace(trajectory, attempts=tuple(attempts)), Listener(at=at)
             longest = min(limits.backoff_seconds * 2 ** (len(attempts) - 1), limits.max_backoff_seconds)
             asked = ended.retry_after if isinstance(ended, SamplerError) else None
             await asyncio.sleep(max(random.uniform(0.5, 1) * longest, min(asked or 0, limits.max_backoff_seconds)))
 
     def cancelled(self, round_number: int, index: int) -> Trajectory:
         """The record of a call whose task has been cancelled, under way or before it began."""
-        now = time.monotonic() - self._begin
         if (round_number, index) not in self._under_way:
+            now = time.monotonic() - self._begin
             return Trajectory(round=round_number, index=index, status="cancelled", start=now)
         trajectory, listener = self._under_way.pop((round_number, index))
-        seconds = now - trajectory.start
-        return dataclasses.replace(trajectory, seconds=seconds, output_tokens=listener.tokens)
+        return dataclasses.replace(self._timed(trajectory, listener), output_tokens=listener.tokens)
 
-    async def _try(self, prompt: Prompt, trajectory: Trajectory, listener: Listener) -> Trajectory | Exception:
+    def _limit(self, limit: asyncio.Timeout) -> None:
+        seconds = self._config.limits.call_seconds
+        if seconds is not None:
+            limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
+    def _timed(self, trajectory: Trajectory, listener: Listener) -> Trajectory:
+        """With the time since it was sent."""
+        start = trajectory.start if listener.began is None else listener.began - self._begin
+        return dataclasses.replace(trajectory, start=start, seconds=time.monotonic() - self._begin - start)
+
+    async def _try(
+        self, prompt: Prompt, trajectory: Trajectory, listener: Listener, limit: asyncio.Timeout
+    ) -> Trajectory | Exception:
         params = dataclasses.replace(self._config.sampling, seed=trajectory.seed)
         try:
-            async with asyncio.timeout(self._config.limits.call_seconds):
+            async with limit:
                 reply = await self._sampler.sample(prompt, params, listener)
         except (SamplerError, TimeoutError, StepjaxError) as error:
             return error
         except Exception as error:  # of a broken sampler: no reason to lose the problem
             _log.exception("a call failed unexpectedly")
             return error
-        seconds = time.monotonic() - self._begin - trajectory.start
-        return _ended(trajectory, reply, seconds)
+        return _ended(self._timed(trajectory, listener), reply)
 
 
-def _ended(trajectory: Trajectory, reply: Reply, seconds: float) -> Trajectory:
+def _ended(trajectory: Trajectory, reply: Reply) -> Trajectory:
     return dataclasses.replace(
         trajectory,
         status="ok",
@@ -124,7 +135,6 @@ def _ended(trajectory: Trajectory, reply: Reply, seconds: float) -> Trajectory:
         cached_tokens=reply.cached_tokens,
         output_tokens=reply.output_tokens,
         mean_logprob=reply.mean_logprob,
-        seconds=seconds,
     )
 
 

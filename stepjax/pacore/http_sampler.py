@@ -166,6 +166,7 @@ class HttpSampler:
         try:
             model = await self.model()
             async with self._turn:
+                listener.begin()
                 if self.endpoint.streams:
                     stream = await self._client.chat.completions.create(
                         model=model, stream=True, stream_options={"include_usage": True}, extra_body=body, **known

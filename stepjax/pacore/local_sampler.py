@@ -142,6 +142,7 @@ async def sample(engine: Engine, prompt: Prompt, params: SamplingParams, listene
     message: dict[str, Any] = {}
     logprobs: list[TokenLogprob] = []
     delta = None
+    listener.begin()
     try:
         async with contextlib.aclosing(engine.stream(local.example, params)) as deltas:
             async for delta in deltas:

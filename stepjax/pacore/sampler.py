@@ -1,6 +1,7 @@
 """What PaCoRe needs of a model: one small asynchronous protocol. `local_sampler` and `http_sampler` implement it."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
@@ -50,13 +51,26 @@ class Listener:
         at: round and index of the trajectory.
         tokens: drawn so far, as far as the sampler knows.
         has_content: a part of the answer, not only of the thought, was passed on.
+        began: by `time.monotonic`, when the call was sent; until then it waits for its turn, and no time limit runs.
     """
 
-    def __init__(self, on_piece: Callable[[Piece], None] | None = None, *, at: tuple[int, int] = (0, 0)):
+    def __init__(
+        self,
+        on_piece: Callable[[Piece], None] | None = None,
+        *,
+        at: tuple[int, int] = (0, 0),
+        on_begin: Callable[[], None] = lambda: None,
+    ):
         self.at = at
         self.tokens = 0
         self.has_content = False
-        self._on_piece = on_piece
+        self.began: float | None = None
+        self._on_piece, self._on_begin = on_piece, on_begin
+
+    def begin(self) -> None:
+        """The sampler says so, once."""
+        self.began = time.monotonic()
+        self._on_begin()
 
     @property
     def wants_pieces(self) -> bool:
@@ -140,7 +154,7 @@ class Sampler(Protocol):
 
         Args:
             params: with a seed.
-            listener: is told of tokens and, if it wants them, of the parts of the message as they come.
+            listener: is told when the call is sent, of tokens and, if it wants them, of the parts that are written.
 
         Raises:
             SamplerError: it failed.

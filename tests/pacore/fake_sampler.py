@@ -58,6 +58,7 @@ class FakeSampler:
     async def sample(self, prompt: Prompt, params: SamplingParams, listener: Listener) -> Reply:
         asked = Asked(prompt.payload, params, len(self.asked))
         self.asked.append(asked)
+        listener.begin()
         await asyncio.sleep(0)
         made = self.script(asked)
         if isinstance(made, (int, float)):

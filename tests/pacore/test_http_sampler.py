@@ -143,6 +143,23 @@ def test_every_problem_is_answered_and_every_loss_accounted(start):
     assert lost_by_kind == {"truncated", "empty"}, "what is not a failure of the call is not tried again before the end"
 
 
+def test_calls_that_wait_for_their_turn_do_not_run_out_of_time(start):
+    upstream = start(fault_share=1.0, stall_seconds=0.4)
+    upstream.fault = lambda body: "stall"
+    limits = Limits(retries=0, call_seconds=1.5)
+
+    async def main():
+        async with HttpSampler(Endpoint(url=upstream.url, max_concurrent=1)) as sampler:
+            config = PacoreConfig(schedule=(5,), limits=limits)
+            return await Coordinator(sampler, config).solve(Problem(id="p", messages=QUESTION))
+
+    outcome = asyncio.run(main())
+    assert all(not round_.losses for round_ in outcome.rounds)
+    starts = [each.start for each in outcome.rounds[0].trajectories]
+    assert max(starts) - min(starts) > 1.5, "one after the other"
+    assert all(0.3 < each.seconds < 1.5 for each in outcome.rounds[0].trajectories)
+
+
 def test_a_prompt_beyond_the_context_is_refused_by_its_tokens(start, tokenizer_file):
     upstream = start()
     with pytest.raises(PromptTooLongError) as caught:
