@@ -103,7 +103,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="where the weights are, or are put")
-    parser.add_argument("--problems", type=int, default=2)
+    parser.add_argument("--problems", type=int, default=1)
     parser.add_argument("--references", type=int, default=440, help="tokens of each of the 16")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
