@@ -1,6 +1,6 @@
 """Accuracy against test-time compute: PaCoRe's schedules, majority vote and sequential rounds, with small models.
 
-    python benchmarks/pacore_curve.py [--run runs/digits] [--model DIR] [--problems N] [--texts N]
+    python benchmarks/pacore_curve.py [--tasks count arithmetic sums] [--run runs/digits] [--problems N] [--texts N]
 
 Three tasks. Two are of the demo model (`make pretrain`; trained if the run is not there): counting the digits in an
 image, and arithmetic without one, at temperature 1. The third is of SmolLM2-135M-Instruct, as published: sums of two
@@ -18,6 +18,7 @@ smollm2.py needs.
 import argparse
 import asyncio
 import dataclasses
+import json
 import os
 import random
 import subprocess
@@ -48,6 +49,7 @@ ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "pacore_curve.png"
 POOL = 32
 SCHEDULES = ((1,), (2,), (4,), (8,), (16,), (32,), (32, 4))
+Curves = dict[str, list[dict[str, Any]]]  # by method, the JSON form of its points
 WIDTHS = (1, 2, 4, 8, 16, 32)  # of votes, and lengths of chains
 
 
@@ -192,15 +194,14 @@ def sums(directory: Path, count: int) -> Task:
     return Task("SmolLM2-135M, sums (text)", model, processor, asked, "math", SamplingParams(max_tokens=40), engine)
 
 
-def plot(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
+def plot(curves: dict[str, Curves], path: Path) -> None:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(4.2 * len(curves), 4), layout="constrained")
     styles = {"PaCoRe": "o-", "majority vote": "s--", "sequential": "^:"}
     for place, (task, by_method) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), place + 1)
-        for method, points in by_method.items():
-            rows = [each.as_json() for each in points]
+        for method, rows in by_method.items():
             tokens, accuracy = [row["tokens"] for row in rows], [100 * row["accuracy"] for row in rows]
             [line] = axes.plot(tokens, accuracy, styles[method], label=method, markersize=4)
             low, high = [100 * row["low"] for row in rows], [100 * row["high"] for row in rows]
@@ -224,34 +225,38 @@ def main() -> None:
     parser.add_argument("--run", default=str(ROOT / "runs" / "digits"), help="of the demo recipe; trained if not there")
     parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="where SmolLM2's weights are, or are put")
     parser.add_argument("--problems", type=int, default=200, help="of each task of the demo model")
-    parser.add_argument("--texts", type=int, default=40, help="problems for SmolLM2; 0 leaves it out")
+    parser.add_argument("--texts", type=int, default=40, help="problems for SmolLM2")
+    makers = {
+        "count": lambda: digits(options.run, "count", options.problems),
+        "arithmetic": lambda: digits(options.run, "arithmetic", options.problems),
+        "sums": lambda: sums(options.model, options.texts),
+    }
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(makers), default=list(makers), help="others stay as they are"
+    )
     options = parser.parse_args()
-    makers = [
-        lambda: digits(options.run, "count", options.problems),
-        lambda: digits(options.run, "arithmetic", options.problems),
-    ]
-    if options.texts:
-        makers.append(lambda: sums(options.model, options.texts))
-    curves = {}
-    for make in makers:
-        task = make()
+    for name in options.tasks:
+        task = makers[name]()
         print(task.name, flush=True)
-        curves[task.name] = asyncio.run(measure(task))
-        for method, points in curves[task.name].items():
-            for each in points:
-                row = each.as_json()
+        curves = {method: [each.as_json() for each in points] for method, points in asyncio.run(measure(task)).items()}
+        for method, rows in curves.items():
+            for row in rows:
                 print(
-                    f"  {method:<14}{each.label:>10}{100 * row['accuracy']:>8.1f} %"
-                    f"  ({100 * row['low']:.0f} to {100 * row['high']:.0f}){each.tokens:>10.0f} tokens",
+                    f"  {method:<14}{row['label']:>10}{100 * row['accuracy']:>8.1f} %"
+                    f"  ({100 * row['low']:.0f} to {100 * row['high']:.0f}){row['tokens']:>10.0f} tokens",
                     flush=True,
                 )
-    plot(curves, PICTURE)
-    figures = {
-        task: {method: [each.as_json() for each in points] for method, points in by_method.items()}
-        for task, by_method in curves.items()
-    }
-    path = machine.write("pacore_curve", {"pool": POOL, "tasks": figures})
-    print(f"written to {path.relative_to(ROOT)}, plotted in {PICTURE.relative_to(ROOT)}")
+        save(task.name, curves)
+
+
+def save(task: str, curves: Curves) -> None:
+    """Leaves the figures beside those of other tasks, and draws them all."""
+    path = machine.RESULTS / "pacore_curve.json"
+    tasks = json.loads(path.read_text())["tasks"] if path.exists() else {}
+    tasks = {name: figures for name, figures in sorted((tasks | {task: curves}).items())}
+    machine.write("pacore_curve", {"pool": POOL, "tasks": tasks})
+    plot(tasks, PICTURE)
+    print(f"written to {path.relative_to(ROOT)}, plotted in {PICTURE.relative_to(ROOT)}", flush=True)
 
 
 if __name__ == "__main__":
