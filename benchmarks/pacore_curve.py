@@ -196,6 +196,7 @@ def sums(directory: Path, count: int) -> Task:
 
 def plot(curves: dict[str, Curves], path: Path) -> None:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    from matplotlib.ticker import NullFormatter, ScalarFormatter  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(4.2 * len(curves), 4), layout="constrained")
     styles = {"PaCoRe": "o-", "majority vote": "s--", "sequential": "^:"}
@@ -207,6 +208,8 @@ def plot(curves: dict[str, Curves], path: Path) -> None:
             low, high = [100 * row["low"] for row in rows], [100 * row["high"] for row in rows]
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(0, 100)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel("tokens drawn for a problem")
