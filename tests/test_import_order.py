@@ -23,7 +23,7 @@ ALLOWED = {
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
     "models": {"errors", "config", "sharding", "pallas_kernels"},
-    "interop": {"errors", "config", "config_file", "sharding", "models", "processing", "training"},
+    "interop": {"errors", "config", "config_file", "sharding", "models", "processing", "training", "inference"},
     "inference": {"errors", "checks", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),

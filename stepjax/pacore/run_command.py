@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from stepjax.errors import ConfigError
+from stepjax.interop.engines import load_engines
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.http_sampler import Endpoint, HttpSampler
@@ -54,7 +55,9 @@ def run(arguments: Sequence[str]) -> int:
                 print(f"{journal.forget_failed()} trajectories will be drawn again", file=sys.stderr)
             elif journal.num_known:
                 print(f"going on with {args.out}: {journal.num_known} trajectories are there", file=sys.stderr)
-            made = _load(args) if endpoint is None else endpoint
+            if endpoint is None:
+                print(f"loading {args.model}", file=sys.stderr)
+            made = load_engines(str(args.model), args.local) if endpoint is None else endpoint
             return asyncio.run(_run(args, config, batch, problems, journal, made))
     except KeyboardInterrupt:  # while the model was being loaded, or a second time
         print("\nstopped; the same command goes on", file=sys.stderr)
@@ -64,10 +67,10 @@ def run(arguments: Sequence[str]) -> int:
 def _check_queue(args: RunArguments, config: PacoreConfig, batch: BatchConfig) -> None:
     widest = batch.method.widest or max((1, *config.schedule))
     most = widest * min(batch.concurrent_problems, args.limit or batch.concurrent_problems)
-    if args.model is not None and most > args.engine.max_waiting:
+    if args.model is not None and most > args.local.engine.max_waiting:
         raise ConfigError(
-            f"--engine.max-waiting {args.engine.max_waiting}: {batch.concurrent_problems} problems at a time may have "
-            f"{most} calls waiting; raise it, or lower --concurrent-problems"
+            f"--engine.max-waiting {args.local.engine.max_waiting}: {batch.concurrent_problems} problems at a time may "
+            f"have {most} calls waiting; raise it, or lower --concurrent-problems"
         )
 
 
@@ -77,7 +80,7 @@ async def _run(
     batch: BatchConfig,
     problems: ProblemSet,
     journal: Journal,
-    answering: "Endpoint | _Local",
+    answering: Endpoint | tuple[list[Any], Any],
 ) -> int:
     task, stopped_by = asyncio.current_task(), list[signal.Signals]()
     assert task is not None
@@ -109,7 +112,7 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def _sampler(answering: "Endpoint | _Local", args: RunArguments) -> AsyncIterator[Sampler]:
+async def _sampler(answering: Endpoint | tuple[list[Any], Any], args: RunArguments) -> AsyncIterator[Sampler]:
     if isinstance(answering, Endpoint):
         async with HttpSampler(answering) as sampler:
             yield sampler
@@ -117,8 +120,9 @@ async def _sampler(answering: "Endpoint | _Local", args: RunArguments) -> AsyncI
     from stepjax.inference.replicas import AsyncReplicas
     from stepjax.pacore.local_sampler import LocalSampler
 
-    async with AsyncReplicas(answering.engines) as engine:
-        yield LocalSampler(engine, answering.processor, enable_thinking=args.thinking)
+    engines, processor = answering
+    async with AsyncReplicas(engines) as engine:
+        yield LocalSampler(engine, processor, enable_thinking=args.thinking)
 
 
 def _settings(
@@ -135,7 +139,8 @@ def _settings(
     else:
         assert args.model is not None
         path = args.model if "://" in args.model else str(Path(args.model).expanduser().resolve())
-        sampler = {"model": path, "dtype": args.dtype, "yarn_factor": args.yarn_factor, "thinking": args.thinking}
+        local = {"dtype": args.local.dtype, "yarn_factor": args.local.yarn_factor}
+        sampler = {"model": path, **local, "thinking": args.thinking}
     return {
         "version": 1,
         "method": batch.method.settings(),
@@ -152,18 +157,7 @@ def _endpoint(args: RunArguments) -> Endpoint | None:
     body = _body(args.upstream_body)
     if args.thinking is not None:
         body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), "enable_thinking": args.thinking}
-    endpoint = Endpoint(
-        url=args.upstream,
-        model=args.upstream_model,
-        body=body,
-        max_concurrent=args.max_concurrent,
-        streams=args.stream,
-        sends_seed=args.send_seed,
-        silence_seconds=args.silence_seconds,
-        max_context=args.max_context,
-        tokenizer=args.tokenizer,
-        opens_thought=args.opens_thought,
-    )
+    endpoint = args.endpoint.endpoint(args.upstream, body=body)
 
     async def name() -> str:
         async with HttpSampler(endpoint) as sampler:
@@ -183,36 +177,3 @@ def _body(text: str | None) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ConfigError(f"--upstream-body {text!r}: must be an object of JSON")
     return body
-
-
-@dataclasses.dataclass(frozen=True)
-class _Local:
-    """Engines in this process."""
-
-    engines: list[Any]
-    processor: Any
-
-
-def _load(args: RunArguments) -> _Local:
-    import jax
-
-    from stepjax.config import MeshConfig, NumericsConfig
-    from stepjax.inference.engine import Engine
-    from stepjax.inference.long_context import stretched
-    from stepjax.interop.load import load
-    from stepjax.sharding import data_parts, make_mesh
-
-    assert args.model is not None
-    needed, there = args.tensor_parallel * args.data_parallel, len(jax.devices())
-    if needed > there:
-        raise ConfigError(
-            f"--tensor-parallel {args.tensor_parallel} --data-parallel {args.data_parallel}: need {needed} devices, "
-            f"and there are {there}"
-        )
-    print(f"loading {args.model}", file=sys.stderr)
-    shape = MeshConfig(data=args.data_parallel, fsdp=1, tensor=args.tensor_parallel)
-    parts = data_parts(make_mesh(shape, jax.devices()[:needed]))
-    numerics = NumericsConfig(param_dtype=args.dtype, compute_dtype=args.dtype, remat="none")
-    model, processor = load(args.model, numerics=numerics, mesh=parts[0])
-    model = stretched(model, args.yarn_factor)
-    return _Local([Engine(model, processor, args.engine, mesh=part) for part in parts], processor)

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import logging
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from stepjax.config import DType
 from stepjax.errors import ConfigError
-from stepjax.inference.config import EngineConfig
+from stepjax.interop.engines import EngineArguments, load_engines
 from stepjax.serving.settings import Limits, ServerSettings
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
@@ -32,22 +30,16 @@ class ServeArguments:
     port: int = 8000
     api_keys: tuple[str, ...] = ()  # any of them opens the server; better in the environment: STEPJAX_API_KEY=KEY,KEY
     model_name: str | None = None  # what requests call the model; by default the directory's name
-    dtype: DType = "bfloat16"  # of parameters and of what is computed
-    tensor_parallel: int = 1  # devices that share the model and decode one batch together
-    data_parallel: int = 1  # copies of the model, each with a cache and batches of its own
-    yarn_factor: float = 1.0  # stretches the context beyond the trained one; PaCoRe is served with 2
     warm_up: bool = True  # compile before listening, not while the first requests wait
     allow_remote_images: bool = False  # fetch images from public addresses of the Internet
     drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
     workers: int = 2  # threads that read images and make prompts
-    engine: EngineConfig = EngineConfig()
+    local: Annotated[EngineArguments, tyro.conf.arg(name="")] = EngineArguments()
     limits: Limits = Limits()
 
     def __post_init__(self):
         check_address(self.port, self.drain_seconds)
-        for name in ("tensor_parallel", "data_parallel", "yarn_factor"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        self.local.check()
 
     def settings(self, environment: str | None) -> ServerSettings:
         """
@@ -118,37 +110,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> None:
-    import jax
-
-    from stepjax.config import MeshConfig, NumericsConfig
-    from stepjax.inference.engine import Engine
-    from stepjax.inference.long_context import stretched
     from stepjax.inference.replicas import AsyncReplicas
-    from stepjax.interop.any_processor import AnyProcessor
-    from stepjax.interop.load import load
     from stepjax.serving.app import make_app
     from stepjax.serving.server import bind, serve
-    from stepjax.sharding import data_parts, make_mesh
 
-    async def main(engines: list[Engine], processor: AnyProcessor, bound: socket.socket) -> None:
+    async def main() -> None:
         async with AsyncReplicas(engines) as running:
             await serve(make_app(running, processor, settings), bound, drain_seconds=args.drain_seconds)
 
     with bind(args.host, args.port) as bound:  # first, since loading takes minutes
-        needed, there = args.tensor_parallel * args.data_parallel, len(jax.devices())
-        if needed > there:
-            raise ConfigError(
-                f"--tensor-parallel {args.tensor_parallel} --data-parallel {args.data_parallel}: need {needed} "
-                f"devices, and there are {there}"
-            )
-        numerics = NumericsConfig(param_dtype=args.dtype, compute_dtype=args.dtype, remat="none")
-        shape = MeshConfig(data=args.data_parallel, fsdp=1, tensor=args.tensor_parallel)
-        mesh = make_mesh(shape, jax.devices()[:needed])
-        parts = data_parts(mesh)
-        model, processor = load(args.model, numerics=numerics, mesh=parts[0])
-        model = stretched(model, args.yarn_factor)
-        engines = [Engine(model, processor, args.engine, mesh=part) for part in parts]
+        engines, processor = load_engines(args.model, args.local)
         if args.warm_up:
             count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
             _log.info("%d programs are compiled", count)
-        asyncio.run(main(engines, processor, bound))
+        asyncio.run(main())

@@ -17,6 +17,7 @@ from pacore.upstream import Upstream, serving, text_of
 from running_server import chat_body, picture, running, running_app
 
 from stepjax.errors import ConfigError
+from stepjax.pacore.arguments import RoundArguments
 from stepjax.pacore.config import Limits as RoundLimits
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.http_sampler import Endpoint, HttpSampler
@@ -209,7 +210,8 @@ def test_arguments_that_cannot_work(capsys, given, part):
 
 
 def test_arguments():
-    made = PacoreServeArguments(upstream="http://x/v1", schedule="8,2", retries=7, api_keys=("a",))
+    rounds = RoundArguments(schedule="8,2", retries=7)
+    made = PacoreServeArguments(upstream="http://x/v1", rounds=rounds, api_keys=("a",))
     settings = made.settings("b")
     assert settings.api_keys == ("a", "b") and settings.model_name is None and not settings.hosts
     assert settings.pacore.schedule == (8, 2) and settings.pacore.limits.retries == 7

@@ -6,6 +6,7 @@ import pytest
 
 from stepjax.cli import USAGE, main
 from stepjax.errors import ConfigError
+from stepjax.interop.engines import EngineArguments
 from stepjax.serving.command import ServeArguments
 from stepjax.serving.settings import Limits, ServerSettings
 
@@ -32,7 +33,7 @@ def test_keys_come_from_the_command_line_and_the_environment():
     [
         (lambda: ServeArguments("m", port=70_000), "--port 70000"),
         (lambda: ServeArguments("m", drain_seconds=-1), "--drain-seconds -1"),
-        (lambda: ServeArguments("m", tensor_parallel=0), "--tensor-parallel 0"),
+        (lambda: ServeArguments("m", local=EngineArguments(tensor_parallel=0)), "--tensor-parallel 0"),
         (lambda: Limits(images=0), "limits.images=0"),
         (lambda: ServerSettings(model_name=""), "model_name=''"),
         (lambda: ServerSettings(model_name="m", api_keys=("",)), "API key"),
