@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
+from stepjax.chips import DeviceFacts
 from stepjax.planning.hlo import Array, Operation, Program, arrays
 from stepjax.planning.kernel_rates import Kernel, Pass, flop_per_bundle
-from stepjax.planning.topologies import DeviceFacts
 
 Kind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
 

@@ -18,13 +18,13 @@ import dataclasses
 import re
 from collections import Counter
 
+from stepjax.chips import DeviceFacts
 from stepjax.planning.core_time import AttentionRate, CoreTime, Kind
 from stepjax.planning.hlo import Operation, Program, arrays
 from stepjax.planning.kernel_rates import flop_per_bundle
 from stepjax.planning.links import COLLECTIVES, Network
 from stepjax.planning.parts import COLLECTIVES as COLLECTIVES_PART
 from stepjax.planning.parts import COPIES, OTHER, direction_of, part_of
-from stepjax.planning.topologies import DeviceFacts
 from stepjax.planning.trace import Cost, Estimate, Trace, Traffic
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}

@@ -3,17 +3,6 @@
 A name is a generation and a number: `v5p-128`. As everywhere on Google Cloud, and in MaxText, the number counts chips
 for v5e and v6e, TensorCores (two a chip) for v5p and tpu7x. A JAX device is a chip, except on tpu7x, where it is one of
 the chip's two cores. The shape is the usual one for that size; another is asked for by libtpu's own name, `v5p:4x4x8`.
-
-Where the figures come from
-
-    peak FLOP/s, clock      pallas_kernels.chips
-    HBM limit               what the compiler offers a program: `available HBM (15.75G)` in its refusal of one that is
-                            too large, libtpu 0.0.52 (tests/planning/test_planning_compile.py asks again)
-    HBM bandwidth           cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x
-    ICI bandwidth           one way of one link, as measured by jax-ml.github.io/scaling-book/tpus; tpu7x has v5p's
-                            nominal figure (1,200 GB/s over six links, both ways), and is given v5p's measured one
-    DCN bandwidth           network cards of a host over its chips, in the same documents; half of it is assumed lost to
-                            protocol and contention
 """
 
 import dataclasses
@@ -22,41 +11,9 @@ import math
 import re
 from typing import Any
 
-from pallas_kernels.chips import CHIPS, compile_only_environment
+from pallas_kernels.chips import compile_only_environment
+from stepjax.chips import TPUS, DeviceFacts
 from stepjax.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceFacts:
-    """One JAX device of a generation."""
-
-    chip: str  # in pallas_kernels.chips.CHIPS
-    cores: int  # TensorCores of the device: two on v5p ("megacore")
-    devices_per_chip: int
-    hbm_limit_gib: float  # what a program may use
-    hbm_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s, one way of one ICI link of the chip
-    dcn_bandwidth: float  # bytes/s
-
-    @property
-    def peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s."""
-        return CHIPS[self.chip].bf16_tflops * 1e12 * self.cores
-
-    @property
-    def clock_hz(self) -> float:
-        return CHIPS[self.chip].clock_ghz * 1e9
-
-
-DEVICES = {
-    facts.chip: facts
-    for facts in (
-        DeviceFacts("v5e", 1, 1, 15.75, 819e9, 45e9, 1.56e9),
-        DeviceFacts("v5p", 2, 1, 95.73, 2765e9, 90e9, 3.1e9),
-        DeviceFacts("v6e", 1, 1, 31.24, 1640e9, 90e9, 6.25e9),
-        DeviceFacts("tpu7x", 1, 2, 94.74, 3690e9, 90e9, 3.1e9),
-    )
-}
 
 # Chips along each torus axis. Cloud's usual shapes: from 64 chips on, whole cubes of 4 x 4 x 4.
 _SHAPES_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
@@ -127,7 +84,7 @@ class Topology:
 
 def _named_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
     names = {}
-    for chip in DEVICES:
+    for chip in TPUS:
         shapes = (_SHAPES_3D if chip in ("v5p", "tpu7x") else _SHAPES_2D).split()
         counted = 2 if chip in ("v5p", "tpu7x") else 1  # cores a chip, or chips
         for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
@@ -151,17 +108,17 @@ def find(name: str, slices: int = 1) -> Topology:
     generation = _ALIASES.get(generation, generation)
     if mark == "-" and f"{generation}-{size}" in NAMES:
         chip, shape = NAMES[f"{generation}-{size}"]
-        return Topology(name, DEVICES[chip], shape, slices)
-    if mark == ":" and generation in DEVICES and re.fullmatch(r"\d+(x\d+){1,2}", size):
+        return Topology(name, TPUS[chip], shape, slices)
+    if mark == ":" and generation in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
         shape = tuple(map(int, size.split("x")))
         if len(shape) == (3 if generation in ("v5p", "tpu7x") else 2) and all(shape):
-            return Topology(name, DEVICES[generation], shape, slices)
+            return Topology(name, TPUS[generation], shape, slices)
     raise ConfigError(f"--topology {name!r}: no such TPU topology; {_suggestion(generation, size)}")
 
 
 def _suggestion(generation: str, size: str) -> str:
-    if generation not in DEVICES:
-        return f"name one of {', '.join(DEVICES)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
+    if generation not in TPUS:
+        return f"name one of {', '.join(TPUS)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
     sizes = [known.partition("-")[2] for known in NAMES if known.startswith(f"{generation}-")]
     if size.isdigit():
         near = sorted(sizes, key=lambda known: abs(math.log(int(known) / max(int(size), 1))))[:3]

@@ -15,6 +15,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from stepjax.chips import peak_flops
 from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import HostBatch, Loader
@@ -24,7 +25,6 @@ from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_param
 from stepjax.processing.processor import Processor
 from stepjax.sharding import make_mesh, num_parts, rows_here, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
-from stepjax.training.hardware import peak_flops
 from stepjax.training.heartbeat import Heartbeat
 from stepjax.training.meter import Meter, Profile
 from stepjax.training.metrics import make_trackers

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepjax.chips import TPUS
 from stepjax.data.packing import RowBudget, pack
 from stepjax.errors import ConfigError
 from stepjax.planning.compile import compile_step, read_shortage
-from stepjax.planning.topologies import DEVICES, find
+from stepjax.planning.topologies import find
 from stepjax.planning.work import abstract_batch
 from stepjax.sharding import make_mesh
 
@@ -61,7 +62,7 @@ def test_the_compiler_offers_as_much_memory_as_is_noted(chip, name):
         if flags is not None:
             os.environ["XLA_FLAGS"] = flags
     shortage = read_shortage(str(error.value))
-    assert shortage.limit_gib == DEVICES[chip].hbm_limit_gib
+    assert shortage.limit_gib == TPUS[chip].hbm_limit_gib
     assert shortage.needed_gib is not None and shortage.needed_gib >= 512
 
 

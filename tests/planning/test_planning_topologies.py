@@ -2,8 +2,9 @@
 
 import pytest
 
+from stepjax.chips import TPUS
 from stepjax.errors import ConfigError
-from stepjax.planning.topologies import DEVICES, NAMES, find
+from stepjax.planning.topologies import NAMES, find
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,8 @@ def test_whole_cubes_and_rows_of_sixteen_are_closed():
 
 
 def test_peaks_are_of_a_device():
-    assert DEVICES["v5p"].peak_flops == 459e12
-    assert DEVICES["tpu7x"].peak_flops == 1155e12
+    assert TPUS["v5p"].peak_flops == 459e12
+    assert TPUS["tpu7x"].peak_flops == 1155e12
 
 
 @pytest.mark.parametrize("name", ["v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])

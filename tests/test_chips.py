@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import pytest
 
-from stepjax.training import hardware
-from stepjax.training.hardware import peak_flops
+from pallas_kernels.chips import CHIPS
+from stepjax import chips
+from stepjax.chips import TPUS, peak_flops
 
 
 @dataclasses.dataclass
@@ -59,9 +60,15 @@ def test_unknown_devices_have_no_peak(platform, kind):
 
 
 def test_simulated_cpu_devices_share_one_measured_peak(monkeypatch):
-    monkeypatch.setattr(hardware, "_measured_cpu_peak", lambda: 8e11)
+    monkeypatch.setattr(chips, "_measured_cpu_peak", lambda: 8e11)
     assert peak_flops(jax.devices("cpu")[0]) == pytest.approx(8e11 / jax.local_device_count())
 
 
 def test_measured_peak_of_a_cpu_is_of_a_plausible_size():
-    assert 1e8 < hardware._measured_cpu_peak(size=256) < 1e14
+    assert 1e8 < chips._measured_cpu_peak(size=256) < 1e14
+
+
+@pytest.mark.parametrize("chip", TPUS)
+def test_planned_and_measured_mfu_have_the_same_denominator(chip):
+    for kind in CHIPS[chip].device_kinds:
+        assert peak("tpu", kind) == TPUS[chip].peak_flops
