@@ -25,10 +25,11 @@ slow: .venv-test/installed  ## what `make test` leaves out: every shape of the k
 parity: .venv-parity/installed  ## live comparison with PyTorch and Transformers
 	.venv-parity/bin/python -m pytest tests/parity $(ARGS)
 
-lint: .venv-dev/installed  ## style, and types
+lint: .venv-dev/installed  ## style, types, and the Dockerfile
 	.venv-dev/bin/ruff check .
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/pyright --pythonpath .venv-dev/bin/python
+	.venv-dev/bin/hadolint Dockerfile
 
 compat: COMPAT_PYTHON ?= $(shell $(NEWEST_PYTHON))
 compat:  ## a fast subset on the newest JAX, where Python 3.12 or 3.13 is present

@@ -7,6 +7,7 @@ does before it, partitioning over devices among it, is as always.
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -63,6 +64,23 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))  # stable: all else stays in its order
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium. A developer's machine may lack it; where CI is set, its absence is a failure."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "Chromium is not installed (Debian: apt install chromium)"
+        )
+    from playwright.sync_api import sync_playwright
+
+    offline = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox", *offline])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

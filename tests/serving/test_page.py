@@ -1,10 +1,9 @@
-"""The page in a real browser, where there is one."""
+"""The page in a real browser."""
 
 import contextlib
 import io
 import itertools
 import os
-import shutil
 
 import pytest
 from fake_engine import FakeEngine
@@ -17,10 +16,6 @@ from stepjax.pacore.http_sampler import Endpoint, HttpSampler
 from stepjax.processing.processor import Processor
 from stepjax.serving.settings import ServerSettings
 from stepjax.serving.upstream import make_upstream_app
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
-playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
@@ -48,14 +43,6 @@ def drawing(width=1280, height=720):
     file = io.BytesIO()
     image.save(file, "PNG")
     return {"name": "shapes.png", "mimeType": "image/png", "buffer": file.getvalue()}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
