@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from stepjax.config import Split
+from stepjax.config import DigitsSource, JsonlSource, Split
 from stepjax.errors import ConfigError, StepjaxError
 
 USAGE = """usage: stepjax VERB ...
 
   pretrain RECIPE [--dry-run] [--section.field VALUE ...]   train; run it again to go on after an interruption
   plan RECIPE --topology v5p-128 [--search]                 what a run needs and takes on TPUs that are not here
-  eval RUN [--examples N] [--split held_out|train]          score a run's last checkpoint on held-out questions
+  eval RUN [--data FILE ...] [--examples N]                 score a run's last checkpoint on held-out questions
   generate MODEL --prompt TEXT [--image FILE ...]           answer a question about image files
   convert SRC DST [--dtype bfloat16] [--part decoder]       between Hugging Face directories and Orbax checkpoints
   serve MODEL [--port N] [--engine.max-sequences N ...]     answer OpenAI's requests, and chat in the browser
@@ -164,8 +164,9 @@ _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 @dataclasses.dataclass(frozen=True)
 class _EvalArguments:
     run: _Run  # directory of a run, or its URL
-    examples: int | None = None  # questions per source; the recipe's number by default
-    split: Split = "held_out"
+    data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, in place of the recipe's sources
+    examples: int | None = None  # records per source; the recipe's number by default
+    split: Split | None = None  # of digits sources; the recipe's by default
 
 
 def _eval(arguments: list[str]) -> int:
@@ -176,10 +177,18 @@ def _eval(arguments: list[str]) -> int:
         raise ConfigError(f"--examples {args.examples}: must be at least 1")
     model, processor, config = load_run(args.run)
     evaluation = config.evaluation
-    sources = tuple(dataclasses.replace(source, split=args.split) for source in evaluation.sources)
+    sources = evaluation.sources
+    if args.data:
+        sources = tuple(JsonlSource(name=Path(path).stem, weight=1.0, path=path) for path in args.data)
+    if args.split is not None:
+        other = [source.name for source in sources if not isinstance(source, DigitsSource)]
+        if other:
+            raise ConfigError(f"--split {args.split}: {', '.join(other)} has no splits; leave it out")
+        sources = tuple(dataclasses.replace(source, split=args.split) for source in sources)
     evaluation = dataclasses.replace(evaluation, sources=sources, examples=args.examples or evaluation.examples)
     directory = Path("runs") / config.name if "://" in args.run else Path(args.run)
-    _report(model, processor, dataclasses.replace(config, evaluation=evaluation), directory, f"{args.split} data")
+    title = ", ".join(args.data) if args.data else f"{args.split or 'held_out'} data"
+    _report(model, processor, dataclasses.replace(config, evaluation=evaluation), directory, title)
     return 0
 
 
@@ -246,10 +255,14 @@ def _report(model, processor, config, directory: Path, title: str) -> None:
     print(f"\n{config.name}, {title}\n{summary_table(report.results)}\n")
     picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
     heading = f"{config.name}, {title}: questions and the model's answers"
-    contact_sheet(pick_items(report.items, 20), picture, title=heading)
-    rows = [dataclasses.asdict(result) | {"accuracy": result.accuracy} for result in report.results]
+    if report.items:
+        contact_sheet(pick_items(report.items, 20), picture, title=heading)
+    rows = [
+        dataclasses.asdict(result) | {"accuracy": result.accuracy if result.total else None}  # JSON has no NaN
+        for result in report.results
+    ]
     table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
-    print(f"answers shown in {picture}, figures in {table}")
+    print(f"answers shown in {picture}, figures in {table}" if report.items else f"figures in {table}")
 
 
 if __name__ == "__main__":

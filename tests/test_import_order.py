@@ -45,7 +45,9 @@ ALLOWED = {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
         *("pallas_kernels", "inference", "figures", "chips"),
     },
-    "evaluation": {"errors", "figures", "config", "models", "data", "processing", "inference"},
+    "evaluation": {
+        *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
+    },
     "pacore": {"errors", "figures", "config", "sharding", "processing", "inference", "interop"},
     "serving": {"errors", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all

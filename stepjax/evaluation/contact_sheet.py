@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from stepjax.evaluation.scoring import parse_point
+from stepjax.evaluation.scoring import answers, parse_point
 
 # Pixels.
 CARD = (348, 316)
@@ -114,7 +114,7 @@ def _card(item: Item) -> Image.Image:
     answer = _lines(item.text, answer_font, width - mark - 10, 1)[0]
     draw.text((PADDING + mark + 10, y + 26), answer or "(no answer)", colour, answer_font)
     if not item.correct:
-        expected = "expected " + str(item.record.get("answer", {}).get("text", "?"))
+        expected = "expected " + " or ".join(answers(item.record))
         draw.text((PADDING + mark + 10, y + 56), _lines(expected, font, width - mark - 10, 1)[0], _TEXT, font)
     return card
 
@@ -163,7 +163,7 @@ def _prompt(record: dict[str, Any]) -> str:
             content = message["content"]
             if isinstance(content, str):
                 return content
-            return " ".join(part["text"] for part in content if part["type"] == "text")
+            return " ".join(part["text"] for part in content if part.get("type") == "text")
     return ""
 
 

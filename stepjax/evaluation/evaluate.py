@@ -1,19 +1,33 @@
-"""Ask a model held-out questions and score the answers."""
+"""Ask a model held-out questions and score the answers; measure the loss of held-out documents.
+
+Legend: B rows, T tokens, G global views, C crops, F features.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from stepjax.config import DigitsSource, EvaluationConfig
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.config import DigitsSource, EvaluationConfig, ImageConfig
+from stepjax.data.mixture import Sample
+from stepjax.data.packing import RowBudget, pack
 from stepjax.data.records import open_source
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation.contact_sheet import Item
-from stepjax.evaluation.scoring import TaskResult, chance_level, score
+from stepjax.evaluation.scoring import TaskResult, chance_level, is_question, score
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.models.step_vl import StepVL
 from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
+from stepjax.processing.tokens import Example
+from stepjax.sharding import num_parts
+from stepjax.training.losses import next_tokens, token_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +44,13 @@ def evaluate(
     seed: int,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Report:
-    """Greedy answers to the first `config.examples` records of every source.
+    """Greedy answers to the first `config.examples` records of every source; see `score` for what is right.
+
+    Records that ask nothing (documents, and conversations that the user ends) count by their loss, as in training.
 
     Raises:
         ConfigError: there are no sources.
+        RecordError: a record is malformed, does not say what its answer is, or does not fit the model's positions.
     """
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
@@ -53,24 +70,87 @@ def evaluate(
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     for source in config.sources:
-        assert isinstance(source, DigitsSource), source
-        questions = open_source(source, seed)
-        records = [questions[i] for i in range(config.examples)]
-        prompts = (processor.process_prompt(record["messages"][:-1], name=record["id"]) for record in records)
+        opened = open_source(source, seed)
+        records = [opened[i] for i in range(min(config.examples, len(opened)))]
+        questions = [record for record in records if is_question(record)]
+        documents = [record for record in records if not is_question(record)]
+        prompts = (
+            processor.process_prompt(record["messages"][:-1], tools=record.get("tools"), name=record["id"])
+            for record in questions
+        )
         correct = 0
-        for record, (answer,) in zip(records, engine.generate(prompts, params), strict=True):
+        for record, (answer,) in zip(questions, engine.generate(prompts, params), strict=True):
             right = score(record, answer.text)
             correct += right
             items.append(Item(record, _first_image(record), answer.text, right))
-        results.append(TaskResult(source.name, correct, config.examples, chance_level(source)))
-        progress(f"evaluated {source.name}: {correct}/{config.examples} right")
+        loss = _mean_loss(model, map(processor.process, documents), processor.image_config) if documents else None
+        chance = chance_level(source) if isinstance(source, DigitsSource) else None
+        results.append(TaskResult(source.name, correct, len(questions), chance, loss))
+        told = [f"{correct}/{len(questions)} right"] if questions else []
+        told += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
+        progress(f"evaluated {source.name}: {', '.join(told)}")
     return Report(tuple(results), tuple(items))
+
+
+def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig) -> float:
+    """Cross-entropy of the trained tokens of all examples, in nats a token.
+
+    Rows hold an example each and are as long as the next power of two, so that few shapes are compiled.
+
+    Raises:
+        RecordError: an example is longer than the model's positions.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = 1 if mesh.empty else num_parts("batch", mesh)
+    longest, total, weight = model.config.decoder.max_positions, 0.0, 0.0
+    # Rows of a call are of like size where records of a source are; a call more is cheaper than sorting all of them.
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, rows)):
+        for example in batch:
+            if len(example.tokens) > longest:
+                raise RecordError(
+                    f"record {example.name!r} has {len(example.tokens)} tokens, and the model {longest} positions: "
+                    "shorten it, or leave it out"
+                )
+        tokens, views, crops = (
+            max(smallest, 1 << (max(map(size, batch)) - 1).bit_length())
+            for size, smallest in (
+                (lambda example: len(example.tokens), 64),
+                (lambda example: len(example.global_views), 1),
+                (lambda example: len(example.crops), 1),
+            )
+        )
+        budget = RowBudget(min(tokens, longest), views, crops, images)
+        packed = [pack([Sample(example, 0)], budget) for example in batch]
+        packed += [pack([], budget)] * (rows - len(packed))
+        # The names of a row's arrays end in their axes; those of a batch have B in front of them.
+        arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+        loss, counted = _loss_sum(model, arrays)
+        total, weight = total + float(loss), weight + float(counted)
+    return total / weight
+
+
+@jax.jit
+def _loss_sum(model: StepVL, row: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the token losses of packed rows, and of the weights."""
+    hidden_BTD = model(
+        tokens_BT=row["tokens_T"],
+        positions_BT=row["positions_T"],
+        segment_ids_BT=row["segment_ids_T"],
+        feature_index_BT=row["feature_index_T"],
+        global_views_BGHWC=row["global_views_GHWC"],
+        crops_BCHWC=row["crops_CHWC"],
+    )
+    targets_BT, weights_BT = next_tokens(row["tokens_T"], row["loss_weights_T"])
+    chunk = model.decoder.numerics.loss_chunk
+    scores = token_scores(hidden_BTD, model.decoder.head(), targets_BT, chunk=chunk)
+    return -jnp.sum(weights_BT * scores.log_probs_BT), jnp.sum(weights_BT)
 
 
 def _first_image(record: dict):
     for message in record["messages"]:
         if isinstance(message["content"], list):
             for item in message["content"]:
-                if item["type"] == "image":
+                if item.get("type") == "image":
                     return open_image(item["image"], name=record["id"])
     return None

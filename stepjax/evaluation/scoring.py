@@ -16,26 +16,54 @@ _POINT = re.compile(r"\(\s*(\d{1,2})\s*,\s*(\d{1,2})\s*\)")
 
 
 def score(record: dict[str, Any], text: str) -> bool:
-    """Whether `text`, with white space stripped from its ends, answers the record.
+    """Whether `text` answers the record: with reasoning left out and white space stripped, it equals an answer exactly.
 
     A point "(x, y)" is right when it falls into the box of the digit's ink; its integers name the hundredths of the
-    image's width and height, so the point tested is the middle of that cell. Every other task wants the exact text.
+    image's width and height, so the point tested is the middle of that cell.
 
     Raises:
         RecordError: the record does not say what the answer is.
     """
+    text = text.rpartition("</think>")[2].strip()
+    if record.get("task") != "point":
+        return text in answers(record)
     answer = record.get("answer")
-    wanted = "box" if record.get("task") == "point" else "text"
-    if not isinstance(answer, dict) or wanted not in answer:
-        raise RecordError(f"record {record.get('id')!r} has answer={answer!r}: scoring needs a dict with {wanted!r}")
-    if wanted == "text":
-        return text.strip() == answer["text"]
+    if not isinstance(answer, dict) or "box" not in answer:
+        raise RecordError(f"record {record.get('id')!r} has answer={answer!r}: a point needs a dict with 'box'")
     point = parse_point(text)
     if point is None:
         return False
     left, top, right, bottom = answer["box"]
     x, y = point[0] + 0.5, point[1] + 0.5
     return left <= x <= right and top <= y <= bottom
+
+
+def answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """The right answers: `answer`, a text, several, or a dict with `text`; else what the last assistant turn says.
+
+    Raises:
+        RecordError: there is neither.
+    """
+    answer = record.get("answer")
+    if answer is None and is_question(record):
+        answer = record["messages"][-1].get("content")
+        if isinstance(answer, list):  # of text items, unless it is malformed
+            answer = "".join(str(item.get("text", "")) for item in answer if isinstance(item, dict))
+        answer = answer if answer is None else str(answer).rpartition("</think>")[2]
+    texts = [answer.get("text")] if isinstance(answer, dict) else answer if isinstance(answer, list) else [answer]
+    right = tuple(text.strip() for text in texts if isinstance(text, str))
+    if not right or len(right) < len(texts):
+        raise RecordError(
+            f"record {record.get('id')!r} has answer={answer!r}: give a text or a list of texts, or leave it out where "
+            "the last assistant turn is the answer"
+        )
+    return right
+
+
+def is_question(record: dict[str, Any]) -> bool:
+    """Whether it is a conversation that ends with an assistant's turn, which the model is to give."""
+    messages = record.get("messages")
+    return isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
 
 
 def parse_point(text: str) -> tuple[int, int] | None:
@@ -90,6 +118,7 @@ class TaskResult:
     correct: int
     total: int
     chance: float | None = None  # None where guessing has no meaning
+    loss: float | None = None  # of its documents, in nats a token; None where it has none
 
     @property
     def accuracy(self) -> float:
@@ -102,19 +131,23 @@ class TaskResult:
 
 
 def summary_table(results: Sequence[TaskResult]) -> str:
-    """An aligned text table, one line a result under a header line; percentages."""
-    rows = [("task", "right", "accuracy", "95 % interval", "chance")]
+    """An aligned text table, one line a result under a header line; percentages, and a loss where one was measured."""
+    rows = [["task", "right", "accuracy", "95 % interval", "chance"]]
     for result in results:
         low, high = result.interval
         rows.append(
-            (
+            [
                 result.name,
-                f"{result.correct}/{result.total}",
+                f"{result.correct}/{result.total}" if result.total else "-",
                 f"{100 * result.accuracy:.1f} %" if result.total else "-",
-                f"{100 * low:.1f} to {100 * high:.1f} %",
+                f"{100 * low:.1f} to {100 * high:.1f} %" if result.total else "-",
                 "-" if result.chance is None else f"{100 * result.chance:.1f} %",
-            )
+            ]
         )
+    if any(result.loss is not None for result in results):
+        rows[0].append("loss")
+        for row, result in zip(rows[1:], results, strict=True):
+            row.append("-" if result.loss is None else f"{result.loss:.4f}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -1,12 +1,19 @@
 """Asking a model questions: the answers of the tiny run, whatever the batches."""
 
 import dataclasses
+import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_recipe import config as tiny
 
-from stepjax.config import DigitsSource, EvaluationConfig, JsonlSource
-from stepjax.errors import ConfigError
+from stepjax.cli import main
+from stepjax.config import EvaluationConfig, JsonlSource
+from stepjax.data.records import open_source
+from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation import evaluate as evaluate_module
 from stepjax.evaluation.evaluate import evaluate
 from stepjax.evaluation.scoring import chance_level, score
@@ -72,9 +79,80 @@ def test_the_train_split_asks_other_questions(model_and_processor, quick_runs):
     assert sum(result.total for result in report.results) == 8
 
 
-def test_no_sources_and_sources_that_cannot_be_scored_are_refused(model_and_processor):
+def test_no_sources_are_refused(model_and_processor):
     with pytest.raises(ConfigError, match=r"evaluation.sources=\(\): name at least one source"):
         evaluate(*model_and_processor, EvaluationConfig(), seed=0)
-    docs = JsonlSource(name="docs", weight=1.0, path="docs.jsonl")
-    with pytest.raises(ConfigError, match="evaluation.sources.docs"):
-        EvaluationConfig(sources=(DigitsSource(name="a", weight=1.0, task="count"), docs))
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """Questions with and without an image, and documents."""
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", (40, 30), "white").save(folder / "white.png")
+    image = {"type": "image", "image": "white.png"}
+    records = [
+        {"messages": _turns([image, {"type": "text", "text": "Colour?"}], "white")},
+        {"messages": _turns("What is 1 + 1?", "two"), "answer": ["2", "two"]},
+        {"text": "A document."},
+        {
+            "content": [
+                {"type": "text", "text": "A longer document, "},
+                image,
+                {"type": "text", "text": "with an image"},
+            ]
+        },
+    ]
+    path = folder / "own.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def _turns(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_any_source_can_be_evaluated(model_and_processor, own_data, quick_runs):
+    model, processor = model_and_processor
+    source = JsonlSource(name="own", weight=1.0, path=str(own_data))
+    said = []
+    config = dataclasses.replace(tiny.evaluation, sources=(source,))
+    report = evaluate(model, processor, config, seed=0, progress=said.append)
+    (result,) = report.results
+    assert (result.total, result.chance, len(report.items)) == (2, None, 2)
+    assert [item.image is None for item in report.items] == [False, True]
+
+    # The loss of the documents, token by token from the logits of each alone.
+    total = weight = 0.0
+    for i in (2, 3):
+        example = processor.process(open_source(source, 0)[i])
+        hidden = jax.jit(model.__call__)(
+            tokens_BT=example.tokens[None],
+            positions_BT=np.arange(len(example.tokens))[None],
+            feature_index_BT=example.feature_index[None],
+            global_views_BGHWC=example.global_views[None],
+            crops_BCHWC=example.crops[None],
+        )
+        logits = np.asarray(model.decoder.logits(hidden)[0], np.float64)
+        chosen = jax.nn.log_softmax(logits)[np.arange(len(logits) - 1), example.tokens[1:]]
+        total -= float(np.sum(chosen * example.loss_weights[1:]))
+        weight += example.loss_weights.sum()
+    assert result.loss == pytest.approx(total / weight, rel=1e-5)
+    assert said == [f"evaluated own: {result.correct}/2 right, loss {result.loss:.4f} on 2 documents"]
+
+
+def test_a_document_longer_than_the_model_is_named(model_and_processor, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "novel", "text": "word " * 5000}) + "\n")
+    source = JsonlSource(name="long", weight=1.0, path=str(tmp_path / "long.jsonl"))
+    with pytest.raises(RecordError, match="record 'novel' has .* tokens, and the model"):
+        evaluate(*model_and_processor, EvaluationConfig(sources=(source,)), seed=0)
+
+
+def test_from_the_command_line(finished_run, own_data, capsys, tmp_path, quick_runs):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run.directory, run)
+    assert main(["eval", str(run), "--data", str(own_data)]) == 0
+    assert "own" in capsys.readouterr().out
+    (row,) = json.loads((run / "evaluation.json").read_text())["results"]
+    assert row["name"] == "own" and row["total"] == 2 and row["loss"] > 0
+    assert main(["eval", str(run), "--data", str(own_data), "--split", "train"]) == 1
+    assert "--split train: own has no splits" in capsys.readouterr().err

@@ -132,9 +132,42 @@ def test_wilson_intervals_hold_the_proportion_and_mirror(counts):
 
 def test_summary_table():
     results = [TaskResult("transcribe", 173, 200, 0.001), TaskResult("mine", 0, 5), TaskResult("none", 0, 0)]
+    documents = TaskResult("documents", 0, 0, loss=2.34567)
     assert summary_table(results).splitlines() == [
         "task          right  accuracy   95 % interval  chance",
         "transcribe  173/200    86.5 %  81.1 to 90.6 %   0.1 %",
         "mine            0/5     0.0 %   0.0 to 43.4 %       -",
-        "none            0/0         -  0.0 to 100.0 %       -",
+        "none              -         -               -       -",
     ]
+    assert summary_table([results[0], documents]).splitlines() == [
+        "task          right  accuracy   95 % interval  chance    loss",
+        "transcribe  173/200    86.5 %  81.1 to 90.6 %   0.1 %       -",
+        "documents         -         -               -       -  2.3457",
+    ]
+
+
+def _turns(wanted: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": wanted}]
+
+
+@pytest.mark.parametrize(
+    "record, text, right",
+    [
+        ({"messages": _turns("a cat")}, " a cat\n", True),
+        ({"messages": _turns("a cat")}, "a dog", False),
+        ({"messages": _turns([{"type": "text", "text": "a "}, {"type": "text", "text": "cat"}])}, "a cat", True),
+        ({"messages": _turns("<think>hm</think>\n\na cat")}, "<think>well</think>a cat", True),
+        ({"messages": _turns("A cat, I think."), "answer": "a cat"}, "a cat", True),
+        ({"messages": _turns("A cat, I think."), "answer": "a cat"}, "A cat, I think.", False),
+        ({"messages": _turns("?"), "answer": ["a cat", "a tabby"]}, "a tabby", True),
+        ({"messages": _turns("?"), "answer": {"text": "a cat"}}, "a cat", True),
+    ],
+)
+def test_records_of_any_source_are_scored(record, text, right):
+    assert score({"id": "a", **record}, text) is right
+
+
+@pytest.mark.parametrize("answer", [5, [], [5], {}, {"text": 5}, {"texts": ["a"]}])
+def test_an_answer_that_cannot_be_compared_is_named(answer):
+    with pytest.raises(RecordError, match=re.escape(f"record 'a' has answer={answer!r}")):
+        score({"id": "a", "messages": _turns("x"), "answer": answer}, "x")
