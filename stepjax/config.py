@@ -104,7 +104,7 @@ class NumericsConfig:
     compute_dtype: DType = "bfloat16"
     remat: RematPolicy = "full"  # what the backward pass computes again: stepjax.models.remat
     encoder_remat: RematPolicy | None = None  # the vision encoder's own; None: as `remat`
-    attention: AttentionImplementation = "auto"  # the Mosaic kernel on TPU, XLA elsewhere; "gpu" is cuDNN
+    attention: AttentionImplementation = "auto"  # Mosaic on TPU, cuDNN ("gpu") on GPU in bfloat16, XLA elsewhere
     loss_chunk: int = 2048  # tokens whose logits exist at one time
 
     def __post_init__(self):

@@ -3,7 +3,10 @@
 Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.flash_attention import Implementation, flash_attention
@@ -13,13 +16,20 @@ from stepjax.sharding import gather, spec, target_platform
 
 INPUT_NAME = "attention_input"  # of q, k and v, for rematerialisation policies
 
-# "gpu" (cuDNN) has to be asked for until it has been run on a GPU.
-_AUTOMATIC: dict[str, Implementation] = {"tpu": "tpu"}
 
+def resolve(
+    implementation: AttentionImplementation, platform: str, dtype: Any = jnp.bfloat16, head_dim: int = 128
+) -> Implementation:
+    """The implementation that a configured one means on a platform ("cpu", "gpu", "tpu").
 
-def resolve(implementation: AttentionImplementation, platform: str) -> Implementation:
-    """The implementation that a configured one means on a platform ("cpu", "gpu", "tpu")."""
-    return _AUTOMATIC.get(platform, "xla") if implementation == "auto" else implementation
+    "auto" is the Mosaic kernel on TPU, and on GPU cuDNN where it takes the arrays: there it was 4 to 7 times as fast
+    as XLA's form (benchmarks/results/gpu_attention.json), and it does not hold the scores.
+    """
+    if implementation != "auto":
+        return implementation
+    if platform == "gpu":
+        return "gpu" if jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256 else "xla"
+    return "tpu" if platform == "tpu" else "xla"
 
 
 def attend(
@@ -47,7 +57,7 @@ def attend(
     Raises:
         ArgumentError: the implementation cannot do these shapes or this dtype.
     """
-    chosen = resolve(implementation, target_platform())
+    chosen = resolve(implementation, target_platform(), q_BTNH.dtype, q_BTNH.shape[-1])
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, INPUT_NAME) for x in (q_BTNH, k_BTKH, v_BTKH))
     # Packing counts segments from 1, the kernels take negative ids for padding.
     segment_ids = () if segment_ids_BT is None else (segment_ids_BT - 1,)

@@ -102,7 +102,10 @@ def test_gradients_equal_those_of_the_textbook_formula_and_padding_has_none():
 
 
 def test_automatic_choice_goes_by_the_platform_and_an_explicit_one_stands():
-    assert [resolve("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["xla", "xla", "tpu"]
+    assert [resolve("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["xla", "gpu", "tpu"]
+    # cuDNN takes 16-bit types, and head dims that are multiples of 8 up to 256.
+    for dtype, head_dim in ((jnp.float32, 128), (jnp.bfloat16, 12), (jnp.bfloat16, 264)):
+        assert resolve("auto", "gpu", dtype, head_dim) == "xla"
     assert [resolve(name, platform) for name in ("xla", "gpu") for platform in ("cpu", "tpu")] == ["xla"] * 2 + [
         "gpu"
     ] * 2
