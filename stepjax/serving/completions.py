@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from stepjax.inference.request import Delta, TokenLogprob
+from stepjax.serving.bounds import check_text, utf8_length
 from stepjax.serving.context import EngineContext
 from stepjax.serving.errors import ApiError
 from stepjax.serving.generation import Usage, generate
@@ -82,6 +83,8 @@ class _Completion:
 
     async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         context = self._context
+        texts = [prompt for prompt in self._prompts if isinstance(prompt, str)]
+        check_text(sum(map(utf8_length, texts)), "prompt", context.settings.limits)
         examples = await asyncio.gather(
             *(
                 context.prompts.completion(prompt, "prompt" if len(self._prompts) == 1 else f"prompt[{i}]")
