@@ -191,7 +191,7 @@ class Engine:
             )
         unknown = next((token for token in params.stop_ids if token >= vocab_size), None)
         if unknown is not None:
-            raise RequestError(f"stop_ids: {unknown} is outside the vocabulary of {vocab_size}")
+            raise RequestError(f"the stop token {unknown} is outside the vocabulary of {vocab_size}")
         if params.stop and self._processor is None:
             raise RequestError(f"stop={params.stop!r}: the engine has no processor to make text; give stop_ids")
         if len(example.crops) or len(example.global_views):

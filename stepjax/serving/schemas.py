@@ -87,7 +87,8 @@ class _Sampling(_Strict):
     """The fields that chat and plain completions share."""
 
     neutral = {
-        **dict.fromkeys(("user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention"), _ANY),
+        **dict.fromkeys(("user", "safety_identifier", "metadata"), _ANY),
+        **dict.fromkeys(("cache_control", "prompt_cache_key", "prompt_cache_retention"), _ANY),
         **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "priority"), (0,)),
         **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
         **dict.fromkeys(("store", "echo", "use_beam_search", "early_stopping"), (False,)),

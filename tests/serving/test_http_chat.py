@@ -215,3 +215,74 @@ def test_models(client):
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def merged(deltas):
+    """A message, as clients put it together of a stream: texts appended, calls by their index, and all else kept."""
+    message = {}
+    for delta in deltas:
+        for name, value in delta.items():
+            if name == "tool_calls":
+                message.setdefault(name, []).extend(value)
+            else:
+                message[name] = message.get(name, "") + value if name != "role" else value
+    return message
+
+
+def test_what_the_server_answers_can_be_sent_back(processor):
+    with (
+        running(processor, FakeEngine(tool_script)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        answer = server.chat(tools=[TOOL]).json()["choices"][0]["message"]
+        text = server.chat(tools=[TOOL], stream=True).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        streamed = merged(event["choices"][0]["delta"] for event in events)
+        assert [call["index"] for call in streamed["tool_calls"]] == [0, 1]
+        typed = client.chat.completions.create(model="tiny", messages=ask(), tools=[TOOL]).choices[0].message
+        with client.chat.completions.stream(model="tiny", messages=ask(), tools=[TOOL]) as stream:
+            final = stream.get_final_completion().choices[0].message
+        prompts = []
+        for message in (answer, streamed, typed.model_dump(), final.model_dump()):
+            results = [{"role": "tool", "tool_call_id": call["id"], "content": "4"} for call in message["tool_calls"]]
+            assert len(results) == 2
+            body = {"messages": [*ask(), message, *results], "tools": [TOOL]}
+            response = server.http.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+            prompts.append(server.engine.served[-1][0].tokens.tolist())
+        assert all(prompt == prompts[0] for prompt in prompts)
+
+
+def test_fields_that_change_no_answer_change_no_prompt(server):
+    def prompt(function=(), image=(), **fields):
+        tool = {"type": "function", "function": {"name": "look", **dict(function)}}
+        parts = [{"type": "image_url", "image_url": {"url": picture(), **dict(image)}}]
+        assert server.chat(parts, tools=[tool], **fields).status_code == 200
+        return server.engine.served[-1][0].tokens.tolist()
+
+    plain = prompt()
+    assert prompt({"strict": True, "description": None}, {"detail": "low"}, prompt_cache_key="x", metadata={}) == plain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"\\ud800": 1}',
+        '{"messages": [{"role": "user", "content": "x", "\\udc00": 1}]}',
+        '{"messages": [{"role": "user", "content": "x"}], "model": "\\ud800"}',
+        '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": '
+        '{"name": "f", "parameters": {"\\ud800": "\\udfff"}}}]}',
+        '{"messages": [{"role": "user", "content": "x"}], "temperature": 1e39}',
+        '{"messages": [{"role": "user", "content": "x"}], "top_k": 2147483648}',
+        '{"messages": [{"role": "user", "content": "x"}], "top_k": 1' + "0" * 400 + "}",
+        '{"messages": [{"role": "user", "content": "x"}], "seed": Infinity}',
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": '
+        '[{"function": {"name": "f", "arguments": "' + "[" * 100_000 + '"}}]}]}',
+    ],
+)
+def test_what_no_number_or_text_can_be_is_the_clients_mistake(server, text):
+    response = server.http.post(
+        "/v1/chat/completions", content=text.encode(), headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400 and len(response.json()["error"]["message"]) < 2500, response.text
+    assert server.chat().status_code == 200
