@@ -46,6 +46,8 @@ class SamplingParams:
             value = getattr(self, name)
             is_number = isinstance(value, kind) and not isinstance(value, bool)
             require(is_number and least <= value <= most, name, remedy)  # false for NaN, too
+            if kind is numbers.Integral:
+                object.__setattr__(self, name, int(value))  # NumPy's have fewer bits
 
         require_number(numbers.Real, "temperature", 0, 100, "be 0 or more, and at most 100")
         require_number(numbers.Integral, "top_k", 0, _INT32, f"be 0 (off) or more, and at most {_INT32}")
@@ -59,14 +61,15 @@ class SamplingParams:
             require_number(numbers.Integral, "seed", -(2**63), 2**64 - 1, "fit 64 bits")
         if self.logprobs is not None:
             require_number(numbers.Integral, "logprobs", 0, MAX_TOP_LOGPROBS, f"be from 0 to {MAX_TOP_LOGPROBS}")
-        require(all(self.stop), "stop", "not hold an empty string")
+        strings = not isinstance(self.stop, str) and all(isinstance(stop, str) for stop in self.stop)
+        require(strings and all(self.stop), "stop", "be a tuple of strings, none of them empty")
         require(
             len(self.stop) <= MAX_STOPS and all(len(stop) <= MAX_STOP_CHARS for stop in self.stop),
             "stop",
             f"hold at most {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters",
         )
         require(
-            len(self.stop_ids) <= _MAX_STOP_IDS and all(0 <= token <= _INT32 for token in self.stop_ids),
+            len(self.stop_ids) <= _MAX_STOP_IDS and all(0 <= index <= _INT32 for index in self.stop_ids),
             "stop_ids",
             f"hold at most {_MAX_STOP_IDS} ids of tokens, which are from 0 to {_INT32}",
         )

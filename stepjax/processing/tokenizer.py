@@ -189,7 +189,7 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bo
 
 def longest_token(tokenizer: tokenizers.Tokenizer) -> int:
     """Bytes of the longest token, or some more: tokens may spell bytes as characters."""
-    return max(len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True))
+    return max((len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
 
 def load_tokenizer(source: TokenizerConfig | str | os.PathLike[str], *, add_missing: bool = False) -> Tokenizer:

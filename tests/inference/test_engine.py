@@ -459,7 +459,14 @@ def test_generate_leaves_other_requests_their_deltas(make_engine):
     + [("n", 0), ("max_tokens", 0), ("seed", 2**64), ("stop", ("",)), ("logprobs", 21)]
     + [("temperature", 1e39), ("temperature", 10**400), ("temperature", "1"), ("temperature", True), ("top_k", 2**31)]
     + [("top_k", 1.5), ("n", 2**16 + 1), ("max_tokens", 2**31), ("seed", 0.5), ("min_p", float("inf"))]
-    + [("stop", ("x",) * 17), ("stop", ("x" * 257,)), ("stop_ids", (-1,)), ("stop_ids", (1,) * 257)],
+    + [
+        ("stop", ("x",) * 17),
+        ("stop", ("x" * 257,)),
+        ("stop", "abc"),
+        ("stop", (5,)),
+        ("stop_ids", (-1,)),
+        ("stop_ids", (1,) * 257),
+    ],
 )
 def test_parameters_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(RequestError, match=name):
