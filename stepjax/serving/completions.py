@@ -44,7 +44,7 @@ class _Completion:
         self._params = request.params()
         self._prompts = _prompts(request.prompt)
         self._num_samples = len(self._prompts) * request.n
-        context.check_samples(self._num_samples)
+        context.check_samples(request.n, len(self._prompts))
         self._usage = Usage()
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
