@@ -53,7 +53,7 @@ class PromptMaker:
         Raises:
             ApiError, StepjaxError: the prompt is too large, or an image or a message is not usable.
         """
-        check_chat_text(request, self.limits)
+        await self._threads.run(check_chat_text, request, self.limits)
         files = await self._files(request, {} if fetched is None else fetched)
         size = 0
         if files:
