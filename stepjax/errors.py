@@ -37,5 +37,17 @@ class RequestError(StepjaxError):
     """A request for generation cannot be served as it is."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt with its answer, is longer than the context.
+
+    Attributes:
+        excess: by how many tokens, as far as they are counted.
+    """
+
+    def __init__(self, message: str, *, excess: int):
+        super().__init__(message)
+        self.excess = excess
+
+
 class BusyError(RequestError):
     """Too many requests are waiting; the same one may succeed later."""

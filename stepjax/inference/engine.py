@@ -21,7 +21,7 @@ from typing import Protocol
 
 from jax.sharding import Mesh
 
-from stepjax.errors import BusyError, RequestError
+from stepjax.errors import BusyError, ContextLengthError, RequestError
 from stepjax.inference import programs
 from stepjax.inference.advance import advance, make_delta
 from stepjax.inference.collect import Collector
@@ -174,19 +174,24 @@ class Engine:
         if not (0 <= int(example.tokens.min()) and int(example.tokens.max()) < vocab_size):
             raise RequestError(f"{name} has token ids outside the vocabulary of {vocab_size}")
         if length + (params.max_tokens or 1) > self.max_context:
-            raise RequestError(
+            raise ContextLengthError(
                 f"{name} has {length} tokens; with max_tokens={params.max_tokens or 1} that is more than the context "
-                f"of {self.max_context}: shorten one of them"
+                f"of {self.max_context}: shorten one of them",
+                excess=length + (params.max_tokens or 1) - self.max_context,
             )
         capacity = self._pages.count * self.config.page_size
         # The last token is drawn and never read. An answer without a limit ends where the context or the cache does.
         limit = min(self.max_context, capacity + 1) if params.max_tokens is None else length + params.max_tokens
         needed = max(limit, length + 1) - 1
         if needed > capacity:
-            raise RequestError(
+            raise ContextLengthError(
                 f"{name} with its answer may take {needed} tokens of cache, all of which holds {capacity}: lower "
-                f"max_tokens, or raise engine.cache_tokens"
+                f"max_tokens, or raise engine.cache_tokens",
+                excess=needed - capacity,
             )
+        unknown = next((token for token in params.stop_ids if token >= vocab_size), None)
+        if unknown is not None:
+            raise RequestError(f"the stop token {unknown} is outside the vocabulary of {vocab_size}")
         if params.stop and self._processor is None:
             raise RequestError(f"stop={params.stop!r}: the engine has no processor to make text; give stop_ids")
         if len(example.crops) or len(example.global_views):

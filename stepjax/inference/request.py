@@ -1,7 +1,8 @@
 """What the engine is asked for and what it answers: plain data, which servers and samplers share."""
 
 import dataclasses
-import math
+import numbers
+import reprlib
 from typing import Literal
 
 from stepjax.errors import RequestError
@@ -9,6 +10,9 @@ from stepjax.errors import RequestError
 # "error": the model gave no usable distribution; the stop_reason says more.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_CHARS = 16, 256  # every new token is compared with all of them
+_MAX_STOP_IDS = 256
+_INT32 = 2**31 - 1  # the device's numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,20 +40,38 @@ class SamplingParams:
     def __post_init__(self):
         def require(condition: bool, name: str, remedy: str) -> None:
             if not condition:
-                raise RequestError(f"{name}={getattr(self, name)!r}: {remedy}")
+                raise RequestError(f"{name}={reprlib.repr(getattr(self, name))}: must {remedy}")
 
-        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
-        require(self.top_k >= 0, "top_k", "must be 0 (off) or more")
-        require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1 (off)")
-        require(0 <= self.min_p <= 1, "min_p", "must be from 0 (off) to 1")
-        require(self.n >= 1, "n", "must be at least 1")
-        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
-        require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "must fit 64 bits")
-        require(all(self.stop), "stop", "must not hold an empty string")
+        def require_number(kind: type, name: str, least: float, most: float, remedy: str) -> None:
+            value = getattr(self, name)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            require(is_number and least <= value <= most, name, remedy)  # false for NaN, too
+            if kind is numbers.Integral:
+                object.__setattr__(self, name, int(value))  # NumPy's have fewer bits
+
+        require_number(numbers.Real, "temperature", 0, 100, "be 0 or more, and at most 100")
+        require_number(numbers.Integral, "top_k", 0, _INT32, f"be 0 (off) or more, and at most {_INT32}")
+        require_number(numbers.Real, "top_p", 0, 1, "be above 0 and at most 1 (off)")
+        require(self.top_p > 0, "top_p", "be above 0 and at most 1 (off)")
+        require_number(numbers.Real, "min_p", 0, 1, "be from 0 (off) to 1")
+        require_number(numbers.Integral, "n", 1, 2**16, f"be at least 1 and at most {2**16}")
+        if self.max_tokens is not None:
+            require_number(numbers.Integral, "max_tokens", 1, _INT32, f"be at least 1 and at most {_INT32}")
+        if self.seed is not None:
+            require_number(numbers.Integral, "seed", -(2**63), 2**64 - 1, "fit 64 bits")
+        if self.logprobs is not None:
+            require_number(numbers.Integral, "logprobs", 0, MAX_TOP_LOGPROBS, f"be from 0 to {MAX_TOP_LOGPROBS}")
+        strings = not isinstance(self.stop, str) and all(isinstance(stop, str) for stop in self.stop)
+        require(strings and all(self.stop), "stop", "be a tuple of strings, none of them empty")
         require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
-            "logprobs",
-            f"must be from 0 to {MAX_TOP_LOGPROBS}",
+            len(self.stop) <= MAX_STOPS and all(len(stop) <= MAX_STOP_CHARS for stop in self.stop),
+            "stop",
+            f"hold at most {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters",
+        )
+        require(
+            len(self.stop_ids) <= _MAX_STOP_IDS and all(0 <= index <= _INT32 for index in self.stop_ids),
+            "stop_ids",
+            f"hold at most {_MAX_STOP_IDS} ids of tokens, which are from 0 to {_INT32}",
         )
 
 

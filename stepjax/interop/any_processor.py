@@ -4,16 +4,22 @@ from typing import Any
 
 from stepjax.interop.text_processor import TextProcessor
 from stepjax.processing.processor import Processor
-from stepjax.processing.tokens import Example
+from stepjax.processing.tokens import Example, check_length, least_tokens
 
 AnyProcessor = Processor | TextProcessor
 
 _TAIL = 16  # tokens at the end of a prompt, enough for `<think>` however it is spelled
 
 
-def encode(processor: AnyProcessor, text: str) -> list[int]:
-    """Ids of a text to go on with. STEP3-VL's are never those of control tokens."""
-    return processor.encode(text) if isinstance(processor, TextProcessor) else processor.tokenizer.encode(text)
+def encode(processor: AnyProcessor, text: str, *, max_tokens: int | None = None, name: str = "prompt") -> list[int]:
+    """Ids of a text to go on with. STEP3-VL's are never those of control tokens.
+
+    Raises:
+        ContextLengthError: the length of the text alone tells that it has more than `max_tokens`.
+    """
+    encoder = processor if isinstance(processor, TextProcessor) else processor.tokenizer
+    check_length(least_tokens(text, encoder.longest_token), max_tokens, name, at_least=True)
+    return encoder.encode(text)
 
 
 def vocab_size(processor: AnyProcessor) -> int:

@@ -6,6 +6,7 @@ to one string, and text that spells a control token becomes it.
 """
 
 import datetime
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import tokenizers
 
 from stepjax.errors import CheckpointError, TokenError
-from stepjax.processing.tokens import Example, text_example
+from stepjax.processing.tokenizer import encode, longest_token
+from stepjax.processing.tokens import Example, check_length, least_tokens, text_example
 
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
@@ -78,7 +80,12 @@ class TextProcessor:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with those around it that the model was trained with, such as a first token."""
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return encode(self.tokenizer, text, add_special_tokens=add_special_tokens)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest one that text can become."""
+        return longest_token(self.tokenizer)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return self.tokenizer.decode([int(index) for index in ids], skip_special_tokens=skip_special)
@@ -123,16 +130,22 @@ class TextProcessor:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        max_tokens: int | None = None,
         name: str = "prompt",
     ) -> Example:
         """The prompt of a conversation that the assistant is to continue; as `Processor.process_prompt`, of text.
 
         Raises:
             TokenError: see `render`.
+            ContextLengthError: it has more than `max_tokens`.
         """
         given = {"tools": tools, "enable_thinking": enable_thinking}
         variables = {key: value for key, value in given.items() if value is not None}
-        return self.process_text(self.render(messages, **variables), name=name, add_special_tokens=False)
+        text = self.render(messages, **variables)
+        check_length(least_tokens(text, self.longest_token), max_tokens, name, at_least=True)
+        example = self.process_text(text, name=name, add_special_tokens=False)
+        check_length(len(example.tokens), max_tokens, name)
+        return example
 
     def process_text(self, text: str, *, name: str = "prompt", add_special_tokens: bool = True) -> Example:
         """A text that the model is to continue."""

@@ -234,12 +234,12 @@ def _call_json(call: object, where: str) -> str:
     if not isinstance(function, dict) or not isinstance(name, str) or not name:
         raise TokenError(f'{where}={_shown(call)}: give {{"name": str, "arguments": dict}}')
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # servers pass them as JSON
+    if isinstance(arguments, str):  # servers pass them as JSON, and some write none as no text
+        text = arguments if arguments.strip() else "{}"
         try:
-            is_object = isinstance(json.loads(arguments), dict)
-        except ValueError:
+            is_object = isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
             is_object = False
-        text = arguments
     else:
         is_object = isinstance(arguments, dict)
         text = _json(arguments, f"{where}.arguments")
@@ -265,15 +265,24 @@ def _marked(text: str, trained: bool) -> list[Segment]:
 def _joined(segments: Iterable[Segment]) -> list[Segment]:
     # Tokens do not cross from an untrained to a trained segment: a prompt would end inside of them.
     joined: list[Segment] = []
+    texts: list[str] = []  # of neighbours, joined at once: one by one takes the square of their number
+    trained = False
+
+    def close() -> None:
+        if texts:
+            joined.append(TextSegment("".join(texts), trained))
+            texts.clear()
+
     for segment in segments:
-        last = joined[-1] if joined else None
-        if isinstance(segment, TextSegment):
-            if not segment.text:
-                continue
-            if isinstance(last, TextSegment) and last.trained == segment.trained:
-                joined[-1] = TextSegment(last.text + segment.text, segment.trained)
-                continue
-        joined.append(segment)
+        if not isinstance(segment, TextSegment):
+            close()
+            joined.append(segment)
+        elif segment.text:
+            if segment.trained != trained:
+                close()
+            trained = segment.trained
+            texts.append(segment.text)
+    close()
     return joined
 
 

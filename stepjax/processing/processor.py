@@ -10,7 +10,7 @@ from stepjax.processing.chat_template import ImageSegment, Segment, SpecialSegme
 from stepjax.processing.image_files import open_image
 from stepjax.processing.images import ImageViews, make_views
 from stepjax.processing.tokenizer import Tokenizer, load_tokenizer
-from stepjax.processing.tokens import Example, TextSpan, assemble
+from stepjax.processing.tokens import Example, TextSpan, assemble, check_length, least_tokens
 
 _KINDS = ("messages", "text", "content")
 
@@ -73,6 +73,7 @@ class Processor:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        max_tokens: int | None = None,
         name: str = "prompt",
     ) -> Example:
         """Makes the prompt of a conversation that the assistant is to continue. All loss weights are zero.
@@ -82,22 +83,26 @@ class Processor:
             tools: JSON schemas of the functions that the assistant may call.
             enable_thinking: None leaves it to `TokenizerConfig.generation_starts_thinking`; see
                 `chat_template.generation_prompt`.
+            max_tokens: that the prompt may have. Where its text alone tells that it has more, nothing else is done.
             name: stands for the conversation in error messages.
 
         Raises:
+            ContextLengthError: it has more tokens.
             RecordError: a message or an image is not usable. Names the cause.
         """
         try:
-            return self._assemble(
-                name,
-                [
-                    *chat_template.render(messages, tools=tools, trained="none"),
-                    *chat_template.generation_prompt(
-                        starts_thinking=self.tokenizer_config.generation_starts_thinking,
-                        enable_thinking=enable_thinking,
-                    ),
-                ],
-            )
+            segments = [
+                *chat_template.render(messages, tools=tools, trained="none"),
+                *chat_template.generation_prompt(
+                    starts_thinking=self.tokenizer_config.generation_starts_thinking, enable_thinking=enable_thinking
+                ),
+            ]
+            longest = self.tokenizer.longest_token
+            least = sum(least_tokens(each.text, longest) if isinstance(each, TextSegment) else 1 for each in segments)
+            check_length(least, max_tokens, name, at_least=True)
+            example = self._assemble(name, segments)
+            check_length(len(example.tokens), max_tokens, name)
+            return example
         except (ImageError, TokenError) as error:
             raise RecordError(f"{name}: {error}") from error
 

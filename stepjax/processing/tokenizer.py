@@ -5,6 +5,7 @@ Two names are easily confused: `<|im_start|>` opens a chat turn, `<im_start>` op
 """
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import os
@@ -31,6 +32,7 @@ STEP3_TOKENS = (
 # Markup that the model writes for its readers. Decoding always shows it: reasoning and tool calls are parsed from it.
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
+_LONG_TEXT = 2**14  # characters
 _UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER, as for bytes that are not UTF-8
 
 
@@ -104,12 +106,14 @@ class Tokenizer:
         """Ids of plain text, without control tokens.
 
         Raises:
-            TokenError: `text` is not a string of Unicode characters (half a surrogate pair, for example).
+            TokenError: as the function `encode`.
         """
-        try:
-            return self._text.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError) as error:
-            raise TokenError(f"text {text!r:.80} cannot be encoded: give a str of valid Unicode characters") from error
+        return encode(self._text, text, add_special_tokens=False)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest one that text can become."""
+        return longest_token(self._text)
 
     def special(self, name: str) -> int:
         """Id of the control token spelled `name`, such as "<im_patch>".
@@ -167,6 +171,25 @@ class Tokenizer:
                 raise TokenError(
                     f"{name} turns the text {token!r} into control token {index}: remove it from the model's vocabulary"
                 )
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Ids of a text. While a long one is encoded, other threads go on.
+
+    Raises:
+        TokenError: `text` is not a string of Unicode characters (half a surrogate pair, for example).
+    """
+    try:
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    except (TypeError, UnicodeEncodeError) as error:
+        raise TokenError(f"text {text!r:.80} cannot be encoded: give a str of valid Unicode characters") from error
+
+
+def longest_token(tokenizer: tokenizers.Tokenizer) -> int:
+    """Bytes of the longest token, or some more: tokens may spell bytes as characters."""
+    return max((len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
 
 def load_tokenizer(source: TokenizerConfig | str | os.PathLike[str], *, add_missing: bool = False) -> Tokenizer:

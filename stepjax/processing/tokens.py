@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from stepjax.config import ImageConfig
+from stepjax.errors import ContextLengthError
 from stepjax.processing.images import ImageViews, ViewPlan
 from stepjax.processing.tokenizer import SpecialTokens
 
@@ -56,6 +57,27 @@ def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:
     return Example(
         name, tokens_T, np.zeros(len(tokens_T), np.float32), np.full(len(tokens_T), -1, np.int32), nothing, nothing
     )
+
+
+def check_length(count: int, most: int | None, name: str, *, at_least: bool = False) -> None:
+    """
+    Args:
+        at_least: there may be more than `count`.
+
+    Raises:
+        ContextLengthError: so many tokens are more than there may be.
+    """
+    if most is not None and count > most:
+        shown = f"at least {count}" if at_least else f"{count}"
+        message = f"{name}: {shown} tokens are more than the limit of {most} for a prompt"
+        raise ContextLengthError(message, excess=count - most)
+
+
+def least_tokens(text: str, longest_token: int) -> int:
+    """How many a text has at least, told without looking at it. Normalizers leave three bytes of four characters, or
+    more.
+    """
+    return len(text) * 3 // (4 * longest_token)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
-import json
+import re
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
 from stepjax.serving.errors import ApiError
 from stepjax.serving.settings import Limits
 
 _DISCARD_SECONDS = 2.0
+# A string, which may hold what looks like structure, or the beginning of a value beside the first.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,:{[]', re.DOTALL)
 
 
 class Disconnected(Exception):
@@ -73,19 +76,33 @@ async def _discard(receive: Receive) -> None:
                 pass
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes, max_values: int) -> dict[str, Any]:
     """
     Raises:
-        ApiError: 400, it is not a JSON object.
+        ApiError: 400, it is not a JSON object, or holds too many values.
     """
+    if has_more_values(body, max_values):
+        message = f"the body holds more than {max_values} values: names of fields, texts, numbers, lists and objects"
+        raise ApiError(400, message, code="too_many_values")
     try:
-        value = json.loads(body)
-    except json.JSONDecodeError as error:
-        message = f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        raise ApiError(400, message, code="invalid_json") from None
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        value = from_json(body)
+    except ValueError as error:
+        reason = str(error).replace(" column", ", column").replace("recursion limit exceeded", "nested too deeply")
+        if "hex escape" in reason:
+            reason += "; half of a surrogate pair is no character"
         raise ApiError(400, f"the body is not JSON: {reason:.200}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}: send an object", code="invalid_json")
     return value
+
+
+def has_more_values(body: bytes, count: int) -> bool:
+    """Whether JSON holds more than so many values.
+
+    Every value but the first follows one of four signs. A value costs far more than its one or two bytes, so they
+    are counted before any is made: all the signs, which is quick, and only where these are too many those outside of
+    texts.
+    """
+    if sum(map(body.count, (b",", b":", b"{", b"["))) <= count:
+        return False
+    return any(index >= 2 * count for index, _ in enumerate(_TOKEN.finditer(body)))  # texts are found, too

@@ -1,5 +1,6 @@
 """What is refused of a chat before anything is made of it: too much text, too many images, images from elsewhere."""
 
+from stepjax.serving.bodies import has_more_values
 from stepjax.serving.errors import ApiError, TooLongError
 from stepjax.serving.schemas import ChatRequest, ImagePart, Message
 from stepjax.serving.settings import Limits
@@ -11,10 +12,16 @@ _BYTES_PER_TOKEN = 2
 def check_chat_text(request: ChatRequest, limits: Limits) -> None:
     """
     Raises:
-        TooLongError: messages and tools together hold too much.
+        ApiError: messages and tools together hold too much, or the arguments of a call do.
     """
-    tools = sum(len(tool.model_dump_json()) for tool in request.tools or ())
+    tools = sum(len(tool.model_dump_json().encode()) for tool in request.tools or ())
     check_text(tools + sum(_text_bytes(message) for message in request.messages), "messages", limits)
+    for i, message in enumerate(request.messages):
+        for j, call in enumerate(message.tool_calls or ()):
+            if has_more_values(call.function.arguments.encode(errors="replace"), limits.body_values):
+                where = f"messages[{i}].tool_calls[{j}].function.arguments"
+                message = f"{where}: its JSON holds more than {limits.body_values} values"
+                raise ApiError(400, message, param=where, code="too_many_values")
 
 
 def check_text(size: int, where: str, limits: Limits) -> None:
@@ -61,13 +68,14 @@ def place_of(at: tuple[int, int]) -> str:
 
 
 def _text_bytes(message: Message) -> int:
-    texts = [message.reasoning_content or ""]
+    texts = [message.reasoning_content, message.name, message.tool_call_id]
     if isinstance(message.content, str):
         texts.append(message.content)
     elif message.content is not None:
         texts += [part.text for part in message.content if not isinstance(part, ImagePart)]
-    texts += [call.function.arguments for call in message.tool_calls or ()]
-    return sum(map(utf8_length, texts))
+    for call in message.tool_calls or ():
+        texts += [call.id, call.function.name, call.function.arguments]
+    return sum(utf8_length(text) for text in texts if text)
 
 
 def utf8_length(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from stepjax.inference.request import Delta, TokenLogprob
+from stepjax.serving.bounds import check_text, utf8_length
 from stepjax.serving.context import EngineContext
 from stepjax.serving.errors import ApiError
 from stepjax.serving.generation import Usage, generate
@@ -43,7 +44,7 @@ class _Completion:
         self._params = request.params()
         self._prompts = _prompts(request.prompt)
         self._num_samples = len(self._prompts) * request.n
-        context.check_samples(self._num_samples)
+        context.check_samples(request.n, len(self._prompts))
         self._usage = Usage()
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -82,6 +83,8 @@ class _Completion:
 
     async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
         context = self._context
+        texts = [prompt for prompt in self._prompts if isinstance(prompt, str)]
+        check_text(sum(map(utf8_length, texts)), "prompt", context.settings.limits)
         examples = await asyncio.gather(
             *(
                 context.prompts.completion(prompt, "prompt" if len(self._prompts) == 1 else f"prompt[{i}]")

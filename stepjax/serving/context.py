@@ -23,14 +23,16 @@ class Context:
     metrics: Metrics
     settings: ServerSettings
 
-    def check_samples(self, count: int) -> None:
+    def check_samples(self, n: int, prompts: int = 1) -> None:
         """
         Raises:
             ApiError: 400, a request wants too many samples.
         """
-        if count > self.settings.limits.samples:
-            message = f"n={count} samples are more than the limit of {self.settings.limits.samples} for a request"
-            raise ApiError(400, message, param="n", code="invalid_value")
+        most = self.settings.limits.samples
+        if n * prompts > most:
+            many = "" if prompts == 1 else f"{prompts} prompts with "
+            message = f"{many}n={n}: {n * prompts} samples are more than the limit of {most} for a request"
+            raise ApiError(400, message, param="n" if n > 1 else "prompt", code="invalid_value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,8 @@ class Endpoint:
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             large = len(body) > _LARGE_BODY
-            fields = await self._context.threads.run(parse_object, body) if large else parse_object(body)
+            most = self._context.settings.limits.body_values
+            fields = await self._context.threads.run(parse_object, body, most) if large else parse_object(body, most)
             del body
             response = await self._handle(fields)
             del fields

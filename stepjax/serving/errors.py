@@ -7,9 +7,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stepjax.errors import BusyError, StepjaxError
+from stepjax.errors import BusyError, ContextLengthError, StepjaxError
 
 RETRY_SECONDS = 1
+
+_MAX_MESSAGE = 2000  # characters; messages quote requests
 
 _log = logging.getLogger("stepjax.serving")
 
@@ -42,11 +44,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        message = message.encode("utf-8", "backslashreplace").decode()  # JSON can hold halves of surrogate pairs
+        message = _valid(message[:_MAX_MESSAGE])
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = None if param is None else _valid(param)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -65,9 +67,14 @@ class TooLongError(ApiError):
         excess: by about how many tokens.
     """
 
-    def __init__(self, message: str, *, param: str, excess: int):
+    def __init__(self, message: str, *, param: str | None, excess: int):
         super().__init__(400, message, param=param, code="context_length_exceeded")
         self.excess = excess
+
+
+def _valid(text: str) -> str:
+    """Without halves of surrogate pairs, which UTF-8 does not have."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def busy(message: str) -> ApiError:
@@ -93,6 +100,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, BusyError):
         return busy(str(error))
+    if isinstance(error, ContextLengthError):
+        return TooLongError(str(error), param=None, excess=error.excess)
     if isinstance(error, StepjaxError):
         return ApiError(400, str(error))
     _log.error("a request failed", exc_info=error)

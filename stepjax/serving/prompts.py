@@ -1,20 +1,23 @@
 """From requests to prompts, in threads: reading images and tokenizing would hold up everybody's streams."""
 
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
+from stepjax.errors import ContextLengthError
 from stepjax.interop.any_processor import AnyProcessor, content_of, encode, image_token, vocab_size
-from stepjax.processing.tokens import Example, text_example
+from stepjax.processing.tokens import Example, check_length, text_example
 from stepjax.serving.admission import ByteBudget
-from stepjax.serving.bounds import check_chat_text, check_text, image_urls, is_data_uri, place_of, utf8_length
+from stepjax.serving.bounds import check_chat_text, image_urls, is_data_uri, place_of
 from stepjax.serving.errors import ApiError, TooLongError
 from stepjax.serving.fetch import Fetcher
 from stepjax.serving.images import data_uri_bytes, plan_of, view_bytes
 from stepjax.serving.processors import image_config
-from stepjax.serving.schemas import ChatRequest, ImagePart, Message
+from stepjax.serving.schemas import ChatRequest, ImagePart, Message, Tool
 from stepjax.serving.settings import Limits
 from stepjax.serving.threads import Threads
+
+_Made = TypeVar("_Made")
 
 
 class PromptMaker:
@@ -50,13 +53,13 @@ class PromptMaker:
         Raises:
             ApiError, StepjaxError: the prompt is too large, or an image or a message is not usable.
         """
-        check_chat_text(request, self.limits)
+        await self._threads.run(check_chat_text, request, self.limits)
         files = await self._files(request, {} if fetched is None else fetched)
         size = 0
         if files:
-            size = await self._threads.run(self._view_bytes, files)
+            size = await self._run("messages", self._view_bytes, files)
         async with self._view_budget.hold(size) if size else contextlib.nullcontext():
-            yield await self._threads.run(self._chat, request, files)
+            yield await self._run("messages", self._chat, request, files)
 
     async def completion(self, prompt: str | list[int], where: str) -> Example:
         """The prompt of a plain completion. What text spells stays text; ids may be those of control tokens.
@@ -64,9 +67,13 @@ class PromptMaker:
         Raises:
             ApiError, StepjaxError: the prompt is empty, too long, or holds ids that there are not.
         """
-        if isinstance(prompt, str):
-            check_text(utf8_length(prompt), where, self.limits)
-        return await self._threads.run(self._completion, prompt, where)
+        return await self._run(where, self._completion, prompt, where)
+
+    async def _run(self, where: str, function: Callable[..., _Made], *args: Any) -> _Made:
+        try:
+            return await self._threads.run(function, *args)
+        except ContextLengthError as error:
+            raise TooLongError(str(error), param=where, excess=error.excess) from None
 
     async def _files(self, request: ChatRequest, fetched: dict[str, bytes]) -> dict[tuple[int, int], bytes]:
         """Image files, by the indices of their message and part."""
@@ -85,7 +92,8 @@ class PromptMaker:
     def _view_bytes(self, files: dict[tuple[int, int], bytes]) -> int:
         config = image_config(self.processor)
         plans = [plan_of(data, config, self.limits, place_of(at)) for at, data in files.items()]
-        self._check_tokens(sum(plan.num_tokens(config) - plan.num_newlines for plan in plans), "the images alone")
+        tokens = sum(plan.num_tokens(config) - plan.num_newlines for plan in plans)
+        check_length(tokens, self.max_prompt_tokens, "the images alone")
         size = sum(view_bytes(plan, config) for plan in plans)
         if size > self.limits.view_bytes:
             raise ApiError(400, "the views of the images take more memory than is allowed", code="image_too_large")
@@ -93,14 +101,13 @@ class PromptMaker:
 
     def _chat(self, request: ChatRequest, files: dict[tuple[int, int], bytes]) -> Example:
         options = request.chat_template_kwargs
-        example = self.processor.process_prompt(
+        return self.processor.process_prompt(
             [self._message(message, index, files) for index, message in enumerate(request.messages)],
-            tools=[tool.model_dump(exclude_none=True) for tool in request.tools or ()] if request.uses_tools else None,
+            tools=[_tool(tool) for tool in request.tools or ()] if request.uses_tools else None,
             enable_thinking=options.enable_thinking if options else None,
+            max_tokens=self.max_prompt_tokens,
             name="messages",
         )
-        self._check_tokens(len(example.tokens), "messages")
-        return example
 
     def _message(self, message: Message, index: int, files: dict[tuple[int, int], bytes]) -> dict[str, Any]:
         """A message as processors take it."""
@@ -120,8 +127,10 @@ class PromptMaker:
 
     def _completion(self, prompt: str | list[int], where: str) -> Example:
         if isinstance(prompt, str):
-            ids = encode(self.processor, prompt)
+            ids = encode(self.processor, prompt, max_tokens=self.max_prompt_tokens, name=where)
+            check_length(len(ids), self.max_prompt_tokens, where)
         else:
+            check_length(len(prompt), self.max_prompt_tokens, where)
             ids, size, of_images = prompt, vocab_size(self.processor), image_token(self.processor)
             bad = next((i for i in ids if not 0 <= i < size or i == of_images), None)
             if bad is not None:
@@ -129,10 +138,9 @@ class PromptMaker:
                 raise ApiError(400, f"{where}: token {bad} {reason}", param="prompt", code="invalid_value")
         if not len(ids):
             raise ApiError(400, f"{where} is empty", param="prompt", code="invalid_value")
-        self._check_tokens(len(ids), where)
         return text_example(ids, where)
 
-    def _check_tokens(self, count: int, where: str) -> None:
-        if count > self.max_prompt_tokens:
-            message = f"{where}: {count} tokens are more than the limit of {self.max_prompt_tokens} for a prompt"
-            raise TooLongError(message, param=where, excess=count - self.max_prompt_tokens)
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    """A tool as the model is told of it: `strict` is for servers, and changes no answer of this one."""
+    return tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})

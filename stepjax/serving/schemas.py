@@ -1,71 +1,152 @@
-"""What requests may hold. `validation` refuses everything else by name; nothing is ignored."""
+"""What requests may hold. Everything else is refused by name; nothing that would change an answer is ignored.
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar
+Null is as if left out, in every object of a request.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from stepjax.errors import RequestError
 from stepjax.inference.request import SamplingParams
 from stepjax.serving.errors import ApiError
 
 _MAX_DEPTH = 64  # of a JSON schema
+_MAX_ITEMS = 8192  # messages, their parts and their calls; conversations of agents have some thousand
+_MAX_TOOLS = 512
+_MAX_NAME = 64  # characters of a tool's name, as OpenAI's
 
 _Item = TypeVar("_Item")
 # A million mistakes in a list are told as one.
 _List = Annotated[list[_Item], Field(fail_fast=True)]
+_Int = Annotated[int, Field(ge=-(2**64), le=2**64)]  # what is beyond is out of range for every field
+
+
+def _tag_of(*kinds: type) -> Callable[[Any], str | None]:
+    """Tags, one for each type. Their brackets keep them apart from names of fields: locations of errors hold both."""
+    return lambda value: next((f"<{kind.__name__}>" for kind in kinds if isinstance(value, kind)), None)
+
+
+# The alternative is chosen by what is given, so that errors are those of the one that was meant.
+_TextOr = Annotated[
+    Annotated[str, Tag("<str>")] | Annotated[_Item, Tag("<list>")],
+    Discriminator(_tag_of(str, list), custom_error_type="type", custom_error_message="give a string or a list"),
+]
+
+_ANY = None  # any value of a field that changes no answer
 
 
 class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+    """
+    Attributes:
+        neutral: fields of OpenAI's and of other servers that are taken with these values alone, since clients spell
+            defaults out, and send back what they were sent; then they are dropped. With no values: known, so that they
+            are refused as unsupported, not as misspelt.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...] | None]] = {}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None and cls._has(name, value)}
+
+    @classmethod
+    def _has(cls, name: str, value: object) -> bool:
+        """Whether the field is one of this kind; not, if it can be dropped."""
+        if name in cls.model_fields:
+            return True
+        if name not in cls.neutral:
+            context = {"field": name, "fields": list(cls.model_fields), "neutral": list(cls.neutral)}
+            raise PydanticCustomError("unknown", "unknown", context)
+        values = cls.neutral[name]
+        if values is not None and not any(_equal(value, each) for each in values):
+            raise PydanticCustomError("unsupported", "unsupported", {"field": name, "values": values})
+        return False
+
+
+def _equal(value: object, other: object) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 class StreamOptions(_Strict):
+    neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+
     include_usage: bool = False
 
 
 class _Sampling(_Strict):
-    """The fields that chat and plain completions share; None is as if left out."""
+    """The fields that chat and plain completions share."""
+
+    neutral = {
+        **dict.fromkeys(("user", "safety_identifier", "metadata"), _ANY),
+        **dict.fromkeys(("cache_control", "prompt_cache_key", "prompt_cache_retention"), _ANY),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "priority"), (0,)),
+        **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+        **dict.fromkeys(("store", "echo", "use_beam_search", "early_stopping"), (False,)),
+        **dict.fromkeys(("include_stop_str_in_output", "return_token_ids", "continue_final_message"), (False,)),
+        **dict.fromkeys(("parallel_tool_calls", "skip_special_tokens", "add_generation_prompt"), (True,)),
+        **dict.fromkeys(("reasoning_effort", "verbosity"), ("medium",)),
+        **dict.fromkeys(("functions", "documents", "bad_words"), ([],)),
+        **dict.fromkeys(("audio", "prediction", "web_search_options", "structured_outputs", "prompt_logprobs"), ()),
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+        "logit_bias": ({},),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "service_tier": ("auto", "default"),
+        "best_of": (1,),
+        "suffix": ("",),
+        "function_call": ("none",),
+    }
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # an identifier of the caller's own; it changes no answer
-    max_tokens: int | None = None
+    max_tokens: _Int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: _Int | None = None
     min_p: float | None = None
-    n: int = 1
-    seed: int | None = None
-    stop: str | _List[str] | None = None
-    stop_token_ids: _List[int] | None = None
+    n: _Int = 1
+    seed: _Int | None = None
+    stop: _TextOr[_List[str]] | None = None
+    stop_token_ids: _List[_Int] | None = None
     ignore_eos: bool = False
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def _sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, names: Mapping[str, str]
+    ) -> SamplingParams:
         """
+        Args:
+            names: of `SamplingParams`, as the request calls them.
+
         Raises:
             ApiError: 400, a value is out of range.
         """
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "seed")}
         top_k = 0 if self.top_k == -1 else self.top_k  # other servers spell "off" so
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > 16:
-            raise ApiError(400, f"stop holds {len(stop)} strings: give at most 16", param="stop")
         try:
             return SamplingParams(
                 **{name: value for name, value in {**given, "top_k": top_k}.items() if value is not None},
                 n=self.n,
                 max_tokens=max_tokens,
-                stop=stop,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                 stop_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=self.ignore_eos,
                 logprobs=logprobs,
             )
         except RequestError as error:
-            name = str(error).partition("=")[0]
-            raise ApiError(400, str(error), param=name if name in type(self).model_fields else None) from None
+            name, equals, rest = str(error).partition("=")
+            name = {"stop_ids": "stop_token_ids", **names}.get(name, name)
+            raise ApiError(400, f"{name}{equals}{rest}", param=name, code="invalid_value") from None
 
     @property
     def includes_usage(self) -> bool:
@@ -79,7 +160,7 @@ class TextPart(_Strict):
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "high"] = "auto"  # views are cut by size alone
+    detail: Literal["auto", "low", "high"] | None = None  # views are cut by size alone
 
 
 class ImagePart(_Strict):
@@ -87,23 +168,45 @@ class ImagePart(_Strict):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _part_tag(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(_part_tag, custom_error_type="part_type", custom_error_message="give 'text' or 'image_url'"),
+]
 
 
 class CalledFunction(_Strict):
     name: str
-    arguments: str
+    arguments: str = "{}"
+
+    @pydantic.field_validator("arguments")
+    @classmethod
+    def _fill(cls, arguments: str) -> str:
+        return "{}" if not arguments or arguments.isspace() else arguments  # as some write a call without any
 
 
 class ToolCall(_Strict):
+    neutral = {"index": _ANY}  # of streams
+
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
 class Message(_Strict):
+    neutral = {
+        "cache_control": _ANY,
+        "annotations": ([],),
+        "refusal": ("",),
+        **dict.fromkeys(("audio", "function_call"), ()),
+    }
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | _List[Part] | None = None
+    content: _TextOr[_List[Part]] | None = None
     reasoning_content: str | None = None
     tool_calls: _List[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -111,16 +214,18 @@ class Message(_Strict):
 
 
 class Function(_Strict):
-    name: str = Field(min_length=1, max_length=256)
+    name: str = Field(min_length=1, max_length=_MAX_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None  # arguments are not made to follow the schema either way
 
     @pydantic.field_validator("parameters")
     @classmethod
-    def _check_depth(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _check(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
         level: list[Any] = [schema]
         for _ in range(_MAX_DEPTH):
+            if any(isinstance(value, float) and not math.isfinite(value) for value in level):
+                raise ValueError("it holds a number that is not finite")
             level = [part for value in level for part in _parts(value)]
             if not level:
                 return schema
@@ -132,6 +237,8 @@ def _parts(value: object) -> Iterable[Any]:
 
 
 class Tool(_Strict):
+    neutral = {"cache_control": _ANY}
+
     type: Literal["function"]
     function: Function
 
@@ -143,7 +250,7 @@ class ChatTemplateOptions(_Strict):
 class PacoreOptions(_Strict):
     """How PaCoRe goes about a request; what is left out is the server's. See `pacore.config`."""
 
-    schedule: str | _List[int] | None = None  # a preset's name, "32,4", or the widths
+    schedule: _TextOr[_List[_Int]] | None = None  # a preset's name, "32,4", or the widths
     order: Literal["shuffle", "length"] | None = None
     overflow: Literal["shorten", "drop", "fail"] | None = None
     truncated: Literal["drop", "tail"] | None = None
@@ -151,30 +258,42 @@ class PacoreOptions(_Strict):
     quorum: float | None = None
     round_seconds: float | None = None
     call_seconds: float | None = None
-    retries: int | None = Field(default=None, le=16)
+    retries: int | None = Field(default=None, ge=0, le=16)
     agreement: float | None = None
     # What events and rounds hold of the trajectories: counts alone; their messages; their reasoning, too.
     include: Literal["summary", "messages", "full"] = "messages"
 
 
 class ChatRequest(_Sampling):
-    messages: _List[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: Annotated[_List[Message], Field(min_length=1)]
+    max_completion_tokens: _Int | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
-    tools: _List[Tool] | None = None
+    top_logprobs: _Int | None = None
+    tools: Annotated[_List[Tool], Field(max_length=_MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: ChatTemplateOptions | None = None
     pacore: PacoreOptions | None = None
 
+    @pydantic.field_validator("messages", mode="before")
+    @classmethod
+    def _check_count(cls, messages: Any) -> Any:
+        if isinstance(messages, list):
+            dicts = [message for message in messages if isinstance(message, dict)]
+            lists = [message.get(name) for message in dicts for name in ("content", "tool_calls")]
+            count = len(messages) + sum(len(each) for each in lists if isinstance(each, list))
+            if count > _MAX_ITEMS:
+                raise ValueError(f"{count} messages, parts and tool calls are more than the limit of {_MAX_ITEMS}")
+        return messages
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> "ChatRequest":
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is set, but not logprobs: set it to true")
-        if self.tool_choice == "auto" and not self.tools:
-            raise ValueError("tool_choice is set without tools")
+            message = f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ"
+            raise ApiError(400, f"{message}: give one of them", param="max_completion_tokens", code="invalid_value")
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs={self.top_logprobs} is set, but not logprobs: set it to true"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        self.params()
         return self
 
     @property
@@ -182,26 +301,36 @@ class ChatRequest(_Sampling):
         return bool(self.tools) and self.tool_choice != "none"
 
     def params(self) -> SamplingParams:
-        """
-        Raises:
-            ApiError: 400, a value is out of range.
-        """
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling_params(
+            max_tokens=getattr(self, limit), logprobs=logprobs, names={"logprobs": "top_logprobs", "max_tokens": limit}
+        )
+
+
+def _prompt_tag(prompt: Any) -> str | None:
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    return "<lists>" if isinstance(first, list) else "<strs>" if isinstance(first, str) else _tag_of(str, list)(prompt)
 
 
 class CompletionRequest(_Sampling):
-    prompt: str | _List[int] | _List[str] | _List[_List[int]]
-    logprobs: int | None = None
+    prompt: Annotated[
+        Annotated[str, Tag("<str>")]
+        | Annotated[_List[_Int], Tag("<list>")]
+        | Annotated[_List[str], Tag("<strs>")]
+        | Annotated[_List[_List[_Int]], Tag("<lists>")],
+        Discriminator(_prompt_tag, custom_error_type="type", custom_error_message="give text, or token ids"),
+    ]
+    logprobs: _Int | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "CompletionRequest":
+        self.params()
+        return self
 
     def params(self) -> SamplingParams:
-        """
-        Raises:
-            ApiError: 400, a value is out of range.
-        """
         max_tokens = 16 if self.max_tokens is None else self.max_tokens  # as OpenAI's
-        return self.sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
+        return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs, names={})
 
 
 class ViewsRequest(_Strict):

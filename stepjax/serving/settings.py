@@ -20,6 +20,7 @@ class Limits:
     samples: int = 64  # prompts times n of one request
     pacore_calls: int = 64  # of one request that is answered with PaCoRe, the final one included
     body_bytes: int = 32 * MiB
+    body_values: int = 262_144  # JSON values of a body, such as the ids of a prompt of tokens
     body_seconds: float = 60.0  # for a body to arrive
     text_bytes: int = 4 * MiB  # of a prompt, before it is tokenized
     prompt_tokens: int | None = None  # None: what the context holds

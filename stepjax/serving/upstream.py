@@ -75,7 +75,7 @@ async def _check(context: Context, request: ChatRequest) -> None:
         ApiError: there is too much, or an image is not usable.
     """
     limits = context.settings.limits
-    check_chat_text(request, limits)
+    await context.threads.run(check_chat_text, request, limits)
     urls = image_urls(request, limits, allow_remote=context.settings.allow_remote_images)
     for at, url in urls.items():
         if is_data_uri(url):

@@ -393,6 +393,7 @@ def test_logits_that_are_not_finite_end_a_sample_with_an_error(make_engine, smal
         ([-1, 2], {}, "vocabulary of 64"),
         ([1] * 128, {}, "context of 128"),
         ([1] * 100, {"max_tokens": 29}, "context of 128"),
+        ([1], {"stop_ids": (64,)}, "stop token 64"),
     ],
 )
 def test_what_can_never_be_served_is_refused(engine, prompt, params, message):
@@ -455,7 +456,17 @@ def test_generate_leaves_other_requests_their_deltas(make_engine):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 2)]
-    + [("n", 0), ("max_tokens", 0), ("seed", 2**64), ("stop", ("",)), ("logprobs", 21)],
+    + [("n", 0), ("max_tokens", 0), ("seed", 2**64), ("stop", ("",)), ("logprobs", 21)]
+    + [("temperature", 1e39), ("temperature", 10**400), ("temperature", "1"), ("temperature", True), ("top_k", 2**31)]
+    + [("top_k", 1.5), ("n", 2**16 + 1), ("max_tokens", 2**31), ("seed", 0.5), ("min_p", float("inf"))]
+    + [
+        ("stop", ("x",) * 17),
+        ("stop", ("x" * 257,)),
+        ("stop", "abc"),
+        ("stop", (5,)),
+        ("stop_ids", (-1,)),
+        ("stop_ids", (1,) * 257),
+    ],
 )
 def test_parameters_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(RequestError, match=name):

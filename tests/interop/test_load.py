@@ -13,7 +13,7 @@ from tiny_recipe import config as RECIPE
 import stepjax
 from stepjax.cli import main
 from stepjax.config import MeshConfig, NumericsConfig
-from stepjax.errors import CheckpointError, TokenError
+from stepjax.errors import CheckpointError, ContextLengthError, TokenError
 from stepjax.interop.hf_config import config_json
 from stepjax.interop.load import load_model, load_run, open_checkpoint
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf
@@ -265,6 +265,9 @@ def test_a_text_processor_needs_none_of_the_image_tokens(tmp_path):
     assert (processor.stop_ids, processor.vocab_size) == ((257,), 258)
     assert list(example.tokens).count(256) == 3  # of one id each
     assert not example.loss_weights.any() and set(example.feature_index) == {-1}
+    for content, part in (("Grüße", "are more than the limit of 10"), ("x" * 10_000, "at least")):
+        with pytest.raises(ContextLengthError, match=part):
+            processor.process_prompt([{"role": "user", "content": content}], max_tokens=10)
 
 
 def test_templates_fail_in_words(tmp_path):

@@ -256,6 +256,17 @@ def test_malformed_message_is_named(message, expected):
         render([user("fine"), message])
 
 
+@pytest.mark.parametrize("arguments", ["", " \n", "{}", {}])
+def test_arguments_of_a_call_without_any_are_an_empty_object(arguments):
+    message = assistant(None, tool_calls=[{"name": "f", "arguments": arguments}])
+    assert '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' in shown(render([user("x"), message]))
+
+
+def test_arguments_that_are_nested_too_deep_are_named():
+    with pytest.raises(TokenError, match=r"messages\[0\]\.tool_calls\[0\]\.arguments"):
+        render([assistant("x", tool_calls=[{"name": "f", "arguments": '{"a": ' + "[" * 100_000}])])
+
+
 @pytest.mark.parametrize("messages", [[], None, "hello", {"role": "user"}])
 def test_malformed_conversation_is_refused(messages):
     with pytest.raises(TokenError, match="messages"):

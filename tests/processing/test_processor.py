@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepjax.config import ImageConfig, TokenizerConfig
-from stepjax.errors import ImageError, RecordError, TokenError
+from stepjax.errors import ContextLengthError, ImageError, RecordError, TokenError
 from stepjax.processing.images import make_views
 from stepjax.processing.processor import Processor
 
@@ -228,6 +228,18 @@ def test_processor_pickles():
 def test_malformed_record_is_named(record, expected):
     with pytest.raises(RecordError, match=expected):
         processor.process(record)
+
+
+@pytest.mark.parametrize(
+    "content, part", [("a b " * 100, "tokens are more than the limit of 50"), ("x" * 10_000, "at least")]
+)
+def test_prompts_that_are_too_long(content, part):
+    messages = [{"role": "user", "content": [{"type": "text", "text": content}]}]
+    with pytest.raises(ContextLengthError, match=part) as caught:
+        processor.process_prompt(messages, max_tokens=50)
+    length = len(processor.process_prompt(messages).tokens)
+    assert 0 < caught.value.excess <= length - 50
+    assert len(processor.process_prompt(messages, max_tokens=length).tokens) == length
 
 
 def test_cause_is_chained():

@@ -6,6 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,15 @@ from hypothesis import strategies as st
 
 from stepjax.config import TokenizerConfig
 from stepjax.errors import TokenError
-from stepjax.processing.tokenizer import MARKERS, STEP3_TOKENS, Tokenizer, add_step3_tokens, load_tokenizer
+from stepjax.processing.tokenizer import (
+    MARKERS,
+    STEP3_TOKENS,
+    Tokenizer,
+    add_step3_tokens,
+    load_tokenizer,
+    longest_token,
+)
+from stepjax.processing.tokens import least_tokens
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "stepjax" / "assets" / "demo_tokenizer" / "tokenizer.json"
@@ -175,6 +185,35 @@ def test_decode_shows_ids_beyond_the_vocabulary():
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(TokenError, match="ud800"):
         demo.encode("a\ud800")
+
+
+@pytest.mark.parametrize("text", ["word " * 8000, "x" * 40_000, " \n" * 20_000, "\u00e9\U0001f600" * 10_000])
+def test_long_text_is_encoded_as_short_text_is(text):
+    ids = demo.encode(text)
+    assert ids == demo._text.encode(text, add_special_tokens=False).ids
+    assert least_tokens(text, demo.longest_token) <= len(ids)
+    with pytest.raises(TokenError, match="cannot be encoded"):
+        demo.encode(text + "\ud800")
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded():
+    text, ticks = "word and word " * 50_000, []
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(demo.encode, text)
+        while not encoding.done():
+            ticks.append(time.monotonic())
+            time.sleep(0.001)
+    assert len(ticks) > 5
+
+
+def test_no_text_has_fewer_tokens_than_is_told():
+    """Even where a normalizer composes characters."""
+    raw = raw_demo()
+    raw.normalizer = tokenizers.normalizers.NFC()
+    text = "\u03b1\u0313\u0300\u0345" * 100
+    assert least_tokens(text, longest_token(raw)) <= len(Tokenizer(raw).encode(text))
+    spaces = Tokenizer(raw).encode("a" * 5000)
+    assert least_tokens("a" * 5000, longest_token(raw)) <= len(spaces)
 
 
 def test_long_text_is_not_truncated_by_the_files_own_setting():

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable
 
-from stepjax.errors import BusyError, RequestError
+from stepjax.errors import BusyError, ContextLengthError
 from stepjax.inference.request import Delta, EngineStats, SamplingParams, TokenLogprob
 from stepjax.processing.tokens import Example
 
@@ -50,7 +50,8 @@ class FakeEngine:
         if len(self.requests) >= self.max_requests:
             raise BusyError("the queue is full")
         if len(prompt.tokens) + (params.max_tokens or 1) > self.max_context:
-            raise RequestError(f"the prompt has {len(prompt.tokens)} tokens: too long")
+            excess = len(prompt.tokens) + (params.max_tokens or 1) - self.max_context
+            raise ContextLengthError(f"{len(prompt.tokens)} tokens: too long for {self.max_context}", excess=excess)
         request_id = request_id or f"request-{len(self.served)}"
         assert request_id not in self.requests
         self.served.append((prompt, params))

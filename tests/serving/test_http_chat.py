@@ -152,29 +152,29 @@ def test_sampling_fields_reach_the_engine(server):
         ({"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
         ({"temperature": -1}, "temperature", "must be 0 or more"),
         ({"temperature": "1"}, "temperature", "number"),
-        ({"temperature": float("nan")}, "temperature", "0 or more"),
+        ({"temperature": float("nan")}, "temperature", "finite"),
         ({"top_p": 0}, "top_p", "top_p=0"),
         ({"n": 0}, "n", "at least 1"),
         ({"n": 1000}, "n", "limit of 64"),
         ({"stop": ""}, "stop", "empty"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"seed": 2**64}, "seed", "64 bits"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, None, "differ"),
-        ({"top_logprobs": 3}, None, "logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "0 to 20"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "differ"),
+        ({"top_logprobs": 3}, "top_logprobs", "set it to true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "not a known field"),
         ({"chat_template_kwargs": {"think": True}}, "chat_template_kwargs.think", "not a known field"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": None}, "messages", "missing"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'robot'"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]", "audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+         "messages[0].content[0].type", "audio"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/hostname"}]}]},
-         "messages[0].content[0]", "'image'"),
+         "messages[0].content[0].type", "'image'"),
         ({"messages": [{"role": "user"}]}, None, "content"),
         ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, None, "only an assistant"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict", "F"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "Unicode"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
         ({"max_tokens": 10**6}, None, "too long"),
     ],
 )  # fmt: skip
@@ -215,3 +215,74 @@ def test_models(client):
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def merged(deltas):
+    """A message, as clients put it together of a stream: texts appended, calls by their index, and all else kept."""
+    message = {}
+    for delta in deltas:
+        for name, value in delta.items():
+            if name == "tool_calls":
+                message.setdefault(name, []).extend(value)
+            else:
+                message[name] = message.get(name, "") + value if name != "role" else value
+    return message
+
+
+def test_what_the_server_answers_can_be_sent_back(processor):
+    with (
+        running(processor, FakeEngine(tool_script)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        answer = server.chat(tools=[TOOL]).json()["choices"][0]["message"]
+        text = server.chat(tools=[TOOL], stream=True).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        streamed = merged(event["choices"][0]["delta"] for event in events)
+        assert [call["index"] for call in streamed["tool_calls"]] == [0, 1]
+        typed = client.chat.completions.create(model="tiny", messages=ask(), tools=[TOOL]).choices[0].message
+        with client.chat.completions.stream(model="tiny", messages=ask(), tools=[TOOL]) as stream:
+            final = stream.get_final_completion().choices[0].message
+        prompts = []
+        for message in (answer, streamed, typed.model_dump(), final.model_dump()):
+            results = [{"role": "tool", "tool_call_id": call["id"], "content": "4"} for call in message["tool_calls"]]
+            assert len(results) == 2
+            body = {"messages": [*ask(), message, *results], "tools": [TOOL]}
+            response = server.http.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+            prompts.append(server.engine.served[-1][0].tokens.tolist())
+        assert all(prompt == prompts[0] for prompt in prompts)
+
+
+def test_fields_that_change_no_answer_change_no_prompt(server):
+    def prompt(function=(), image=(), **fields):
+        tool = {"type": "function", "function": {"name": "look", **dict(function)}}
+        parts = [{"type": "image_url", "image_url": {"url": picture(), **dict(image)}}]
+        assert server.chat(parts, tools=[tool], **fields).status_code == 200
+        return server.engine.served[-1][0].tokens.tolist()
+
+    plain = prompt()
+    assert prompt({"strict": True, "description": None}, {"detail": "low"}, prompt_cache_key="x", metadata={}) == plain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"\\ud800": 1}',
+        '{"messages": [{"role": "user", "content": "x", "\\udc00": 1}]}',
+        '{"messages": [{"role": "user", "content": "x"}], "model": "\\ud800"}',
+        '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": '
+        '{"name": "f", "parameters": {"\\ud800": "\\udfff"}}}]}',
+        '{"messages": [{"role": "user", "content": "x"}], "temperature": 1e39}',
+        '{"messages": [{"role": "user", "content": "x"}], "top_k": 2147483648}',
+        '{"messages": [{"role": "user", "content": "x"}], "top_k": 1' + "0" * 400 + "}",
+        '{"messages": [{"role": "user", "content": "x"}], "seed": Infinity}',
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": '
+        '[{"function": {"name": "f", "arguments": "' + "[" * 100_000 + '"}}]}]}',
+    ],
+)
+def test_what_no_number_or_text_can_be_is_the_clients_mistake(server, text):
+    response = server.http.post(
+        "/v1/chat/completions", content=text.encode(), headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400 and len(response.json()["error"]["message"]) < 2500, response.text
+    assert server.chat().status_code == 200

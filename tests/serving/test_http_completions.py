@@ -73,12 +73,18 @@ def test_control_tokens_of_text_stay_text(client, server, processor):
         ({"prompt": "a", "echo": True}, "echo=True is not supported"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
-        ({"prompt": "a", "messages": []}, "unknown field 'messages'"),
+        ({"prompt": "a", "messages": []}, "messages is not a known field"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(server, fields, part):
     response = server.http.post("/v1/completions", json=fields)
     assert response.status_code == 400 and part in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize("fields, param", [({"prompt": ["a"] * 65}, "prompt"), ({"prompt": ["a"] * 33, "n": 2}, "n")])
+def test_too_many_samples_are_laid_to_the_field_that_asks_for_them(server, fields, param):
+    error = server.http.post("/v1/completions", json=fields).json()["error"]
+    assert error["param"] == param and f"{len(fields['prompt'])} prompts with n=" in error["message"]
 
 
 def test_ids_that_stand_for_images_are_refused(server, processor):

@@ -127,6 +127,45 @@ def test_images_that_are_too_many_or_too_large(start):
     assert error(images("data:image/png;base64," + "A" * 7000), 413)["code"] == "image_too_large"
 
 
+def test_too_long_is_told_in_one_way_however_it_is_found(start):
+    server = start(limits=Limits(text_bytes=10_000))
+    wide = [{"type": "image_url", "image_url": {"url": picture(112, 112)}}]
+    images = start(limits=Limits(prompt_tokens=30))
+    found = {
+        "10001 bytes of text are more than the limit of 10000": server.chat("x" * 10_001),
+        "tokens are more than the limit of 4095": server.chat("x y" * 3_000),
+        "at least": start().chat("x" * 100_000),
+        "the images alone: ": images.chat(wide),
+        "too long for 4096": server.chat(max_tokens=4096),
+        "prompt: 4096 tokens are more than the limit of 4095": server.http.post(
+            "/v1/completions", json={"prompt": [65] * 4096}
+        ),
+        "prompt: 10001 bytes": server.http.post("/v1/completions", json={"prompt": ["x" * 9_000, "x" * 1_001]}),
+    }
+    for part, response in found.items():
+        fields = error(response, 400)
+        assert part in fields["message"] and fields["code"] == "context_length_exceeded", fields
+
+
+def test_work_is_bounded_before_it_begins(start):
+    """The event loop goes on while a large request is looked at, whatever it holds."""
+    server = start(limits=Limits(body_values=20_000))
+    call = {"type": "function", "function": {"name": "f" * 2_000_000, "arguments": "{}"}}
+    deep = {"type": "function", "function": {"name": "f", "arguments": '{"a": [' + "[]," * 100_000 + "1]}"}}
+    bodies = {
+        "more than 20000 values": {"messages": [{"role": "user", "content": ""}] * 100_000},
+        "at least": chat_body("word " * 800_000),
+        "bytes of text": {"messages": [{"role": "assistant", "content": "x" * 3_000_000, "tool_calls": [call]}]},
+        "its JSON holds more": {"messages": [{"role": "assistant", "tool_calls": [deep]}]},
+        "is not a known field": {**chat_body(), "f" * 5_000_000: 1},
+    }
+    for part, body in bodies.items():
+        begin = time.monotonic()
+        response = server.http.post("/v1/chat/completions", json=body)
+        assert part in error(response, 400)["message"]
+        assert time.monotonic() - begin < 5, part
+
+
 def test_prompts_that_are_too_long(start):
     server = start(limits=Limits(prompt_tokens=40, text_bytes=1000))
     assert server.chat("hi").status_code == 200
