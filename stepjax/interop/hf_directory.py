@@ -1,6 +1,7 @@
 """A Hugging Face directory: what its model is, where its tensors lie, and the files beside them."""
 
-import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,31 @@ import numpy as np
 
 from stepjax.errors import CheckpointError
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf
-from stepjax.interop.safetensors_file import Entry, check_size, parse_header, read_header, read_tensor
+from stepjax.interop.safetensors_file import (
+    Entry,
+    check_size,
+    file_size,
+    parse_header,
+    parse_json,
+    read_header,
+    read_tensor,
+)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-# Weights in formats that are not read here.
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".safetensors")
+WHOLE = "model.safetensors"
+MAX_JSON = 64 << 20  # bytes of a file; indices and tokenizers have up to some ten million
+# Weights in formats that are not read here, and copies of weights.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".safetensors", ".bak", ".orig")
+_log = logging.getLogger("stepjax.interop")
 
 
 class HFDirectory:
-    """`config.json`, and the tensors in `*.safetensors`: those that the index names, or all if there is none.
+    """`config.json`, and the tensors in safetensors files.
+
+    The index says which files, and from which of them each tensor comes. Without one, or with one whose files are
+    absent, it is `model.safetensors`, or else all of `model-00001.safetensors` (or `model-00001-of-00009.safetensors`)
+    to the last. Other files in the directory never decide.
 
     Attributes:
         headers: text of the header of every safetensors file, by its name.
@@ -33,51 +49,102 @@ class HFDirectory:
         self.spec: ModelSpec = spec_from_hf(self.config)
         self.headers: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
-        for file in self._files():
-            self.headers[file.name] = read_header(file)
-            entries = parse_header(file, self.headers[file.name])
+        names, chosen = self._names()
+        for name in names:
+            file = self.path / name
+            self.headers[name] = read_header(file)
+            entries = parse_header(file, self.headers[name])
             check_size(file, entries)
-            for key in entries.keys() & self.entries.keys():
-                raise CheckpointError(
-                    f"{key} is in both {self.entries[key].path.name} and {file.name} of {self.path}; remove one of them"
-                )
-            self.entries |= entries
+            for key, entry in entries.items():
+                if chosen.get(key, name) != name:
+                    continue
+                if key in self.entries:
+                    raise CheckpointError(
+                        f"{key} is in both {self.entries[key].path.name} and {name} of {self.path}, and no {INDEX} says "
+                        "which counts; remove one of them"
+                    )
+                self.entries[key] = entry
+        if absent := [key for key in chosen if key not in self.entries]:
+            raise CheckpointError(
+                f"{self.path / INDEX} names tensors that are not in their files: {', '.join(absent[:10])}; fetch it again"
+            )
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, as it is stored."""
         return read_tensor(key, self.entries[key])
 
-    def _files(self) -> list[Path]:
-        if (self.path / INDEX).exists():
-            try:
-                names = sorted(set(read_json(self.path / INDEX)["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{self.path / INDEX} has no usable weight_map; fetch it again") from error
-            absent = [name for name in names if not (self.path / name).is_file()]
-            if absent:
-                raise CheckpointError(f"{self.path / INDEX} names files that are not there: {', '.join(absent)}")
-            return [self.path / name for name in names]
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{self.path} holds no *.safetensors")
-        return files
+    def _names(self) -> tuple[list[str], dict[str, str]]:
+        """The files to read, and for each tensor that the index names, which of them has it."""
+        index = self.path / INDEX
+        if index.exists():
+            chosen = read_json(index).get("weight_map")
+            if not isinstance(chosen, dict) or not all(map(is_weights_name, chosen.values())):
+                raise CheckpointError(f"{index} has no usable weight_map from tensors to file names; fetch it again")
+            names = sorted(set(chosen.values()))
+            absent = [name for name in names if not (self.path / name).exists()]
+            if names and not absent:
+                return names, chosen
+            if not (self.path / WHOLE).exists():
+                raise CheckpointError(f"{index} names files that are not there: {', '.join(absent[:10])}")
+            _log.warning("%s names files that are not there, and is passed over: %s is read", index, WHOLE)
+        if (self.path / WHOLE).exists():
+            return [WHOLE], {}
+        found = sorted(path.name for path in self.path.glob("*.safetensors"))
+        shards = [name for name in found if re.fullmatch(r"model-\d+(-of-\d+)?\.safetensors", name)]
+        if not shards:
+            there = f"; it has {', '.join(found[:10])}" if found else ""
+            raise CheckpointError(f"{self.path} holds no {WHOLE}, {INDEX} or model-00001.safetensors{there}")
+        # All of one set, from the first to the last.
+        width, end = len(re.findall(r"\d+", shards[0])[0]), shards[-1].partition("-of-")[2]
+        count = int(end.partition(".")[0]) if end else len(shards)
+        if count > len(shards) or shards != [
+            f"model-{i:0{width}d}{'-of-' + end if end else '.safetensors'}" for i in range(1, count + 1)
+        ]:
+            raise CheckpointError(
+                f"{self.path} has no {INDEX}, and its files are not one whole set: {', '.join(shards[:20])}; fetch what "
+                "is missing, and remove what belongs to another set"
+            )
+        return shards, {}
+
+
+def is_weights_name(name: Any) -> bool:
+    """Whether this is a plain name of a safetensors file: the names that others wrote down may lead anywhere."""
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and name.isprintable()
+        and len(name.encode()) <= 255
+        and not set(name) & set('/\\:*?"<>|')
+        and not name.startswith(".")
+    )
 
 
 def side_files(path: Path) -> tuple[list[Path], list[str]]:
-    """The files of a directory beside its weights (tokenizer, templates, code), and the names of all else in it."""
+    """The files of a directory beside its weights (tokenizer, templates, code), and the names of all else in it.
+
+    Links that lead out of the directory are not followed, for they may lead to any file of this machine; but those of
+    the hub's cache, from snapshots/COMMIT to blobs, are. The configuration and the index have been read, and count.
+    """
     files, others = [], []
+    inside = path.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parent.parent
     for entry in sorted(path.iterdir()):
-        if entry.is_file() and entry.suffix not in _OTHER_WEIGHTS:
+        is_ours = entry.name in (CONFIG, INDEX) or entry.resolve().is_relative_to(inside)
+        if entry.is_file() and is_ours and entry.suffix not in _OTHER_WEIGHTS:
             files.append(entry)
         elif entry.suffix != ".safetensors" and not entry.name.startswith("."):
             others.append(entry.name)
     return files, others
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError where the file is not there, or not a JSON object."""
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Raises CheckpointError where the file is not there, is larger than `limit` bytes, or is not a JSON object."""
+    size = file_size(path)
+    if size > limit:
+        raise CheckpointError(f"{path} cannot be read: it has {size:,} bytes, and at most {limit:,} are read")
     try:
-        fields = json.loads(path.read_text())
+        fields = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):

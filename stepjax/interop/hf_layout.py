@@ -7,8 +7,10 @@ the one on disk (`vision_model.*`, `model.layers.*`) and the one that Transforme
 """
 
 import dataclasses
+import json
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +18,12 @@ import numpy as np
 import pydantic
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
-from stepjax.errors import CheckpointError
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.interop.hf_schema import RopeFields, step_fields, text_fields, vision_fields
 
 Array = np.ndarray
 
+TEXT_FAMILIES = ("qwen3", "llama")
 IMAGE_FIELDS = "stepjax_images"  # our field of config.json: what differs from the public model's images
 
 
@@ -159,99 +163,125 @@ def disk_key(key: str) -> str:
     return re.sub(r"^model\.language_model\.", "model.", key)
 
 
-def config_from_hf(hf: dict) -> tuple[ModelConfig, ImageConfig]:
+def config_from_hf(hf: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
     """Model and image configuration from a STEP3-VL `config.json`.
 
     Raises:
-        CheckpointError: the file describes a variant that this model does not cover.
+        CheckpointError: the file describes a variant that this model does not cover, or has an unusable value.
     """
+    fields = step_fields(hf)
+    vision = vision_fields(fields.vision_config)
+    # The crop's size is not in the file: its token count is (a square of a 4-fold down-sampled grid).
+    crop_grid = 4 * round((fields.patch_token_len or 81) ** 0.5)
+    images = {"global_size": vision.image_size, "crop_size": crop_grid * vision.patch_size}
+    images |= {"patch_size": vision.patch_size}
     try:
-        vision, text = hf["vision_config"], hf["text_config"]
-        if (
-            vision.get("hidden_act", "quick_gelu") != "quick_gelu"
-            or vision.get("use_cls_token")
-            or vision.get("use_ln_post")
-        ):
-            raise CheckpointError(
-                f"vision_config={vision}: only quick_gelu without class token and final norm is supported"
-            )
-        patch, width = vision["patch_size"], vision["width"]
-        image_size = vision["image_size"]
         model = ModelConfig(
             vision=VisionConfig(
-                width=width,
-                num_layers=vision["layers"],
-                num_heads=vision["heads"],
-                mlp_dim=int(width * vision.get("mlp_ratio", 8960 / 1536)),
-                patch_size=patch,
-                position_grid=image_size // patch,
-                norm_eps=vision.get("layer_norm_eps", 1e-5),
-                layer_scale_init=vision.get("ls_init_value", 0.1),
+                width=vision.width,
+                num_layers=vision.layers,
+                num_heads=vision.heads,
+                mlp_dim=int(vision.width * vision.mlp_ratio),
+                patch_size=vision.patch_size,
+                position_grid=vision.image_size // vision.patch_size,
+                norm_eps=vision.layer_norm_eps,
+                layer_scale_init=vision.ls_init_value,
             ),
-            decoder=decoder_config_from_hf(text),
-            projector_bias=hf.get("projector_bias", False),
+            decoder=decoder_config_from_hf(fields.text_config),
+            projector_bias=bool(fields.projector_bias),
         )
-        # The crop's size is not in the file: its token count is (a square of a 4-fold down-sampled grid).
-        crop_grid = 4 * round(hf.get("patch_token_len", 81) ** 0.5)
-        images = {"global_size": image_size, "crop_size": crop_grid * patch, "patch_size": patch}
-        images |= hf.get(IMAGE_FIELDS, {})
-        return model, pydantic.TypeAdapter(ImageConfig).validate_python(images)
-    except KeyError as error:
-        raise CheckpointError(f"config.json lacks the field {error}; is it a STEP3-VL checkpoint?") from error
+        image_config = _image_config(images, fields.stepjax_images or {})
+    except ConfigError as error:
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
+    for name, tokens in (("image_token_len", image_config.global_tokens), ("patch_token_len", image_config.crop_tokens)):
+        if getattr(fields, name) not in (None, tokens):
+            raise CheckpointError(f"config.json has {name}={getattr(fields, name)}: a view of its size has {tokens} tokens")
+    return model, image_config
+
+
+def _image_config(implied: dict[str, int], own: dict[str, Any]) -> ImageConfig:
+    unknown = own.keys() - ImageConfig.__dataclass_fields__
+    numbers = [x for value in own.values() for x in (value if isinstance(value, list) else [value])]
+    if unknown or any(isinstance(x, int | float) and not 0 <= x <= 100_000 for x in numbers):
+        raise CheckpointError(f"config.json has unusable {IMAGE_FIELDS}={reprlib.repr(own)}: unknown names, or sizes")
+    try:
+        return pydantic.TypeAdapter(ImageConfig).validate_json(json.dumps(implied | own), strict=True)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"config.json has unusable {IMAGE_FIELDS}: {error}") from error
 
 
-def decoder_config_from_hf(text: dict) -> DecoderConfig:
+def text_family(text: dict[str, Any]) -> str | None:
+    """Which of `TEXT_FAMILIES` a `config.json` names; None where it names none.
+
+    Raises:
+        CheckpointError: it names another.
+    """
+    names = text.get("architectures")
+    named = [text.get("model_type"), *(names if isinstance(names, list) else [names])]
+    named = [name for name in named if name is not None]
+    for family in TEXT_FAMILIES:
+        # One more letter may be of another model: "qwen3_moe", "Llama4ForCausalLM".
+        if named and re.fullmatch(rf"{family}(?:for\w+|model|)", str(named[0]).lower()):
+            return family
+    if named:
+        raise CheckpointError(
+            f"config.json has model_type={text.get('model_type')!r}, architectures={reprlib.repr(names)}: "
+            "only STEP3-VL (with a vision_config) and plain Qwen3 and Llama text models are read"
+        )
+    return None
+
+
+def decoder_config_from_hf(text: dict[str, Any]) -> DecoderConfig:
     """Decoder configuration from a Qwen3 or Llama `config.json` (or the `text_config` of a STEP3-VL one).
 
     Raises:
-        CheckpointError: its rotary positions are scaled, and not by plain YaRN.
+        CheckpointError: the file describes a variant that the decoder does not cover, or has an unusable value.
     """
-    family = " ".join([text.get("model_type") or "", *(text.get("architectures") or [])]).lower()
-    qwen = "qwen3" in family or not family.strip()
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # Transformers 5 writes the first
-    max_positions = text.get("max_position_embeddings", 65_536)
-    yarn = _yarn_fields(rope, max_positions)
-    return DecoderConfig(
-        vocab_size=text["vocab_size"],
-        width=text["hidden_size"],
-        num_layers=text["num_hidden_layers"],
-        num_heads=text["num_attention_heads"],
-        num_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        mlp_dim=text["intermediate_size"],
-        norm_eps=text.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or text.get("rope_theta", 1e6 if qwen else 1e4),
-        qk_norm=qwen,
-        tie_embeddings=text.get("tie_word_embeddings", False),
-        max_positions=max(max_positions, int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))),
-        **yarn,
-    )
+    qwen = text_family(text) != "llama"
+    fields = text_fields(text)
+    ropes = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None]
+    rope = ropes[0] if ropes else RopeFields()  # Transformers 5 writes the first
+    if any(other != rope for other in ropes):
+        raise CheckpointError(f"config.json has rope_parameters={rope!r} and another rope_scaling: remove one of them")
+    if fields.rope_theta not in (None, rope.rope_theta or fields.rope_theta):
+        raise CheckpointError(f"config.json has rope_theta={fields.rope_theta}, and {rope.rope_theta} beside its scaling")
+    yarn = _yarn_fields(rope, fields.max_position_embeddings)
+    stretched = int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))
+    try:
+        return DecoderConfig(
+            vocab_size=fields.vocab_size,
+            width=fields.hidden_size,
+            num_layers=fields.num_hidden_layers,
+            num_heads=fields.num_attention_heads,
+            num_kv_heads=fields.num_key_value_heads or fields.num_attention_heads,
+            head_dim=fields.head_dim or fields.hidden_size // fields.num_attention_heads,
+            mlp_dim=fields.intermediate_size,
+            norm_eps=fields.rms_norm_eps,
+            rope_theta=rope.rope_theta or fields.rope_theta or (1e6 if qwen else 1e4),
+            qk_norm=qwen,
+            tie_embeddings=bool(fields.tie_word_embeddings),
+            max_positions=max(fields.max_position_embeddings, stretched),
+            **yarn,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
 
 
-def _yarn_fields(rope: dict, max_positions: int) -> dict[str, Any]:
+def _yarn_fields(rope: RopeFields, max_positions: int) -> dict[str, Any]:
     """The fields of `DecoderConfig` for scaled rotary positions; none for plain ones.
 
     Raises:
         CheckpointError: they are scaled in a way that is not supported.
     """
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    kind = rope.rope_type or rope.type or "default"
+    if kind == "default" and rope.factor in (None, 1) and rope.attention_factor in (None, 1):
         return {}
-    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"}
-    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-    unusual = {
-        name: value
-        for name, value in rope.items()
-        if name not in known and value is not None and usual.get(name) != value
-    }
-    if kind != "yarn" or "factor" not in rope or unusual:
-        raise CheckpointError(f"rotary scaling {rope!r} is not supported: only plain positions, and plain YaRN, are")
-    factor = float(rope["factor"])
-    temperature = rope.get("attention_factor")
+    if kind != "yarn" or rope.factor is None:
+        given = rope.model_dump(exclude_none=True)
+        raise CheckpointError(f"rotary scaling {given!r} is not supported: only plain positions, and plain YaRN, are")
+    temperature = rope.attention_factor
     return {
-        "yarn_factor": factor,
-        "yarn_trained_positions": rope.get("original_max_position_embeddings") or max_positions,
-        "yarn_attention_factor": 0.1 * math.log(factor) + 1 if temperature is None else temperature,
+        "yarn_factor": rope.factor,
+        "yarn_trained_positions": rope.original_max_position_embeddings or max_positions,
+        "yarn_attention_factor": 0.1 * math.log(rope.factor) + 1 if temperature is None else temperature,
     }

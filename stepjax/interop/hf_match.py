@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Protocol
 
 from stepjax.errors import CheckpointError
 from stepjax.interop.hf_layout import Tensor, disk_key
+
+_NAMED = 100  # of each kind of misfit; a model of another size has thousands
 
 
 class Shaped(Protocol):
@@ -61,7 +64,7 @@ def match(wanted: Iterable[Place], stored: Mapping[str, Shaped]) -> list[tuple[P
             misshapen.append(f"{place.key} {shape} (expected {place.shape})")
         found.append((place, key))
     problems = [
-        f"{label}: {', '.join(entries)}"
+        f"{label}: {', '.join(islice(entries, _NAMED))}{f' and {len(entries) - _NAMED:,} more' * (len(entries) > _NAMED)}"
         for label, entries in (
             ("missing", missing),
             ("unexpected", unexpected),

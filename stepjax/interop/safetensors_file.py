@@ -6,7 +6,9 @@ among the bytes that follow), and the tensors' bytes.
 
 import dataclasses
 import json
+import math
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ from stepjax.interop.arrays import packed, pieces
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8}
+_BITS |= {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 _READ_BYTES = 16 << 20  # a call
-_MAX_HEADER = 100_000_000  # bytes; the library's own limit
+MAX_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +43,62 @@ class Entry:
         return self.stop - self.start
 
 
+def file_size(path: Path) -> int:
+    """Of a file that is about to be read.
+
+    Raises:
+        CheckpointError: there is none, or it is a pipe, a device or a directory, which might never end.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} cannot be read: it is not a regular file")
+    return status.st_size
+
+
+def parse_json(text: str) -> Any:
+    """JSON of others: of names given twice, only one would count.
+
+    Raises:
+        ValueError: it is malformed, nested too deeply, or gives a name twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in fields if names.count(name) > 1)!r} is given twice")
+        return fields
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_header(path: Path) -> str:
     """The header's text.
 
     Raises:
         CheckpointError: it is not a whole safetensors file.
     """
+    size = file_size(path)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _MAX_HEADER:
-                raise CheckpointError(f"{path} is damaged, or not a safetensors file: its header has {length} bytes")
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} is damaged, or not a safetensors file: its header has {length:,} of {size:,} bytes"
+                )
             return file.read(length).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged, or cannot be read: {error}") from error
 
 
 def parse_header(path: Path, text: str) -> dict[str, Entry]:
-    """The tensors of a file whose header is `text`, by key.
+    """The tensors of a file whose header is `text`, by key: they follow each other, and each has the size of its shape.
 
     Raises:
         CheckpointError: the header is malformed.
@@ -63,13 +106,24 @@ def parse_header(path: Path, text: str) -> dict[str, Entry]:
     first = 8 + len(text.encode())
     entries = {}
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         fields.pop("__metadata__", None)
         for key, field in fields.items():
             start, stop = field["data_offsets"]
-            entries[key] = Entry(path, field["dtype"], tuple(field["shape"]), first + start, first + stop)
+            shape, dtype = tuple(field["shape"]), field["dtype"]
+            if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+                raise ValueError(f"{key} has the shape {shape} and the offsets {start}, {stop}")
+            bits = _BITS.get(dtype)
+            if bits is not None and 8 * (stop - start) != bits * math.prod(shape):
+                raise ValueError(f"{key} has {stop - start:,} bytes, which is not the size of {dtype}{list(shape)}")
+            entries[key] = Entry(path, dtype, shape, first + start, first + stop)
+        end = first
+        for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if entry.start != end or entry.stop < end:
+                raise ValueError(f"{key} does not begin where the tensor before it ends")
+            end = entry.stop
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: its header cannot be read ({error!r})") from error
+        raise CheckpointError(f"{path} is damaged: its header cannot be used ({error})") from error
     return entries
 
 
@@ -92,8 +146,6 @@ def read_tensor(key: str, entry: Entry) -> np.ndarray:
     if entry.dtype_name not in DTYPES:
         raise CheckpointError(f"{key} in {entry.path} is {entry.dtype_name}: only {', '.join(DTYPES)} are read")
     values = np.empty(entry.shape, DTYPES[entry.dtype_name])
-    if values.nbytes != entry.nbytes:
-        raise CheckpointError(f"{entry.path} is damaged: {key} has {entry.nbytes:,} bytes, its shape {values.nbytes:,}")
     data = values.reshape(-1).view(np.uint8).data
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
