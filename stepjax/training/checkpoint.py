@@ -4,18 +4,24 @@ On disk, under one directory a run:
 
     200/state/   the train state as a flat dict from name to array: "step", "model/decoder/embed", "opt_state/1/mu/..."
     200/data/    JSON: where the data iterator stands
-    200/meta/    JSON: format, step, configuration, package versions
+    200/meta/    JSON: format, step, configuration, package versions, digests of all of it
 
 A checkpoint is written beside its place and renamed when complete, so a run killed at any instant leaves the previous
 one intact and never a half one that looks whole. Random keys are not stored: they derive from the seed and the step.
+
+What is read is compared with what was saved: bits that flipped, files that an interrupted copy left out, and
+directories that were renamed are errors. The arrays' digests are of their values (`stepjax.training.digests`), taken on
+the devices before the save begins, so that they hold for any storage and any sharding, and for single arrays.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import platform
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,13 +31,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stepjax.errors import CheckpointError
+from stepjax.training.digests import digests
 from stepjax.training.optimizer import named_leaves
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digests, and is read all the same
+MODEL = "model/"  # prefix of the names of the model's arrays
 PACKAGES = ("stepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 State = TypeVar("State")
 Arrays = dict[str, Any]
+
+_log = logging.getLogger("stepjax.checkpoint")
 
 
 class Checkpointer:
@@ -77,10 +87,21 @@ class Checkpointer:
         data_copy = json.loads(data_json)  # what is written in the background must not change meanwhile
         if data_copy != data_state:
             raise CheckpointError("data_state would be changed by JSON: use strings as keys, and lists for tuples")
-        multihost_utils.assert_equal(np.uint32(zlib.crc32(data_json.encode())), "data_state differs between processes")
-        meta = {"format": FORMAT, "step": step, "config": self._config, "versions": _versions()}
+        data_digest = _digest(data_copy)
+        multihost_utils.assert_equal(np.uint32(int(data_digest[:8], 16)), "data_state differs between processes")
+        arrays = _named_arrays(state)
+        meta = sealed(
+            {
+                "format": FORMAT,
+                "step": step,
+                "config": self._config,
+                "versions": _versions(),
+                "data": data_digest,
+                "arrays": digests(arrays),
+            }
+        )
         items = {
-            "state": ocp.args.PyTreeSave(_named_arrays(state)),
+            "state": ocp.args.PyTreeSave(arrays),
             "data": ocp.args.JsonSave(data_copy),
             "meta": ocp.args.JsonSave(meta),
         }
@@ -102,8 +123,8 @@ class Checkpointer:
         array is read straight onto its sharding, whatever it was saved from. Leaves without a sharding go to the first
         local device.
 
-        Raises CheckpointError when there is no such checkpoint, or when it does not hold exactly these names, shapes
-        and types; the message lists all that differ.
+        Raises CheckpointError when there is no such checkpoint, when it is damaged, or when it does not hold exactly
+        these names, shapes and types; the message lists all that differ.
         """
         self.wait()
         return _restore(self._manager, state_like, step)
@@ -132,15 +153,25 @@ def restore_model(path: str | epath.PathLike, model_like: State) -> State:
     """
     manager, step = _open(path)
     with manager:
-        source = _source(manager, step)
-        wanted = _named_arrays(model_like, prefix="model/")
-        stored = {name: array for name, array in _stored(manager, step).items() if name.startswith("model/")}
+        source, meta = _source(manager, step), _read_meta(manager, step)
+        wanted = _named_arrays(model_like, prefix=MODEL)
+        stored = {name: array for name, array in _stored(manager, step).items() if name.startswith(MODEL)}
         _check_same(stored, wanted, source, types=False)
-        return _filled(model_like, _read(manager, step, wanted))
+        # Digests are of the stored types. To cast, large arrays come first, and no more at a time than the largest holds.
+        casts = {name: stored[name] for name in wanted if stored[name].dtype != wanted[name].dtype}
+        arrays = {}
+        for names in [[name for name in wanted if name not in casts], *_groups(casts)]:
+            layouts = {name: wanted[name].sharding for name in names}
+            like = {name: _placed(stored[name], layouts[name]) for name in names}
+            arrays |= zip(names, _read(manager, step, like, meta), strict=True)
+            if casts.keys() & names:
+                cast = {name: arrays.pop(name) for name in names}
+                arrays |= _cast({name: wanted[name].dtype for name in names}, layouts)(cast)
+        return _filled(model_like, [arrays[name] for name in wanted])
 
 
 def read_meta(path: str | epath.PathLike) -> dict[str, Any]:
-    """The metadata of a checkpoint: {"format", "step", "config", "versions"}. `path` is as in `restore_model`."""
+    """The metadata of a checkpoint: "format", "step", "config", "versions", digests. `path` is as in `restore_model`."""
     manager, step = _open(path)
     with manager:
         return _read_meta(manager, step)
@@ -188,6 +219,12 @@ def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:
     return step
 
 
+def _damaged(manager: ocp.CheckpointManager, step: int, what: str) -> CheckpointError:
+    source, others = _source(manager, step), [str(other) for other in manager.all_steps() if other != step]
+    use = f"use another step ({', '.join(others)}): to resume from the latest of them, remove {source}"
+    return CheckpointError(f"{source}: {what}; {use if others else 'use another step: there is none here, but a copy'}")
+
+
 def _source(manager: ocp.CheckpointManager, step: int) -> str:
     return str(epath.Path(manager.directory) / str(step))
 
@@ -204,44 +241,100 @@ def _restore(
     wanted = _named_arrays(state_like)
     _check_same(_stored(manager, step), wanted, source, types=True)
     data_state = _read_json(manager, step, "data")
-    return _filled(state_like, _read(manager, step, wanted)), data_state, meta
+    if meta.get("data") not in (None, _digest(data_state)):
+        raise _damaged(manager, step, "'data', the data position, is not what was saved")
+    return _filled(state_like, _read(manager, step, wanted, meta)), data_state, meta
 
 
 def _read_json(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
     try:
-        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
-    except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{_source(manager, step)}: {item!r} is missing or damaged; use another step") from error
+        fields = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+    except Exception as error:  # Orbax raises bare ones
+        raise _damaged(manager, step, f"{item!r} is missing or damaged") from error
+    if not isinstance(fields, dict):
+        raise _damaged(manager, step, f"{item!r} is damaged")
+    return fields
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     meta = _read_json(manager, step, "meta")
-    if meta.get("format") != FORMAT:
+    source = _source(manager, step)
+    if meta.get("format") not in (1, FORMAT):
         raise CheckpointError(
-            f"{_source(manager, step)} has format {meta.get('format')!r}, this version of stepjax reads {FORMAT}; "
+            f"{source} has format {meta.get('format')!r}, this version of stepjax reads {FORMAT}; "
             f"use the version that wrote it: {meta.get('versions')}"
         )
+    if meta["format"] == 1:
+        _log.warning("%s has no digests, for an older version wrote it: it is not checked for damage", source)
+    elif sealed(meta)["digest"] != meta.get("digest"):
+        raise _damaged(manager, step, "'meta' is not what was saved")
+    if meta.get("step") != step:
+        raise _damaged(manager, step, f"it holds step {meta.get('step')!r}, and was renamed or copied to {step}")
     return meta
 
 
 def _stored(manager: ocp.CheckpointManager, step: int) -> Arrays:
     """Shapes and types of the stored arrays by name."""
     try:
-        metadata = manager.item_metadata(step)["state"]
-    except (FileNotFoundError, KeyError) as error:
-        raise CheckpointError(f"{_source(manager, step)}: 'state' is missing or damaged; use another step") from error
-    if metadata is None:
-        raise CheckpointError(f"{_source(manager, step)}: 'state' is missing or damaged; use another step")
-    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in metadata.tree.items()}
+        metadata = manager.item_metadata(step)["state"].tree
+        stored = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in metadata.items()}
+        chunks = {name: array.storage and array.storage.chunk_shape for name, array in metadata.items()}
+    except Exception as error:
+        raise _damaged(manager, step, "'state' is missing or damaged") from error
+    for name, chunk in chunks.items():
+        if not is_sane_chunk(chunk or (), stored[name].shape):
+            raise _damaged(manager, step, f"{name} of shape {stored[name].shape} is stored in chunks of {chunk}")
+    return stored
 
 
-def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays) -> list[jax.Array]:
+def is_sane_chunk(chunk: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether chunks are within their array: memory for a whole one is taken before it is read."""
+    return all(0 < part <= max(size, 1) for part, size in zip(chunk, shape, strict=False))
+
+
+def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays, meta: Mapping[str, Any]) -> list[jax.Array]:
     """The wanted arrays in order, each on its sharding; the stored ones that are not wanted stay on disk."""
     arguments = ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    arrays = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+    if not wanted:
+        return []
+    try:
+        arrays = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+    except jax.errors.JaxRuntimeError:
+        raise  # such as too little memory
+    except Exception as error:  # Orbax raises bare ones
+        reason = str(error.__cause__ or error).partition("[")[0].strip()[:300]  # what follows is how to open the array
+        raise _damaged(manager, step, f"an array is missing or damaged ({reason})") from error
+    if meta["format"] > 1:
+        found = digests({name: arrays[name] for name in wanted})
+        changed = [name for name in wanted if found[name] != meta["arrays"].get(name)]
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise _damaged(manager, step, f"{', '.join(changed[:5])}{more}: the values are not those that were saved")
     return [arrays[name] for name in wanted]
+
+
+def _groups(arrays: Arrays) -> list[list[str]]:
+    """Names in groups of at most the largest array's size, from large to small."""
+    sizes = {name: math.prod(array.shape) * array.dtype.itemsize for name, array in arrays.items()}
+    groups: list[list[str]] = []
+    left = 0
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if not groups or sizes[name] > left:
+            groups.append([])
+            left = max(sizes.values())
+        groups[-1].append(name)
+        left -= sizes[name]
+    return groups
+
+
+def _placed(array: jax.ShapeDtypeStruct, layout: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=layout)
+
+
+def _cast(types: Mapping[str, Any], layouts: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
+    return jax.jit(lambda arrays: {name: x.astype(types[name]) for name, x in arrays.items()}, out_shardings=layouts)
 
 
 def _check_same(stored: Arrays, wanted: Arrays, source: str, *, types: bool) -> None:
@@ -286,6 +379,16 @@ def _filled(tree: State, arrays: list[jax.Array]) -> State:
 
 
 # Metadata ------------------------------------------------------------------------------------------------------------
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with a digest of all the rest of it."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    return rest | {"digest": _digest(rest)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _json(value: Any, name: str) -> str:

@@ -1,0 +1,108 @@
+"""Digests of arrays: whether what is read is what was saved.
+
+A digest is the sum, modulo 2^32, of all words of an array, each times an odd number that is made of its index. One word
+that changed always changes it, and anything else all but once in 2^32. As it is a sum, the parts of an array may be
+taken in any order and wherever they lie: it depends on the values alone, never on shardings or chunks.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+_ODD = 0x9E3779B1  # 2^32 / the golden ratio: indices are spread over all bits
+_MODULUS = 1 << 32
+_PIECE = 1 << 16  # words at a time on the host: they stay in its cache
+
+
+def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """The digest of every array; on several processes all of them call this, and have the same.
+
+    Computed where the arrays lie: one pass over a device's memory, and nothing but the sums goes to the host.
+    """
+    values = list(arrays.values())
+    if all(device.platform == "cpu" for array in values for device in array.sharding.device_set):
+        # XLA makes slow loops of this for CPUs; NumPy reads the same memory.
+        sums = np.array([_here(array) for array in values], np.uint32)
+        if jax.process_count() > 1:
+            sums = np.sum(multihost_utils.process_allgather(sums), axis=0, dtype=np.uint32)
+    else:
+        sums = jax.device_get(_on_devices(values))
+    return {name: int(total) for name, total in zip(arrays, sums, strict=True)}
+
+
+def part_digest(values: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """What the part of an array of `shape` that begins at `start` adds to its digest; the sum is modulo 2^32."""
+    words = _words(values)
+    strides = _strides((*shape, *words.shape[values.ndim :]))
+    return _sum(words, sum(a * b for a, b in zip(start, strides, strict=False)), strides) % _MODULUS
+
+
+def add_up(parts: list[int]) -> int:
+    """The digest of an array from those of its parts."""
+    return sum(parts) % _MODULUS
+
+
+def _here(array: jax.Array) -> int:
+    """What the shards of this process add; of copies, one."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    starts = [tuple(index.indices(n)[0] for index, n in zip(s.index, array.shape, strict=True)) for s in shards]
+    return add_up([part_digest(np.asarray(s.data), a, array.shape) for s, a in zip(shards, starts, strict=True)])
+
+
+@jax.jit
+def _on_devices(arrays: list[jax.Array]) -> list[jax.Array]:
+    def digest(array: jax.Array) -> jax.Array:
+        array = array.astype(jnp.uint8) if array.dtype == bool else array
+        words = jax.lax.bitcast_convert_type(array, f"uint{8 * min(4, array.dtype.itemsize)}").astype(jnp.uint32)
+        index = jnp.uint32(0)
+        for axis, stride in enumerate(_strides(words.shape)):
+            index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % _MODULUS)
+        return jnp.sum(_weighed(words, index * np.uint32(_ODD)), dtype=jnp.uint32)
+
+    return [digest(array) for array in arrays]
+
+
+def _weighed(words: Any, spread: Any) -> Any:
+    # The high half is folded into the low one: of bfloat16 values that are held in float32, all low halves are zero.
+    return (words ^ (words >> np.uint32(16))) * (spread | np.uint32(1))
+
+
+def _words(values: np.ndarray) -> np.ndarray:
+    """The bits, in words of at most 32; wider values have two, in a dimension of their own."""
+    if values.dtype.itemsize <= 4:
+        return values.view(f"u{values.dtype.itemsize}")
+    return np.ascontiguousarray(values)[..., None].view(np.uint32)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if shape else ()
+
+
+def _sum(words: np.ndarray, base: int, strides: tuple[int, ...]) -> int:
+    if words.size > _PIECE:
+        rows = _PIECE // words[0].size
+        if not rows:
+            return sum(_sum(row, base + i * strides[0], strides[1:]) for i, row in enumerate(words))
+        if rows < len(words):
+            starts = range(0, len(words), rows)
+            return sum(_sum(words[i : i + rows], base + i * strides[0], strides) for i in starts)
+    spread = _spread(words.shape, strides) + np.uint32(base * _ODD % _MODULUS)
+    return int(np.sum(_weighed(words.astype(np.uint32), spread), dtype=np.uint32))
+
+
+@functools.lru_cache(maxsize=16)
+def _spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """Every index relative to the first, times the odd number."""
+    index = np.zeros(shape, np.uint32)
+    for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        along = np.arange(size, dtype=np.uint64) * np.uint64(stride % _MODULUS) % np.uint64(_MODULUS)
+        index += along.astype(np.uint32).reshape(-1, *[1] * (len(shape) - axis - 1))
+    return index * np.uint32(_ODD)
