@@ -23,10 +23,11 @@ from stepjax.interop.hf_load import check_copy
 from stepjax.interop.hf_match import Place, match, places
 from stepjax.interop.model_spec import ModelSpec
 from stepjax.interop.orbax_directory import HEADERS, PREFIX, SIDE_FILES, OrbaxDirectory, write_meta
-from stepjax.interop.partial import Partial, partial
+from stepjax.interop.partial import REPLACED, SUFFIX, Partial, partial
 from stepjax.interop.progress import Progress
 from stepjax.interop.safetensors_file import DTYPES, NAMES, Entry, create, parse_header, write_tensor
 from stepjax.interop.shards import SHARD_BYTES, index_of, plan_shards
+from stepjax.training.digests import add_up, part_digest
 
 DTypeChoice = Literal["keep", "float32", "bfloat16"]
 Part = Literal["all", "decoder"]
@@ -60,6 +61,7 @@ def to_orbax(source: HFDirectory, destination: Path, options: Options, progress:
         CheckpointError: a tensor is missing, unexpected, misshapen, of a type that is not read or damaged, or the
             destination cannot be used.
     """
+    check_apart(source.path, destination)
     found = match(places(source.spec.tensors(), source.spec.shapes()), source.entries)
     spec, names = source.spec, {place.tensor.name: place.tensor.name for place, _ in found}
     if options.part == "decoder" and not spec.is_text:
@@ -87,17 +89,17 @@ def to_orbax(source: HFDirectory, destination: Path, options: Options, progress:
 
         keys = {place.tensor.name: key for place, key in found if not place.tensor.is_copy}
 
-        def copy(place: Place, key: str) -> None:
+        def copy(place: Place, key: str) -> int | None:
             if place.tensor.is_copy:
                 check_copy(key, source.read(key), source.read(keys[place.tensor.name]))
-            else:
-                orbax_arrays.write(arrays[place.tensor.name], place.layer, place.tensor.to_ours(source.read(key)))
+                return None
+            return orbax_arrays.write(arrays[place.tensor.name], place.layer, place.tensor.to_ours(source.read(key)))
 
         jobs = [(place.key, source.entries[key].nbytes, bind(copy, place, key)) for place, key in found]
         _run(jobs, work, progress)
         written = {names[name]: shapes[names[name]] for name in arrays}
         orbax_arrays.write_metadata(step / "state", [(PREFIX + name, shape) for name, shape in written.items()])
-        write_meta(step, spec)
+        write_meta(step, spec, _digests([(names[place.tensor.name], work.done[place.key]) for place, _ in found]))
         kept = work.directory / SIDE_FILES
         others = export_files.copy_kept(source.path, kept, text_only=spec != source.spec)
         if spec == source.spec:
@@ -115,6 +117,9 @@ def to_hf(source: OrbaxDirectory, destination: Path, options: Options, progress:
     Raises:
         CheckpointError: the checkpoint does not fit its configuration, is damaged, or the destination cannot be used.
     """
+    others = [] if options.side_files is None else [options.side_files]
+    for directory in (source.path, source.step.parent, *others):
+        check_apart(directory, destination)
     stored, spec, prefix = source.dtypes(), source.spec, PREFIX
     shapes = spec.shapes()
     if options.part == "decoder" and not spec.is_text:
@@ -141,11 +146,20 @@ def to_hf(source: OrbaxDirectory, destination: Path, options: Options, progress:
         for name, header in headers.items():
             create(work.directory / name, header)
             entries |= parse_header(work.directory / name, header)
-        jobs = []
+        jobs, parts = [], []
         for name, block in _blocks([place for place in wanted if place.key in entries], source, prefix):
             size = sum(entries[place.key].nbytes for place in block)
             jobs.append((block[-1].key, size, bind(_export, source.arrays.open(prefix + name), block, entries)))
+            parts.append((prefix + name, block[-1].key))
         _run(jobs, work, progress)
+        found = _digests([(name, work.done[key]) for name, key in parts])
+        changed = [name for name, digest in found.items() if source.digest(name) not in (None, digest)]
+        if changed:
+            work.done.clear()  # nothing of it is to be gone on with
+            raise CheckpointError(
+                f"{source.step}: {', '.join(changed[:5])}: the values are not those that were saved; use another step, "
+                "or another copy"
+            )
         index = work.directory / INDEX
         if headers != source.headers:
             index.unlink(missing_ok=True)
@@ -169,7 +183,29 @@ def _layer_order(place: Place) -> tuple[str, int]:
     return ("", 0) if place.layer is None else (place.tensor.key.partition("{layer}")[0], place.layer)
 
 
-def _run(jobs: list[tuple[str, int, Callable[[], None]]], work: Partial, progress: Callable[..., Progress]) -> None:
+def check_apart(source: Path, destination: Path) -> None:
+    """Raises CheckpointError where filling or replacing the destination could touch what is read."""
+    read = source.resolve()
+    for name in (destination.name, destination.name + SUFFIX, destination.name + REPLACED):
+        written = destination.with_name(name).resolve()
+        if written.is_relative_to(read) or read.is_relative_to(written):
+            raise CheckpointError(
+                f"{destination} and {source}, which is read, are the same or one within the other: name another place"
+            )
+
+
+def _digests(parts: list[tuple[str, int | None]]) -> dict[str, int]:
+    """Of every array, from those of its parts; copies have none."""
+    found: dict[str, list[int]] = {}
+    for name, digest in parts:
+        if digest is not None:
+            found.setdefault(name, []).append(digest)
+    return {name: add_up(digests) for name, digests in found.items()}
+
+
+def _run(
+    jobs: list[tuple[str, int, Callable[[], int | None]]], work: Partial, progress: Callable[..., Progress]
+) -> None:
     """The jobs that an earlier attempt has not finished.
 
     Raises:
@@ -183,9 +219,8 @@ def _run(jobs: list[tuple[str, int, Callable[[], None]]], work: Partial, progres
         )
     shown = progress(sum(size for _, size, _ in jobs), sum(size for name, size, _ in jobs if name in work.done))
 
-    def run(name: str, size: int, job: Callable[[], None]) -> None:
-        job()
-        work.mark(name)
+    def run(name: str, size: int, job: Callable[[], int | None]) -> None:
+        work.mark(name, job())
         shown.add(size)
 
     run_bounded((size, bind(run, name, size, job)) for name, size, job in jobs if name not in work.done)
@@ -211,15 +246,14 @@ def _blocks(wanted: list[Place], source: OrbaxDirectory, prefix: str) -> list[tu
     return blocks
 
 
-def _export(array: Any, block: list[Place], entries: Mapping[str, Entry]) -> None:
+def _export(array: Any, block: list[Place], entries: Mapping[str, Entry]) -> int | None:
     first, last = block[0].layer, block[-1].layer
-    if first is None or last is None:
-        [place] = block
-        write_tensor(entries[place.key], place.tensor.to_hf(orbax_arrays.read(array)))
-        return
-    values = orbax_arrays.read(array, slice(first, last + 1))
-    for place, layer in zip(block, values, strict=True):
+    values = orbax_arrays.read(array, None if first is None or last is None else slice(first, last + 1))
+    for place, layer in zip(block, [values] if first is None else values, strict=True):
         write_tensor(entries[place.key], place.tensor.to_hf(layer))
+    if block[0].tensor.is_copy:
+        return None
+    return part_digest(values, (first or 0, *[0] * values.ndim)[: values.ndim], array.shape)
 
 
 def _uniform_dtypes(tensors: list[tuple[str, str, Entry]], options: Options) -> dict[str, np.dtype]:

@@ -191,6 +191,8 @@ def _parsed(kind: type[Parsed], fields: Mapping[str, Any], prefix: str) -> Parse
         name = prefix + ".".join(map(str, problem["loc"]))
         if problem["type"] == "missing":
             told.append(f"config.json lacks the field {name!r}; is it a STEP3-VL, Qwen3 or Llama checkpoint?")
+        elif problem["type"] == "extra_forbidden":
+            told.append(f"config.json has {name}={reprlib.repr(problem['input'])}, which is not supported")
         else:
             told.append(f"config.json has {name}={reprlib.repr(problem['input'])}: {problem['msg']}")
     raise CheckpointError("; ".join(told))

@@ -3,7 +3,8 @@
 Orbax itself saves arrays that are whole in memory. What is written here is its plain layout, a zarr array for every
 name in a directory of that name, uncompressed (bfloat16 weights shrink by little), and `_METADATA` with the names. A
 stacked parameter is cut at its layers, so that each can be written, and read, alone. Checkpoints of training runs have
-all arrays in one OCDBT database, cut as the devices held them.
+all arrays in one OCDBT database, cut as the devices held them. Either way, a chunk that is missing is an error, and no
+zeros; and what is written or read adds to the array's digest (`stepjax.training.digests`).
 """
 
 import itertools
@@ -18,6 +19,9 @@ import tensorstore as ts
 
 from stepjax.errors import CheckpointError
 from stepjax.interop.arrays import PIECE_BYTES, packed
+from stepjax.interop.hf_directory import read_json
+from stepjax.training.checkpoint import is_sane_chunk
+from stepjax.training.digests import add_up, part_digest
 
 _METADATA = "_METADATA"
 
@@ -60,19 +64,28 @@ def create_array(state: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
         raise CheckpointError(f"{state / name} cannot be written: {error}") from error
 
 
-def write(array: ts.TensorStore, layer: int | None, values: np.ndarray) -> None:
-    """Put values, which may be a transposed view, into an array or one layer of it; on disk when this returns."""
+def write(array: ts.TensorStore, layer: int | None, values: np.ndarray) -> int:
+    """Put values, which may be a transposed view, into an array or one layer of it; on disk when this returns.
+
+    Returns what they add to the array's digest.
+    """
     target = array if layer is None else array[layer]
     chunk = tuple(size or 1 for size in array.chunk_layout.write_chunk.shape or ())[0 if layer is None else 1 :]
     dtype = array.dtype.numpy_dtype
+    digests = []
     for first in itertools.product(*(range(0, size, step) for size, step in zip(values.shape, chunk, strict=True))):
         part = tuple(
             slice(start, min(start + step, size)) for start, step, size in zip(first, chunk, values.shape, strict=True)
         )
         try:
-            target[part].write(packed(values[part], dtype)).result()
+            piece = packed(values[part], dtype)
+            target[part].write(piece).result()
         except ValueError as error:  # a full disk, for example
             raise CheckpointError(f"an array cannot be written: {error}") from error
+        if layer is not None:
+            piece, first = piece[None], (layer, *first)
+        digests.append(part_digest(piece, first, array.shape))
+    return add_up(digests)
 
 
 def write_metadata(state: Path, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
@@ -100,9 +113,9 @@ class Arrays:
     def __init__(self, state: Path):
         self._state = state
         try:
-            fields: dict[str, Any] = json.loads((state / _METADATA).read_text())
+            fields = read_json(state / _METADATA)
             self.names = [field["key_metadata"][-1]["key"] for field in fields["tree_metadata"].values()]
-        except (OSError, ValueError, KeyError, LookupError) as error:
+        except (CheckpointError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{state / _METADATA} is missing or damaged: {error}") from error
         self._driver = "zarr3" if fields.get("use_zarr3") else "zarr"
         self._database = (state / "manifest.ocdbt").exists()
@@ -113,10 +126,15 @@ class Arrays:
             store: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{self._state}/", "path": f"{name}/"}
         else:
             store = {"driver": "file", "path": f"{self._state / name}/"}
+        spec = {"driver": self._driver, "kvstore": store, "fill_missing_data_reads": False}
         try:
-            return ts.open({"driver": self._driver, "kvstore": store}, open=True, read=True).result()
+            array = ts.open(spec, open=True, read=True).result()
         except ValueError as error:
             raise CheckpointError(f"{self._state}: {name} is missing or damaged: {error}") from error
+        chunk = tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
+        if not is_sane_chunk(chunk, array.shape):
+            raise CheckpointError(f"{self._state}: {name} of shape {array.shape} is damaged: its chunks are {chunk}")
+        return array
 
 
 def read(array: ts.TensorStore, layers: slice | None = None) -> np.ndarray:

@@ -21,11 +21,13 @@ import stepjax
 from stepjax.config import NumericsConfig, PretrainConfig
 from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
+from stepjax.interop.hf_directory import is_weights_name, read_json
 from stepjax.interop.model_spec import ModelSpec, spec_from_json
 from stepjax.interop.orbax_arrays import Arrays
-from stepjax.training.checkpoint import FORMAT, read_meta
+from stepjax.interop.safetensors_file import MAX_HEADER
+from stepjax.training.checkpoint import FORMAT, MODEL, read_meta, sealed
 
-PREFIX = "model/"
+PREFIX = MODEL
 SIDE_FILES = "hf"
 HEADERS = "hf_headers.json"
 
@@ -34,6 +36,7 @@ class OrbaxDirectory:
     """A converted checkpoint, a run, its checkpoint directory, or one step of either.
 
     Attributes:
+        path: as it was given, absolute.
         step: the directory of the step.
         run: the configuration of the training run; None for a converted checkpoint.
         side_files: the directory of the files beside the weights; None if there is none.
@@ -44,7 +47,7 @@ class OrbaxDirectory:
     """
 
     def __init__(self, path: str | Path):
-        directory = Path(path).expanduser().absolute()
+        self.path = directory = Path(path).expanduser().absolute()
         if (directory / "checkpoints").is_dir():
             directory = directory / "checkpoints"
         meta = read_meta(directory)
@@ -62,8 +65,15 @@ class OrbaxDirectory:
         self.side_files = top / SIDE_FILES if (top / SIDE_FILES).is_dir() else None
         self.headers: dict[str, str] = {}
         if (top / HEADERS).exists():
-            self.headers = json.loads((top / HEADERS).read_text())
+            self.headers = read_json(top / HEADERS, MAX_HEADER)
+            unusable = [n for n, text in self.headers.items() if not is_weights_name(n) or not isinstance(text, str)]
+            if unusable:
+                raise CheckpointError(f"{top / HEADERS} names no safetensors file in a directory: {unusable[0]!r}")
         self.arrays = Arrays(self.step / "state")
+
+    def digest(self, name: str) -> int | None:
+        """Of a stored array; None where an older version wrote the checkpoint."""
+        return self.meta["arrays"].get(name, -1) if "arrays" in self.meta else None
 
     @property
     def numerics(self) -> NumericsConfig | None:
@@ -91,8 +101,8 @@ class OrbaxDirectory:
         return found
 
 
-def write_meta(step: Path, spec: ModelSpec) -> None:
-    """The metadata of a converted checkpoint, as `read_meta` reads it, and Orbax's own.
+def write_meta(step: Path, spec: ModelSpec, digests: dict[str, int]) -> None:
+    """The metadata of a converted checkpoint, with the digest of every array, as `read_meta` reads it; and Orbax's own.
 
     On disk a step counts because it has its name; in an object store, where it may be copied to, it needs the files
     that say so.
@@ -103,8 +113,9 @@ def write_meta(step: Path, spec: ModelSpec) -> None:
         "step": int(step.name),
         "config": spec.to_json(),
         "versions": {"stepjax": stepjax.__version__},
+        "arrays": {PREFIX + name: digest for name, digest in digests.items()},
     }
-    (step / "meta" / "metadata").write_text(json.dumps(meta))
+    (step / "meta" / "metadata").write_text(json.dumps(sealed(meta)))
     handlers = {
         "state": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
         "meta": "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",

@@ -1,7 +1,7 @@
 """A directory that is filled under another name and takes its own when it is whole.
 
 A journal beside the work names what is done, so that a conversion that was killed goes on where it stopped: its first
-line says which conversion it is, every other one a finished tensor.
+line says which conversion it is, every other one a finished tensor and what it adds to its array's digest.
 """
 
 import contextlib
@@ -17,21 +17,22 @@ from typing import Any
 from stepjax.errors import CheckpointError
 
 SUFFIX = ".partial"
+REPLACED = ".replaced"
 JOURNAL = "journal.jsonl"
 
 
 class Partial:
-    """Work under way. `directory` is where to write; `done` are the names that were finished before."""
+    """Work under way. `directory` is where to write; `done` has what was finished, by name, with its digest."""
 
-    def __init__(self, directory: Path, journal: int, done: set[str]):
+    def __init__(self, directory: Path, journal: int, done: dict[str, int | None]):
         self.directory, self.done = directory, done
         self._journal, self._lock = journal, threading.Lock()
 
-    def mark(self, name: str) -> None:
+    def mark(self, name: str, digest: int | None) -> None:
         """Note that a tensor is on disk. Threads may call this."""
         with self._lock:
-            os.write(self._journal, json.dumps(name).encode() + b"\n")
-            self.done.add(name)
+            os.write(self._journal, json.dumps([name, digest]).encode() + b"\n")
+            self.done[name] = digest
 
 
 @contextlib.contextmanager
@@ -39,16 +40,28 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
     """Fill `destination`, or go on with it; it appears under its name when the block ends without an error.
 
     `conversion` says what is made of what: work of another one is not gone on with. With `overwrite`, what is in the
-    way is removed, the old destination at the last moment.
+    way is removed, the old destination at the last moment; but only a directory that a conversion may have made.
 
     Raises:
         CheckpointError: the destination is there, another conversion's work is, or one is under way.
     """
-    if destination.exists() and not overwrite:
-        raise CheckpointError(f"{destination} is there already: name another place, or pass --overwrite to replace it")
+    if os.path.lexists(destination):
+        if not overwrite:
+            raise CheckpointError(
+                f"{destination} is there already: name another place, or pass --overwrite to replace it"
+            )
+        if not _is_output(destination):
+            raise CheckpointError(
+                f"--overwrite would delete {destination}, which no conversion has made ({_listed(destination)}): name "
+                "another place, or remove it yourself"
+            )
     directory = destination.with_name(destination.name + SUFFIX)
+    if directory.is_symlink() or (directory.exists() and any(directory.iterdir()) and not _journal(directory).exists()):
+        raise CheckpointError(
+            f"{directory} is in the way, and no conversion has made it: name another place, or move it"
+        )
     directory.mkdir(parents=True, exist_ok=True)
-    journal = os.open(directory / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
+    journal = os.open(_journal(directory), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +69,7 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
             raise CheckpointError(
                 f"{directory} is being written by another process: wait for it, or stop it"
             ) from error
-        done = _resume(directory, journal, json.loads(json.dumps(conversion)), overwrite)
+        done = _resume(directory, journal, {"journal": 2} | json.loads(json.dumps(conversion)), overwrite)
         work = Partial(directory, journal, done)
         try:
             yield work
@@ -74,15 +87,17 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
         os.close(journal)
 
 
-def _resume(directory: Path, journal: int, conversion: dict[str, Any], overwrite: bool) -> set[str]:
-    """The names that the journal has, if it is of this conversion; a journal with its first line if there is none."""
+def _resume(directory: Path, journal: int, conversion: dict[str, Any], overwrite: bool) -> dict[str, int | None]:
+    """What the journal has, if it is of this conversion; a journal with its first line if there is none."""
     with os.fdopen(os.dup(journal), "rb") as file:
         file.seek(0)
         lines = file.read().split(b"\n")[:-1]  # what follows the last newline was being written when it was killed
-    if lines and json.loads(lines[0]) == conversion:
-        os.ftruncate(journal, sum(len(line) + 1 for line in lines))
-        os.lseek(journal, 0, os.SEEK_END)
-        return {json.loads(line) for line in lines[1:]}
+    with contextlib.suppress(ValueError, TypeError):  # a journal that nobody can read is of another conversion
+        if lines and json.loads(lines[0]) == conversion:
+            done = dict(json.loads(line) for line in lines[1:])
+            os.ftruncate(journal, sum(len(line) + 1 for line in lines))
+            os.lseek(journal, 0, os.SEEK_END)
+            return done
     others = [path for path in directory.iterdir() if path.name != JOURNAL]
     if (lines or others) and not overwrite:
         raise CheckpointError(
@@ -94,14 +109,36 @@ def _resume(directory: Path, journal: int, conversion: dict[str, Any], overwrite
     os.ftruncate(journal, 0)
     os.lseek(journal, 0, os.SEEK_SET)
     os.write(journal, json.dumps(conversion).encode() + b"\n")
-    return set()
+    return {}
+
+
+def _journal(directory: Path) -> Path:
+    return directory / JOURNAL
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a conversion may have made this: an empty directory, a converted checkpoint, or a flat one with weights."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    entries = {entry.name: entry for entry in path.iterdir()}
+    if entries.keys() <= {"0", "hf", "hf_headers.json"} and (not entries or (path / "0" / "state").is_dir()):
+        return True
+    is_flat = all(entry.is_file() or entry.name == ".cache" for entry in entries.values())
+    return is_flat and "config.json" in entries and any(name.endswith(".safetensors") for name in entries)
+
+
+def _listed(path: Path) -> str:
+    if path.is_symlink() or not path.is_dir():
+        return "a link" if path.is_symlink() else "a file"
+    names = sorted(entry.name for entry in path.iterdir())
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _replace(destination: Path, directory: Path) -> None:
-    old = destination.with_name(destination.name + ".replaced")
+    old = destination.with_name(destination.name + REPLACED)
     destination.rename(old)
     directory.rename(destination)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    shutil.rmtree(old)
 
 
 def _sync(directory: Path) -> None:

@@ -220,9 +220,15 @@ def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:
 
 
 def _damaged(manager: ocp.CheckpointManager, step: int, what: str) -> CheckpointError:
-    source, others = _source(manager, step), [str(other) for other in manager.all_steps() if other != step]
-    use = f"use another step ({', '.join(others)}): to resume from the latest of them, remove {source}"
-    return CheckpointError(f"{source}: {what}; {use if others else 'use another step: there is none here, but a copy'}")
+    source, others = _source(manager, step), sorted(other for other in manager.all_steps() if other != step)
+    remedy = "there is none beside it: start from a copy, or anew"
+    if others:
+        remedy = f"{', '.join(map(str, others))} are here; to resume from step {others[-1]}, remove {source}"
+    return CheckpointError(f"{source}: {what}; use another step: {remedy}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).partition("[")[0].strip()[:300]  # TensorStore's go on with how to open it
 
 
 def _source(manager: ocp.CheckpointManager, step: int) -> str:
@@ -280,7 +286,7 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> Arrays:
         stored = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in metadata.items()}
         chunks = {name: array.storage and array.storage.chunk_shape for name, array in metadata.items()}
     except Exception as error:
-        raise _damaged(manager, step, "'state' is missing or damaged") from error
+        raise _damaged(manager, step, f"'state' is missing or damaged ({_reason(error)})") from error
     for name, chunk in chunks.items():
         if not is_sane_chunk(chunk or (), stored[name].shape):
             raise _damaged(manager, step, f"{name} of shape {stored[name].shape} is stored in chunks of {chunk}")
@@ -304,8 +310,7 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays, meta: Mappi
     except jax.errors.JaxRuntimeError:
         raise  # such as too little memory
     except Exception as error:  # Orbax raises bare ones
-        reason = str(error.__cause__ or error).partition("[")[0].strip()[:300]  # what follows is how to open the array
-        raise _damaged(manager, step, f"an array is missing or damaged ({reason})") from error
+        raise _damaged(manager, step, f"an array is missing or damaged ({_reason(error)})") from error
     if meta["format"] > 1:
         found = digests({name: arrays[name] for name in wanted})
         changed = [name for name in wanted if found[name] != meta["arrays"].get(name)]

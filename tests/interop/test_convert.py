@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_recipe import config as RECIPE
 
 from stepjax.cli import main
 from stepjax.config import NumericsConfig
@@ -24,7 +25,7 @@ from stepjax.interop import bounded
 from stepjax.interop.load import load_model, open_checkpoint
 from stepjax.interop.orbax_arrays import chunk_shape
 from stepjax.interop.partial import Partial
-from stepjax.training.checkpoint import restore_model
+from stepjax.training.checkpoint import Checkpointer, restore_model
 
 FLOAT32 = NumericsConfig(compute_dtype="float32", remat="none")
 SIDE_FILES = {"tokenizer_config.json": '{"a":  1}', "modeling_step_vl.py": "raise SystemExit\n", "merges.txt": "a b\n"}
@@ -42,7 +43,7 @@ def source(tmp_path, tiny_dir, public):
     def write(tensors=None, files=2, name="source"):
         tensors = public if tensors is None else tensors
         directory = tmp_path / name
-        directory.mkdir()
+        directory.mkdir(parents=True)
         (directory / "config.json").write_text((tiny_dir / "config.json").read_text())
         for side_file, text in SIDE_FILES.items():
             (directory / side_file).write_text(text)
@@ -167,8 +168,8 @@ KILLED = """
 import os, signal, sys
 from stepjax.interop.partial import Partial
 mark, count = Partial.mark, int(sys.argv[1])
-def mark_and_die(self, name):
-    mark(self, name)
+def mark_and_die(self, name, digest):
+    mark(self, name, digest)
     if len(self.done) == count:
         os.kill(os.getpid(), signal.SIGKILL)
 Partial.mark = mark_and_die
@@ -189,14 +190,14 @@ def test_a_killed_conversion_leaves_nothing_finished_and_goes_on(tmp_path, sourc
     assert outcome.returncode == -signal.SIGKILL, outcome.stderr.decode()
     assert not end.exists()
     journal = end.with_name(end.name + ".partial") / "journal.jsonl"
-    before = {json.loads(line) for line in journal.read_text().splitlines()[1:]}
+    before = {json.loads(line)[0] for line in journal.read_text().splitlines()[1:]}
     assert len(before) >= 20
     with journal.open("a") as file:
         file.write('"half a li')  # as of a line that was being written
 
     done = []
     mark = Partial.mark
-    monkeypatch.setattr(Partial, "mark", lambda self, name: (done.append(name), mark(self, name)))
+    monkeypatch.setattr(Partial, "mark", lambda self, *noted: (done.append(noted[0]), mark(self, *noted)))
     assert convert(start, end) == 0
     assert "going on after" in capsys.readouterr().err
     assert done and not before & set(done)
@@ -219,14 +220,63 @@ def test_work_of_a_source_that_has_changed_is_not_gone_on_with(tmp_path, source,
 
 def test_a_destination_is_replaced_on_request_only(tmp_path, source, capsys):
     directory = source()
-    (tmp_path / "orbax").mkdir()
-    (tmp_path / "orbax" / "precious").touch()
-    assert convert(directory, tmp_path / "orbax") == 1
-    assert "orbax is there already" in capsys.readouterr().err
-    assert (tmp_path / "orbax" / "precious").exists()
-    assert convert(directory, tmp_path / "orbax", "--overwrite") == 0
-    assert not (tmp_path / "orbax" / "precious").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["orbax", "source"]
+    for form, start in (("orbax", directory), ("back", tmp_path / "orbax")):
+        (tmp_path / form).mkdir()
+        assert convert(start, tmp_path / form) == 1
+        assert f"{form} is there already" in capsys.readouterr().err
+        for _ in range(2):  # an empty directory, and what a conversion has made
+            assert convert(start, tmp_path / form, "--overwrite") == 0
+    assert all_files(tmp_path / "back") == all_files(directory)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "orbax", "source"]
+
+
+@pytest.mark.parametrize("form", ["directory", "code", "run", "file", "link"])
+def test_only_what_a_conversion_may_have_made_is_replaced(tmp_path, source, capsys, form):
+    directory, precious = source(), tmp_path / "precious"
+    if form == "file":
+        precious.write_text("kept")
+    elif form == "link":
+        (tmp_path / "other").mkdir()
+        precious.symlink_to(tmp_path / "other")
+    else:
+        inside = {"directory": ["notes"], "code": ["config.json", "model.safetensors", "src/a.py"], "run": []}[form]
+        for name in [*inside, *(["checkpoints/8/state/d", "metrics.jsonl"] if form == "run" else [])]:
+            (precious / name).parent.mkdir(parents=True, exist_ok=True)
+            (precious / name).write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    assert convert(directory, precious, "--overwrite") == 1
+    assert "--overwrite would delete" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_work_in_a_directory_that_is_not_ours_is_not_begun(tmp_path, source, capsys):
+    directory, precious = source(), tmp_path / "out.partial" / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    assert convert(directory, tmp_path / "out", "--overwrite") == 1
+    assert "out.partial is in the way" in capsys.readouterr().err
+    assert precious.exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax", "run"])
+@pytest.mark.parametrize("place", ["same", "inside", "parent", "link", "dots", "partial"])
+def test_nothing_is_written_over_what_is_read(tmp_path, source, capsys, kind, place):
+    start = source(name="m/hf") if kind == "hf" else tmp_path / "m" / "orbax"
+    if kind == "orbax":
+        convert(source(), start)
+    elif kind == "run":
+        (tmp_path / "m").mkdir()
+        with Checkpointer(start / "checkpoints", keep=1, config=RECIPE) as checkpointer:
+            checkpointer.save(2, {"x": jax.numpy.zeros(2)}, {})
+    (tmp_path / "link").symlink_to(start)
+    destinations = {"same": start, "inside": start / "out", "parent": start.parent, "link": tmp_path / "link"}
+    destinations |= {"dots": start / ".." / start.name, "partial": start.with_name("x")}
+    if place == "partial":
+        start = start.rename(start.with_name("x.partial"))
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert convert(start, destinations[place], "--overwrite") == 1
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    assert "name another place" in capsys.readouterr().err
 
 
 # What cannot be used -------------------------------------------------------------------------------------------------
@@ -276,6 +326,97 @@ def test_a_damaged_checkpoint_is_named(tmp_path, source, capsys):
     shutil.rmtree(state / "model" / "projector" / "kernel")
     assert convert(tmp_path / "orbax", tmp_path / "back") == 1
     assert "model/projector/kernel is missing or damaged" in capsys.readouterr().err
+
+
+def test_files_that_others_named_stay_in_the_directory(tmp_path, source, capsys):
+    convert(source(), tmp_path / "orbax")
+    headers = json.loads((tmp_path / "orbax" / "hf_headers.json").read_text())
+    text = headers["model-00001.safetensors"]
+    for name in ("/tmp/x.safetensors", "../x.safetensors", "a/b.safetensors", "config.json", "\n.safetensors", ""):
+        (tmp_path / "orbax" / "hf_headers.json").write_text(json.dumps({name: text}))
+        assert convert(tmp_path / "orbax", tmp_path / "back") == 1
+        assert "hf_headers.json names no safetensors file" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["orbax", "source"]
+
+
+def test_links_out_of_a_directory_are_left_out(tmp_path, source, capsys):
+    directory, secret = source(), tmp_path / "secret"
+    secret.write_text("secret")
+    (directory / "linked.txt").symlink_to(secret)
+    assert convert(directory, tmp_path / "orbax") == 0
+    assert "left out of" in capsys.readouterr().err
+    (tmp_path / "orbax" / "hf" / "linked.txt").symlink_to(secret)
+    assert convert(tmp_path / "orbax", tmp_path / "back") == 0
+    assert not (tmp_path / "back" / "linked.txt").exists()
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+LAYERS = "model/decoder/blocks/mlp/up_kernel"
+
+
+def damage(state, kind):
+    array = state / LAYERS
+    if kind == "a missing chunk":
+        (array / "1.0.0").unlink()
+    elif kind == "a missing array":
+        shutil.rmtree(array)
+    elif kind == "a short chunk":
+        os.truncate(array / "1.0.0", 1000)
+    elif kind == "huge chunks":
+        fields = json.loads((array / ".zarray").read_text())
+        (array / ".zarray").write_text(json.dumps(fields | {"chunks": [1, 2**20, 2**20]}))
+    elif kind == "another shape":
+        fields = json.loads((array / ".zarray").read_text())
+        (array / ".zarray").write_text(json.dumps(fields | {"shape": [2, 2**40, 192]}))
+    elif kind == "no names":
+        (state / "_METADATA").write_text(json.dumps({"tree_metadata": [1]}))
+    else:
+        position = {"the first bit": 0, "a bit": 12345, "the last bit": -1}[kind]
+        data = bytearray((array / "1.0.0").read_bytes())
+        data[position] ^= 0x80
+        (array / "1.0.0").write_bytes(data)
+
+
+KINDS = ["a missing chunk", "a missing array", "a short chunk", "huge chunks", "another shape", "no names"]
+KINDS += ["the first bit", "a bit", "the last bit"]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, tiny_dir):
+    directory = tmp_path_factory.mktemp("converted") / "orbax"
+    assert convert(tiny_dir, directory) == 0
+    return directory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_not_read_as_data(tmp_path, converted, capsys, kind):
+    shutil.copytree(converted, tmp_path / "orbax")
+    damage(tmp_path / "orbax" / "0" / "state", kind)
+    named = "_METADATA|tree_metadata|state" if kind == "no names" else LAYERS.removeprefix("model/")
+    assert convert(tmp_path / "orbax", tmp_path / "back") == 1
+    assert re.search(named, capsys.readouterr().err)
+    assert not (tmp_path / "back").exists()
+    with pytest.raises(CheckpointError, match=named):
+        load_model(open_checkpoint(tmp_path / "orbax"), numerics=FLOAT32)
+
+
+def test_damage_is_found_by_a_conversion_that_goes_on(tmp_path, converted, monkeypatch, capsys):
+    """The parts of a digest that were added before it was killed count, and an array is compared as a whole."""
+    shutil.copytree(converted, tmp_path / "orbax")
+    damage(tmp_path / "orbax" / "0" / "state", "a bit")
+    monkeypatch.setattr(Partial, "mark", functools.partialmethod(stop_after, Partial.mark, 30))
+    with pytest.raises(RuntimeError):
+        convert(tmp_path / "orbax", tmp_path / "back")
+    monkeypatch.undo()
+    assert convert(tmp_path / "orbax", tmp_path / "back") == 1
+    assert f"{LAYERS}: the values are not those that were saved" in capsys.readouterr().err
+
+
+def stop_after(self, mark, count, name, digest):
+    mark(self, name, digest)
+    if len(self.done) == count:
+        raise RuntimeError
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_tiny_config(tiny_dir):
         ("vision_config", "hidden_act", "gelu", "gelu"),
         ("vision_config", "use_cls_token", True, "use_cls_token"),
         ("vision_config", "use_ln_post", True, "use_ln_post"),
-        ("text_config", "rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}, "yarn"),
+        ("text_config", "rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}, "beta_fast=16"),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 4.0}, "linear"),
         ("text_config", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "yarn"),
         ("text_config", "vocab_size", None, "vocab_size"),

@@ -117,8 +117,8 @@ def test_tensor_given_in_both_layouts_is_refused(checkpoint, public):
 
 def test_tensor_given_in_two_files_is_refused(checkpoint, public):
     directory = checkpoint(public)
-    save_file({"lm_head.weight": public["lm_head.weight"]}, directory / "stale.safetensors")
-    with pytest.raises(CheckpointError, match="lm_head.weight is in both model-00001.safetensors and stale"):
+    save_file({"lm_head.weight": public["lm_head.weight"]}, directory / "model-00002.safetensors")
+    with pytest.raises(CheckpointError, match="lm_head.weight is in both model-00001.safetensors and model-00002"):
         load_hf(directory, FLOAT32)
 
 
