@@ -60,13 +60,14 @@ class HFDirectory:
                     continue
                 if key in self.entries:
                     raise CheckpointError(
-                        f"{key} is in both {self.entries[key].path.name} and {name} of {self.path}, and no {INDEX} says "
-                        "which counts; remove one of them"
+                        f"{key} is in both {self.entries[key].path.name} and {name} of {self.path}, and no {INDEX} "
+                        "says which counts; remove one of them"
                     )
                 self.entries[key] = entry
         if absent := [key for key in chosen if key not in self.entries]:
+            listed = ", ".join(absent[:10])
             raise CheckpointError(
-                f"{self.path / INDEX} names tensors that are not in their files: {', '.join(absent[:10])}; fetch it again"
+                f"{self.path / INDEX} names tensors that are not in their files: {listed}; fetch it again"
             )
 
     def read(self, key: str) -> np.ndarray:
@@ -101,8 +102,8 @@ class HFDirectory:
             f"model-{i:0{width}d}{'-of-' + end if end else '.safetensors'}" for i in range(1, count + 1)
         ]:
             raise CheckpointError(
-                f"{self.path} has no {INDEX}, and its files are not one whole set: {', '.join(shards[:20])}; fetch what "
-                "is missing, and remove what belongs to another set"
+                f"{self.path} has no {INDEX}, and its files are not one whole set: {', '.join(shards[:20])}; fetch "
+                "what is missing, and remove what belongs to another set"
             )
         return shards, {}
 

@@ -193,9 +193,14 @@ def config_from_hf(hf: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
         image_config = _image_config(images, fields.stepjax_images or {})
     except ConfigError as error:
         raise CheckpointError(f"config.json does not describe a model: {error}") from error
-    for name, tokens in (("image_token_len", image_config.global_tokens), ("patch_token_len", image_config.crop_tokens)):
+    for name, tokens in (
+        ("image_token_len", image_config.global_tokens),
+        ("patch_token_len", image_config.crop_tokens),
+    ):
         if getattr(fields, name) not in (None, tokens):
-            raise CheckpointError(f"config.json has {name}={getattr(fields, name)}: a view of its size has {tokens} tokens")
+            raise CheckpointError(
+                f"config.json has {name}={getattr(fields, name)}: a view of its size has {tokens} tokens"
+            )
     return model, image_config
 
 
@@ -244,7 +249,9 @@ def decoder_config_from_hf(text: dict[str, Any]) -> DecoderConfig:
     if any(other != rope for other in ropes):
         raise CheckpointError(f"config.json has rope_parameters={rope!r} and another rope_scaling: remove one of them")
     if fields.rope_theta not in (None, rope.rope_theta or fields.rope_theta):
-        raise CheckpointError(f"config.json has rope_theta={fields.rope_theta}, and {rope.rope_theta} beside its scaling")
+        raise CheckpointError(
+            f"config.json has rope_theta={fields.rope_theta}, and {rope.rope_theta} beside its scaling"
+        )
     yarn = _yarn_fields(rope, fields.max_position_embeddings)
     stretched = int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))
     try:

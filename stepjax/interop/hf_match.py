@@ -1,7 +1,7 @@
 """Which stored tensor goes where; whatever is missing, unexpected or misshapen is named, all at once."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Protocol
 
@@ -64,7 +64,7 @@ def match(wanted: Iterable[Place], stored: Mapping[str, Shaped]) -> list[tuple[P
             misshapen.append(f"{place.key} {shape} (expected {place.shape})")
         found.append((place, key))
     problems = [
-        f"{label}: {', '.join(islice(entries, _NAMED))}{f' and {len(entries) - _NAMED:,} more' * (len(entries) > _NAMED)}"
+        f"{label}: {_listed(entries)}"
         for label, entries in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -76,3 +76,8 @@ def match(wanted: Iterable[Place], stored: Mapping[str, Shaped]) -> list[tuple[P
     if problems:
         raise CheckpointError("the checkpoint does not fit the model; " + "; ".join(problems))
     return found
+
+
+def _listed(entries: Collection[str]) -> str:
+    more = len(entries) - _NAMED
+    return ", ".join(islice(entries, _NAMED)) + (f" and {more:,} more" if more > 0 else "")

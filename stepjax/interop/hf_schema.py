@@ -129,7 +129,7 @@ _ROPE: dict[str, tuple[Any, ...]] = {
 
 
 def step_fields(config: dict[str, Any]) -> StepFields:
-    """Raises CheckpointError where the file describes a variant that the model does not cover, or a value is unusable."""
+    """Raises CheckpointError where the file describes a variant that is not covered, or a value is unusable."""
     _check_variant(config, _STEP, "")
     return _parsed(StepFields, config, "")
 

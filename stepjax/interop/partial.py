@@ -117,7 +117,7 @@ def _journal(directory: Path) -> Path:
 
 
 def _is_output(path: Path) -> bool:
-    """Whether a conversion may have made this: an empty directory, a converted checkpoint, or a flat one with weights."""
+    """Whether a conversion may have made this: nothing, a converted checkpoint, or files beside weights."""
     if path.is_symlink() or not path.is_dir():
         return False
     entries = {entry.name: entry for entry in path.iterdir()}

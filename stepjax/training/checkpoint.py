@@ -15,12 +15,14 @@ the devices before the save begins, so that they hold for any storage and any sh
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import math
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -157,7 +159,7 @@ def restore_model(path: str | epath.PathLike, model_like: State) -> State:
         wanted = _named_arrays(model_like, prefix=MODEL)
         stored = {name: array for name, array in _stored(manager, step).items() if name.startswith(MODEL)}
         _check_same(stored, wanted, source, types=False)
-        # Digests are of the stored types. To cast, large arrays come first, and no more at a time than the largest holds.
+        # Digests are of the stored types. What is to be cast comes in groups, of the largest array's size at most.
         casts = {name: stored[name] for name in wanted if stored[name].dtype != wanted[name].dtype}
         arrays = {}
         for names in [[name for name in wanted if name not in casts], *_groups(casts)]:
@@ -171,7 +173,7 @@ def restore_model(path: str | epath.PathLike, model_like: State) -> State:
 
 
 def read_meta(path: str | epath.PathLike) -> dict[str, Any]:
-    """The metadata of a checkpoint: "format", "step", "config", "versions", digests. `path` is as in `restore_model`."""
+    """The metadata of a checkpoint: "step", "config", "versions" and others. `path` is as in `restore_model`."""
     manager, step = _open(path)
     with manager:
         return _read_meta(manager, step)
@@ -310,6 +312,7 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays, meta: Mappi
     except jax.errors.JaxRuntimeError:
         raise  # such as too little memory
     except Exception as error:  # Orbax raises bare ones
+        sys.unraisablehook = functools.partial(_without_orbax, sys.unraisablehook)
         raise _damaged(manager, step, f"an array is missing or damaged ({_reason(error)})") from error
     if meta["format"] > 1:
         found = digests({name: arrays[name] for name in wanted})
@@ -318,6 +321,13 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays, meta: Mappi
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise _damaged(manager, step, f"{', '.join(changed[:5])}{more}: the values are not those that were saved")
     return [arrays[name] for name in wanted]
+
+
+def _without_orbax(tell: Callable[[Any], Any], what: Any) -> None:
+    """When one of its readers fails, Orbax leaves the others behind, and Python would tell of each at length."""
+    code = getattr(what.object, "cr_code", None)
+    if "orbax" not in str(code) and "Event loop is closed" not in str(what.exc_value):
+        tell(what)
 
 
 def _groups(arrays: Arrays) -> list[list[str]]:

@@ -29,7 +29,7 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
         # XLA makes slow loops of this for CPUs; NumPy reads the same memory.
         sums = np.array([_here(array) for array in values], np.uint32)
         if jax.process_count() > 1:
-            sums = np.sum(multihost_utils.process_allgather(sums), axis=0, dtype=np.uint32)
+            sums = np.asarray(multihost_utils.process_allgather(sums)).sum(axis=0, dtype=np.uint32)
     else:
         sums = jax.device_get(_on_devices(values))
     return {name: int(total) for name, total in zip(arrays, sums, strict=True)}

@@ -66,7 +66,9 @@ def test_strays_never_decide(make, public, files, index):
 
 
 def test_the_index_says_which_of_two_counts(make, public):
-    directory = make({"a.safetensors": ALL, "b.safetensors": "zeros"}, {"a.safetensors": FIRST, "b.safetensors": SECOND})
+    directory = make(
+        {"a.safetensors": ALL, "b.safetensors": "zeros"}, {"a.safetensors": FIRST, "b.safetensors": SECOND}
+    )
     source = HFDirectory(directory)
     for i, key in enumerate(public):
         np.testing.assert_array_equal(source.read(key), public[key] * (i % 2 == 0))
@@ -129,13 +131,25 @@ def test_only_regular_files_are_read(make, name, kind):
     if kind == "nothing" and name == INDEX:
         assert HFDirectory(directory).entries
         return
-    with pytest.raises(CheckpointError, match="not a regular file" if kind != "nothing" else "cannot be read|not there"):
+    with pytest.raises(
+        CheckpointError, match="not a regular file" if kind != "nothing" else "cannot be read|not there"
+    ):
         HFDirectory(directory)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"a":' * 100_000, '{"a": 1, "a": 2}', '{"a": ' + "9" * 5000 + "}", "[]", "null", "", "{", "\ud800"],
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"a": 1, "a": 2}',
+        '{"a": ' + "9" * 5000 + "}",
+        "[]",
+        "null",
+        "",
+        "{",
+        "\ud800",
+    ],
     ids=lambda text: text[:9],
 )
 def test_json_that_cannot_be_used_is_refused(tmp_path, text):
@@ -208,7 +222,9 @@ def test_headers_that_are_no_json_are_refused(tmp_path, text):
 
 
 def test_sound_headers_are_read_in_any_order(tmp_path):
-    text = json.dumps({"__metadata__": {"format": "pt"}, "b": B, "none": A | {"shape": [0], "data_offsets": [16, 16]}, "a": A})
+    text = json.dumps(
+        {"__metadata__": {"format": "pt"}, "b": B, "none": A | {"shape": [0], "data_offsets": [16, 16]}, "a": A}
+    )
     assert {key: entry.nbytes for key, entry in parse_header(tmp_path, text).items()} == {"b": 6, "none": 0, "a": 16}
 
 

@@ -61,7 +61,9 @@ def walk(fields):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0, -1, "8", True, None, [8], 10**9])
-@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size", "intermediate_size"])
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size", "intermediate_size"]
+)
 def test_numbers_that_describe_no_model_are_named(name, value):
     with pytest.raises(CheckpointError, match=rf"config.json has {name}="):
         spec_from_hf(QWEN | {name: value})

@@ -19,7 +19,7 @@ from flax import nnx
 
 from stepjax.config import OptimizerConfig
 from stepjax.errors import CheckpointError
-from stepjax.training.checkpoint import Checkpointer, read_meta, restore_model
+from stepjax.training.checkpoint import Checkpointer, read_meta, restore_model, sealed
 from stepjax.training.optimizer import make_optimizer, named_leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def test_round_trip_is_bit_exact_with_data_position_and_metadata(tmp_path):
         assert_identical(restored, state)
         assert restored.model.decoder.kernel.get_metadata()["axes"] == ("embed", "mlp")
         assert data_state == DATA_STATE
-        assert (meta["format"], meta["step"], meta["config"]["freeze"]) == (1, 7, ["scale"])
+        assert (meta["format"], meta["step"], meta["config"]["freeze"]) == (2, 7, ["scale"])
         assert meta["versions"]["jax"] == jax.__version__
         again, _, _ = checkpointer.restore(train_state(1), step=7)  # arrays serve as well as abstract ones
         assert_identical(again, state)
@@ -209,6 +209,115 @@ def test_damaged_checkpoint_is_named(tmp_path, item):
     shutil.rmtree(tmp_path / "2" / item)
     with Checkpointer(tmp_path, keep=1) as checkpointer, pytest.raises(CheckpointError, match=rf"/2: '{item}'"):
         checkpointer.restore({"x": jnp.ones(3)})
+
+
+BIG = {"step": (), "model/w": (300, 70), "model/zero": (5000,), "opt_state/m": (300, 70)}
+
+
+def big_state():
+    state = {name: jax.random.normal(jax.random.key(0), shape) for name, shape in BIG.items()}
+    return state | {"model/zero": jnp.zeros(BIG["model/zero"])}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_steps")
+    with Checkpointer(directory, keep=2, config={"rate": 0.1}) as checkpointer:
+        for step in (4, 8):
+            checkpointer.save(step, big_state(), {"position": step}, wait=True)
+    return directory
+
+
+def attempt(directory, expected=8):
+    """Restores the latest step; what it has is what was saved."""
+    with Checkpointer(directory, keep=2) as checkpointer:
+        state, data_state, _ = checkpointer.restore(abstract(big_state()))
+    assert_identical(state, big_state())
+    assert data_state == {"position": expected}
+
+
+def data_files(directory):
+    """The files that hold arrays; the database's own are small."""
+    return [path for path in (directory / "8" / "state").rglob("*") if path.is_file() and path.stat().st_size > 10_000]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bits_that_flip_in_an_array_are_found(tmp_path, two_steps, seed):
+    shutil.copytree(two_steps, tmp_path / "run")
+    generator = np.random.default_rng(seed)
+    path = generator.choice(data_files(tmp_path / "run"))
+    data = bytearray(path.read_bytes())
+    place = int(generator.integers(len(data)))
+    data[place] ^= 1 << int(generator.integers(8))
+    path.write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"run/8: .*; use another step: 4 are here; to resume from step 4, remove"
+    ):
+        attempt(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "8")
+    attempt(tmp_path / "run", expected=4)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("harm", [os.remove, cut, lambda path: path.write_bytes(bytes(path.stat().st_size))])
+@pytest.mark.filterwarnings("error")  # such as of Orbax's other readers, when one fails
+def test_files_that_a_copy_left_out_are_no_zeros(tmp_path, two_steps, harm):
+    for path in [
+        *data_files(two_steps),
+        two_steps / "8" / "state" / "manifest.ocdbt",
+        two_steps / "8" / "data" / "metadata",
+    ]:
+        shutil.copytree(two_steps, tmp_path / "run")
+        harm(tmp_path / "run" / path.relative_to(two_steps))
+        with pytest.raises(CheckpointError, match="run/8: .*use another step: 4"):
+            attempt(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("item, old, new", [("data", "8", "7"), ("meta", "0.1", "0.2"), ("meta", "8", "9")])
+def test_a_changed_position_or_configuration_is_found(tmp_path, two_steps, item, old, new):
+    shutil.copytree(two_steps, tmp_path / "run")
+    path = tmp_path / "run" / "8" / item / "metadata"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(CheckpointError, match=f"run/8: '{item}'.* not what was saved; use another step"):
+        attempt(tmp_path / "run")
+
+
+def test_a_renamed_step_is_refused(tmp_path, two_steps):
+    shutil.copytree(two_steps / "4", tmp_path / "run" / "8")
+    with pytest.raises(CheckpointError, match="run/8: it holds step 4, and was renamed or copied to 8"):
+        attempt(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="it holds step 4"):
+        read_meta(tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_alone_is_compared_too(tmp_path, two_steps, dtype):
+    """Also where it is cast, while the digests are of what was saved; the rest is neither read nor compared."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    path = tmp_path / "run" / "8" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    like = {name.removeprefix("model/"): jax.ShapeDtypeStruct(BIG[name], dtype) for name in BIG if "model" in name}
+    meta["arrays"]["opt_state/m"] ^= 1
+    path.write_text(json.dumps(sealed(meta)))
+    for name, x in restore_model(tmp_path / "run", like).items():
+        assert_identical(x, big_state()[f"model/{name}"].astype(dtype))
+    meta["arrays"]["model/zero"] ^= 1
+    path.write_text(json.dumps(sealed(meta)))
+    with pytest.raises(CheckpointError, match="model/zero: the values are not those that were saved"):
+        restore_model(tmp_path / "run", like)
+
+
+def test_checkpoints_of_older_versions_are_read_with_a_note(tmp_path, two_steps, caplog):
+    shutil.copytree(two_steps, tmp_path / "run")
+    path = tmp_path / "run" / "8" / "meta" / "metadata"
+    meta = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("arrays", "data", "digest")}
+    path.write_text(json.dumps(meta | {"format": 1}))
+    attempt(tmp_path / "run")
+    assert "run/8 has no digests, for an older version wrote it" in caplog.text
 
 
 def test_other_format_is_refused(tmp_path):
