@@ -32,8 +32,8 @@ class HFDirectory:
     """`config.json`, and the tensors in safetensors files.
 
     The index says which files, and from which of them each tensor comes. Without one, or with one whose files are
-    absent, it is `model.safetensors`, or else all of `model-00001.safetensors` (or `model-00001-of-00009.safetensors`)
-    to the last. Other files in the directory never decide.
+    absent, it is `model.safetensors`, or else all of `model-00001.safetensors`, or `model-00001-of-00009.safetensors`,
+    and so on. Other files in the directory never decide.
 
     Attributes:
         headers: text of the header of every safetensors file, by its name.
@@ -95,15 +95,9 @@ class HFDirectory:
         if not shards:
             there = f"; it has {', '.join(found[:10])}" if found else ""
             raise CheckpointError(f"{self.path} holds no {WHOLE}, {INDEX} or model-00001.safetensors{there}")
-        # All of one set, from the first to the last.
-        width, end = len(re.findall(r"\d+", shards[0])[0]), shards[-1].partition("-of-")[2]
-        count = int(end.partition(".")[0]) if end else len(shards)
-        if count > len(shards) or shards != [
-            f"model-{i:0{width}d}{'-of-' + end if end else '.safetensors'}" for i in range(1, count + 1)
-        ]:
+        if len({name.partition("-of-")[2] for name in shards}) > 1:
             raise CheckpointError(
-                f"{self.path} has no {INDEX}, and its files are not one whole set: {', '.join(shards[:20])}; fetch "
-                "what is missing, and remove what belongs to another set"
+                f"{self.path} has no {INDEX}, and files of several sets: {', '.join(shards[:20])}; remove all but one set"
             )
         return shards, {}
 

@@ -24,6 +24,7 @@ from stepjax.training.checkpoint import is_sane_chunk
 from stepjax.training.digests import add_up, part_digest
 
 _METADATA = "_METADATA"
+_ANOTHER = "use another step or copy"
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, *, stacked: bool) -> tuple[int, ...]:
@@ -116,7 +117,7 @@ class Arrays:
             fields = read_json(state / _METADATA)
             self.names = [field["key_metadata"][-1]["key"] for field in fields["tree_metadata"].values()]
         except (CheckpointError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{state / _METADATA} is missing or damaged: {error}") from error
+            raise CheckpointError(f"{state / _METADATA} is missing or damaged, {_ANOTHER}: {error}") from error
         self._driver = "zarr3" if fields.get("use_zarr3") else "zarr"
         self._database = (state / "manifest.ocdbt").exists()
 
@@ -130,10 +131,10 @@ class Arrays:
         try:
             array = ts.open(spec, open=True, read=True).result()
         except ValueError as error:
-            raise CheckpointError(f"{self._state}: {name} is missing or damaged: {error}") from error
+            raise CheckpointError(f"{self._state}: {name} is missing or damaged, {_ANOTHER}: {error}") from error
         chunk = tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
         if not is_sane_chunk(chunk, array.shape):
-            raise CheckpointError(f"{self._state}: {name} of shape {array.shape} is damaged: its chunks are {chunk}")
+            raise CheckpointError(f"{self._state}: {name} is damaged, {_ANOTHER}: {array.shape} in chunks of {chunk}")
         return array
 
 
@@ -146,4 +147,5 @@ def read(array: ts.TensorStore, layers: slice | None = None) -> np.ndarray:
     try:
         return np.asarray((array if layers is None else array[layers]).read().result())
     except ValueError as error:
-        raise CheckpointError(f"{array.kvstore.url if array.kvstore else array} is damaged: {error}") from error
+        where = array.kvstore.url if array.kvstore else array
+        raise CheckpointError(f"{where} is damaged, or lacks chunks, {_ANOTHER}: {error}") from error

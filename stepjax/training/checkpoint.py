@@ -225,7 +225,7 @@ def _damaged(manager: ocp.CheckpointManager, step: int, what: str) -> Checkpoint
     source, others = _source(manager, step), sorted(other for other in manager.all_steps() if other != step)
     remedy = "there is none beside it: start from a copy, or anew"
     if others:
-        remedy = f"{', '.join(map(str, others))} are here; to resume from step {others[-1]}, remove {source}"
+        remedy = f"{', '.join(map(str, others))}; to resume from step {others[-1]}, remove {source}"
     return CheckpointError(f"{source}: {what}; use another step: {remedy}")
 
 

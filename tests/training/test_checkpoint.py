@@ -250,9 +250,7 @@ def test_bits_that_flip_in_an_array_are_found(tmp_path, two_steps, seed):
     place = int(generator.integers(len(data)))
     data[place] ^= 1 << int(generator.integers(8))
     path.write_bytes(data)
-    with pytest.raises(
-        CheckpointError, match=r"run/8: .*; use another step: 4 are here; to resume from step 4, remove"
-    ):
+    with pytest.raises(CheckpointError, match=r"run/8: .*; use another step: 4; to resume from step 4, remove"):
         attempt(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "8")
     attempt(tmp_path / "run", expected=4)
