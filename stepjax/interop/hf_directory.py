@@ -96,9 +96,8 @@ class HFDirectory:
             there = f"; it has {', '.join(found[:10])}" if found else ""
             raise CheckpointError(f"{self.path} holds no {WHOLE}, {INDEX} or model-00001.safetensors{there}")
         if len({name.partition("-of-")[2] for name in shards}) > 1:
-            raise CheckpointError(
-                f"{self.path} has no {INDEX}, and files of several sets: {', '.join(shards[:20])}; remove all but one set"
-            )
+            listed = ", ".join(shards[:20])
+            raise CheckpointError(f"{self.path} has no {INDEX}, and files of several sets: {listed}; remove all but one")
         return shards, {}
 
 

@@ -255,6 +255,9 @@ def _restore(
 
 
 def _read_json(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
+    path = epath.Path(manager.directory) / str(step) / item / "metadata"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise _damaged(manager, step, f"{path} is not a regular file")
     try:
         fields = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
     except Exception as error:  # Orbax raises bare ones
