@@ -40,7 +40,7 @@ def text_config(whole: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """`config.json` of the decoder alone, from that of the whole model."""
     made = config_json(spec, None, None)
     names = {name: made[name] for name in ("architectures", "model_type")}
-    return made | whole.get("text_config", {}) | names
+    return made | (whole.get("text_config") or {}) | names
 
 
 def write_config(directory: Path, fields: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def restore(kept: Path, target: Path, *, spec: ModelSpec, text_only: bool, dtype
     if text_only:
         fields = text_config(fields, spec)
     if dtype is not None:
-        for part in (fields, fields.get("text_config", {}), fields.get("vision_config", {})):
+        for part in (fields, fields.get("text_config") or {}, fields.get("vision_config") or {}):
             part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
     if fields != read_json(kept / CONFIG):
         write_config(target, fields)

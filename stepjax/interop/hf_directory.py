@@ -97,7 +97,7 @@ class HFDirectory:
             raise CheckpointError(f"{self.path} holds no {WHOLE}, {INDEX} or model-00001.safetensors{there}")
         if len({name.partition("-of-")[2] for name in shards}) > 1:
             listed = ", ".join(shards[:20])
-            raise CheckpointError(f"{self.path} has no {INDEX}, and files of several sets: {listed}; remove all but one")
+            raise CheckpointError(f"{self.path} has no {INDEX}, and files of several sets: {listed}; keep one of them")
         return shards, {}
 
 

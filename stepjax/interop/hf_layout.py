@@ -243,7 +243,7 @@ def decoder_config_from_hf(text: dict[str, Any]) -> DecoderConfig:
         CheckpointError: the file describes a variant that the decoder does not cover, or has an unusable value.
     """
     qwen = text_family(text) != "llama"
-    fields = text_fields(text)
+    fields = text_fields(text, is_qwen=qwen)
     ropes = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None]
     rope = ropes[0] if ropes else RopeFields()  # Transformers 5 writes the first
     if any(other != rope for other in ropes):

@@ -140,29 +140,23 @@ def vision_fields(vision: dict[str, Any]) -> VisionFields:
     return _parsed(VisionFields, vision, "vision_config.")
 
 
-def text_fields(text: dict[str, Any]) -> TextFields:
+def text_fields(text: dict[str, Any], *, is_qwen: bool) -> TextFields:
     """Raises CheckpointError as `step_fields` does."""
     fields = _parsed(TextFields, text, "")
     patterns = {name: off for part, off in _TEXT_PATTERNS.items() for name in text if part in name.lower()}
     _check_variant(text, _TEXT | patterns, "")
     for rope in ("rope_parameters", "rope_scaling"):
         _check_variant(text.get(rope) or {}, _ROPE, f"{rope}.")
-    _check_windows(text, fields)
-    return fields
-
-
-def _check_windows(text: dict[str, Any], fields: TextFields) -> None:
-    """Layers attend to all before them; `layer_types`, where it is, has said so already."""
-    if text.get("layer_types") is not None or text.get("sliding_window") is None:
-        return
-    # Qwen's default is not to use the window that the file has all the same; layers below max_window_layers never do.
-    used = text.get("use_sliding_window", fields.model_type != "qwen3")
-    first = text.get("max_window_layers")
-    if used and not (isinstance(first, int) and first >= fields.num_hidden_layers):
+    # Where it is, `layer_types` decides. Else Qwen's default is not to use the window that the file has all the same,
+    # and the layers below `max_window_layers` never do.
+    window, first = text.get("sliding_window"), text.get("max_window_layers")
+    used = window is not None and text.get("use_sliding_window", not is_qwen)
+    if used and text.get("layer_types") is None and not (type(first) is int and first >= fields.num_hidden_layers):
         raise CheckpointError(
-            f"config.json has sliding_window={text['sliding_window']!r}: only full attention is supported, and "
+            f"config.json has sliding_window={reprlib.repr(window)}: only full attention is supported, and "
             "use_sliding_window does not turn the window off"
         )
+    return fields
 
 
 def _check_variant(given: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], prefix: str) -> None:

@@ -21,8 +21,8 @@ import stepjax
 from stepjax.config import NumericsConfig, PretrainConfig
 from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import is_weights_name, read_json
-from stepjax.interop.model_spec import ModelSpec, spec_from_json
+from stepjax.interop.hf_directory import CONFIG, is_weights_name, read_json
+from stepjax.interop.model_spec import ModelSpec, spec_from_hf, spec_from_json
 from stepjax.interop.orbax_arrays import Arrays
 from stepjax.interop.safetensors_file import MAX_HEADER
 from stepjax.training.checkpoint import FORMAT, MODEL, read_meta, sealed
@@ -63,6 +63,8 @@ class OrbaxDirectory:
             self.spec = ModelSpec(self.run.model, self.run.images)
         top = self.step.parent
         self.side_files = top / SIDE_FILES if (top / SIDE_FILES).is_dir() else None
+        if self.side_files is not None and (self.side_files / CONFIG).exists():
+            spec_from_hf(read_json(self.side_files / CONFIG))  # it is exported as it is
         self.headers: dict[str, str] = {}
         if (top / HEADERS).exists():
             self.headers = read_json(top / HEADERS, MAX_HEADER)

@@ -162,7 +162,7 @@ def restore_model(path: str | epath.PathLike, model_like: State) -> State:
         # Digests are of the stored types. What is to be cast comes in groups, of the largest array's size at most.
         casts = {name: stored[name] for name in wanted if stored[name].dtype != wanted[name].dtype}
         arrays = {}
-        for names in [[name for name in wanted if name not in casts], *_groups(casts)]:
+        for names in filter(None, [[name for name in wanted if name not in casts], *_groups(casts)]):
             layouts = {name: wanted[name].sharding for name in names}
             like = {name: _placed(stored[name], layouts[name]) for name in names}
             arrays |= zip(names, _read(manager, step, like, meta), strict=True)
@@ -308,8 +308,6 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: Arrays, meta: Mappi
     arguments = ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    if not wanted:
-        return []
     try:
         arrays = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
     except jax.errors.JaxRuntimeError:

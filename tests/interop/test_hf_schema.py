@@ -143,6 +143,8 @@ def test_fields_that_change_what_is_computed_are_refused_by_name(fields, where):
 )
 def test_values_that_turn_a_field_off_are_taken(fields):
     assert spec_from_hf(QWEN | fields) == spec_from_hf(QWEN)
+    unnamed = PUBLIC_CONFIG["text_config"] | fields  # as the public checkpoint has it: without model_type
+    assert spec_from_hf(PUBLIC_CONFIG | {"text_config": unnamed}) == spec_from_hf(PUBLIC_CONFIG)
 
 
 @pytest.mark.parametrize(
