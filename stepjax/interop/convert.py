@@ -117,9 +117,10 @@ def to_hf(source: OrbaxDirectory, destination: Path, options: Options, progress:
     Raises:
         CheckpointError: the checkpoint does not fit its configuration, is damaged, or the destination cannot be used.
     """
-    others = [] if options.side_files is None else [options.side_files]
-    for directory in (source.path, source.step.parent, *others):
-        check_apart(directory, destination)
+    check_apart(source.path, destination)
+    check_apart(source.step.parent, destination)
+    if options.side_files is not None:
+        check_apart(options.side_files, destination, may_hold=True)
     stored, spec, prefix = source.dtypes(), source.spec, PREFIX
     shapes = spec.shapes()
     if options.part == "decoder" and not spec.is_text:
@@ -183,12 +184,15 @@ def _layer_order(place: Place) -> tuple[str, int]:
     return ("", 0) if place.layer is None else (place.tensor.key.partition("{layer}")[0], place.layer)
 
 
-def check_apart(source: Path, destination: Path) -> None:
-    """Raises CheckpointError where filling or replacing the destination could touch what is read."""
+def check_apart(source: Path, destination: Path, *, may_hold: bool = False) -> None:
+    """Raises CheckpointError where filling or replacing the destination could touch what is read.
+
+    With `may_hold`, the destination may be in the source.
+    """
     read = source.resolve()
     for name in (destination.name, destination.name + SUFFIX, destination.name + REPLACED):
         written = destination.with_name(name).resolve()
-        if written.is_relative_to(read) or read.is_relative_to(written):
+        if read.is_relative_to(written) or (written.is_relative_to(read) and not may_hold):
             raise CheckpointError(
                 f"{destination} and {source}, which is read, are the same or one within the other: name another place"
             )
