@@ -7,6 +7,7 @@ whole (`partial`), and note every finished tensor, so that a second run goes on 
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial as bind
@@ -189,9 +190,9 @@ def check_apart(source: Path, destination: Path, *, may_hold: bool = False) -> N
 
     With `may_hold`, the destination may be in the source.
     """
-    read = source.resolve()
+    read = Path(os.path.realpath(source))
     for name in (destination.name, destination.name + SUFFIX, destination.name + REPLACED):
-        written = destination.with_name(name).resolve()
+        written = Path(os.path.realpath(destination.with_name(name)))
         if read.is_relative_to(written) or (written.is_relative_to(read) and not may_hold):
             raise CheckpointError(
                 f"{destination} and {source}, which is read, are the same or one within the other: name another place"

@@ -1,6 +1,7 @@
 """A Hugging Face directory: what its model is, where its tensors lie, and the files beside them."""
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,11 @@ def side_files(path: Path) -> tuple[list[Path], list[str]]:
     the hub's cache, from snapshots/COMMIT to blobs, are. The configuration and the index have been read, and count.
     """
     files, others = [], []
-    inside = path.resolve()
+    inside = Path(os.path.realpath(path))
     if inside.parent.name == "snapshots":
         inside = inside.parent.parent
     for entry in sorted(path.iterdir()):
-        is_ours = entry.name in (CONFIG, INDEX) or entry.resolve().is_relative_to(inside)
+        is_ours = entry.name in (CONFIG, INDEX) or Path(os.path.realpath(entry)).is_relative_to(inside)
         if entry.is_file() and is_ours and entry.suffix not in _OTHER_WEIGHTS:
             files.append(entry)
         elif entry.suffix != ".safetensors" and not entry.name.startswith("."):

@@ -54,7 +54,8 @@ class OrbaxDirectory:
         is_step = directory.name.isdigit() and (directory / "state").exists()
         self.step = directory if is_step else directory / str(meta["step"])
         self.meta: dict[str, Any] = meta
-        config = meta["config"] if isinstance(meta["config"], dict) else {}
+        config = meta.get("config")
+        config = config if isinstance(config, dict) else {}
         self.run: PretrainConfig | None = None
         if "kind" in config:
             self.spec = spec_from_json(config)

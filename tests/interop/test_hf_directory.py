@@ -174,10 +174,11 @@ def test_links_are_followed_within_the_hubs_cache_only(tmp_path, tiny_dir):
     secret.write_text("secret")
     (snapshot / "merges.txt").symlink_to(secret)
     (snapshot / "broken.txt").symlink_to(tmp_path / "nowhere")
+    (snapshot / "loop.txt").symlink_to("loop.txt")
     assert HFDirectory(snapshot).entries
     files, others = side_files(snapshot)
     assert [file.name for file in files] == ["config.json", "tokenizer.json"]
-    assert others == ["broken.txt", "merges.txt"]
+    assert others == ["broken.txt", "loop.txt", "merges.txt"]
 
 
 # Headers -------------------------------------------------------------------------------------------------------------
