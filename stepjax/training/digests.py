@@ -95,7 +95,7 @@ def _sum(words: np.ndarray, base: int, strides: tuple[int, ...]) -> int:
             starts = range(0, len(words), rows)
             return sum(_sum(words[i : i + rows], base + i * strides[0], strides) for i in starts)
     spread = _spread(words.shape, strides) + np.uint32(base * _ODD % _MODULUS)
-    return int(np.sum(_weighed(words.astype(np.uint32), spread), dtype=np.uint32))
+    return int(np.sum(_weighed(words.astype(np.uint32, copy=False), spread), dtype=np.uint32))
 
 
 @functools.lru_cache(maxsize=16)
