@@ -1,22 +1,40 @@
 r"""The answer within a text, and whether two are the same: for votes, agreement and scores.
 
-"exact" takes the whole text. "math" takes the last \boxed{...}; without one, what follows the last "answer is" or
-"answer:"; without that, the last number; and numbers are the same if their values are. A judge that proves algebraic
-identities is none of it.
+"exact" takes the whole text. "math" takes the last \boxed{...}; without one, what follows the last "####", "answer is"
+or "answer:", up to the prose behind it; without that, the whole of a text that is a number, or the last number. How two
+are compared: see `same_answer`.
 """
 
+import asyncio
+import functools
+import logging
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from fractions import Fraction
-from typing import Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+from stepjax.pacore.same_answer import normalised, same
 
 Matching = Literal["exact", "math"]
+T = TypeVar("T")
 
-_SAYS = re.compile(r"answer(?:\s+is|\s*:)\s*:?\s*([^\n]+)", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d(?:[\d,]*\d)?(?:\.\d+)?(?:\s*/\s*\d+)?")
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
+_log = logging.getLogger("stepjax.pacore")
+_MOST_UNKNOWN = 4  # comparisons that came to nothing, after which a count of votes asks for no more
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_SAYS = re.compile(r"####|\banswer(?:\s+is|\s*[:=])\s*:?", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?<![\w.])-?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?(?:\s*\\?%|(?![\w/]))"  # also 1,2 and 1/2
+)
+_NUMERIC = re.compile(r"[\s\d.,$\\%()\[\]{}/*^+-]*\d[\s\d.,$\\%()\[\]{}/*^+-]*|\\frac.*|\$[^$]*\$")
+# Where prose begins behind a formula or a number: a sentence ends, or a word goes on.
+_PROSE = re.compile(
+    r"[.!?](?=\s|$)|[,;:]\s+(?!and\b|or\b)(?=[A-Za-z]{2,})|\s+(?:because|since|so|which|where|as|hence|thus|therefore|when|"
+    r"if|for|with|in\s+total|altogether|i\s+hope)\b|\s+[(](?=[A-Za-z]{2})",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?<=\w{3})[.!?]\s+(?=[A-Z])")
 
 
 def extract(text: str, matching: Matching) -> str:
@@ -27,34 +45,72 @@ def extract(text: str, matching: Matching) -> str:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    said = _SAYS.findall(text)
-    if said:
-        return said[-1].strip().rstrip(".").strip("*").strip()
-    numbers = _NUMBERS_OUTSIDE_WORDS.findall(text)
-    return numbers[-1].strip() if numbers else text
+    said = None
+    for said in _SAYS.finditer(text):
+        pass
+    if said is not None:
+        after = text[said.end() :].strip(" \t*_")
+        return _without_prose(after.lstrip().partition("\n")[0])
+    if len(text) <= 200 and _NUMERIC.fullmatch(text):
+        return text
+    number = None
+    for number in _NUMBER.finditer(text):
+        pass
+    return text if number is None else number[0].strip()
 
 
-_NUMBERS_OUTSIDE_WORDS = re.compile(r"(?<![\w.])" + _NUMBER.pattern + r"(?!\w)")
+def judge(text: str, ground_truth: object, matching: Matching) -> bool | None:
+    """Whether a text answers as it should; None where that cannot be told, which is logged.
 
+    Args:
+        ground_truth: may be a list of answers that are all right.
 
-def canonical(answer: object, matching: Matching) -> Hashable:
-    """Equal for answers that are the same."""
+    Raises:
+        ConfigError: math-verify cannot be started.
+    """
+    answer = extract(text, matching)
+    if not answer:
+        return False
+    truths = ground_truth if isinstance(ground_truth, list) else [ground_truth]
     if matching == "exact":
-        return str(answer).strip()
-    text = str(answer).strip()
-    boxed = _last_boxed(text)
-    text = boxed if boxed is not None else text
-    text = _TEXT.sub(r"\1", text.strip("$ ").replace("\\left", "").replace("\\right", "").replace("\\!", ""))
-    text = _FRACTION.sub(r"\1\2/\3", text).replace("\\,", "").replace("\\%", "").rstrip(". ").replace("\\$", "")
-    value = _value(text)
-    return value if value is not None else re.sub(r"\s+", "", text).lower()
+        return any(answer == str(truth).strip() for truth in truths)
+    is_known = True
+    for truth in map(str, truths):
+        verdict = same(_of_truth(truth), answer)
+        if verdict:
+            return True
+        if verdict is None:
+            is_known = False
+            _tell(truth[:200])
+    return False if is_known else None
 
 
 def is_right(text: str, ground_truth: object, matching: Matching) -> bool:
-    """Whether a text answers as it should; `ground_truth` may be a list of answers that are all right."""
-    answer = canonical(extract(text, matching), matching)
-    truths = ground_truth if isinstance(ground_truth, list) else [ground_truth]
-    return any(answer == canonical(truth, matching) for truth in truths)
+    """See `judge`; False where it cannot be told."""
+    return judge(text, ground_truth, matching) is True
+
+
+def grouped(answers: Sequence[str], matching: Matching) -> list[int | None]:
+    """Of each answer the index of the first that is the same; None for an empty one."""
+    made: list[int | None] = []
+    firsts: dict[str, int] = {}  # by how it is written
+    unknown = 0
+    for i, answer in enumerate(answers):
+        written = answer.strip() if matching == "exact" else normalised(answer)
+        if not written:
+            made.append(None)
+            continue
+        group = firsts.get(written)
+        for first in () if group is not None or matching == "exact" else dict.fromkeys(firsts.values()):
+            verdict = same(answers[first], answer, asks=unknown < _MOST_UNKNOWN)
+            unknown += verdict is None
+            if verdict:
+                group = first
+                break
+        group = i if group is None else group
+        firsts[written] = group
+        made.append(group)
+    return made
 
 
 def plurality(texts: Sequence[str], matching: Matching) -> tuple[int, int]:
@@ -64,33 +120,53 @@ def plurality(texts: Sequence[str], matching: Matching) -> tuple[int, int]:
     Returns:
         Index and votes; (0, 0) if no text has an answer.
     """
-    answers = [extract(text, matching) for text in texts]
-    keys = [canonical(answer, matching) for answer in answers]
-    votes = Counter(key for key, answer in zip(keys, answers, strict=True) if answer)
-    if not votes:
-        return 0, 0
-    best = max(votes.values())
-    index = next(i for i, (key, answer) in enumerate(zip(keys, answers, strict=True)) if answer and votes[key] == best)
-    return index, best
+    groups = grouped([extract(text, matching) for text in texts], matching)
+    votes = Counter(group for group in groups if group is not None)
+    # Groups are in the order of their first texts, and so are equal counts.
+    return votes.most_common(1)[0] if votes else (0, 0)
+
+
+_threads = ThreadPoolExecutor(4, "answers")
+
+
+async def in_thread(compare: Callable[..., T], *arguments: Any) -> T:
+    """A comparison may take seconds, during which other calls go on."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, compare, *arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tell(truth: str) -> None:
+    """Once for each."""
+    _log.warning(
+        "ground_truth %r: it cannot be read, or comparing an answer with it took too long; such answers are neither right "
+        "nor wrong",
+        truth,
+    )
+
+
+def _of_truth(truth: str) -> str:
+    boxed = _last_boxed(truth)
+    return boxed if boxed is not None else truth.rpartition("####")[2]
 
 
 def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    if "box" not in text:
         return None
-    begin, depth = start + len("\\boxed{"), 1
-    for i in range(begin, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if not depth:
-            return text[begin:i].strip()
-    return None
+    best: tuple[int, int] | None = None
+    opened: list[tuple[int, bool]] = []  # where each brace's content begins, and whether it is a box's
+    for match in _BRACES.finditer(text):
+        if match[0].endswith("{") and match[0] != "\\{":
+            opened.append((match.end(), len(match[0]) > 1))
+        elif match[0] == "}" and opened:
+            begin, is_box = opened.pop()
+            if is_box and (best is None or begin > best[0]):
+                best = begin, match.start()
+    return None if best is None else text[best[0] : best[1]].strip()
 
 
-def _value(text: str) -> Fraction | None:
-    text = text.replace(" ", "")
-    if not _NUMBER.fullmatch(text):
-        return None
-    try:
-        return Fraction(text.replace(",", ""))
-    except (ValueError, ZeroDivisionError):
-        return None
+def _without_prose(text: str) -> str:
+    """A formula or a number up to the prose behind it; of a text its first sentence."""
+    text = " ".join(text.split())
+    is_formula = re.match(r"[*_\s]*(?:[-+$\\(\[{]|\.?\d|[A-Za-z]\s*(?:=|[,.]\s|$))", text) is not None
+    end = (_PROSE if is_formula else _SENTENCE).search(text)
+    return (text[: end.start()] if end else text).strip().rstrip(".").strip("*").strip()
