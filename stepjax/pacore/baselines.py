@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from stepjax.errors import ConfigError
-from stepjax.pacore.answers import is_right, plurality
+from stepjax.pacore.answers import in_thread, is_right, plurality
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator, outcome
 from stepjax.pacore.events import Notify, ignore
@@ -121,10 +121,11 @@ async def answer(
         return await _aggregated(run, method)
     made = await run.round(method.width, is_final=False)
     if method.name == "majority":
-        return _voted(run)
+        return await _voted(run)
     scorer = method.scorer if callable(method.scorer) else _scorer(method.scorer, coordinator)
     candidates = answers(made.messages)
-    scores = [scorer(problem, trajectory_of(made, message)) for message in candidates]
+    trajectories = [trajectory_of(made, message) for message in candidates]
+    scores = await in_thread(lambda: [scorer(problem, each) for each in trajectories])
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     return outcome(run, made, candidates[best], "score")
 
@@ -135,7 +136,7 @@ async def _aggregated(run: ProblemRun, method: Method) -> Outcome:
         population = run.rounds[-1].messages
         drawn = [_subset(run, population, method.references, loop, index) for index in range(method.width)]
         await run.round(method.width, is_final=False, references=drawn)
-    return _voted(run)
+    return await _voted(run)
 
 
 def _subset(run: ProblemRun, population: tuple[Message, ...], count: int, loop: int, index: int) -> list[Message]:
@@ -143,10 +144,10 @@ def _subset(run: ProblemRun, population: tuple[Message, ...], count: int, loop: 
     return generator.sample(population, min(count, len(population)))
 
 
-def _voted(run: ProblemRun) -> Outcome:
+async def _voted(run: ProblemRun) -> Outcome:
     last = run.rounds[-1]
     candidates = answers(last.messages)
-    index, _ = plurality([message.text for message in candidates], run.matching)
+    index, _ = await in_thread(plurality, [message.text for message in candidates], run.matching)
     return outcome(run, last, candidates[index], "vote")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from stepjax.errors import ConfigError
-from stepjax.pacore.answers import Matching, plurality
+from stepjax.pacore.answers import Matching, in_thread, plurality
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.events import Event, Notify, Pieces, TrajectoryPiece, ignore
 from stepjax.pacore.messages import answers
@@ -85,7 +85,7 @@ class Coordinator:
         run = self.begin(problem, sample=sample, done=done, notify=tell, pieces=pieces)
         for width in self.config.schedule:
             made = await run.round(width, is_final=False)
-            agreed = run.agreement(made.messages, width)
+            agreed = await run.agreement(made.messages, width)
             if agreed is not None:
                 return outcome(run, made, agreed, "agreement")
         was_shown = False
@@ -96,7 +96,7 @@ class Coordinator:
                 raise
             last = run.rounds[-2]
             candidates = answers(last.messages)
-            index, _ = plurality([message.text for message in candidates], self.matching)
+            index, _ = await in_thread(plurality, [message.text for message in candidates], self.matching)
             return outcome(run, last, candidates[index], "fallback")
         return outcome(run, final, final.messages[0], "synthesis")
 

@@ -1,7 +1,8 @@
 """A row of results.jsonl, and the file that rows wait in until all are there.
 
 Rows have the names of the released batch code's output and of the released training data, so that results can be the
-problems of another run. Nothing in them depends on time, on the order in which calls ended, or on caches.
+problems of another run. Nothing in them depends on time, on the order in which calls ended, or on caches; but for
+an answer that takes so long to compare that it is not judged.
 """
 
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepjax.pacore.answers import Matching, is_right
+from stepjax.pacore.answers import Matching, judge
 from stepjax.pacore.journal import replace_file
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Totals, Trajectory
 from stepjax.pacore.template import CUT_MARK
@@ -33,7 +34,8 @@ def row(
         outcome: None where it failed; `error` then says why.
     """
     known = problem.ground_truth is not None
-    right = outcome is not None and known and is_right(outcome.content, problem.ground_truth, matching)
+    # A problem that failed is wrong; None: not known, or it cannot be told.
+    right = judge(outcome.content if outcome else "", problem.ground_truth, matching) if known else None
     return {
         "id": problem.id,
         "conversation": [_without_bytes(message) for message in problem.messages],
@@ -46,7 +48,8 @@ def row(
         **({"final_tool_calls": list(outcome.tool_calls)} if outcome and outcome.tool_calls else {}),
         "answered_by": outcome.answered_by if outcome else None,
         "chosen": list(outcome.chosen) if outcome else None,
-        "correct": right if known else None,
+        "correct": right,
+        **({"unjudged": True} if known and right is None else {}),
         "round_responses": [[_response(each) for each in round_.trajectories] for round_ in rounds],
         "references": [_references(problem, rounds, number) for number in range(len(rounds))],
         "usage": _usage(rounds),

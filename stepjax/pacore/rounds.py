@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-from stepjax.pacore.answers import Matching, plurality
+from stepjax.pacore.answers import Matching, in_thread, plurality
 from stepjax.pacore.calls import Caller, derived_seed
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.events import Notify, Pieces, RoundEnded, RoundStarted, TrajectoryEnded
@@ -133,13 +133,14 @@ class ProblemRun:
         tells = self._pieces == "all" or (self._pieces == "final" and is_final)
         tasks: dict[asyncio.Task[Trajectory], int] = {}
         deadline = None if is_final or limits.round_seconds is None else time.monotonic() + limits.round_seconds
+        is_enough = await self._is_enough(ended.values(), width, is_final, deadline)  # before a call begins
         try:
             for index in range(width):
                 if index not in ended:
                     call = self._caller.call(prompts[index], number, index, insists=is_final, tells_pieces=tells)
                     tasks[asyncio.create_task(call)] = index
             pending = set(tasks)
-            while pending and not self._is_enough(ended.values(), width, is_final, deadline):
+            while pending and not is_enough:
                 left = None if deadline is None else deadline - time.monotonic()
                 finished, pending = await asyncio.wait(
                     pending, timeout=left if left is None or left > 0 else None, return_when=asyncio.FIRST_COMPLETED
@@ -147,6 +148,7 @@ class ProblemRun:
                 for task in sorted(finished, key=tasks.__getitem__):
                     ended[tasks[task]] = task.result()
                     self._notify(TrajectoryEnded(task.result()))
+                is_enough = await self._is_enough(ended.values(), width, is_final, deadline)
             await _cancel(pending)
             for task in sorted(pending, key=tasks.__getitem__):
                 index = tasks[task]
@@ -157,22 +159,22 @@ class ProblemRun:
             await _cancel(tasks)
         return [ended[index] for index in range(width)]
 
-    def _is_enough(self, ended: Iterable[Trajectory], width: int, is_final: bool, deadline: float | None) -> bool:
+    async def _is_enough(self, ended: Iterable[Trajectory], width: int, is_final: bool, deadline: float | None) -> bool:
         if is_final:
             return False
         messages = self._messages(ended)
-        if self.agreement(messages, width) is not None:
+        if await self.agreement(messages, width) is not None:
             return True
         is_late = deadline is not None and time.monotonic() >= deadline
         return is_late and len(messages) >= math.ceil(self.config.limits.quorum * width)
 
-    def agreement(self, messages: Sequence[Message], width: int) -> Message | None:
+    async def agreement(self, messages: Sequence[Message], width: int) -> Message | None:
         """A message whose answer enough others share; None where they do not, or nobody asks."""
         share = self.config.limits.agreement
         if share is None or width < 2:
             return None
         candidates = [message for message in messages if not message.was_cut]
-        index, votes = plurality([message.text for message in candidates], self.matching)
+        index, votes = await in_thread(plurality, [message.text for message in candidates], self.matching)
         return candidates[index] if votes >= max(2, math.ceil(share * width)) else None
 
     def _messages(self, trajectories: Iterable[Trajectory]) -> list[Message]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepjax.errors import CheckpointError, ConfigError, StepjaxError
+from stepjax.pacore.answers import in_thread
 from stepjax.pacore.baselines import Method, answer
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import Event, RoundEnded, RoundStarted, TrajectoryEnded
@@ -137,7 +138,7 @@ class BatchRun:
         except Exception as failure:
             _log.exception("problem %r, sample %d failed unexpectedly", problem.id, sample)
             error = f"{type(failure).__name__}: {failure}"
-        made = row(problem, sample, rounds, outcome, error, matching)
+        made = await in_thread(row, problem, sample, rounds, outcome, error, matching)
         self._rows.add((place, sample), to_line(made))
         self._figures.append(Figures.of(place, made))
         self._timing.answered(rounds)

@@ -2,7 +2,8 @@
 
 The accuracy is the mean over problems of the mean over their samples (mean@n); an answer that failed is a wrong one.
 Its 95 % interval is Wilson's for one sample a problem. For several, which are not independent of each other, it is the
-normal one over the problems' means, and says nothing of fewer than two problems.
+normal one over the problems' means, and says nothing of fewer than two problems. An answer that could not be compared
+with the known one is counted apart, and neither right nor wrong.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ class Figures:
     answered_by: str | None
     usage: Mapping[str, Any]
     rounds: tuple[Mapping[str, Any], ...]  # width, output_tokens, losses, cut_references, cut_answers of each
+    is_unjudged: bool = False
 
     @classmethod
     def of(cls, place: int, row: Mapping[str, Any]) -> "Figures":
@@ -34,6 +36,7 @@ class Figures:
             place=place,
             sample=row["sample"],
             correct=row["correct"],
+            is_unjudged=row.get("unjudged", False),
             is_failed=row["error"] is not None,
             answered_by=row["answered_by"],
             usage=row["usage"],
@@ -64,6 +67,7 @@ def summarise(
         "answers": len(rows),
         "is_complete": len(rows) == num_problems * samples,
         "failed": sum(each.is_failed for each in rows),
+        "unjudged": sum(each.is_unjudged for each in rows),
         "matching": matching,
         **_accuracy(rows),
         "calls": sum(each.usage["calls"] for each in rows),
@@ -136,6 +140,8 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = [("method", summary["method"]), ("answers", answers)]
     if summary["failed"]:
         lines.append(("failed", f"{summary['failed']} (counted as wrong where the answer is known)"))
+    if summary["unjudged"]:
+        lines.append(("not judged", f"{summary['unjudged']} (neither right nor wrong; the log names the known answers)"))
     if summary["accuracy"] is not None:
         name = "accuracy" if summary["samples"] == 1 else f"mean@{summary['samples']}"
         lines.append((name, _percent(summary)))

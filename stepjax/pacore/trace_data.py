@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepjax.errors import ImageError
-from stepjax.pacore.answers import Matching, canonical, extract, is_right
+from stepjax.pacore.answers import Matching, extract, grouped, judge
 from stepjax.pacore.citations import find_citations
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Totals, Trajectory
 from stepjax.processing.image_files import open_image
@@ -106,14 +106,9 @@ def _round(
     shown = {reference.index for reference in references}
     trajectories = [_trajectory(each, round_, problem, matching, thoughts) for each in round_.trajectories]
     citing = Counter(index for each in trajectories for index in _cited_sources(each, round_))
-    answers = Counter()
-    written: dict[Any, str] = {}
-    if matching is not None:
-        for each in trajectories:
-            if each["answer"]:
-                key = canonical(each["answer"], matching)
-                answers[key] += 1
-                written.setdefault(key, each["answer"])
+    written = [each["answer"] or "" for each in trajectories]
+    groups = [] if matching is None else grouped(written, matching)
+    answers = Counter(group for group in groups if group is not None)
     return {
         "number": round_.number,
         "is_final": round_.is_final,
@@ -136,7 +131,7 @@ def _round(
         "left_out": sorted(set(sources) - shown)
         if round_.losses.get("did_not_fit") and not round_.own_references
         else [],
-        "answers": [[written[key], count] for key, count in answers.most_common()],
+        "answers": [[written[group], count] for group, count in answers.most_common()],
         "trajectories": trajectories,
     }
 
@@ -188,7 +183,7 @@ def _trajectory(
     answer = extract(message.text, matching) if matching and message and not message.was_cut else None
     correct = None
     if answer is not None and message and matching and problem.ground_truth is not None:
-        correct = is_right(message.text, problem.ground_truth, matching)
+        correct = judge(message.text, problem.ground_truth, matching)
     return {
         "index": each.index,
         "state": _state(each, message),
