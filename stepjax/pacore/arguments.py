@@ -59,6 +59,8 @@ class UpstreamArguments:
     send_seed: bool = True
     opens_thought: bool | None = None  # the upstream's template opens <think>, and its content keeps the thought
     silence_seconds: float = 1000.0  # between two parts of an upstream's answer
+    answer_seconds: float = 6 * 3600.0  # for a whole answer of the upstream
+    max_response_bytes: int = 128 << 20  # of a whole answer of the upstream, with all that is around its text
 
     def endpoint(self, url: str, **others: Any) -> Endpoint:
         """
@@ -75,5 +77,7 @@ class UpstreamArguments:
             sends_seed=self.send_seed,
             opens_thought=self.opens_thought,
             silence_seconds=self.silence_seconds,
+            answer_seconds=self.answer_seconds,
+            max_response_bytes=self.max_response_bytes,
             **others,
         )

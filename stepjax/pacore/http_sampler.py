@@ -1,16 +1,26 @@
-"""The sampler over any endpoint that speaks OpenAI's chat completions; connections are pooled and TLS is verified."""
+"""The sampler over any endpoint that speaks OpenAI's chat completions; connections are pooled and TLS is verified.
+
+What an endpoint sends is checked here, before it is kept. Counts in `usage` that are no counts are taken as not said; a
+field of any other type than OpenAI's is a failure of the call, which is tried again. Answers are bounded in bytes and in
+time, and none is decompressed, for a few bytes could become any number of them.
+"""
 
 import asyncio
 import base64
 import contextlib
 import dataclasses
+import importlib
 import io
+import json
 import logging
+import math
 import os
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import openai
 import tokenizers
 
 from stepjax.errors import ConfigError, ImageError, TokenError
@@ -23,6 +33,15 @@ KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
 
 _log = logging.getLogger("stepjax.pacore")
 _TEMPORARY = {408, 409, 425, 429}  # and all from 500 on
+
+_MOST_TEXT = 16 << 20  # characters of an answer, its thought and its tool calls
+_MOST_LINE = 16 << 20  # bytes of one event of a stream
+_MOST_ERROR = 1 << 20  # bytes of an answer that says what is wrong
+_MOST_CALLS = 1024
+_MOST_TOKENS = 1 << 31
+
+# The HTTP library is the client's own affair: httpx, or what took its place.
+_http: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +61,8 @@ class Endpoint:
     sends_seed: bool = True
     connect_seconds: float = 20.0
     silence_seconds: float = 1000.0  # between two parts of an answer
+    answer_seconds: float = 6 * 3600.0  # for a whole answer, from when the call is sent
+    max_response_bytes: int = 128 << 20  # of a whole answer, with all that is around its text
     # How many tokens prompt and answer may have together, and a tokenizer.json to count them with: what references are
     # fitted to. Without them the endpoint's own refusal is what tells.
     max_context: int | None = None
@@ -55,7 +76,7 @@ class Endpoint:
             raise ConfigError(f"upstream {self.url!r}: give a URL such as http://localhost:8000/v1")
         if self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent={self.max_concurrent}: must be at least 1")
-        for name in ("connect_seconds", "silence_seconds"):
+        for name in ("connect_seconds", "silence_seconds", "answer_seconds", "max_response_bytes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
         if self.max_context is not None and self.tokenizer is None:
@@ -85,32 +106,27 @@ class HttpSampler:
     """Used as `async with HttpSampler(endpoint) as sampler:`.
 
     Raises:
-        ConfigError: the library that speaks to endpoints is not installed.
         TokenError: the tokenizer cannot be read.
     """
 
     def __init__(self, endpoint: Endpoint):
-        try:
-            import openai
-        except ImportError as error:
-            raise ConfigError(f"an upstream needs {error.name}: pip install 'stepjax[pacore]'") from error
-        self._openai = openai
         self.endpoint = endpoint
         self.max_context = endpoint.max_context
         self.tokens: Tokens | None = None if endpoint.tokenizer is None else FileTokens(endpoint.tokenizer)
         key = endpoint.api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
         timeout = openai.Timeout(endpoint.silence_seconds, connect=endpoint.connect_seconds, pool=None)
-        # By its type, since the library's HTTP client is its own affair.
-        pool = type(openai.DEFAULT_CONNECTION_LIMITS)(
+        connections = _http.Limits(
             max_connections=endpoint.max_concurrent, max_keepalive_connections=endpoint.max_concurrent
         )
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=key or "none",
-            default_headers=dict(endpoint.headers),
+            default_headers={**endpoint.headers, "Accept-Encoding": "identity"},
             max_retries=0,  # the coordinator's, which counts them
             timeout=timeout,
-            http_client=openai.DefaultAsyncHttpxClient(limits=pool, timeout=timeout),
+            http_client=openai.DefaultAsyncHttpxClient(
+                limits=connections, timeout=timeout, event_hooks={"response": [self._bound]}
+            ),
         )
         self._turn = asyncio.Semaphore(endpoint.max_concurrent)
         self._model = endpoint.model
@@ -131,13 +147,11 @@ class HttpSampler:
         """
         async with self._asking:  # once, for all calls
             if self._model is None:
-                try:
+                async with self._reading(Listener(), self.endpoint.silence_seconds):
                     listed = (await self._client.models.list()).data
-                except self._openai.OpenAIError as error:
-                    raise self._failure(error, 0) from error
-                if not listed:
-                    raise SamplerError(f"{self.endpoint.url} lists no model: name one", is_temporary=False)
-                self._model = listed[0].id
+                    if not listed:
+                        raise SamplerError(f"{self.endpoint.url} lists no model: name one", is_temporary=False)
+                    self._model = _string("a model's id", listed[0].id) or _refuse("a model's id", listed[0].id)
             return self._model
 
     @contextlib.asynccontextmanager
@@ -162,11 +176,13 @@ class HttpSampler:
         """See `Sampler.sample`."""
         body = {**prompt.payload, **self._fields(params), **self.endpoint.body}
         known = {name: body.pop(name) for name in _KNOWN if name in body}
-        answer = _Answer(listener, opens_thought=bool(self.endpoint.opens_thought))
-        try:
-            model = await self.model()
-            async with self._turn:
-                listener.begin()
+        answer = _Answer(
+            listener, opens_thought=bool(self.endpoint.opens_thought), has_logprobs=bool(known.get("logprobs"))
+        )
+        model = await self.model()
+        async with self._turn:
+            listener.begin()
+            async with self._reading(listener, self.endpoint.answer_seconds):
                 if self.endpoint.streams:
                     stream = await self._client.chat.completions.create(
                         model=model, stream=True, stream_options={"include_usage": True}, extra_body=body, **known
@@ -176,13 +192,45 @@ class HttpSampler:
                             answer.take_chunk(chunk)
                 else:
                     answer.take_whole(await self._client.chat.completions.create(model=model, extra_body=body, **known))
-        except self._openai.OpenAIError as error:
-            raise self._failure(error, listener.tokens) from error
-        except (ValueError, TypeError, AttributeError, OSError) as error:  # an answer that is no answer
-            raise SamplerError(f"the endpoint's answer cannot be read: {error}", is_temporary=True) from error
         if answer.finish_reason is None:
             raise SamplerError("the answer broke off", is_temporary=True, output_tokens=listener.tokens)
         return self._reply(answer, prompt)
+
+    @contextlib.asynccontextmanager
+    async def _reading(self, listener: Listener, seconds: float) -> AsyncIterator[None]:
+        """Whatever goes wrong while an answer is read, in that time, is the endpoint's failure."""
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except openai.OpenAIError as error:
+            raise self._failure(error, listener.tokens) from error
+        except SamplerError:
+            raise
+        except TimeoutError as error:
+            message = f"the answer did not end within {seconds:g} s"
+            raise SamplerError(message, is_temporary=True, output_tokens=listener.tokens) from error
+        except Exception as error:  # the library's, of an answer that is none
+            raise SamplerError(
+                f"the endpoint's answer cannot be read: {error} ({type(error).__name__})",
+                is_temporary=True,
+                output_tokens=listener.tokens,
+            ) from error
+
+    async def _bound(self, response: Any) -> None:
+        """Before a byte of the answer is read."""
+        encoding = response.headers.get("content-encoding", "")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise SamplerError(
+                f"the endpoint compresses its answer ({encoding[:40]!r}) although it is asked not to: switch that off",
+                is_temporary=True,
+            )
+        is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+        most = self.endpoint.max_response_bytes
+        response.stream = _BoundedStream(
+            response.stream,
+            most if response.status_code < 400 else min(most, _MOST_ERROR),
+            min(most, _MOST_LINE) if is_stream else most,
+        )
 
     def _fields(self, params: SamplingParams) -> dict[str, Any]:
         """Of a request; those that are not OpenAI's only where they change something."""
@@ -201,7 +249,7 @@ class HttpSampler:
         return fields
 
     def _reply(self, answer: "_Answer", prompt: Prompt) -> Reply:
-        content, reasoning = _whole(answer.content), _whole(answer.reasoning) or None
+        content, reasoning = _whole("".join(answer.content)), _whole("".join(answer.reasoning)) or None
         if reasoning is None:
             is_cut = answer.finish_reason == "length"
             opens = is_cut if self.endpoint.opens_thought is None else self.endpoint.opens_thought
@@ -214,7 +262,7 @@ class HttpSampler:
             text = content + (reasoning or "")
             output_tokens = answer.num_parts if self.tokens is None else self.tokens.count(text)
             if not self._has_warned:
-                self._has_warned = True
+                self._has_warned = True  # once, also of what is no count
                 how = "parts of the stream" if self.tokens is None else "the tokenizer's"
                 _log.warning("%s does not say how many tokens it used: %s are counted", self.endpoint.url, how)
         return Reply(
@@ -233,12 +281,14 @@ class HttpSampler:
         response = getattr(error, "response", None)
         after = None if response is None else response.headers.get("retry-after")
         try:
-            seconds = None if after is None else float(after)
+            seconds = float(after) if after is not None and math.isfinite(float(after)) else None
         except ValueError:  # a date
             seconds = None
         is_temporary = status is None or status in _TEMPORARY or status >= 500
         message = f"status {status}: {error}" if status is not None else f"{error} ({type(error).__name__})"
         cause = error.__cause__
+        if isinstance(cause, SamplerError):  # of `_bound`
+            return SamplerError(str(cause), is_temporary=cause.is_temporary, output_tokens=tokens)
         if status is None and cause is not None:
             message += f": {cause}"
         return SamplerError(message[:2000], is_temporary=is_temporary, retry_after=seconds, output_tokens=tokens)
@@ -247,13 +297,38 @@ class HttpSampler:
 _KNOWN = ("messages", "tools", "temperature", "top_p", "max_tokens", "stop", "seed", "logprobs")
 
 
-class _Answer:
-    """Put together from what the endpoint sends; whatever it leaves out or sends as null."""
+class _BoundedStream(_http.AsyncByteStream):
+    def __init__(self, stream: Any, most: int, most_line: int):
+        self._stream, self._most, self._most_line = stream, most, most_line
 
-    def __init__(self, listener: Listener, *, opens_thought: bool):
-        self._listener = listener
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        count = line = 0
+        async for part in self._stream:
+            count += len(part)
+            line = len(part) - 1 - part.rfind(b"\n") if b"\n" in part else line + len(part)
+            for found, most, what in ((count, self._most, "the answer"), (line, self._most_line, "a line of it")):
+                if found > most:
+                    raise SamplerError(f"{what} has more than {most} bytes: it is not read on", is_temporary=True)
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class _Answer:
+    """Put together from what the endpoint sends; whatever it leaves out or sends as null.
+
+    Raises:
+        ValueError: a field is not what it is in OpenAI's API.
+        SamplerError: the endpoint says that it failed, or writes without end.
+    """
+
+    def __init__(self, listener: Listener, *, opens_thought: bool, has_logprobs: bool):
+        self._listener, self._has_logprobs = listener, has_logprobs
         self._parts = ReasoningStream(starts_thinking=opens_thought)  # of a content that holds the thought
-        self.content = self.reasoning = ""
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self._length = 0
         self.finish_reason: str | None = None
         self.prompt_tokens = self.cached_tokens = self.num_parts = 0
         self.output_tokens: int | None = None
@@ -263,17 +338,18 @@ class _Answer:
     def take_chunk(self, chunk: Any) -> None:
         error = getattr(chunk, "error", None)
         if error:
-            raise SamplerError(f"the endpoint failed: {error}", is_temporary=True, output_tokens=self._listener.tokens)
+            message = f"the endpoint failed: {error!s:.2000}"
+            raise SamplerError(message, is_temporary=True, output_tokens=self._listener.tokens)
         self._take_usage(chunk)
         for choice in chunk.choices or ():
-            if choice.index == 0:
+            if not choice.index:
                 self._take_message(choice.delta)
                 self._take_end(choice)
 
     def take_whole(self, answer: Any) -> None:
         error = getattr(answer, "error", None)
         if error or not getattr(answer, "choices", None):
-            raise SamplerError(f"the endpoint gave no answer: {error or 'no choices'}", is_temporary=True)
+            raise SamplerError(f"the endpoint gave no answer: {error or 'no choices'!s:.2000}", is_temporary=True)
         self._take_usage(answer)
         self._take_message(answer.choices[0].message)
         self._take_end(answer.choices[0])
@@ -283,34 +359,56 @@ class _Answer:
         return sum(self._logprobs) / len(self._logprobs) if self._logprobs else None
 
     def calls(self) -> list[dict[str, Any]]:
-        return [call for _, call in sorted(self._calls.items())]
+        return [
+            {**call, "function": {**call["function"], "arguments": "".join(call["function"]["arguments"])}}
+            for _, call in sorted(self._calls.items())
+        ]
 
     def _take_end(self, choice: Any) -> None:
-        if choice.finish_reason and self.finish_reason is None:
-            self.finish_reason = choice.finish_reason
+        reason = _string("finish_reason", choice.finish_reason)
+        if reason and not re.fullmatch(r"[\w.:-]{1,64}", reason):
+            _refuse("finish_reason", reason)
+        if reason and self.finish_reason is None:
+            self.finish_reason = reason
             self._tell(self._parts.finish())
-        logprobs = getattr(choice, "logprobs", None)
-        self._logprobs += [each.logprob for each in (logprobs.content if logprobs else None) or ()]
+        logprobs = getattr(choice, "logprobs", None) if self._has_logprobs else None
+        for each in (logprobs.content if logprobs else None) or ():
+            value = each.logprob
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                _refuse("logprob", value)
+            self._logprobs.append(float(value))
 
     def _take_message(self, message: Any) -> None:
         if message is None:
             return
-        content = message.content or ""
+        content = _string("content", message.content)
         # Some servers say "reasoning".
-        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
-        self.content += content
-        self.reasoning += reasoning
+        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        reasoning = _string("reasoning_content", thought)
+        self._grow(len(content) + len(reasoning))
+        if content:
+            self.content.append(content)
+        if reasoning:
+            self.reasoning.append(reasoning)
+            self._listener.piece({"reasoning_content": reasoning})
         self.num_parts += bool(content or reasoning)
         self._listener.tokens += bool(content or reasoning)
-        if reasoning:
-            self._listener.piece({"reasoning_content": reasoning})
         if content and self.reasoning:
             self._listener.piece({"content": content})
         elif content:
             self._tell(self._parts.feed(content))
-        calls = [self._take_call(call, place) for place, call in enumerate(message.tool_calls or ())]
+        given = message.tool_calls or ()
+        if not isinstance(given, (list, tuple)):
+            _refuse("tool_calls", given)
+        calls = [self._take_call(call, place) for place, call in enumerate(given)]
         if calls:
             self._listener.piece({"tool_calls": calls})
+
+    def _grow(self, count: int) -> None:
+        self._length += count
+        if self._length > _MOST_TEXT:
+            message = f"the answer has more than {_MOST_TEXT} characters: it is not read on"
+            raise SamplerError(message, is_temporary=True, output_tokens=self._listener.tokens)
 
     def _tell(self, parts: Sequence[Part]) -> None:
         for kind, text in parts:
@@ -319,25 +417,48 @@ class _Answer:
     def _take_call(self, call: Any, place: int) -> dict[str, Any]:
         index = getattr(call, "index", None)
         index = place if index is None else index
+        function = getattr(call, "function", None)
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MOST_CALLS or function is None:
+            _refuse("tool_calls", call)
         made = self._calls.setdefault(
-            index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+            index, {"id": None, "type": "function", "function": {"name": "", "arguments": []}}
         )
-        made["id"] = call.id or made["id"]
-        name, arguments = call.function.name or "", call.function.arguments or ""
+        name, written = _string("a tool call's name", function.name), function.arguments
+        # Some servers send the object itself.
+        arguments = json.dumps(written) if isinstance(written, dict) else _string("a tool call's arguments", written)
+        name_of = _string("a tool call's id", call.id)
+        self._grow(len(name) + len(arguments) + len(name_of))
+        made["id"] = name_of or made["id"]
         made["function"]["name"] += name
-        made["function"]["arguments"] += arguments
-        function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value}
-        begun = {"id": call.id, "type": "function"} if call.id else {}
-        return {"index": index, **begun, "function": function}
+        made["function"]["arguments"].append(arguments)
+        told = {key: value for key, value in (("name", name), ("arguments", arguments)) if value}
+        begun = {"id": name_of, "type": "function"} if name_of else {}
+        return {"index": index, **begun, "function": told}
 
     def _take_usage(self, answer: Any) -> None:
         usage = getattr(answer, "usage", None)
         if usage is None:
             return
-        self.prompt_tokens = usage.prompt_tokens or 0
-        self.output_tokens = usage.completion_tokens
-        details = getattr(usage, "prompt_tokens_details", None)
-        self.cached_tokens = (getattr(details, "cached_tokens", None) or 0) if details else 0
+        self.prompt_tokens = _count(usage, "prompt_tokens") or 0
+        self.output_tokens = _count(usage, "completion_tokens")
+        self.cached_tokens = _count(getattr(usage, "prompt_tokens_details", None), "cached_tokens") or 0
+
+
+def _count(of: Any, name: str) -> int | None:
+    """None for what is no number of tokens."""
+    value = getattr(of, name, None)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
+    return value if is_count else None
+
+
+def _string(name: str, value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else _refuse(name, value)
+
+
+def _refuse(name: str, value: Any) -> NoReturn:
+    raise ValueError(f"{name} is {value!r:.100}, which OpenAI's API does not have there")
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

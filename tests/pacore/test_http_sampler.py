@@ -2,9 +2,12 @@
 
 import asyncio
 import base64
+import gzip
+import resource
 
 import pytest
-from upstream import FAULTS, Upstream, serving
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from upstream import FAULTS, Upstream, answering, serving
 
 from stepjax.errors import ConfigError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
@@ -186,3 +189,128 @@ def test_a_tokenizer_counts_and_cuts(tokenizer_file):
 def test_endpoints_that_cannot_work(fields):
     with pytest.raises(ConfigError):
         Endpoint(**{"url": "http://x", **fields})
+
+
+@pytest.fixture(scope="module")
+def odd():
+    """An endpoint that answers as each test says."""
+    with serving(Upstream()) as upstream:
+        yield upstream
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "usage", ["many", [7], {"prompt_tokens": "7", "completion_tokens": -1, "prompt_tokens_details": "x"}]
+    + [dict.fromkeys(("prompt_tokens", "completion_tokens"), value) for value in (7.5, 1e300, 10**400, True, None, {})],
+)  # fmt: skip
+def test_counts_that_are_none_are_not_said(odd, usage, streams):
+    odd.responds = lambda body: answering(body, usage=usage)
+    reply = ask(odd, streams=streams)
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens) == (0, 0, 1) and reply.content == "42"
+
+
+def test_whole_floats_and_objects_are_what_they_mean(odd):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
+    usage = {"prompt_tokens": 7.0, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4.0}}
+    odd.responds = lambda body: answering(body, usage=usage, tool_calls=[call])
+    for streams in (True, False):
+        reply = ask(odd, streams=streams)
+        counts = (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens)
+        assert counts == (7, 4, 9) and all(type(count) is int for count in counts)
+        assert reply.tool_calls[0]["function"] == {"name": "f", "arguments": '{"x": [1]}'}
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"finish_reason": 1}, "finish_reason is 1"),
+        ({"finish_reason": ["stop"]}, "finish_reason is"),
+        ({"finish_reason": "\x1b[2J"}, "finish_reason is '\\\\x1b"),
+        ({"finish_reason": "x" * 65}, "finish_reason is"),
+        ({"content": ["42"]}, "content is"),
+        ({"content": {"text": "42"}}, "content is"),
+        ({"content": 42}, "content is 42"),
+        ({"reasoning_content": [1]}, "reasoning_content is"),
+        ({"tool_calls": "f()"}, "cannot be read"),
+        ({"tool_calls": [3]}, "tool_calls is 3"),
+        ({"tool_calls": [{"index": 0, "id": 5, "function": {"name": "f", "arguments": "{}"}}]}, "id is 5"),
+        ({"tool_calls": [{"index": 0, "id": "a", "function": {"name": ["f"], "arguments": "{}"}}]}, "name is"),
+        ({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": 7}}]}, "arguments is 7"),
+        ({"tool_calls": [{"index": 10**9, "id": "a", "function": {"name": "f"}}]}, "tool_calls is"),
+        ({"tool_calls": [{"index": "0", "id": "a", "function": None}]}, "tool_calls is"),
+        ({"logprobs": {"content": [{"token": "a", "logprob": "-1"}]}}, "logprob is '-1'"),
+        ({"logprobs": {"content": [{"token": "a", "logprob": float("-inf")}]}}, "logprob is -inf"),
+        ({"logprobs": [1, 2]}, "cannot be read"),
+    ],
+)
+def test_fields_of_other_types_are_a_failure_that_may_pass(odd, fields, named, streams):
+    odd.responds = lambda body: answering(body, **fields)
+    with pytest.raises(SamplerError, match=named) as caught:
+        ask(odd, streams=streams, params=SamplingParams(seed=5, logprobs=0))
+    assert caught.value.is_temporary
+
+
+def _without_end(part, media_type="text/event-stream", pause=0.0, sent=None, **more):
+    async def parts():
+        while True:
+            yield part
+            if sent is not None:
+                sent.append(len(part))
+            await asyncio.sleep(pause)
+
+    return StreamingResponse(parts(), media_type=media_type, **more)
+
+
+_EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "on "}, "finish_reason": null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    "respond, named",
+    [
+        (lambda: _without_end(_EVENT), "the answer has more than 100000 bytes"),
+        (lambda: _without_end(b": still here\n\n"), "the answer has more than 100000 bytes"),
+        (lambda: _without_end(b"x" * 999), "a line of it has more than 50000 bytes"),
+        (lambda: _without_end(b"x" * 999, "application/json"), "the answer has more than 100000 bytes"),
+        (lambda: _without_end(b"x" * 999, "text/plain", status_code=400), "the answer has more than 20000 bytes"),
+        (lambda: _without_end(_EVENT, pause=0.05), "did not end within 0.4 s"),
+        (lambda: _without_end(b" ", "application/json", pause=0.05), "did not end within 0.4 s"),
+        (
+            lambda: Response(
+                gzip.compress(b"0" * 10**6), media_type="application/json", headers={"content-encoding": "gzip"}
+            ),
+            "compresses its answer ('gzip')",
+        ),
+        (lambda: Response(b"[" * 90_000, media_type="application/json"), ""),
+        (lambda: Response(b"data: " + b"[" * 40_000 + b"\n\n", media_type="text/event-stream"), ""),
+        (lambda: Response(b"data: [1]\n\n", media_type="text/event-stream"), ""),
+        (lambda: JSONResponse(None), ""),
+    ],
+)  # fmt: skip
+def test_answers_are_bounded_in_bytes_and_time(odd, monkeypatch, respond, named):
+    monkeypatch.setattr("stepjax.pacore.http_sampler._MOST_LINE", 50_000)
+    monkeypatch.setattr("stepjax.pacore.http_sampler._MOST_ERROR", 20_000)
+    odd.responds = lambda body: respond()
+    for streams in (True, False):
+        with pytest.raises(SamplerError) as caught:
+            ask(odd, streams=streams, max_response_bytes=100_000, answer_seconds=0.4 if "0.4" in named else 30)
+        assert named in str(caught.value)
+
+
+def test_the_text_of_an_answer_is_bounded(odd, monkeypatch):
+    monkeypatch.setattr("stepjax.pacore.http_sampler._MOST_TEXT", 1000)
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "x" * 990}}
+    for fields in ({"content": "x" * 1001}, {"reasoning_content": "x" * 999}, {"tool_calls": [call] * 2}):
+        odd.responds = lambda body, fields=fields: answering(body, **fields)
+        with pytest.raises(SamplerError, match="more than 1000 characters"):
+            ask(odd)
+
+
+def test_an_answer_without_end_does_not_fill_the_memory(odd):
+    """With the limits that nobody has set."""
+    sent, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    odd.responds = lambda body: _without_end(b"x" * (1 << 20), "application/json", sent=sent)
+    with pytest.raises(SamplerError, match="more than 134217728 bytes"):
+        ask(odd, streams=False)
+    assert sum(sent) < 256 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # kilobytes

@@ -39,6 +39,9 @@ class Upstream:
     def __init__(self, answer=honest, *, fault_share=0.0, stall_seconds=30.0):
         self.answer, self.fault_share, self.stall_seconds = answer, fault_share, stall_seconds
         self.bodies, self.headers, self.faults = [], [], Counter()
+        model = {"id": "fake", "object": "model", "created": 0, "owned_by": "x"}
+        self.models = {"object": "list", "data": [model]}
+        self.responds = None  # makes the whole response of a request
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/models", self._models),
@@ -53,13 +56,14 @@ class Upstream:
         return FAULTS[kind] if share < self.fault_share else None
 
     async def _models(self, request):
-        model = {"id": "fake", "object": "model", "created": 0, "owned_by": "x"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse(self.models)
 
     async def _chat(self, request):
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
+        if self.responds is not None:
+            return self.responds(body)
         fault = self.fault(body)
         if fault is not None:
             self.faults[fault] += 1
@@ -110,6 +114,18 @@ class Upstream:
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/v1"
+
+
+def answering(body, *, usage=None, **choice):
+    """A response whose choice has these fields, also in place of those of its message; whatever they are."""
+    message = {"role": "assistant", "content": "42"}
+    message |= {name: choice.pop(name) for name in ("content", "reasoning_content", "tool_calls") if name in choice}
+    choice = {"index": 0, "finish_reason": "stop", **choice}
+    head = {"id": "x", "created": 0, "model": "fake", "usage": usage}
+    if not body.get("stream"):
+        return Response(json.dumps({**head, "choices": [{**choice, "message": message}]}), media_type="application/json")
+    chunk = {**head, "choices": [{**choice, "delta": message}]}
+    return Response(f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
 
 
 @contextlib.contextmanager

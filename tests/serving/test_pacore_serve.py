@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from fake_engine import FakeEngine
-from pacore.upstream import Upstream, serving, text_of
+from pacore.upstream import Upstream, answering, serving, text_of
 from running_server import chat_body, picture, running, running_app
 
 from stepjax.errors import ConfigError
@@ -122,6 +122,41 @@ def test_no_answer_is_lost_to_an_upstream_that_fails(serve, stream):
         assert len(upstream.faults) >= 5
     text = server.http.get("/metrics").text
     assert "stepjax_pacore_failed_attempts_total{" in text and 'stepjax_pacore_losses_total{reason="truncated"}' in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"finish_reason": [1]}, "finish_reason is"),
+        ({"content": ["42"]}, "content is"),
+        ({"tool_calls": [3]}, "tool_calls is 3"),
+        ({"content": "x" * 20_000}, "has more than 10000 bytes"),
+    ],
+)
+def test_answers_that_are_none_are_a_bad_gateway(serve, upstream, fields, named, stream):
+    upstream.responds = lambda body: answering(body, **fields)
+    server = serve(upstream.url, rounds=RoundLimits(retries=0), endpoint={"max_response_bytes": 10_000})
+    if stream:
+        error = stream_of(server)[-1]["error"]
+    else:
+        answer = server.chat()
+        error = answer.json()["error"]
+        assert answer.status_code == 502
+    assert error["code"] == "pacore_failed" and named in error["message"]
+
+
+def test_odd_counts_are_not_relayed(serve, upstream):
+    upstream.responds = lambda body: answering(body, usage={"prompt_tokens": "7", "completion_tokens": [1]})
+    answer = serve(upstream.url).chat().json()
+    assert answer["usage"]["prompt_tokens"] == 0 and answer["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("models", ["x", {"data": 3}, {"data": [3]}, {"data": [{"id": 3}]}, {"data": []}])
+def test_an_upstream_that_names_no_model(serve, upstream, models):
+    upstream.models = models
+    answer = serve(upstream.url).http.get("/v1/models")
+    assert answer.status_code == 502 and answer.json()["error"]["code"] == "upstream_failed"
 
 
 def test_an_upstream_that_is_away_or_refuses(serve, upstream):
