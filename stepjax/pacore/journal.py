@@ -1,20 +1,22 @@
 """The journal of a batch run: every trajectory that ended, one line each, so that none is drawn twice.
 
     DIR/run.json     what must be the same for a run to go on
-    DIR/calls.jsonl  {"problem": id, "sample": s, "trajectory": {...}}
-                     {"problem": id, "sample": s, "forgotten": [[round, index], ...]}   to be drawn again
+    DIR/calls.jsonl  {"problem": id, "sample": s, "trajectory": {...}, "digest": of the line without it}
+                     {"problem": id, "sample": s, "forgotten": [[round, index], ...], ...}   to be drawn again
     DIR/lock         held while a process writes here
 
 A line is written when its trajectory ends, before any other part of the process knows of it, and is on the disk before
 the next round, which depends on it, is asked. Only the last line can be cut off by a kill; it is removed then, and its
-trajectory is drawn again. Memory holds where lines are, not what they say.
+trajectory is drawn again. A line that was changed is named. Memory holds where lines are, not what they say.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from stepjax.errors import CheckpointError
 from stepjax.pacore.records import Trajectory
 
 SETTINGS, CALLS, LOCK = "run.json", "calls.jsonl", "lock"
+
+_DIGEST = re.compile(rb',"digest":"([0-9a-f]{16})"\}\n\Z')
 
 Job = tuple[str, int]  # a problem's id and a sample of it
 
@@ -39,6 +43,7 @@ class Journal:
     """
     Attributes:
         num_known: trajectories that were there when it was opened.
+        num_unsigned: lines without a digest, of an older version.
     """
 
     def __init__(self, path: Path):
@@ -46,6 +51,7 @@ class Journal:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lines: dict[Job, dict[tuple[int, int], _Line]] = {}
         self._is_synced = True
+        self.num_unsigned = 0
         try:
             self._end = self._scan()
         except BaseException:
@@ -78,7 +84,7 @@ class Journal:
     def done(self, job: Job) -> list[Trajectory]:
         lines = sorted(self._lines.get(job, {}).items())
         return [
-            Trajectory.from_json(json.loads(os.pread(self._file, line.length, line.offset))["trajectory"])
+            Trajectory.from_json(read_line(os.pread(self._file, line.length, line.offset))["trajectory"])
             for _, line in lines
         ]
 
@@ -105,7 +111,8 @@ class Journal:
         return count
 
     def _write(self, record: dict[str, Any]) -> tuple[int, int]:
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        body = json.dumps(record, separators=(",", ":")).encode()
+        line = body[:-1] + b',"digest":"' + _digest(body) + b'"}\n'
         offset, left = self._end, memoryview(line)
         try:
             while left:
@@ -130,12 +137,13 @@ class Journal:
                     os.fsync(self._file)
                     break
                 try:
-                    self._take(json.loads(line), offset, len(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    self._take(read_line(line), offset, len(line))
+                except BAD_LINE as error:
                     raise CheckpointError(
                         f"{self._path}, line {number}: not a trajectory ({type(error).__name__}: {error}); restore the "
                         "line, or remove it to have its call drawn again"
                     ) from error
+                self.num_unsigned += _DIGEST.search(line) is None
                 offset += len(line)
         return offset
 
@@ -147,6 +155,29 @@ class Journal:
             return
         trajectory = Trajectory.from_json(record["trajectory"])
         lines[trajectory.round, trajectory.index] = _Line(offset, length, trajectory.status, _has_answer(trajectory))
+
+
+BAD_LINE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """A record as it was written.
+
+    Raises:
+        BAD_LINE: it is none, or was changed since.
+    """
+    record = json.loads(line)
+    signed = _DIGEST.search(line)
+    if record.pop("digest", None) is not None:
+        if signed is None or _digest(line[: signed.start()] + b"}") != signed[1]:
+            raise ValueError("it was changed since it was written, as its digest tells")
+    if record.keys() not in ({"problem", "sample", "trajectory"}, {"problem", "sample", "forgotten"}):
+        raise ValueError(f"it has {', '.join(map(repr, record))}")
+    return record
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
 
 
 def _has_answer(trajectory: Trajectory) -> bool:

@@ -87,8 +87,41 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Trajectory":
+        """
+        Raises:
+            ValueError, TypeError, KeyError: a field is missing, not known, or of another type.
+        """
         attempts = tuple(Attempt(**attempt) for attempt in fields["attempts"])
-        return cls(**{**fields, "attempts": attempts, "tool_calls": tuple(fields["tool_calls"])})
+        made = cls(**{**fields, "attempts": attempts, "tool_calls": tuple(fields["tool_calls"])})
+        for of in (made, *attempts):
+            for field in dataclasses.fields(of):
+                value = getattr(of, field.name)
+                if not _FITS[field.name](value):
+                    raise ValueError(f"{field.name} is {value!r:.100}")
+        return made
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_FITS = {
+    **dict.fromkeys(("round", "index", "seed", "prompt_tokens", "output_tokens", "cached_tokens"), _is_count),
+    **dict.fromkeys(("start", "seconds"), _is_number),
+    **dict.fromkeys(("content", "status"), _is_text),
+    **dict.fromkeys(("reasoning", "finish_reason", "error"), lambda value: value is None or _is_text(value)),
+    "mean_logprob": lambda value: value is None or _is_number(value),
+    "tool_calls": lambda value: all(isinstance(call, dict) for call in value),
+    "attempts": lambda value: True,  # each is looked at by itself
+}
 
 
 @dataclasses.dataclass(frozen=True)

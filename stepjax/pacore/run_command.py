@@ -19,7 +19,7 @@ from stepjax.interop.engines import load_engines
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.http_sampler import Endpoint, HttpSampler
-from stepjax.pacore.journal import Journal, open_journal
+from stepjax.pacore.journal import CALLS, Journal, open_journal
 from stepjax.pacore.problems import ProblemSet, read_problems
 from stepjax.pacore.progress import Progress
 from stepjax.pacore.run_arguments import RunArguments
@@ -55,6 +55,12 @@ def run(arguments: Sequence[str]) -> int:
                 print(f"{journal.forget_failed()} trajectories will be drawn again", file=sys.stderr)
             elif journal.num_known:
                 print(f"going on with {args.out}: {journal.num_known} trajectories are there", file=sys.stderr)
+            if journal.num_unsigned:
+                print(
+                    f"note: {journal.num_unsigned} lines of {CALLS} are an older version's, without a digest: were they "
+                    "changed, nothing would tell",
+                    file=sys.stderr,
+                )
             if endpoint is None:
                 print(f"loading {args.model}", file=sys.stderr)
             made = load_engines(str(args.model), args.local) if endpoint is None else endpoint

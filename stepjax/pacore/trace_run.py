@@ -18,7 +18,7 @@ from stepjax.pacore.baselines import Method, answer
 from stepjax.pacore.config import Limits, PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import Event, RoundEnded
-from stepjax.pacore.journal import CALLS, SETTINGS, Job
+from stepjax.pacore.journal import BAD_LINE, CALLS, SETTINGS, Job, read_line
 from stepjax.pacore.problems import read_problems
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
@@ -123,11 +123,14 @@ class TracedRun:
         return tuple(made)
 
     def _trajectories(self, job: Job) -> list[Trajectory]:
+        made = []
         with open(self._directory / CALLS, "rb") as file:
-            made = []
             for offset in self._calls.get(job, {}).values():
                 file.seek(offset)
-                made.append(Trajectory.from_json(json.loads(file.readline())["trajectory"]))
+                try:
+                    made.append(Trajectory.from_json(read_line(file.readline())["trajectory"]))
+                except BAD_LINE as error:
+                    raise CheckpointError(f"problem {job[0]!r}: {CALLS} holds what is no trajectory ({error})") from error
         return made
 
     def _problem(self, row: Mapping[str, Any]) -> Problem:
@@ -199,13 +202,13 @@ def _seen(listed: Sequence[Sequence[Any]], sources: Sequence[Message], round_: R
 def _places(path: Path) -> dict[Job, dict[tuple[int, int], int]]:
     """Where the journal's trajectories are. It may be in use: nothing is repaired, and what is half-written is left."""
     places: dict[Job, dict[tuple[int, int], int]] = {}
-    offset = 0
+    offset = number = 0
     try:
         with open(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                record = json.loads(line)
+                record = read_line(line)
                 there = places.setdefault((record["problem"], record["sample"]), {})
                 if "forgotten" in record:
                     for at in record["forgotten"]:
@@ -213,8 +216,8 @@ def _places(path: Path) -> dict[Job, dict[tuple[int, int], int]]:
                 else:
                     there[record["trajectory"]["round"], record["trajectory"]["index"]] = offset
                 offset += len(line)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    except (OSError, *BAD_LINE) as error:
+        raise CheckpointError(f"{path}, line {number}, cannot be read: {error!r}") from error
     return places
 
 

@@ -83,6 +83,59 @@ def test_any_other_line_that_is_not_whole_is_named(path, reopened, bad):
             Journal(path)
 
 
+def test_a_changed_line_is_named(path, reopened):
+    """Whatever byte of it: as a digit of a count, which is still a line like any other."""
+    journal = reopened()
+    for index in range(3):
+        journal.append(JOB, trajectory(index=index, output_tokens=7))
+    lines = path.read_bytes().splitlines(keepends=True)
+    for place in range(len(lines[1]) - 1):
+        for bit in (0x01, 0x20):
+            changed = bytearray(lines[1])
+            changed[place] ^= bit
+            if b"\n" in changed[:-1]:
+                continue
+            path.write_bytes(b"".join([lines[0], changed, lines[2]]))
+            with pytest.raises(CheckpointError, match="line 2: not a trajectory"):
+                Journal(path)
+    path.write_bytes(lines[0] + lines[1].replace(b'"output_tokens":7', b'"output_tokens":8') + lines[2])
+    with pytest.raises(CheckpointError, match="changed since it was written.*remove it to have its call drawn again"):
+        Journal(path)
+    path.write_bytes(lines[0] + lines[2])
+    assert [each.index for each in reopened().done(JOB)] == [0, 2]
+
+
+def test_lines_of_an_older_version_are_counted(path, reopened):
+    reopened().append(JOB, trajectory())
+    record = json.loads(path.read_text())
+    del record["digest"]
+    path.write_text(json.dumps(record) + "\n")
+    journal = reopened()
+    assert journal.num_unsigned == journal.num_known == 1 and journal.done(JOB) == [trajectory()]
+    journal.append(JOB, trajectory(index=1))
+    assert reopened().num_unsigned == 1
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"prompt_tokens": "7"}, "prompt_tokens is '7'"),
+        ({"output_tokens": -1}, "output_tokens is -1"),
+        ({"cached_tokens": 1.5}, "cached_tokens is 1.5"),
+        ({"output_tokens": None}, "output_tokens is None"),
+        ({"finish_reason": ["stop"]}, "finish_reason is"),
+        ({"reasoning": 5}, "reasoning is 5"),
+        ({"tool_calls": ["f"]}, "tool_calls is"),
+        ({"mean_logprob": "-1"}, "mean_logprob is '-1'"),
+        ({"attempts": (Attempt(status="error", error="x", seconds=0.1, output_tokens="3"),)}, "output_tokens is '3'"),
+    ],
+)
+def test_what_an_older_version_took_from_a_server_is_named(path, reopened, fields, named):
+    reopened().append(JOB, trajectory(**fields))
+    with pytest.raises(CheckpointError, match=f"line 1: not a trajectory .*{named}"):
+        Journal(path)
+
+
 def test_what_failed_is_forgotten_with_what_depends_on_it(reopened):
     journal = reopened()
     for each in [
