@@ -2,7 +2,7 @@ r"""The answer within a text, and whether two are the same: for votes, agreement
 
 "exact" takes the whole text. "math" takes the last \boxed{...}; without one, what follows the last "####", "answer is"
 or "answer:", up to the prose behind it; without that, the whole of a text that is a number, or the last number. How two
-are compared: see `same_answer`.
+are compared: see `same_answer`. Of a longer text the last 100,000 characters are looked at.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ Matching = Literal["exact", "math"]
 T = TypeVar("T")
 
 _log = logging.getLogger("stepjax.pacore")
+_MOST_SEARCHED = 100_000
 _MOST_UNKNOWN = 4  # comparisons that came to nothing, after which a count of votes asks for no more
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -42,6 +43,7 @@ def extract(text: str, matching: Matching) -> str:
     text = text.strip()
     if matching == "exact":
         return text
+    text = text[-_MOST_SEARCHED:]
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed

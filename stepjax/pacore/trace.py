@@ -18,12 +18,13 @@ from typing import Any
 
 from stepjax.pacore.answers import Matching
 from stepjax.pacore.records import Outcome
-from stepjax.pacore.trace_data import Failure, finite, trace_data
+from stepjax.pacore.trace_data import Failure, shown, trace_data
 
 _PAGE = Path(__file__).parent / "trace_page"
 _SCRIPTS = ("elements.js", "timeline.js", "trace.js")
-# Lone surrogates have no form in UTF-8, but JSON can name them.
-_NOT_PLAIN = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+# What would mean something in HTML or in scripts, or, as lone surrogates, has no form in UTF-8; JSON can name them.
+_NOT_PLAIN = [*"<>&\u2028\u2029"]
+_SURROGATES = re.compile("[\ud800-\udfff]+")
 
 
 def trace_html(
@@ -56,8 +57,10 @@ def write_trace(of: Outcome | Failure, path: str | os.PathLike[str], **options: 
 
 def script_json(value: Any) -> str:
     """JSON that no text in it can end the script element around."""
-    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _NOT_PLAIN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    text = json.dumps(shown(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in _NOT_PLAIN:  # one after the other: many megabytes of them take no time
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return _SURROGATES.sub(lambda match: "".join(f"\\u{ord(each):04x}" for each in match[0]), text)
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

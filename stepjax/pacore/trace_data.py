@@ -19,6 +19,7 @@ from stepjax.pacore.records import Message, Outcome, Problem, Round, Totals, Tra
 from stepjax.processing.image_files import open_image
 
 THUMBNAIL = 512  # pixels, the longer side
+MOST_SHOWN = 1_000_000  # characters of one text
 _CLOSE = "</think>"
 
 
@@ -308,10 +309,13 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def finite(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON has no form for."""
+def shown(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON has no form for, and with the beginnings alone of the longest
+    texts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str) and len(value) > MOST_SHOWN and not value.startswith("data:image/"):
+        return f"{value[:MOST_SHOWN]} [... {len(value) - MOST_SHOWN:,} more characters]"
     if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: shown(each) for name, each in value.items()}
+    return [shown(each) for each in value] if isinstance(value, (list, tuple)) else value
