@@ -11,6 +11,7 @@ import tyro
 
 from stepjax.config import DigitsSource, JsonlSource, Split
 from stepjax.errors import ConfigError, StepjaxError
+from stepjax.figures import printable
 
 USAGE = """usage: stepjax VERB ...
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return verbs[verb](rest)
     except StepjaxError as error:
-        print(f"stepjax {verb}: {error}", file=sys.stderr)
+        print(f"stepjax {verb}: {printable(error)}", file=sys.stderr)  # it may name what others have written
         return 1
 
 
@@ -226,7 +227,7 @@ def _generate(arguments: list[str]) -> int:
     finish_reason = None
     while engine.has_work:
         for delta in engine.step():
-            print(delta.text, end="", flush=True)
+            print(printable(delta.text) if sys.stdout.isatty() else delta.text, end="", flush=True)
             finish_reason = delta.finish_reason
     print()
     if finish_reason == "length":
@@ -248,11 +249,11 @@ def _report(model, processor, config, directory: Path, title: str) -> None:
     from stepjax.evaluation.scoring import summary_table
 
     report = evaluate(
-        model, processor, config.evaluation, seed=config.seed, progress=lambda m: print(m, file=sys.stderr)
+        model, processor, config.evaluation, seed=config.seed, progress=lambda m: print(printable(m), file=sys.stderr)
     )
     if jax.process_index() > 0:  # all evaluate, for all hold a part of the model; one tells
         return
-    print(f"\n{config.name}, {title}\n{summary_table(report.results)}\n")
+    print(f"\n{config.name}, {title}\n{printable(summary_table(report.results))}\n")
     picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
     heading = f"{config.name}, {title}: questions and the model's answers"
     if report.items:

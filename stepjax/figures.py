@@ -1,8 +1,14 @@
-"""Figures for people: numbers of three digits, durations, and how sure a proportion is."""
+"""Figures for people: numbers of three digits, durations, how sure a proportion is; and foreign text made printable."""
 
+import logging
 import math
+import re
 
 NORMAL_QUANTILE = 1.959964  # of 97.5 %: two-sided intervals of 95 %
+
+# Codes that move a terminal's cursor or change what it shows, that turn the direction of text, or that have no form in
+# UTF-8. Newlines and tabs are fine.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _SUFFIXES = ("", "k", "M", "B", "T")
 
@@ -51,3 +57,20 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     radius = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
     scale = 1 + z**2 / total
     return max(0.0, (centre - radius) / scale), min(1.0, (centre + radius) / scale)
+
+
+def printable(text: object) -> str:
+    """A text of which others have written a part, with its control characters as escapes."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_to_stderr(level: int, form: str) -> None:
+    """Sets up logging for a command; what is logged is made printable."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter(form))
+    logging.basicConfig(level=level, handlers=[handler])

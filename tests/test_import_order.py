@@ -24,7 +24,17 @@ ALLOWED = {
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
     "models": {"errors", "config", "sharding", "pallas_kernels"},
-    "interop": {"errors", "config", "config_file", "sharding", "models", "processing", "training", "inference"},
+    "interop": {
+        "errors",
+        "figures",
+        "config",
+        "config_file",
+        "sharding",
+        "models",
+        "processing",
+        "training",
+        "inference",
+    },
     "inference": {"errors", "checks", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *(
@@ -49,7 +59,7 @@ ALLOWED = {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
     },
     "pacore": {"errors", "figures", "config", "sharding", "processing", "inference", "interop"},
-    "serving": {"errors", "config", "sharding", "processing", "inference", "interop", "pacore"},
+    "serving": {"errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepjax.errors import CheckpointError
+from stepjax.figures import printable
 
 _DESCRIPTION = """Convert between a Hugging Face directory and a checkpoint that Orbax restores.
 
@@ -59,7 +60,7 @@ def _convert(given: argparse.Namespace) -> int:
     if isinstance(source, HFDirectory):
         _refuse_side_files(given, "a Hugging Face directory brings its own")
         for note in to_orbax(source, destination, options, Progress):
-            print(note, file=sys.stderr)
+            print(printable(note), file=sys.stderr)
         print(f"{destination}: a checkpoint of {_described(source)}; `stepjax.load` reads it")
     else:
         if source.run is None:
@@ -82,7 +83,7 @@ def _verify(given: argparse.Namespace) -> int:
         largest = f"{difference.largest:.0f} tokens" if tokens else f"{difference.largest:.3g}"
         print(f"{difference.name:<18}{largest:>20}{difference.scale:>14.3g}{'   above the tolerance' if bad else ''}")
     if left_out:
-        print(f"not compared: {', '.join(left_out)}")
+        print(f"not compared: {printable(', '.join(left_out))}")
     if failed:
         print(f"{given.directory} differs in {', '.join(failed)} (--tolerance {given.tolerance:g})", file=sys.stderr)
     return 1 if failed else 0

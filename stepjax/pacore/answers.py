@@ -9,7 +9,7 @@ import asyncio
 import functools
 import logging
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
@@ -47,17 +47,13 @@ def extract(text: str, matching: Matching) -> str:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    said = None
-    for said in _SAYS.finditer(text):
-        pass
+    said = _last(_SAYS, text)
     if said is not None:
         after = text[said.end() :].strip(" \t*_")
         return _without_prose(after.lstrip().partition("\n")[0])
     if len(text) <= 200 and _NUMERIC.fullmatch(text):
         return text
-    number = None
-    for number in _NUMBER.finditer(text):
-        pass
+    number = _last(_NUMBER, text)
     return text if number is None else number[0].strip()
 
 
@@ -140,10 +136,14 @@ async def in_thread(compare: Callable[..., T], *arguments: Any) -> T:
 def _tell(truth: str) -> None:
     """Once for each."""
     _log.warning(
-        "ground_truth %r: it cannot be read, or comparing an answer with it took too long; such answers are neither right "
-        "nor wrong",
+        "ground_truth %r: it cannot be read, or comparing an answer with it took too long; such answers are neither "
+        "right nor wrong",
         truth,
     )
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _of_truth(truth: str) -> str:

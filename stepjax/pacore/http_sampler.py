@@ -1,8 +1,8 @@
 """The sampler over any endpoint that speaks OpenAI's chat completions; connections are pooled and TLS is verified.
 
 What an endpoint sends is checked here, before it is kept. Counts in `usage` that are no counts are taken as not said; a
-field of any other type than OpenAI's is a failure of the call, which is tried again. Answers are bounded in bytes and in
-time, and none is decompressed, for a few bytes could become any number of them.
+field of a type that OpenAI's API does not have there fails the call, which is tried again. Answers are bounded in bytes
+and in time, and none is decompressed, for a few bytes could become any number of them.
 """
 
 import asyncio
@@ -447,10 +447,9 @@ class _Answer:
 def _count(of: Any, name: str) -> int | None:
     """None for what is no number of tokens."""
     value = getattr(of, name, None)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
-    return value if is_count else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return int(value) if 0 <= value <= _MOST_TOKENS and value == int(value) else None
 
 
 def _string(name: str, value: Any) -> str:

@@ -5,6 +5,7 @@ the program of those processes: lines of JSON come in, and lines of JSON go out.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import math
@@ -77,11 +78,9 @@ def _started() -> subprocess.Popen[bytes]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    for pipe in (process.stdin, process.stdout):
-        try:
-            pipe and pipe.close()
-        except OSError:  # what was not yet written
-            pass
+    for pipe in filter(None, (process.stdin, process.stdout)):
+        with contextlib.suppress(OSError):  # of what was not yet written
+            pipe.close()
     process.wait()
 
 
@@ -96,10 +95,8 @@ def _end_all() -> None:
 
 def _main() -> None:
     for limit, most in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # a system without it, or with a lower one
             resource.setrlimit(limit, (most, most))
-        except (OSError, ValueError):  # a system without it, or with a lower one
-            pass
     import logging
 
     import math_verify  # noqa: F401

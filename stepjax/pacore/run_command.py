@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from stepjax.errors import ConfigError
+from stepjax.figures import log_to_stderr, printable
 from stepjax.interop.engines import load_engines
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
@@ -40,10 +41,10 @@ def run(arguments: Sequence[str]) -> int:
     args = tyro.cli(RunArguments, args=list(arguments), prog="stepjax pacore run")
     args.check()
     config, batch = args.config, args.batch
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     problems = read_problems(args.problems, use_responses=args.use_responses, limit=args.limit)
     for note in problems.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     _check_queue(args, config, batch)
     free = {"upstream": args.upstream, "problems_file": str(args.problems), "samples": batch.samples}
     try:
@@ -57,8 +58,8 @@ def run(arguments: Sequence[str]) -> int:
                 print(f"going on with {args.out}: {journal.num_known} trajectories are there", file=sys.stderr)
             if journal.num_unsigned:
                 print(
-                    f"note: {journal.num_unsigned} lines of {CALLS} are an older version's, without a digest: were they "
-                    "changed, nothing would tell",
+                    f"note: {journal.num_unsigned} lines of {CALLS} are an older version's, without a digest: "
+                    "were they changed, nothing would tell",
                     file=sys.stderr,
                 )
             if endpoint is None:
@@ -111,7 +112,7 @@ async def _run(
         task.uncancel()
         print(f"stopped; the same command goes on with {args.out}", file=sys.stderr)
         return _STATUS[stopped_by[0]]
-    print(f"{table(summary)}\n\nanswers in {args.out / RESULTS}")
+    print(f"{printable(table(summary))}\n\nanswers in {args.out / RESULTS}")
     if summary["failed"]:
         print(f"{summary['failed']} answers failed; --retry-failed draws what failed again", file=sys.stderr)
     return 1 if summary["failed"] == summary["answers"] else 0

@@ -23,7 +23,9 @@ from stepjax.pacore import math_judge
 _MOST_CHARACTERS, _MOST_ITEMS = 1000, 32
 _MOST_BITS = 100_000  # of a power
 
-_FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname|boldsymbol)\{([^{}]*)\}")
+_FONT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname|boldsymbol)\{([^{}]*)\}"
+)
 _REWRITTEN = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -156,15 +158,11 @@ def _same(gold: str, answer: str, asks: bool, depth: int) -> bool | None:
         return a.number == b.number and (not a.unit or not b.unit or a.unit == b.unit)
     if a.items and b.items:
         return _same_items(a, b, asks, depth)
-    for one, other in ((a, b), (b, a)):
-        if one.items and other.number is not None:
-            # Groups of three may have been meant as items.
-            items, brackets = _items(other.text, groups=False)
-            return len(items) > 1 and _same_items(
-                *(each if each is one else dataclasses.replace(each, items=items, brackets=brackets) for each in (a, b)),
-                asks,
-                depth,
-            )
+    # Groups of three may have been meant as items.
+    if a.items and b.number is not None:
+        return _same_items(a, _regrouped(b), asks, depth)
+    if b.items and a.number is not None:
+        return _same_items(_regrouped(a), b, asks, depth)
     if a.is_words or b.is_words:
         return False
     if a.is_equation or b.is_equation:
@@ -174,6 +172,11 @@ def _same(gold: str, answer: str, asks: bool, depth: int) -> bool | None:
         sides = ["({})-({})".format(*text.split("=")) for text in texts]
         return math_judge.equivalent(*sides, up_to_factor=True) if asks else None
     return math_judge.equivalent(a.text, b.text) if asks else None
+
+
+def _regrouped(of: _Reading) -> _Reading:
+    items, brackets = _items(of.text, groups=False)
+    return dataclasses.replace(of, items=items, brackets=brackets)
 
 
 def _same_items(a: _Reading, b: _Reading, asks: bool, depth: int) -> bool | None:

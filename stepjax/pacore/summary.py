@@ -141,7 +141,9 @@ def table(summary: Mapping[str, Any]) -> str:
     if summary["failed"]:
         lines.append(("failed", f"{summary['failed']} (counted as wrong where the answer is known)"))
     if summary["unjudged"]:
-        lines.append(("not judged", f"{summary['unjudged']} (neither right nor wrong; the log names the known answers)"))
+        lines.append(
+            ("not judged", f"{summary['unjudged']} (neither right nor wrong; the log names the known answers)")
+        )
     if summary["accuracy"] is not None:
         name = "accuracy" if summary["samples"] == 1 else f"mean@{summary['samples']}"
         lines.append((name, _percent(summary)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepjax.errors import CheckpointError, ConfigError
-from stepjax.figures import human_number, human_time
+from stepjax.figures import human_number, human_time, printable
 from stepjax.pacore.answers import extract
 from stepjax.pacore.trace import fill, write_trace, write_whole
 from stepjax.pacore.trace_run import TracedRun
@@ -65,7 +65,7 @@ def _write(given: argparse.Namespace) -> int:
         try:
             of = traced.outcome(row)
         except CheckpointError as error:
-            print(f"no page: {error}", file=sys.stderr)
+            print(f"no page: {printable(error)}", file=sys.stderr)
             entries.append((row, None, None))
             continue
         name = page_name(row["id"], row["sample"])

@@ -130,7 +130,9 @@ class TracedRun:
                 try:
                     made.append(Trajectory.from_json(read_line(file.readline())["trajectory"]))
                 except BAD_LINE as error:
-                    raise CheckpointError(f"problem {job[0]!r}: {CALLS} holds what is no trajectory ({error})") from error
+                    raise CheckpointError(
+                        f"problem {job[0]!r}: {CALLS} holds what is no trajectory ({error})"
+                    ) from error
         return made
 
     def _problem(self, row: Mapping[str, Any]) -> Problem:
@@ -205,7 +207,8 @@ def _places(path: Path) -> dict[Job, dict[tuple[int, int], int]]:
     offset = number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if not line.endswith(b"\n"):
                     break
                 record = read_line(line)

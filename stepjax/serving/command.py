@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from stepjax.errors import ConfigError
+from stepjax.figures import log_to_stderr
 from stepjax.interop.engines import EngineArguments, load_engines
 from stepjax.serving.settings import Limits, ServerSettings
 
@@ -100,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     args = tyro.cli(ServeArguments, args=list(arguments), prog="stepjax serve")
     settings = args.settings(os.environ.get(KEY_VARIABLE))
     check_installed()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     warn_if_open("stepjax serve", args.host, settings)
     try:
         _load_and_serve(args, settings)

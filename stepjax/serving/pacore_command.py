@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from stepjax.errors import ConfigError
+from stepjax.figures import log_to_stderr
 from stepjax.pacore.arguments import RoundArguments, UpstreamArguments
 from stepjax.pacore.http_sampler import HttpSampler
 from stepjax.pacore.schedule import num_calls, parse_schedule
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     settings, endpoint = args.settings(os.environ.get(KEY_VARIABLE)), args.endpoint.endpoint(args.upstream)
     check_installed()
     Template(settings.pacore)  # whatever is wrong with it is told now, not to the first client
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call
     warn_if_open("stepjax pacore serve", args.host, settings)
 

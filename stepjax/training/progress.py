@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from stepjax.figures import human_number, human_time
+from stepjax.figures import human_number, human_time, printable
 
 # The metrics that are shown, in order: (keys, text of their values). A field is shown when one of its keys is present;
 # the absent ones are given as None. What a key means:
@@ -75,7 +75,7 @@ class ProgressLine:
         shown = self._shown
         if shown:
             self._show("")
-        self._stream.write(message + "\n")
+        self._stream.write(printable(message) + "\n")  # it may name records
         self._stream.flush()
         if shown:
             self._show(shown)

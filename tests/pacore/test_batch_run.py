@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from upstream import Upstream, serving, text_of
+from upstream import Upstream, answering, serving, text_of
 
 from stepjax.cli import main
 from stepjax.pacore.journal import CALLS
@@ -100,6 +100,30 @@ def test_results_and_summary(problems, tmp_path, capsys):
     assert timing["drawn_calls"] == 84 and timing["answers_per_hour"] > 0
     for content in files(out):
         assert b"seconds" not in content and b"cached" not in content, "times and caches are timing.json's"
+
+
+def test_what_a_server_says_of_tokens_does_not_end_a_run(problems, tmp_path, capsys):
+    """And a model's name for how it ended does not reach the terminal."""
+    with serving(Upstream()) as upstream:
+        odd = {"prompt_tokens": "7", "completion_tokens": -3}
+        upstream.responds = lambda body: answering(body, usage=odd, content="\x1b[2J 42", finish_reason="abort")
+        command = arguments(problems, tmp_path / "out", upstream)
+        for _ in range(2):
+            assert main(command) == 0
+        assert "abort" in capsys.readouterr().out and upstream.bodies
+    assert all(row["usage"]["prompt_tokens"] == 0 for row in rows(tmp_path / "out"))
+
+
+def test_answers_that_cannot_be_compared_are_counted_apart(problems, tmp_path, capsys):
+    records = [json.loads(line) for line in problems.read_text().splitlines()]
+    records[0]["ground_truth"] = r"\frac{"
+    problems.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with serving(Endpoint()) as upstream:
+        assert main(arguments(problems, tmp_path / "out", upstream, "--schedule", "none")) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["unjudged"] == 1 and summary["scored_problems"] == 4
+    row = rows(tmp_path / "out")[0]
+    assert row["correct"] is None and row["unjudged"] and "not judged" in capsys.readouterr().out
 
 
 def test_results_are_problems_again(problems, tmp_path):

@@ -6,6 +6,7 @@ import html.parser
 import json
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,7 +21,7 @@ from stepjax.pacore.records import Problem, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
 from stepjax.pacore.sampler import Reply, SamplerError
 from stepjax.pacore.trace import trace_html, write_trace
-from stepjax.pacore.trace_data import Failure, trace_data
+from stepjax.pacore.trace_data import MOST_SHOWN, Failure, trace_data
 
 PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
 
@@ -96,6 +97,20 @@ def test_any_text_comes_through(text):
     page = trace_html(made)
     assert data_of(page)["answer"]["message"] == [f"x{text}y"] and "\u2028" not in Page(page).texts["data"]
     assert data_of(page)["problem"]["ground_truth"] == text
+
+
+def test_a_text_without_measure_is_shown_in_part_and_takes_no_time():
+    def call(arguments):
+        return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    made = outcome((2,))
+    for text in ("<" * 20_000_000, '{"a": "' + "x1, " * 5_000_000 + '"}'):
+        begin = time.process_time()
+        page = trace_html(dataclasses.replace(made, content=text, tool_calls=(call(text),)), matching="math")
+        assert time.process_time() - begin < 8
+        data = data_of(page)["answer"]
+        beginning = f"{text[:MOST_SHOWN]} [... {len(text) - MOST_SHOWN:,} more characters]"
+        assert data["tool_calls"][0]["arguments"] == beginning and data["message"] == [beginning]
 
 
 def test_a_page_stands_alone(tmp_path):

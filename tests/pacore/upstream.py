@@ -123,7 +123,9 @@ def answering(body, *, usage=None, **choice):
     choice = {"index": 0, "finish_reason": "stop", **choice}
     head = {"id": "x", "created": 0, "model": "fake", "usage": usage}
     if not body.get("stream"):
-        return Response(json.dumps({**head, "choices": [{**choice, "message": message}]}), media_type="application/json")
+        return Response(
+            json.dumps({**head, "choices": [{**choice, "message": message}]}), media_type="application/json"
+        )
     chunk = {**head, "choices": [{**choice, "delta": message}]}
     return Response(f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
 

@@ -1,0 +1,45 @@
+"""What others wrote, on a terminal."""
+
+import logging
+
+import pytest
+
+from stepjax import cli
+from stepjax.errors import RecordError
+from stepjax.figures import log_to_stderr, printable
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a\tb\nc \u53c2\u8003 \U0001f600", "a\tb\nc \u53c2\u8003 \U0001f600"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("\r\x08\x00\x7f\x9b31m", r"\r\x08\x00\x7f\x9b31m"),
+        ("\u202eabc\u2066\u200f", r"\u202eabc\u2066\u200f"),
+        ("half \ud83d", r"half \ud83d"),
+        (ValueError("\x1b"), r"\x1b"),
+    ],
+)
+def test_control_characters_are_shown(text, shown):
+    assert printable(text) == shown
+
+
+def test_an_error_that_names_what_others_wrote(monkeypatch, capsys):
+    def verb(arguments):
+        raise RecordError("problem \x1b[31m")
+
+    monkeypatch.setattr(cli, "_pacore", verb)
+    assert cli.main(["pacore"]) == 1
+    assert capsys.readouterr().err == "stepjax pacore: problem \\x1b[31m\n"
+
+
+def test_what_is_logged(monkeypatch, capsys):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    level = root.level
+    try:
+        log_to_stderr(logging.WARNING, "%(message)s")
+        logging.getLogger("x").warning("the upstream says %s", "\x1b[2J")
+    finally:
+        root.setLevel(level)
+    assert capsys.readouterr().err == "the upstream says \\x1b[2J\n"
