@@ -18,17 +18,9 @@ _KNOWN = {*_CONVERSATIONS, "id", "ground_truth", "responses", "tools"}
 
 # What a batch run writes beside these: a file of results can be read again, and its answers are not carried along.
 RESULT_FIELDS = (
-    *(
-        "sample",
-        "final_response",
-        "final_reasoning_content",
-        "final_tool_calls",
-        "answered_by",
-        "chosen",
-        "correct",
-        "unjudged",
-    ),
-    *("round_responses", "references", "usage", "losses", "cut_references", "cut_answers", "error", "extra"),
+    *("sample", "final_response", "final_reasoning_content", "final_tool_calls", "answered_by", "chosen", "correct"),
+    *("unjudged", "round_responses", "references", "usage", "losses", "cut_references", "cut_answers"),
+    *("error", "extra"),
 )
 
 
