@@ -24,7 +24,10 @@ _MOST_SEARCHED = 100_000
 _MOST_UNKNOWN = 4  # comparisons that came to nothing, after which a count of votes asks for no more
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_SAYS = re.compile(r"####|\banswer(?:\s+is|\s*[:=])\s*:?", re.IGNORECASE)
+_SAYS = re.compile(
+    r"####|\banswer(?:\s+is|\s*[:=])\s*:?(?:\s*(?:approximately|about|roughly|exactly|option|choice)\b)?", re.IGNORECASE
+)
+_DISPLAYED = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$", re.DOTALL)
 _NUMBER = re.compile(
     r"(?<![\w.])-?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?(?:\s*\\?%|(?![\w/]))"  # also 1,2 and 1/2
 )
@@ -49,8 +52,11 @@ def extract(text: str, matching: Matching) -> str:
         return boxed
     said = _last(_SAYS, text)
     if said is not None:
-        after = text[said.end() :].strip(" \t*_")
-        return _without_prose(after.lstrip().partition("\n")[0])
+        after = text[said.end() :].strip(" \t*_").lstrip()
+        displayed = _DISPLAYED.match(after)
+        if displayed:
+            return (displayed[1] or displayed[2] or "").strip().rstrip(".")
+        return _without_prose(after.partition("\n")[0])
     if len(text) <= 200 and _NUMERIC.fullmatch(text):
         return text
     number = _last(_NUMBER, text)
