@@ -202,9 +202,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise TokenError(f"{where}={call!r:.120}: give a dict with the function's name and arguments")
     arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):  # servers pass them as JSON
+    if isinstance(arguments, str):  # servers pass them as JSON, and some write none as no text
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments.strip() or "{}")
     if not isinstance(arguments, dict):
         raise TokenError(f"{where}.arguments={arguments!r:.120}: give a dict, or the JSON of an object")
     function = {**function, "arguments": arguments}
