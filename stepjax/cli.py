@@ -198,6 +198,7 @@ class _GenerateArguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a run, or what `stepjax.load` takes
     prompt: str  # the question
     image: tuple[str, ...] = ()  # image files, shown before the question
+    frame: int | None = None  # of animations and files of several pages, from 0
     max_new_tokens: int = 64
     temperature: float = 0.0  # 0 always takes the likeliest token
     seed: int = 0
@@ -219,7 +220,8 @@ def _generate(arguments: list[str]) -> int:
     model, processor = load(args.model)
     content: Any = args.prompt
     if args.image:
-        content = [*({"type": "image", "image": image} for image in args.image), {"type": "text", "text": args.prompt}]
+        images = [{"type": "image", "image": image, "frame": args.frame} for image in args.image]
+        content = [*images, {"type": "text", "text": args.prompt}]
     prompt = processor.process_prompt([{"role": "user", "content": content}], enable_thinking=args.thinking)
     room = -(-(len(prompt.tokens) + args.max_new_tokens) // 64) * 64
     engine = Engine(model, processor, EngineConfig(max_sequences=1, max_context=room))

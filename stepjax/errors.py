@@ -17,8 +17,16 @@ class ImageError(StepjaxError):
     """An image cannot be read, or cannot be cut into views."""
 
 
+class ImageSizeError(ImageError):
+    """An image is larger than is allowed, or takes more work than is."""
+
+
 class TokenError(StepjaxError):
     """A tokenizer, a chat conversation or a token sequence is not usable."""
+
+
+class LimitError(StepjaxError):
+    """Work on data from outside takes more time or memory than it is given."""
 
 
 class RecordError(StepjaxError):

@@ -152,5 +152,5 @@ def _first_image(record: dict):
         if isinstance(message["content"], list):
             for item in message["content"]:
                 if item.get("type") == "image":
-                    return open_image(item["image"], name=record["id"])
+                    return open_image(item["image"], name=record["id"], frame=item.get("frame"))
     return None

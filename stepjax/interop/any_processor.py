@@ -1,7 +1,5 @@
 """What servers and samplers ask of a processor: STEP3-VL's, or that of a model which reads text alone."""
 
-from typing import Any
-
 from stepjax.interop.text_processor import TextProcessor
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example, check_length, least_tokens
@@ -29,11 +27,6 @@ def vocab_size(processor: AnyProcessor) -> int:
 def image_token(processor: AnyProcessor) -> int | None:
     """The id that stands for an image's features."""
     return None if isinstance(processor, TextProcessor) else processor.tokenizer.special_tokens.image_patch
-
-
-def content_of(processor: AnyProcessor, parts: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
-    """Text and image items as the processor takes them: templates of text models know strings."""
-    return "".join(part["text"] for part in parts) if isinstance(processor, TextProcessor) else parts
 
 
 def starts_thinking(processor: AnyProcessor, prompt: Example) -> bool:

@@ -5,28 +5,33 @@ control tokens and templates of their own; here, as in the software that they we
 to one string, and text that spells a control token becomes it.
 """
 
-import datetime
+import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from stepjax.errors import CheckpointError, TokenError
+from stepjax.processing import templates
 from stepjax.processing.tokenizer import encode, longest_token
 from stepjax.processing.tokens import Example, check_length, least_tokens, text_example
 
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 
+_MAX_BYTES = 256 * 2**20  # of a file beside the weights; the largest tokenizers have some 30 MiB
+
 
 class TextProcessor:
     """
     Attributes:
         tokenizer: as the file has it.
-        chat_template: Jinja; None for models that are not made for conversations.
+        chat_templates: Jinja, by name; none for models that are not made for conversations. "tool_use" is taken where
+            there are tools, and otherwise "default".
         stop_ids: tokens that end a generation.
         special: what a template may ask for by name, such as `bos_token`.
     """
@@ -35,42 +40,51 @@ class TextProcessor:
         self,
         tokenizer: tokenizers.Tokenizer,
         *,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         stop_ids: tuple[int, ...] = (),
         special: dict[str, str] | None = None,
     ):
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.chat_templates = (
+            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
+        )
         self.stop_ids = stop_ids
         self.special = special or {}
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextProcessor":
-        """Reads the tokenizer and, where they are, its configuration, template and stop tokens.
+        """Reads the tokenizer and, where they are, its configuration, templates and stop tokens.
+
+        Every file that names a stop token is right: each is the only one that some model has filled in.
 
         Raises:
-            CheckpointError: there is no usable tokenizer.json.
+            CheckpointError: there is no usable tokenizer.json, or another file is broken.
         """
         try:
-            tokenizer = tokenizers.Tokenizer.from_str((directory / TOKENIZER).read_text(encoding="utf-8"))
+            tokenizer = tokenizers.Tokenizer.from_str(_text(directory / TOKENIZER) or "")
         except Exception as error:  # the library raises bare ones
             raise CheckpointError(f"{directory / TOKENIZER} cannot be read: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         fields = _json(directory / "tokenizer_config.json")
-        template = fields.get("chat_template")
-        if (directory / TEMPLATE).exists():
-            template = (directory / TEMPLATE).read_text(encoding="utf-8")
-        ends = _json(directory / "generation_config.json").get("eos_token_id")
-        if ends is None:
-            ends = _json(directory / "config.json").get("eos_token_id")
-        stop_ids = tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+        if "added_tokens_decoder" not in fields:  # as older software wrote it
+            fields |= _json(directory / "special_tokens_map.json")
         names = {name: _spelling(value) for name, value in fields.items() if name.endswith("_token")}
+        special = {name: value for name, value in names.items() if value is not None}
+        config = _json(directory / "config.json")
+        stop_ids = [
+            *_ids(_json(directory / "generation_config.json"), directory / "generation_config.json"),
+            *_ids(config, directory / "config.json"),
+            *_ids(config.get("text_config"), directory / "config.json"),
+        ]
+        # One that the tokenizer does not have cannot be generated either.
+        end = tokenizer.token_to_id(special.get("eos_token", ""))
+        stop_ids += [] if end is None else [end]
         return cls(
             tokenizer,
-            chat_template=template if isinstance(template, str) else None,
-            stop_ids=stop_ids,
-            special={name: value for name, value in names.items() if value is not None},
+            chat_template=_chat_templates(directory, fields.get("chat_template")),
+            stop_ids=tuple(dict.fromkeys(stop_ids)),
+            special=special,
         )
 
     @property
@@ -91,38 +105,41 @@ class TextProcessor:
         return self.tokenizer.decode([int(index) for index in ids], skip_special_tokens=skip_special)
 
     def render(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
-        """A conversation as the model's template writes it. `variables` are the template's own.
+        """A conversation as the model's template writes it.
+
+        The template sees what it sees in Transformers, and of a request what it sees in vLLM: items of text become one
+        string, content that is null "", and arguments of calls that are given as JSON the object.
+
+        Args:
+            variables: the template's own.
 
         Raises:
-            TokenError: there is no template, or it refuses the conversation.
+            TokenError: there is no template, it refuses the conversation, or it fails.
         """
-        if self.chat_template is None:
+        if not self.chat_templates:
             raise TokenError("the checkpoint has no chat template: encode a text instead")
-        try:
-            from jinja2 import TemplateError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise TokenError("chat templates need jinja2: pip install 'stepjax[text]'") from error
-
-        def refuse(message: str) -> None:
-            raise TokenError(f"the chat template refuses the conversation: {message}")
-
-        def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-        # A sandbox, for templates are programs that come with the weights; the settings are Transformers'.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        arguments = self.special | variables | {"add_generation_prompt": add_generation_prompt}
-        try:
-            return environment.from_string(self.chat_template).render(messages=list(messages), **arguments)
-        except (TemplateError, TypeError) as error:
-            raise TokenError(f"the chat template cannot render the conversation: {error}") from error
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            raise TokenError(
+                f"none of the chat templates {', '.join(self.chat_templates)} is named {name!r}: rename one"
+            )
+        variables = {
+            **self.special,
+            **variables,
+            "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(messages)],
+            "tools": tools or None,
+            "documents": documents or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return templates.render(self.chat_templates[name], variables, name=f"the chat template {name!r}", is_chat=True)
 
     def process_prompt(
         self,
@@ -139,9 +156,8 @@ class TextProcessor:
             TokenError: see `render`.
             ContextLengthError: it has more than `max_tokens`.
         """
-        given = {"tools": tools, "enable_thinking": enable_thinking}
-        variables = {key: value for key, value in given.items() if value is not None}
-        text = self.render(messages, **variables)
+        variables: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        text = self.render(messages, tools=tools, **variables)
         check_length(least_tokens(text, self.longest_token), max_tokens, name, at_least=True)
         example = self.process_text(text, name=name, add_special_tokens=False)
         check_length(len(example.tokens), max_tokens, name)
@@ -152,16 +168,100 @@ class TextProcessor:
         return text_example(self.encode(text, add_special_tokens=add_special_tokens), name)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise TokenError(f"{where}={message!r:.120}: give a dict of role and content")
+    made = {key: value for key, value in message.items() if value is not None}
+    made["content"] = _content(message.get("content"), f"{where}.content")
+    # Templates ask for reasoning by the names that it has had.
+    reasoning = next((made[key] for key in ("reasoning_content", "thinking", "reasoning") if key in made), None)
+    if reasoning is not None:
+        made = {"thinking": reasoning, **made, "reasoning_content": reasoning}
+    if made.get("tool_calls"):
+        made["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(made["tool_calls"])
+        ]
+    return made
+
+
+def _content(content: Any, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TokenError(f"{where}={content!r:.120}: give a string, or a list of text items")
+    for index, item in enumerate(content):
+        if not isinstance(item, dict) or item.get("type") != "text" or not isinstance(item.get("text"), str):
+            raise TokenError(
+                f'{where}[{index}]={item!r:.120}: give {{"type": "text", "text": str}}; this model reads text'
+            )
+    return "\n".join(item["text"] for item in content)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise TokenError(f"{where}={call!r:.120}: give a dict with the function's name and arguments")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):  # servers pass them as JSON, and some write none as no text
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments.strip() or "{}")
+    if not isinstance(arguments, dict):
+        raise TokenError(f"{where}.arguments={arguments!r:.120}: give a dict, or the JSON of an object")
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
+    """By name; files win over what stands in the tokenizer's configuration."""
+    files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).exists() else {}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if files:
+        return {name: _text(path) or "" for name, path in files.items()}
+    given = _json(directory / "chat_template.json").get("chat_template", given)
+    if given is None or isinstance(given, str):
+        return {} if given is None else {"default": given}
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        named = {each["name"]: each["template"] for each in given}
+        if all(isinstance(text, str) for item in named.items() for text in item):
+            return named
+    except (TypeError, KeyError):
+        pass
+    raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a text, or a list of name and template")
+
+
+def _ids(fields: Any, path: Path) -> list[int]:
+    """Stop tokens of a configuration."""
+    ids = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for index in ids:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise CheckpointError(f"{path}: eos_token_id={index!r:.120}: give a whole number, or a list of them")
+    return ids
+
+
+def _text(path: Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_BYTES:  # a pipe may never end
+            return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    raise CheckpointError(f"{path} is no file of at most {_MAX_BYTES} bytes: put the model's own there")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    text = _text(path)
+    try:
+        fields = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return fields if isinstance(fields, dict) else {}
 
 
 def _spelling(value: Any) -> str | None:
     """Of a token that is given by its text, or by a dict with it."""
-    return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None

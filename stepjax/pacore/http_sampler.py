@@ -27,6 +27,7 @@ from stepjax.errors import ConfigError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.sampler import Listener, Prompt, PromptTooLongError, Reply, SamplerError, Tokens
 from stepjax.processing.assistant_message import split_reasoning
+from stepjax.processing.image_files import open_image
 from stepjax.processing.reasoning_stream import Part, ReasoningStream
 
 KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
@@ -468,9 +469,14 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _item(item: dict[str, Any]) -> dict[str, Any]:
-    if item.get("type") == "image":
-        return {"type": "image_url", "image_url": {"url": data_uri(item["image"])}}
-    return item
+    if item.get("type") != "image":
+        return item
+    source = item["image"]
+    if item.get("frame") is not None:  # servers take none, or the first
+        file = io.BytesIO()
+        open_image(source, frame=item["frame"]).save(file, "PNG")
+        source = file.getvalue()
+    return {"type": "image_url", "image_url": {"url": data_uri(source)}}
 
 
 def data_uri(source: Any) -> str:

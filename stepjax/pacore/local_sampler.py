@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stepjax.errors import BusyError, ImageError, RecordError, StepjaxError
 from stepjax.inference.request import Delta, SamplingParams, TokenLogprob
-from stepjax.interop.any_processor import AnyProcessor, content_of, encode, starts_thinking
+from stepjax.interop.any_processor import AnyProcessor, encode, starts_thinking
 from stepjax.pacore.sampler import Listener, Piece, Prompt, PromptTooLongError, Reply, SamplerError
 from stepjax.processing.answer_stream import AnswerStream, add_piece
 from stepjax.processing.tokens import Example
@@ -100,7 +100,7 @@ class LocalSampler:
         parts = [processor_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
         if any(part.get("type") == "image" for part in parts) and not hasattr(self._processor, "image_config"):
             raise RecordError(f"{where} has an image, and the model reads text only")
-        return {**message, "content": content_of(self._processor, parts)}
+        return {**message, "content": parts}
 
 
 def processor_item(item: dict[str, Any], where: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def processor_item(item: dict[str, Any], where: str) -> dict[str, Any]:
     url = item["image_url"]["url"] if isinstance(item.get("image_url"), dict) else item.get("image_url")
     if not isinstance(url, str) or url.startswith(("http://", "https://")):
         raise ImageError(f"{where}: {url!r:.100} is not fetched; give a file or a data URI")
-    return {"type": "image", "image": url.removeprefix("file://")}
+    return {"type": "image", "image": url.removeprefix("file://"), "frame": item.get("frame")}
 
 
 def as_prompt(

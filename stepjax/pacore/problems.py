@@ -194,13 +194,14 @@ def _item(item: Any, folder: Path, where: str) -> Any:
         raise RecordError(f"{where}: the image {_short(source)} is none; give a path or a data URI")
     if source.startswith("data:"):
         return item
+    frame = {"frame": item["frame"]} if "frame" in item else {}
     if source.startswith(("http://", "https://")):
-        return {"type": "image_url", "image_url": {"url": source}}
+        return {"type": "image_url", "image_url": {"url": source}, **frame}
     name = urllib.parse.unquote(source.removeprefix("file://")) if source.startswith("file://") else source
     file = (folder / Path(name).expanduser()).resolve()
     if not file.is_file():
         raise RecordError(f"{where}: there is no image file {str(file)!r}; paths are relative to the problems' folder")
-    return {"type": "image", "image": str(file)}
+    return {"type": "image", "image": str(file), **frame}
 
 
 def _short(value: object) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepjax.errors import ConfigError, RecordError
+from stepjax.errors import ConfigError, RecordError, TokenError
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Message
+from stepjax.processing import templates
 
 CUT_MARK = "[...] "  # in place of what is missing before the end of a message
 
@@ -63,40 +64,32 @@ class Template:
     """The texts, compiled.
 
     Raises:
-        ConfigError: the file cannot be read or is no Jinja template, or jinja2 is not installed.
+        ConfigError: the file cannot be read, or is no Jinja template that can be used.
     """
 
     def __init__(self, config: PacoreConfig):
-        try:
-            from jinja2 import StrictUndefined, TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise ConfigError("PaCoRe's templates need jinja2: pip install 'stepjax[pacore]'") from error
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
         self._images = config.images
-        self._errors = TemplateError
-        texts = {"user": USER_TEMPLATE, "tool": TOOL_TEMPLATE}
+        self._name = f"template {config.template!r}"
+        self._texts = {"user": USER_TEMPLATE, "tool": TOOL_TEMPLATE}
         if config.template is not None:
             try:
                 text = Path(config.template).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"template {config.template!r} cannot be read: {error}") from error
-            texts = dict.fromkeys(texts, text)
-        try:
-            self._templates = {role: environment.from_string(text) for role, text in texts.items()}
-            for role in self._templates:
-                self._render(role, "problem", [Message(0, "reference")])
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(
-                f"template {config.template!r}: {error}; it may use problem, references, role and has_tool_calls"
-            ) from error
+            self._texts = dict.fromkeys(self._texts, text)
+            try:  # within limits, once: one that loops for ever does so here
+                for role in self._texts:
+                    templates.render(text, _variables(role, "problem", [Message(0, "reference")]), name=self._name)
+            except TokenError as error:
+                raise ConfigError(f"{error}; it may use problem, references, role and has_tool_calls") from error
 
     def conversation(
         self, messages: Sequence[dict[str, Any]], references: Sequence[Message]
     ) -> tuple[dict[str, Any], ...]:
         """
         Raises:
-            RecordError: the conversation does not end with a user's or a tool's message of text and images.
+            RecordError: the conversation does not end with a user's or a tool's message of text and images, or the
+                template fails on it.
         """
         check_conversation(messages)
         if not references:
@@ -111,13 +104,17 @@ class Template:
         return (*before, {**last, "content": content})
 
     def _render(self, role: str, problem: str, references: Sequence[Message]) -> str:
-        texts = [reference.text for reference in references]
-        return self._templates[role].render(
-            problem=problem,
-            references=texts,
-            role=role,
-            has_tool_calls=any("<tool_call>" in text for text in texts),
-        )
+        try:
+            template = templates.compiled(self._texts[role])
+            return template.render(**_variables(role, problem, references))
+        except Exception as error:
+            raise RecordError(f"{self._name} cannot render: {type(error).__name__}: {error}") from error
+
+
+def _variables(role: str, problem: str, references: Sequence[Message]) -> dict[str, Any]:
+    texts = [reference.text for reference in references]
+    has_tool_calls = any("<tool_call>" in text for text in texts)
+    return {"problem": problem, "references": texts, "role": role, "has_tool_calls": has_tool_calls}
 
 
 def check_conversation(messages: Sequence[dict[str, Any]]) -> None:

@@ -60,6 +60,8 @@ class ImageSegment:
     """An image, as the record gives it. Never trained."""
 
     image: Any
+    frame: int | None = None  # of an animation, or page of a file
+    where: str = ""  # its place in the record, for errors
 
 
 Segment = TextSegment | SpecialSegment | ImageSegment
@@ -75,9 +77,10 @@ def render(
 
     Args:
         messages: dicts of `role` and `content`, a string or a list of `{"type": "text", "text": ...}` and `{"type":
-            "image", "image": ...}`. An assistant's may have `reasoning_content` and `tool_calls`; its content may then
-            be None. Without `reasoning_content`, a `<think>...</think>` at the start of its content is the reasoning.
-            `name` and `tool_call_id`, which other software wants, are accepted and not shown to the model.
+            "image", "image": ...}`, with the number of a `frame`, from 0, where it is an animation. An assistant's may
+            have `reasoning_content` and `tool_calls`; its content may then be None. Without `reasoning_content`, a
+            `<think>...</think>` at the start of its content is the reasoning. `name` and `tool_call_id`, which other
+            software wants, are accepted and not shown to the model.
         tools: JSON schemas of the functions that the assistant may call.
         trained: the assistant turns that count in the loss, with their closing `<|im_end|>`: all of them, those after
             the last user turn, or none. Reasoning of earlier turns is left out either way.
@@ -162,7 +165,10 @@ def content_segments(content: object, where: str, *, trained: bool = False) -> l
         if kind == "text" and isinstance(item.get("text"), str):
             segments.append(TextSegment(item["text"], trained))
         elif kind == "image" and item.get("image") is not None:
-            segments.append(ImageSegment(item["image"]))
+            frame = item.get("frame")
+            if frame is not None and (not isinstance(frame, int) or isinstance(frame, bool) or frame < 0):
+                raise TokenError(f"{here}.frame={_shown(frame)}: give a whole number, from 0")
+            segments.append(ImageSegment(item["image"], frame, here))
         else:
             raise TokenError(
                 f'{here}={_shown(item)}: give {{"type": "text", "text": str}} or {{"type": "image", "image": ...}}'

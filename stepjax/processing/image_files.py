@@ -2,33 +2,52 @@
 
 Three things are decided here because PIL would decide them silently, and badly for a training set: transparency is
 laid on white, greyscale deeper than 8 bits is scaled instead of clipped, and animations are refused instead of losing
-all but their first frame.
+all but their first frame. And one because PIL refuses it: a picture is as good as its pixels, whatever stands in
+metadata that nobody reads.
 """
 
 import base64
+import contextlib
 import io
 import os
 import re
+import struct
 import textwrap
 import urllib.parse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from stepjax.errors import ImageError
+from stepjax.errors import ImageError, ImageSizeError
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray
 
 # Checked against the header, before a pixel is decoded. PIL's own threshold: a quarter of a gibibyte of 24-bit colour.
 MAX_PIXELS = 89_478_485
 
-# What is tried on encoded bytes. Left out on purpose: EPS and WMF, which run other programs, and formats so loosely
-# marked that broken bytes pass for them. JPEG covers the multi-picture files (MPO) of cameras and phones.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "ICO", "QOI")
+# What is tried on encoded bytes: formats whose header says how large the picture is. An icon may hold one of any other
+# size, PPM and QOI are decoded in Python, EPS and WMF run other programs. JPEG covers the multi-picture files (MPO) of
+# cameras and phones.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF")
+
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+_MAX_TILE_PIXELS = 2**22  # of a TIFF's tile that is larger than the picture; one of 256 x 256 is usual
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _WHITE = (255, 255, 255)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_Result = TypeVar("_Result")
 
 
 def open_image(source: ImageSource, *, name: str | None = None, frame: int | None = None) -> Image.Image:
@@ -49,16 +68,53 @@ def open_image(source: ImageSource, *, name: str | None = None, frame: int | Non
     Raises:
       ImageError: for anything that cannot become such a picture, naming it.
     """
+    return _read(source, name, lambda image, label: _to_upright_rgb(image, label, frame))
+
+
+def size_of(data: bytes, name: str, frame: int | None) -> tuple[int, int]:
+    """Width and height as the header of a file has them, before the picture is turned. No pixel is decoded.
+
+    Raises:
+      ImageError: as `open_image`, as far as a header shows it.
+    """
+
+    def use(image: Image.Image, label: str) -> tuple[int, int]:
+        _to_frame(image, label, frame)
+        return image.size
+
+    return _read(data, name, use)
+
+
+def pixels_of(data: bytes, name: str, frame: int | None) -> tuple[tuple[int, int], bytes]:
+    """As `open_image`: the size, and the RGB bytes row by row. These, and not pictures, go from process to process."""
+    image = open_image(data, name=name, frame=frame)
+    return image.size, image.tobytes()
+
+
+def _read(source: ImageSource, name: str | None, use: Callable[[Image.Image, str], _Result]) -> _Result:
+    """What `use` makes of an image and its name."""
     label = name if name is not None else _describe(source)
     try:
         if isinstance(source, Image.Image):
-            return _to_upright_rgb(source, label, frame)
+            return use(source, label)
         if isinstance(source, np.ndarray):
-            return _to_upright_rgb(_from_array(source, label), label, frame)
-        with Image.open(_readable(source, label), formats=FORMATS) as image:
-            return _to_upright_rgb(image, label, frame)
+            return use(_from_array(source, label), label)
+        file = _readable(source, label)
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                return use(image, label)
+        except (ImageError, FileNotFoundError, MemoryError):
+            raise
+        except Exception:  # perhaps of metadata: of a text that is too long, a profile that is broken
+            bare = _bare(file)
+            if bare is None:
+                raise
+        with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
+            return use(image, label)
     except ImageError:
         raise
+    except MemoryError as error:
+        raise ImageSizeError(f"{label}: it takes more memory than there is; scale it down first") from error
     except FileNotFoundError as error:
         raise ImageError(f"{label}: there is no such file; correct the path {_short(source)}") from error
     except UnidentifiedImageError as error:
@@ -66,18 +122,44 @@ def open_image(source: ImageSource, *, name: str | None = None, frame: int | Non
             f"{label}: no image in a known format; it is damaged, or must be converted to one of {', '.join(FORMATS)}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{label}: {_short(error)}; scale it down first") from error
+        raise ImageSizeError(f"{label}: {_short(error)}; scale it down first") from error
     except Exception as error:  # broken bytes make PIL's decoders raise anything, from struct.error to AttributeError
         reason = _short(getattr(error, "strerror", None) or error)
         raise ImageError(f"{label}: cannot be read ({type(error).__name__}: {reason}); repair or remove it") from error
 
 
+def _bare(file: str | os.PathLike[str] | io.BytesIO) -> bytes | None:
+    """A PNG file without the chunks that decide no pixel; None for other formats."""
+    with contextlib.nullcontext(file) if isinstance(file, io.BytesIO) else open(file, "rb") as stream:
+        stream.seek(0)
+        kept = [stream.read(8)]
+        if kept != [b"\x89PNG\r\n\x1a\n"]:
+            return None
+        while head := stream.read(8):  # length and kind; a body and a checksum follow
+            rest = stream.read(int.from_bytes(head[:4]) + 4)
+            if head[4:] in _PNG_CHUNKS:
+                kept += [head, rest]
+    return b"".join(kept)
+
+
+# Pixels, palette, transparency, orientation, animation.
+_PNG_CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+
+
 def _to_upright_rgb(image: Image.Image, label: str, frame: int | None) -> Image.Image:
-    _check_size(image, label)
-    image = _pick_frame(image, label, frame)
-    image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    given, before = image, image.tell()
+    try:
+        if _to_frame(image, label, frame):
+            image = image.copy()
+        image.load()
+    finally:
+        if given.tell() != before:
+            given.seek(before)  # a PIL image belongs to the caller
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        transparency = {key: value for key, value in image.info.items() if key == "transparency"}
+        image = image.transpose(turn)
+        image.info = transparency  # nothing says any longer that it is to be turned
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_8_bits(image, label)
     if image.has_transparency_data:
@@ -95,38 +177,65 @@ def _check_size(image: Image.Image, label: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{label}: it is empty ({width}x{height} pixels); remove it")
     if width * height > MAX_PIXELS:
-        raise ImageError(
+        raise ImageSizeError(
             f"{label}: {width}x{height} pixels are more than the limit of {MAX_PIXELS}; scale it down first"
+        )
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)  # memory for a whole one is taken
+    if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > max(width * height, _MAX_TILE_PIXELS):
+        raise ImageSizeError(
+            f"{label}: {width}x{height} pixels in tiles of {tile[0]}x{tile[1]}; save it with smaller ones"
         )
 
 
-def _pick_frame(image: Image.Image, label: str, frame: int | None) -> Image.Image:
-    """The frame asked for, detached from its file; the image itself if it has one frame only."""
+def _to_frame(image: Image.Image, label: str, frame: int | None) -> bool:
+    """Goes to the frame asked for; whether the image has others. What the header says of the frame is checked.
+
+    Frames are not counted: PIL would walk the whole file, some milliseconds for every page of a TIFF.
+    """
+    _check_size(image, label)
+    is_one = not getattr(image, "is_animated", False)
     if frame is None:
         # The further pictures of an MPO are previews, gain maps and stereo partners of its first, the photograph.
-        # `is_animated` comes first because counting the frames of a GIF walks the whole file.
-        if not getattr(image, "is_animated", False) or image.format == "MPO":
-            return image
-        count = getattr(image, "n_frames", 1)
-        raise ImageError(f"{label}: it has {count} frames; choose one with frame=0 to frame={count - 1}")
-    count = getattr(image, "n_frames", 1)
-    if not 0 <= frame < count:
-        raise ImageError(f"{label}: frame={frame} does not exist; the image has {count}, counted from 0")
-    if count == 1:
-        return image
-    before = image.tell()
-    image.seek(frame)
+        if is_one or image.format == "MPO":
+            return False
+        message = 'it has several frames or pages; add "frame": 0 to the image for the first, or the number of another'
+        raise ImageError(f"{label}: {message}")
+    if frame == 0 and is_one:
+        return False
+    try:
+        if frame < 0 or is_one:
+            raise EOFError
+        image.seek(frame)
+    except EOFError:
+        raise ImageError(f"{label}: there is no frame {frame}; they are numbered from 0") from None
     _check_size(image, label)  # pages of a TIFF differ in size
-    picked = image.copy()
-    image.seek(before)  # a PIL image belongs to the caller
-    return picked
+    return True
 
 
 def _orientation(image: Image.Image) -> int:
+    """The value of the one tag, whatever the others are; 1 where none says otherwise."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        value = _exif_orientation(image.info.get("exif", b""))
+        return image.getexif().get(ExifTags.Base.Orientation, 1) if value is None else value
     except Exception:  # PIL raises many kinds on garbled EXIF; such a block states no orientation, the picture is sound
         return 1
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """Of a block as files hold it, a TIFF without a picture: its entries are a tag, a type, a count and a value."""
+    exif = exif.removeprefix(b"Exif\x00\x00")
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(exif[:4])
+    if order is None:
+        return None
+    (at,) = struct.unpack_from(order + "I", exif, 4)
+    (count,) = struct.unpack_from(order + "H", exif, at)
+    for entry in range(at + 2, min(at + 2 + 12 * count, len(exif) - 11), 12):
+        tag, kind = struct.unpack_from(order + "HH", exif, entry)
+        if tag == ExifTags.Base.Orientation:
+            form = {1: "B", 3: "H", 4: "I"}.get(kind)
+            return struct.unpack_from(order + form, exif, entry + 8)[0] if form else None
+    return None
 
 
 def _to_8_bits(image: Image.Image, label: str) -> Image.Image:

@@ -1,7 +1,9 @@
 """From a record to an `Example`: views of its images, token ids and loss weights. Training and inference share it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from PIL import Image
 
 from stepjax.config import ImageConfig, TokenizerConfig
 from stepjax.errors import ImageError, RecordError, TokenError
@@ -75,6 +77,7 @@ class Processor:
         enable_thinking: bool | None = None,
         max_tokens: int | None = None,
         name: str = "prompt",
+        open_image: Callable[..., Image.Image] = open_image,
     ) -> Example:
         """Makes the prompt of a conversation that the assistant is to continue. All loss weights are zero.
 
@@ -85,6 +88,7 @@ class Processor:
                 `chat_template.generation_prompt`.
             max_tokens: that the prompt may have. Where its text alone tells that it has more, nothing else is done.
             name: stands for the conversation in error messages.
+            open_image: as `image_files.open_image`.
 
         Raises:
             ContextLengthError: it has more tokens.
@@ -100,7 +104,7 @@ class Processor:
             longest = self.tokenizer.longest_token
             least = sum(least_tokens(each.text, longest) if isinstance(each, TextSegment) else 1 for each in segments)
             check_length(least, max_tokens, name, at_least=True)
-            example = self._assemble(name, segments)
+            example = self._assemble(name, segments, open_image)
             check_length(len(example.tokens), max_tokens, name)
             return example
         except (ImageError, TokenError) as error:
@@ -131,12 +135,14 @@ class Processor:
         document = chat_template.content_segments(record[kind], kind, trained=True)
         return [*document, SpecialSegment("<|endoftext|>", trained=True)]
 
-    def _assemble(self, name: str, segments: Sequence[Segment]) -> Example:
+    def _assemble(
+        self, name: str, segments: Sequence[Segment], open_image: Callable[..., Image.Image] = open_image
+    ) -> Example:
         spans: list[TextSpan | ImageViews] = []
         num_images = 0
         for segment in segments:
             if isinstance(segment, ImageSegment):
-                image = open_image(segment.image, name=f"image {num_images}")
+                image = open_image(segment.image, name=f"image {num_images}, {segment.where}", frame=segment.frame)
                 spans.append(make_views(image, self.image_config))
                 num_images += 1
             elif isinstance(segment, TextSegment):

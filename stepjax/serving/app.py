@@ -26,6 +26,7 @@ def make_app(engine: AsyncEngine, processor: AnyProcessor, settings: ServerSetti
     limits = settings.limits
     admission = Admission(limits.requests, lambda: engine.healthy)
     threads, fetches = Threads(settings.workers, "prompts"), Threads(8, "fetches")
+    image_threads = Threads(settings.workers, "images")
     fetcher = Fetcher(fetches.executor, max_bytes=limits.image_bytes, seconds=settings.fetch_seconds)
 
     async def name() -> str:
@@ -45,11 +46,12 @@ def make_app(engine: AsyncEngine, processor: AnyProcessor, settings: ServerSetti
             limits,
             max_context=engine.max_context,
             threads=threads,
+            image_threads=image_threads,
             fetcher=fetcher if settings.allow_remote_images else None,
         ),
     )
     resources = contextlib.AsyncExitStack()
-    for each in (threads, fetches):
+    for each in (threads, image_threads, fetches):
         resources.callback(each.close)
     endpoints = {
         "/v1/chat/completions": partial(chat_completions, context),

@@ -1,15 +1,27 @@
-"""Images of requests: from a URI to the bytes of a file, within limits that are checked before a pixel is decoded."""
+"""Images of requests: from a URI to the bytes of a file, and to pixels, within limits.
 
-import io
+Sizes are checked before a pixel is decoded. What a decoder does with a file that was made to hurt it nobody can check,
+so headers and pixels are read in processes that have limits.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 from PIL import Image
 
 from stepjax.config import ImageConfig
-from stepjax.errors import ImageError
-from stepjax.processing.image_files import FORMATS, decode_base64, split_data_uri
+from stepjax.errors import ImageError, ImageSizeError, LimitError
+from stepjax.processing import bounded
+from stepjax.processing.image_files import decode_base64, pixels_of, size_of, split_data_uri
 from stepjax.processing.images import ViewPlan, plan_views
 from stepjax.serving.errors import ApiError
 from stepjax.serving.settings import Limits
+
+_Result = TypeVar("_Result")
+
+SECONDS = 10.0  # of processor time for an image; 32 million pixels take about one
+_MEMORY = 256 * 2**20
+_PIXEL_BYTES = 24  # of an image in 32-bit grey, or with alpha, and its copies while it becomes RGB
 
 
 def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
@@ -37,26 +49,53 @@ def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
     return data
 
 
-def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str) -> ViewPlan:
+def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str, frame: int | None = None) -> ViewPlan:
     """How the image will be cut, by its header alone. Upright it may turn out to be on its side.
 
     Raises:
         ApiError: 400, it is no image, is too large, or cannot be cut.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-        if width * height > limits.image_pixels:
-            message = f"{width}x{height} pixels are more than the limit of {limits.image_pixels}: scale it down"
-            raise ApiError(400, f"{where}: {message}", param=where, code="image_too_large")
+        width, height = _bounded(size_of, data, limits, where, frame)
+    except ImageError as error:
+        raise image_error(error, where) from None
+    if width * height > limits.image_pixels:
+        message = f"{width}x{height} pixels are more than the limit of {limits.image_pixels}: scale it down"
+        raise ApiError(400, f"{where}: {message}", param=where, code="image_too_large")
+    try:
         return plan_views(width, height, config)
     except ImageError as error:
         raise ApiError(400, f"{where}: {error}", param=where, code="invalid_image") from None
-    except ApiError:
-        raise
-    except Exception as error:  # broken bytes make PIL's readers raise anything
-        message = f"no image that can be read ({type(error).__name__}); known are {', '.join(FORMATS)}"
-        raise ApiError(400, f"{where}: {message}", param=where, code="invalid_image") from None
+
+
+def opener(limits: Limits) -> Callable[..., Image.Image]:
+    """`image_files.open_image` for files of requests."""
+
+    def open_image(source: bytes, *, name: str, frame: int | None = None) -> Image.Image:
+        size, pixels = _bounded(pixels_of, source, limits, name, frame)
+        return Image.frombytes("RGB", size, pixels)
+
+    return open_image
+
+
+def image_error(error: ImageError, where: str) -> ApiError:
+    """The answer to an image that cannot be used."""
+    code = "image_too_large" if isinstance(error, ImageSizeError) else "invalid_image"
+    return ApiError(400, str(error), param=where, code=code)
+
+
+def _bounded(
+    function: Callable[[bytes, str, int | None], _Result],
+    data: bytes,
+    limits: Limits,
+    name: str,
+    frame: int | None,
+) -> _Result:
+    memory = _MEMORY + _PIXEL_BYTES * limits.image_pixels
+    try:
+        return bounded.call(function, data, name, frame, seconds=SECONDS, memory=memory)
+    except LimitError as error:
+        raise ImageSizeError(f"{name}: {error}; save it anew, as a smaller PNG or JPEG") from None
 
 
 def view_bytes(plan: ViewPlan, config: ImageConfig) -> int:

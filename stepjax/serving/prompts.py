@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
-from stepjax.errors import ContextLengthError
-from stepjax.interop.any_processor import AnyProcessor, content_of, encode, image_token, vocab_size
+from stepjax.errors import ContextLengthError, ImageError, RecordError
+from stepjax.interop.any_processor import AnyProcessor, encode, image_token, vocab_size
 from stepjax.processing.tokens import Example, check_length, text_example
 from stepjax.serving.admission import ByteBudget
 from stepjax.serving.bounds import check_chat_text, image_urls, is_data_uri, place_of
 from stepjax.serving.errors import ApiError, TooLongError
 from stepjax.serving.fetch import Fetcher
-from stepjax.serving.images import data_uri_bytes, plan_of, view_bytes
+from stepjax.serving.images import data_uri_bytes, image_error, opener, plan_of, view_bytes
 from stepjax.serving.processors import image_config
 from stepjax.serving.schemas import ChatRequest, ImagePart, Message, Tool
 from stepjax.serving.settings import Limits
@@ -30,12 +30,15 @@ class PromptMaker:
         *,
         max_context: int,
         threads: Threads,
+        image_threads: Threads | None = None,
         fetcher: Fetcher | None,
     ):
         """
         Args:
+            image_threads: for requests with images, which may take long and then keep only others with images waiting.
             fetcher: None refuses images that are not in the request.
         """
+        self.image_threads = image_threads or threads
         self.processor = processor
         self.limits = limits
         self.max_prompt_tokens = min(limits.prompt_tokens or max_context, max_context - 1)
@@ -57,9 +60,10 @@ class PromptMaker:
         files = await self._files(request, {} if fetched is None else fetched)
         size = 0
         if files:
-            size = await self._run("messages", self._view_bytes, files)
+            size = await self._run("messages", self._view_bytes, request, files, threads=self.image_threads)
         async with self._view_budget.hold(size) if size else contextlib.nullcontext():
-            yield await self._run("messages", self._chat, request, files)
+            threads = self.image_threads if files else self._threads
+            yield await self._run("messages", self._chat, request, files, threads=threads)
 
     async def completion(self, prompt: str | list[int], where: str) -> Example:
         """The prompt of a plain completion. What text spells stays text; ids may be those of control tokens.
@@ -69,9 +73,11 @@ class PromptMaker:
         """
         return await self._run(where, self._completion, prompt, where)
 
-    async def _run(self, where: str, function: Callable[..., _Made], *args: Any) -> _Made:
+    async def _run(
+        self, where: str, function: Callable[..., _Made], *args: Any, threads: Threads | None = None
+    ) -> _Made:
         try:
-            return await self._threads.run(function, *args)
+            return await (threads or self._threads).run(function, *args)
         except ContextLengthError as error:
             raise TooLongError(str(error), param=where, excess=error.excess) from None
 
@@ -86,12 +92,19 @@ class PromptMaker:
                 files[at] = fetched[url]
             else:
                 assert self._fetcher is not None
-                files[at] = fetched[url] = await self._fetcher.fetch(url)
+                try:
+                    files[at] = fetched[url] = await self._fetcher.fetch(url)
+                except ApiError as error:
+                    place = place_of(at)
+                    raise ApiError(error.status, f"{place}: {error}", param=place, code=error.code) from error
         return files
 
-    def _view_bytes(self, files: dict[tuple[int, int], bytes]) -> int:
+    def _view_bytes(self, request: ChatRequest, files: dict[tuple[int, int], bytes]) -> int:
         config = image_config(self.processor)
-        plans = [plan_of(data, config, self.limits, place_of(at)) for at, data in files.items()]
+        plans = []
+        for (i, j), data in files.items():
+            part: Any = request.messages[i].content[j]  # type: ignore[index]
+            plans.append(plan_of(data, config, self.limits, place_of((i, j)), part.frame))
         tokens = sum(plan.num_tokens(config) - plan.num_newlines for plan in plans)
         check_length(tokens, self.max_prompt_tokens, "the images alone")
         size = sum(view_bytes(plan, config) for plan in plans)
@@ -101,26 +114,35 @@ class PromptMaker:
 
     def _chat(self, request: ChatRequest, files: dict[tuple[int, int], bytes]) -> Example:
         options = request.chat_template_kwargs
-        return self.processor.process_prompt(
-            [self._message(message, index, files) for index, message in enumerate(request.messages)],
-            tools=[_tool(tool) for tool in request.tools or ()] if request.uses_tools else None,
-            enable_thinking=options.enable_thinking if options else None,
-            max_tokens=self.max_prompt_tokens,
-            name="messages",
-        )
+        more = {"open_image": opener(self.limits)} if files else {}
+        try:
+            return self.processor.process_prompt(
+                [self._message(message, index, files) for index, message in enumerate(request.messages)],
+                tools=[_tool(tool) for tool in request.tools or ()] if request.uses_tools else None,
+                enable_thinking=options.enable_thinking if options else None,
+                max_tokens=self.max_prompt_tokens,
+                name="messages",
+                **more,
+            )
+        except RecordError as error:
+            if isinstance(error.__cause__, ImageError):
+                raise image_error(error.__cause__, "messages") from error
+            raise
 
     def _message(self, message: Message, index: int, files: dict[tuple[int, int], bytes]) -> dict[str, Any]:
         """A message as processors take it."""
         role = "system" if message.role == "developer" else message.role
         made: dict[str, Any] = {"role": role, "content": message.content}
         if isinstance(message.content, list):
-            parts = [
-                {"type": "image", "image": files[index, j]} if isinstance(part, ImagePart) else part.model_dump()
+            made["content"] = [
+                {"type": "image", "image": files[index, j], "frame": part.frame}
+                if isinstance(part, ImagePart)
+                else part.model_dump()
                 for j, part in enumerate(message.content)
             ]
-            made["content"] = content_of(self.processor, parts)
-        if message.reasoning_content is not None:
-            made["reasoning_content"] = message.reasoning_content
+        for name in ("reasoning_content", "tool_call_id", "name"):
+            if getattr(message, name) is not None:
+                made[name] = getattr(message, name)
         if message.tool_calls:
             made["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
         return made

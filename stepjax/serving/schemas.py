@@ -166,6 +166,7 @@ class ImageUrl(_Strict):
 class ImagePart(_Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
+    frame: int | None = Field(default=None, ge=0)  # of an animation, or page of a file
 
 
 def _part_tag(part: Any) -> str | None:
@@ -335,3 +336,4 @@ class CompletionRequest(_Sampling):
 
 class ViewsRequest(_Strict):
     image: str  # a data URI
+    frame: int | None = Field(default=None, ge=0)

@@ -9,10 +9,9 @@ from PIL import Image
 from starlette.responses import JSONResponse, Response
 
 from stepjax.config import ImageConfig
-from stepjax.processing.image_files import open_image
 from stepjax.processing.images import make_views
 from stepjax.serving.context import EngineContext
-from stepjax.serving.images import data_uri_bytes, plan_of
+from stepjax.serving.images import data_uri_bytes, opener, plan_of
 from stepjax.serving.processors import image_config
 from stepjax.serving.schemas import ViewsRequest
 from stepjax.serving.validation import parse_request
@@ -26,14 +25,14 @@ async def views(context: EngineContext, body: dict[str, Any]) -> Response:
         ApiError, StepjaxError: the image is not usable.
     """
     request = parse_request(ViewsRequest, body)
-    return JSONResponse(await context.threads.run(_views, context, request.image))
+    return JSONResponse(await context.prompts.image_threads.run(_views, context, request))
 
 
-def _views(context: EngineContext, uri: str) -> dict[str, Any]:
+def _views(context: EngineContext, request: ViewsRequest) -> dict[str, Any]:
     config, limits = image_config(context.processor), context.settings.limits
-    data = data_uri_bytes(uri, limits, "image")
-    plan_of(data, config, limits, "image")
-    made = make_views(open_image(data, name="image"), config)
+    data = data_uri_bytes(request.image, limits, "image")
+    plan_of(data, config, limits, "image", request.frame)
+    made = make_views(opener(limits)(data, name="image", frame=request.frame), config)
     plan = made.plan
     return {
         "object": "stepjax.views",

@@ -1,5 +1,6 @@
 """Records become examples: text, images and loss weights where they belong, and errors that name the record."""
 
+import io
 import pickle
 
 import numpy as np
@@ -259,3 +260,18 @@ def test_second_image_is_named_as_such():
 def test_nothing_to_train_on_after_the_last_user_turn():
     with pytest.raises(RecordError, match="trained='last'"):
         processor.process(chat("a", "b", "c"), trained="last")
+
+
+def test_a_frame_is_chosen_in_the_record():
+    frames = [Image.new("RGB", (50, 50), color) for color in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    clip = image_item(file.getvalue())
+    with pytest.raises(RecordError, match=r"'r1': image 0, messages\[0\].content\[0\]: .*several frames.*\"frame\": 0"):
+        processor.process(chat([clip], "a"))
+    for index, frame in enumerate(frames):
+        example = processor.process(chat([{**clip, "frame": index}], "a"))
+        assert np.array_equal(example.global_views, processor.process(chat([image_item(frame)], "a")).global_views)
+    for bad in (-1, True, "0", 1.0):
+        with pytest.raises(RecordError, match=r"messages\[0\].content\[0\].frame=.*whole number"):
+            processor.process(chat([{**clip, "frame": bad}], "a"))

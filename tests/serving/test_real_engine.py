@@ -155,14 +155,14 @@ TEMPLATE = (
 
 def test_a_text_model(directory, tiny):
     text = TextProcessor.from_directory(directory)
-    text.chat_template = TEMPLATE
+    text.chat_templates = {"default": TEMPLATE}
     with running(text, AsyncEngine(Engine(tiny[0].decoder, text, CONFIG))) as server:
-        parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+        parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
         answer = server.chat(parts, max_tokens=4, temperature=0).json()
         message = answer["choices"][0]["message"]
         assert message["content"] and "reasoning_content" not in message
         assert answer["usage"]["prompt_tokens"] == len(
-            text.process_prompt([{"role": "user", "content": "one two"}]).tokens
+            text.process_prompt([{"role": "user", "content": "one\ntwo"}]).tokens
         )
         thinking = server.chat("one", max_tokens=4, ignore_eos=True, chat_template_kwargs={"enable_thinking": True})
         assert thinking.json()["choices"][0]["message"]["reasoning_content"], thinking.text
