@@ -1,6 +1,6 @@
 """Calls on data from outside, in processes of their own: time and memory end where they are said to.
 
-Chat templates come with weights, and pictures from anybody. Both can keep one C call busy for hours, or have it
+Chat templates come with weights, pictures and answers from anybody. Each can keep one C call busy for hours, or have it
 allocate all there is; a thread that is in it can be neither stopped nor limited, a process can. A process is started
 when it is first needed, in about a third of a second, and then waits for the next call: there and back is under 1 ms.
 """
@@ -20,6 +20,8 @@ from stepjax.errors import LimitError, StepjaxError
 
 _Result = TypeVar("_Result")
 
+# What a process needs of the environment, which may hold keys.
+_ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "OPENBLAS_CORETYPE")
 _START = "import sys; from stepjax.processing.bounded import serve; serve(int(sys.argv[1]))"
 
 
@@ -59,10 +61,12 @@ class _Worker:
         with theirs:
             # The same modules are found as here. Threads of libraries, and their heaps, would count as memory.
             paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-            environment = {**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+            environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+            environment |= {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # whatever libraries print
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent
