@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -20,7 +23,7 @@ from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import HostBatch, Loader
 from stepjax.data.packing import StreamState
-from stepjax.errors import CheckpointError, ConfigError
+from stepjax.errors import CheckpointError, ConfigError, StepjaxError
 from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_parameters
 from stepjax.processing.processor import Processor
 from stepjax.sharding import make_mesh, num_parts, rows_here, shardings, spec
@@ -32,7 +35,7 @@ from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.preemption import StopRequest
 from stepjax.training.progress import ProgressLine
 from stepjax.training.rows import fetch_rows, interval_means
-from stepjax.training.run_directory import fetch, is_remote, local_directory, publish, run_directory
+from stepjax.training.run_directory import fetch, is_remote, local_directory, owned, publish, run_directory
 from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
 
 
@@ -91,8 +94,10 @@ def pretrain(
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(owned(local))  # before anything there is touched
         stack.enter_context(jax.set_mesh(mesh))
         checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep, config=to_json(config))
+        stack.enter_context(_naming_the_last_step(checkpointer.directory))
         stack.callback(checkpointer.close)
 
         # Resume where the last checkpoint stands, or start from random parameters.
@@ -190,6 +195,25 @@ def pretrain(
         return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
 
 
+@contextlib.contextmanager
+def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
+    """A full disk, or another one that is lost while training, is one line that says what is safe."""
+    try:
+        yield
+    except StepjaxError:
+        raise
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore says it, in a ValueError
+        if not isinstance(error, OSError) and code is None:
+            raise
+        place = getattr(error, "filename", None) or checkpoints
+        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
+        with contextlib.suppress(OSError):
+            steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
+            reason = f"{reason}; the last step saved is {max(steps, default='none')}"
+        raise CheckpointError(f"{place}: {reason}. Mend that, and run the same command to go on") from error
+
+
 def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
     batch = config.batch
     parts = num_parts("batch", mesh)
@@ -223,7 +247,7 @@ def _restore_or_init(
 
 # What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.
 _MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation", "heartbeat")
-_MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records")
+_MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records", "data.changed_files")
 
 
 def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:
