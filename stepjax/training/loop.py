@@ -143,7 +143,7 @@ def pretrain(
         meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
         batches = iter(loader)
         stack.callback(batches.close)
-        stop = stack.enter_context(StopRequest())
+        stop = StopRequest()
         heart = stack.enter_context(Heartbeat(config.heartbeat, progress.print))
         profile = stack.enter_context(Profile(config.logging.profile, local / "profile"))
         stack.enter_context(jax.transfer_guard("disallow"))
@@ -160,8 +160,9 @@ def pretrain(
             for skipped in batch.skipped:  # each process tells of its own
                 progress.print(f"skipped {skipped.name}: {skipped.reason}")
             if step == first_step + 1:
-                # Compilation is over: leave it out of the rates.
+                # Compilation is over: leave it out of the rates. From now on there is something for a signal to save.
                 jax.block_until_ready(metrics)
+                stack.enter_context(stop)
                 say(f"first step done {time.monotonic() - began:.0f} s after the start, compilation included")
                 meter.reset()
 

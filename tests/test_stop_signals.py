@@ -1,0 +1,127 @@
+"""Ctrl-C and SIGTERM at many moments of every verb: one line, the status 130 or 143, and the same command goes on."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_files import RECIPE, steps_saved
+
+PROGRAM = Path(__file__).parent / "press.py"
+INT, TERM = signal.SIGINT, signal.SIGTERM
+OVERRIDES = ("--checkpoint.every", "4", "--evaluation.examples", "2")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_LOG_COMPILES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def press(environment, tmp_path_factory):
+    """A function that presses at a moment of a command; returns the exit status and what was printed."""
+    log = tmp_path_factory.mktemp("press") / "log"
+    server = subprocess.Popen(
+        [sys.executable, str(PROGRAM)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=log.parent,
+    )
+
+    def press(arguments, moment, *, delay=0.0, number=INT, is_fresh=False):
+        request = dict(arguments=arguments, moment=moment, delay=delay, number=number, log=str(log))
+        if is_fresh:
+            command = [sys.executable, str(PROGRAM), json.dumps(request)]
+            status = subprocess.run(command, env=environment, cwd=log.parent, timeout=300, check=False).returncode
+        else:
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+        return status, log.read_text()
+
+    with contextlib.closing(server.stdin):
+        yield press
+    server.wait(60)
+
+
+def assert_stopped(answer, verb, number):
+    status, said = answer
+    assert status == 128 + number, said
+    assert "Traceback" not in said and "Exception ignored" not in said, said
+    lines = [line for line in said.splitlines() if line.startswith((f"stepjax {verb}:", number.name))]
+    assert len(lines) == 1 and number.name in lines[0], said
+
+
+# Before anything is loaded, and while it is; each in a fresh process.
+@pytest.mark.parametrize(
+    "arguments, moment, number",
+    [
+        (["pretrain", str(RECIPE)], "import stepjax.config_file", INT),
+        (["pretrain", str(RECIPE)], "import jax", TERM),
+        (["plan", str(RECIPE), "--topology", "v5e-8"], "import numpy", INT),
+        (["eval", "none"], "import tyro", INT),
+        (["generate", "none", "--prompt", "x"], "import jax._src.core", INT),
+        (["convert", "none", "out"], "import stepjax.interop.convert", TERM),
+        (["serve", "none"], "import tyro", INT),
+        (["pacore", "run", "none.jsonl", "--upstream", "http://127.0.0.1:9", "--out", "o"], "import stepjax.pacore.runner", INT),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value).replace(" ", "-"),
+)
+def test_while_imports_run(press, arguments, moment, number):
+    assert_stopped(press(arguments, moment, number=number, is_fresh=True), arguments[0], number)
+
+
+def test_at_twenty_moments_of_a_run_and_of_what_is_done_with_it(press, tmp_path):
+    train = ["pretrain", str(RECIPE), "--out", str(tmp_path), *OVERRIDES]
+    run, cut = tmp_path / "tiny", []
+    for moment, delay, number in (
+        (f"open {RECIPE}", 0, INT),
+        (f"mkdir {run}", 0, TERM),
+        ("Compiling ", 0.05, INT),
+        ("Compiling jit(new_state)", 0.1, TERM),
+        ("Compiling jit(train_step)", 0, INT),
+        ("Compiling jit(train_step)", 0.3, INT),
+        ("Compiling jit(train_step)", 1.0, TERM),
+        ("first step done", 0, INT),
+        ("step 6/16", 0, TERM),
+        ("resumed at", 0, INT),
+        ("step 10/16", 0, INT),
+        ("evaluated transcribe", 0, INT),
+    ):
+        answer = press(train, moment, delay=delay, number=number)
+        assert_stopped(answer, "pretrain", number)
+        cut.append(steps_saved(run)[-1:] if run.exists() else [])
+        if "saved step" in answer[1]:
+            assert f"saved step {cut[-1][0]} in " in answer[1]
+    assert cut == sorted(cut) and cut[-1] == [16]
+    status, said = press(train, None)
+    assert status == 0 and "nothing to train" in said
+
+    for arguments, moment, delay, number in (
+        (["eval", str(run), "--examples", "1"], f"open {run}", 0, INT),
+        (["eval", str(run), "--examples", "1"], "Compiling ", 0.2, TERM),
+        (["eval", str(run), "--examples", "1"], "evaluated transcribe", 0, INT),
+        (["generate", str(run), "--prompt", "1 + 1"], "Compiling ", 0.2, INT),
+        (["generate", str(run), "--prompt", "1 + 1"], f"open {run}", 0, TERM),
+        (["convert", str(run), str(tmp_path / "hf")], f"open {run}", 0, INT),
+        (["convert", str(run), str(tmp_path / "hf")], f"mkdir {tmp_path / 'hf'}", 0, INT),
+        (["plan", str(RECIPE), "--topology", "v5e-8"], "Compiling ", 0.2, INT),
+        (["serve", str(run), "--port", "0"], "bind ", 0, INT),
+        (["serve", str(run), "--port", "0"], "Compiling ", 0.2, TERM),
+    ):
+        assert_stopped(press(arguments, moment, delay=delay, number=number), arguments[0], number)
+    assert press(["convert", str(run), str(tmp_path / "hf"), "--overwrite"], None)[0] == 0
