@@ -30,7 +30,7 @@ def load_recipe(path: str | Path) -> PretrainConfig:
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*/*.py"))) or "none in ./configs"
-        raise ConfigError(f"{str(path)!r} is not a recipe file (FILE.py); recipes here: {found}")
+        raise ConfigError(f"{str(path)!r} is not a recipe file; recipes here: {found}")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)

@@ -77,7 +77,11 @@ def assert_stopped(answer, verb, number):
         (["generate", "none", "--prompt", "x"], "import jax._src.core", INT),
         (["convert", "none", "out"], "import stepjax.interop.convert", TERM),
         (["serve", "none"], "import tyro", INT),
-        (["pacore", "run", "none.jsonl", "--upstream", "http://127.0.0.1:9", "--out", "o"], "import stepjax.pacore.runner", INT),
+        (
+            ["pacore", "run", "none.jsonl", "--upstream", "http://127.0.0.1:9", "--out", "o"],
+            "import stepjax.pacore.runner",
+            INT,
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value).replace(" ", "-"),
 )

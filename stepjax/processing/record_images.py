@@ -31,9 +31,7 @@ def place_images(record: dict[str, Any]) -> dict[str, Any]:
     """
     for key in _OTHER_MEDIA:
         if _is_given(record.get(key)):
-            raise TokenError(
-                f"it has {key!r}: only text and images are trained; give frames as images, or leave it out"
-            )
+            raise TokenError(f"it has {key!r}, and only images can be seen: give frames as images, or leave it out")
     kind = next((kind for kind in ("messages", "content", "text") if record.get(kind) is not None), "text")
     turns = record["messages"] if kind == "messages" and isinstance(record["messages"], list) else [record]
     key = "text" if kind == "text" else "content"
@@ -44,7 +42,8 @@ def place_images(record: dict[str, Any]) -> dict[str, Any]:
     if not keys:
         if num_slots:
             raise TokenError(
-                f"it has {num_slots} places for images ({MARKER}), and no images: name them under 'images'"
+                f"it has {num_slots} place(s) for images ({MARKER}, or an item without one), and no 'images': "
+                "name them there, or take the places out"
             )
         return record
     if len(keys) > 1:
@@ -59,18 +58,20 @@ def place_images(record: dict[str, Any]) -> dict[str, Any]:
             contents[users[0]] = [_SLOT] * len(images) + contents[users[0]]
             num_slots = len(images)
     if num_slots != len(images):
-        raise TokenError(f"it has {len(images)} under {keys[0]!r}, and {num_slots} places for them: {_SHAPE}")
+        raise TokenError(f"it has {len(images)} under {keys[0]!r}, and {num_slots} place(s) for them: {_SHAPE}")
 
     left = iter(images)
     filled = [
         [{"type": "image", "image": next(left)} if item is _SLOT else item for item in content] for content in contents
     ]
-    record = {name: value for name, value in record.items() if name not in (*_KEYS, "text")}
+    record = {name: value for name, value in record.items() if name not in _KEYS}
     if kind == "messages":
         replaced = zip(turns, contents, filled, strict=True)
         return record | {
             "messages": [{**turn, "content": new} if _SLOT in old else turn for turn, old, new in replaced]
         }
+    if kind == "text":
+        del record["text"]
     return record | {"content": filled[0]}
 
 
