@@ -204,7 +204,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 def test_two_processes_do_not_write_one_directory(tmp_path):
     with open_journal(tmp_path, {}, {}):
-        with pytest.raises(CheckpointError, match="another process"), open_journal(tmp_path, {}, {}):
+        with pytest.raises(CheckpointError, match="being written by process"), open_journal(tmp_path, {}, {}):
             pass
     with open_journal(tmp_path, {}, {}):
         pass
