@@ -60,10 +60,10 @@ def press(environment, tmp_path_factory):
 
 def assert_stopped(answer, verb, number):
     status, said = answer
-    assert status == 128 + number, said
-    assert "Traceback" not in said and "Exception ignored" not in said, said
-    lines = [line for line in said.splitlines() if line.startswith((f"stepjax {verb}:", number.name))]
-    assert len(lines) == 1 and number.name in lines[0], said
+    assert status == 128 + number, said[-3000:]
+    assert "Traceback" not in said and "Exception ignored" not in said, said[-3000:]
+    said_so = f"stepjax {verb}: stopped by {number.name}\n", f"{number.name}: saved step "
+    assert sum(said.count(each) for each in said_so) == 1, said[-3000:]
 
 
 # Before anything is loaded, and while it is; each in a fresh process.
@@ -89,12 +89,30 @@ def test_while_imports_run(press, arguments, moment, number):
     assert_stopped(press(arguments, moment, number=number, is_fresh=True), arguments[0], number)
 
 
+def assert_a_run_stops(press, out, moments):
+    """Each start of the run goes on from what those before have saved."""
+    train = ["pretrain", str(RECIPE), "--out", str(out), *OVERRIDES]
+    saved = []
+    for moment, delay, number in moments:
+        answer = press(train, moment, delay=delay, number=number)
+        assert_stopped(answer, "pretrain", number)
+        saved.append(steps_saved(out / "tiny")[-1:])
+        if "saved step" in answer[1]:
+            assert f"saved step {saved[-1][0]} in " in answer[1]
+    assert saved == sorted(saved)
+    return saved[-1], train
+
+
+def test_before_and_while_a_run_compiles(press, tmp_path):
+    moments = [(f"mkdir {tmp_path}/tiny", 0, TERM), ("Compiling jit(", 0.05, INT), ("jit(train_step)", 0.3, INT)]
+    assert assert_a_run_stops(press, tmp_path, moments)[0] == []
+
+
+@pytest.mark.slow
 def test_at_twenty_moments_of_a_run_and_of_what_is_done_with_it(press, tmp_path):
-    train = ["pretrain", str(RECIPE), "--out", str(tmp_path), *OVERRIDES]
-    run, cut = tmp_path / "tiny", []
-    for moment, delay, number in (
+    moments = [
         (f"open {RECIPE}", 0, INT),
-        (f"mkdir {run}", 0, TERM),
+        (f"mkdir {tmp_path}/tiny", 0, TERM),
         ("Compiling ", 0.05, INT),
         ("Compiling jit(new_state)", 0.1, TERM),
         ("Compiling jit(train_step)", 0, INT),
@@ -105,27 +123,24 @@ def test_at_twenty_moments_of_a_run_and_of_what_is_done_with_it(press, tmp_path)
         ("resumed at", 0, INT),
         ("step 10/16", 0, INT),
         ("evaluated transcribe", 0, INT),
-    ):
-        answer = press(train, moment, delay=delay, number=number)
-        assert_stopped(answer, "pretrain", number)
-        cut.append(steps_saved(run)[-1:] if run.exists() else [])
-        if "saved step" in answer[1]:
-            assert f"saved step {cut[-1][0]} in " in answer[1]
-    assert cut == sorted(cut) and cut[-1] == [16]
+    ]
+    saved, train = assert_a_run_stops(press, tmp_path, moments)
+    assert saved == [16]
     status, said = press(train, None)
     assert status == 0 and "nothing to train" in said
 
+    run, hf = str(tmp_path / "tiny"), str(tmp_path / "hf")
     for arguments, moment, delay, number in (
-        (["eval", str(run), "--examples", "1"], f"open {run}", 0, INT),
-        (["eval", str(run), "--examples", "1"], "Compiling ", 0.2, TERM),
-        (["eval", str(run), "--examples", "1"], "evaluated transcribe", 0, INT),
-        (["generate", str(run), "--prompt", "1 + 1"], "Compiling ", 0.2, INT),
-        (["generate", str(run), "--prompt", "1 + 1"], f"open {run}", 0, TERM),
-        (["convert", str(run), str(tmp_path / "hf")], f"open {run}", 0, INT),
-        (["convert", str(run), str(tmp_path / "hf")], f"mkdir {tmp_path / 'hf'}", 0, INT),
-        (["plan", str(RECIPE), "--topology", "v5e-8"], "Compiling ", 0.2, INT),
-        (["serve", str(run), "--port", "0"], "bind ", 0, INT),
-        (["serve", str(run), "--port", "0"], "Compiling ", 0.2, TERM),
+        (["eval", run, "--examples", "1"], f"open {run}", 0, INT),
+        (["eval", run, "--examples", "1"], "Compiling ", 0.2, TERM),
+        (["eval", run, "--examples", "1"], "evaluated transcribe", 0, INT),
+        (["generate", run, "--prompt", "1 + 1"], "Compiling ", 0.2, INT),
+        (["generate", run, "--prompt", "1 + 1"], f"open {run}", 0, TERM),
+        (["convert", run, hf], f"open {run}", 0, INT),
+        (["convert", run, hf], f"mkdir {hf}", 0, INT),
+        (["plan", str(RECIPE), "--topology", "v5e-8"], "import stepjax.planning.plan", 0.5, INT),
+        (["serve", run, "--port", "0"], "bind ", 0, INT),
+        (["serve", run, "--port", "0"], "Compiling ", 0.2, TERM),
     ):
         assert_stopped(press(arguments, moment, delay=delay, number=number), arguments[0], number)
-    assert press(["convert", str(run), str(tmp_path / "hf"), "--overwrite"], None)[0] == 0
+    assert press(["convert", run, hf, "--overwrite"], None)[0] == 0
