@@ -41,19 +41,21 @@ def press(environment, tmp_path_factory):
         cwd=log.parent,
     )
 
+    requests, statuses = server.stdin, server.stdout
+    assert requests is not None and statuses is not None
+
     def press(arguments, moment, *, delay=0.0, number=INT, is_fresh=False):
         request = dict(arguments=arguments, moment=moment, delay=delay, number=number, log=str(log))
         if is_fresh:
             command = [sys.executable, str(PROGRAM), json.dumps(request)]
             status = subprocess.run(command, env=environment, cwd=log.parent, timeout=300, check=False).returncode
         else:
-            assert server.stdin is not None and server.stdout is not None
-            server.stdin.write(json.dumps(request) + "\n")
-            server.stdin.flush()
-            status = int(server.stdout.readline())
+            requests.write(json.dumps(request) + "\n")
+            requests.flush()
+            status = int(statuses.readline())
         return status, log.read_text()
 
-    with contextlib.closing(server.stdin):
+    with contextlib.closing(requests):
         yield press
     server.wait(60)
 
