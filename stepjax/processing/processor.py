@@ -128,6 +128,8 @@ class Processor:
             found = f"{kinds or 'none'} of the keys {', '.join(_KINDS)}"
             raise TokenError(f"it has {found}: give exactly one{shape} (its keys are {_shown(list(record))})")
         tools = record.get("tools")
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise TokenError(f"tools={_shown(tools)}: give a list of JSON schemas")
         if tools is not None and kinds != ["messages"]:
             raise TokenError("it has tools without messages: only a conversation can have tools")
         if kinds == ["messages"]:

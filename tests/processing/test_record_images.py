@@ -109,6 +109,7 @@ def test_what_is_malformed_is_left_to_the_template(messages):
         ({"id": "r", "conversations": [{"from": "human", "value": "q"}]}, 'messages": .*conversations'),
         ({"id": "r", "prompt": "q", "response": "a"}, 'messages": .*prompt'),
         (chat("<image>q"), "no 'images'"),
+        (chat("q", tools=-1), "tools=-1: give a list"),
     ],
 )
 def test_the_processor_names_the_shape_to_write(record, message):
