@@ -106,7 +106,11 @@ def assert_a_run_stops(press, out, moments):
 
 
 def test_before_and_while_a_run_compiles(press, tmp_path):
-    moments = [(f"mkdir {tmp_path}/tiny", 0, TERM), ("Compiling jit(", 0.05, INT), ("jit(train_step)", 0.3, INT)]
+    moments = [
+        (f"mkdir {tmp_path}/tiny", 0, TERM),
+        ("Compiling jit(", 0.05, INT),
+        ("Compiling jit(new_state)", 0.1, INT),
+    ]
     assert assert_a_run_stops(press, tmp_path, moments)[0] == []
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import time
@@ -199,6 +200,12 @@ def pretrain(
 @contextlib.contextmanager
 def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
     """A full disk, or another one that is lost while training, is one line that says what is safe."""
+    orbax = logging.getLogger("absl")
+
+    def is_no_traceback(record: logging.LogRecord) -> bool:
+        return not record.exc_info  # of what is raised here as well
+
+    orbax.addFilter(is_no_traceback)
     try:
         yield
     except StepjaxError:
@@ -213,6 +220,8 @@ def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
             steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
             reason = f"{reason}; the last step saved is {max(steps, default='none')}"
         raise CheckpointError(f"{place}: {reason}. Mend that, and run the same command to go on") from error
+    finally:
+        orbax.removeFilter(is_no_traceback)
 
 
 def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
