@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -197,15 +198,17 @@ def pretrain(
         return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
 
 
+def _is_no_full_disk(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return "os_error_code=" not in str(error) and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
     """A full disk, or another one that is lost while training, is one line that says what is safe."""
-    orbax = logging.getLogger("absl")
-
-    def is_no_traceback(record: logging.LogRecord) -> bool:
-        return not record.exc_info  # of what is raised here as well
-
-    orbax.addFilter(is_no_traceback)
+    # Orbax's thread logs the traceback of what is raised here too, and its tasks do once more as the process ends.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_full_disk)
     try:
         yield
     except StepjaxError:
@@ -220,8 +223,6 @@ def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
             steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
             reason = f"{reason}; the last step saved is {max(steps, default='none')}"
         raise CheckpointError(f"{place}: {reason}. Mend that, and run the same command to go on") from error
-    finally:
-        orbax.removeFilter(is_no_traceback)
 
 
 def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
