@@ -209,5 +209,5 @@ def test_two_processes_do_not_write_one_directory(tmp_path):
     with open_journal(tmp_path, {}, {}):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"), open_journal(tmp_path / "file", {}, {}):
+    with pytest.raises(CheckpointError, match="cannot be made or written"), open_journal(tmp_path / "file", {}, {}):
         pass
