@@ -2,16 +2,15 @@
 
 import dataclasses
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
-from stepjax.config import DigitsSource, JsonlSource, Split
 from stepjax.errors import ConfigError, StepjaxError
 from stepjax.figures import printable
+from stepjax.stop_signals import end_on_signals
 
 USAGE = """usage: stepjax VERB ...
 
@@ -32,10 +31,16 @@ MODEL a run, a Hugging Face directory, or what `convert` made of one.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status.
+    """Run a verb; returns the exit status. Without `arguments` this is the program: it ends at signals from here on.
 
-    0 well, 1 a user's mistake, 2 bad usage, 143 or 130 stopped by a signal after saving, 75 another process was lost.
+    0     done
+    1     a user's mistake, a file or a disk that cannot be used, or a fault of ours; the last line says which
+    2     bad usage
+    75    `pretrain`: another process was lost; the same command goes on from the checkpoint
+    130   SIGINT (Ctrl-C); `pretrain` has saved if a step was done, `pacore run` has its journal
+    143   SIGTERM, likewise. `serve` and `pacore serve`, once they listen, end in order at either, with 0
     """
+    is_program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbs = {
         "pretrain": _pretrain,
@@ -58,13 +63,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in verbs:
         print(f"stepjax: no verb {verb!r}; there are {', '.join(verbs)}", file=sys.stderr)
         return 2
+    if is_program:
+        end_on_signals(f"stepjax {verb}")
     # Tracing makes objects by the million and hardly a cycle; the collector's looks at them are a tenth of a start.
     gc.set_threshold(50_000, 20, 50)
     try:
-        return verbs[verb](rest)
+        status = verbs[verb](rest)
+        sys.stdout.flush()  # here, where it is known what to say of a full disk
+        return status
     except StepjaxError as error:
-        print(f"stepjax {verb}: {printable(error)}", file=sys.stderr)  # it may name what others have written
+        problem = str(error)
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        problem = f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}"
+    except MemoryError:
+        problem = "there is not enough memory"
+    except KeyboardInterrupt:  # of a caller in Python, or a second one while a command stops in order
+        print(f"stepjax {verb}: stopped by SIGINT", file=sys.stderr)
+        return 130
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        problem = f"internal error, please report it: {type(error).__name__}: {error}"
+    print(f"stepjax {verb}: {printable(problem)}", file=sys.stderr)  # it may name what others have written
+    return 1
 
 
 # Verbs. The imports are inside, so that usage errors do not wait for JAX.
@@ -159,23 +184,23 @@ def _pacore_trace(arguments: list[str]) -> int:
     return run(arguments)
 
 
-_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvalArguments:
-    run: _Run  # directory of a run, or its URL
-    data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, in place of the recipe's sources
-    examples: int | None = None  # records per source; the recipe's number by default
-    split: Split | None = None  # of digits sources; the recipe's by default
-
-
 def _eval(arguments: list[str]) -> int:
-    from stepjax.interop.load import load_run
+    import tyro
 
-    args = tyro.cli(_EvalArguments, args=arguments, prog="stepjax eval", description="Score a run's last checkpoint.")
+    from stepjax.config import DigitsSource, JsonlSource, Split
+
+    @dataclasses.dataclass(frozen=True)
+    class EvalArguments:
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # directory of a run, or its URL
+        data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, in place of the recipe's sources
+        examples: int | None = None  # records per source; the recipe's number by default
+        split: Split | None = None  # of digits sources; the recipe's by default
+
+    args = tyro.cli(EvalArguments, args=arguments, prog="stepjax eval", description="Score a run's last checkpoint.")
     if args.examples is not None and args.examples < 1:
         raise ConfigError(f"--examples {args.examples}: must be at least 1")
+    from stepjax.interop.load import load_run
+
     model, processor, config = load_run(args.run)
     evaluation = config.evaluation
     sources = evaluation.sources
@@ -193,29 +218,31 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _GenerateArguments:
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a run, or what `stepjax.load` takes
-    prompt: str  # the question
-    image: tuple[str, ...] = ()  # image files, shown before the question
-    frame: int | None = None  # of animations and files of several pages, from 0
-    max_new_tokens: int = 64
-    temperature: float = 0.0  # 0 always takes the likeliest token
-    seed: int = 0
-    thinking: bool | None = None  # start with a thought, or close it at once; the run's own way by default
-
-
 def _generate(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class GenerateArguments:
+        # A run, or what `stepjax.load` takes.
+        model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+        prompt: str  # the question
+        image: tuple[str, ...] = ()  # image files, shown before the question
+        frame: int | None = None  # of animations and files of several pages, from 0
+        max_new_tokens: int = 64
+        temperature: float = 0.0  # 0 always takes the likeliest token
+        seed: int = 0
+        thinking: bool | None = None  # start with a thought, or close it at once; the run's own way by default
+
+    args = tyro.cli(GenerateArguments, args=arguments, prog="stepjax generate", description="Answer a question.")
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature {args.temperature}: must not be negative")
     from stepjax.inference.config import EngineConfig
     from stepjax.inference.engine import Engine
     from stepjax.inference.request import SamplingParams
     from stepjax.interop.load import load
 
-    args = tyro.cli(_GenerateArguments, args=arguments, prog="stepjax generate", description="Answer a question.")
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
-    if args.temperature < 0:
-        raise ConfigError(f"--temperature {args.temperature}: must not be negative")
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_new_tokens, seed=args.seed)
     model, processor = load(args.model)
     content: Any = args.prompt

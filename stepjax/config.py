@@ -185,6 +185,7 @@ class TokenizerConfig:
 DigitsTask = Literal["transcribe", "count", "add", "point", "arithmetic"]
 Split = Literal["train", "held_out"]
 BadRecords = Literal["error", "skip"]
+ChangedFiles = Literal["error", "accept"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,7 @@ Source = DigitsSource | JsonlSource | ArrayRecordSource
 class DataConfig:
     sources: tuple[Source, ...] = ()
     bad_records: BadRecords = "error"  # what to do with malformed records and with examples larger than a row
+    changed_files: ChangedFiles = "error"  # when a run goes on, and data files are not those of its checkpoint
     open_rows: int = 4  # rows that a packing stream keeps open to find the best fit
     num_workers: int = 0  # processes that read and pack; 0 packs in a thread of the trainer
     prefetch: int = 4  # batches made ahead
@@ -439,7 +441,9 @@ class PretrainConfig:
 
     def __post_init__(self):
         require(bool(self.name), "name", self.name, "must not be empty: the run lives in OUT/NAME")
-        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(
+            0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295: random keys take 32 bits of it"
+        )
         vision, images = self.model.vision, self.images
         require(
             vision.patch_size == images.patch_size,

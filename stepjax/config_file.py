@@ -28,7 +28,7 @@ def load_recipe(path: str | Path) -> PretrainConfig:
         ConfigError: there is no such file, or it does not leave a PretrainConfig in `config`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*/*.py"))) or "none in ./configs"
         raise ConfigError(f"{str(path)!r} is not a recipe file; recipes here: {found}")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
@@ -40,7 +40,7 @@ def load_recipe(path: str | Path) -> PretrainConfig:
         spec.loader.exec_module(module)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise ConfigError(f"recipe {where} fails: {type(error).__name__}: {error}") from error

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -82,6 +84,8 @@ def test_help_of_a_verb_lists_its_options(arguments, field, capsys):
         (["generate", "runs/x", "--promt", "hello"], "--prompt"),
         (["generate", "runs/x"], "--prompt"),
         (["eval"], "RUN"),
+        (["pretrain", str(RECIPE), "--seed", "99999999999999999999"], "seed=99999999999999999999: must be from 0"),
+        (["serve", "m", "--port", "99999"], "--port 99999: must be"),
     ],
     ids=" ".join,
 )
@@ -104,7 +108,11 @@ def test_recipes_that_cannot_be_used(tmp_path, capsys, monkeypatch):
         "configs/digits/pretrain.py",
         verb="pretrain",
     )
+    for other in ("README.md", "configs", "configs/digits"):
+        assert_one_line(capsys, main(["pretrain", other]), f"{other!r} is not a recipe file", verb="pretrain")
     recipe = tmp_path / "recipe.py"
+    recipe.write_text("import sys\nsys.exit(3)\n")
+    assert_one_line(capsys, main(["pretrain", str(recipe)]), "recipe.py, line 2 fails: SystemExit: 3", verb="pretrain")
     recipe.write_text("raise RuntimeError('no data today')\n")
     assert_one_line(
         capsys, main(["pretrain", str(recipe)]), "recipe.py, line 1", "RuntimeError: no data today", verb="pretrain"
@@ -157,6 +165,17 @@ def test_divergence_is_one_line(tmp_path, capsys, quick_runs):
     diverging = ["--schedule.phases.0.start", "1e30", "--schedule.warmup-tokens", "0", "--optimizer.clip-norm", "None"]
     status = main(["pretrain", str(RECIPE), "--out", str(tmp_path), *diverging])
     assert_one_line(capsys, status, "not finite at step 2 (checked steps 1 to 2)", verb="pretrain")
+
+
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path, capsys, quick_runs):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "below", tmp_path / "file", "/proc/none"):
+        status = main(["pretrain", str(RECIPE), "--out", str(out)])
+        assert_one_line(capsys, status, f"{out}/tiny cannot be made or written: ", "--out", verb="pretrain")
+    (tmp_path / "tiny" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "tiny" / "metrics.jsonl").mkdir()
+    status = main(["pretrain", str(RECIPE), "--out", str(tmp_path)])
+    assert_one_line(capsys, status, f"{tmp_path}/tiny/metrics.jsonl: Is a directory", "saved is none", verb="pretrain")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -242,11 +261,44 @@ def test_a_checkpoint_of_another_version_is_refused_by_the_field(finished_run, t
 # What is no user's mistake -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("surprise", [KeyboardInterrupt, BrokenPipeError, RuntimeError, AssertionError])
-def test_surprises_are_not_hidden(monkeypatch, surprise):
+@pytest.mark.parametrize(
+    ("surprise", "status", "line", "has_traceback"),
+    [
+        (KeyboardInterrupt(), 130, "stepjax eval: stopped by SIGINT", False),
+        (
+            OSError(28, "No space left on device", "a/b"),
+            1,
+            "stepjax eval: a/b cannot be read or written: No space",
+            False,
+        ),
+        (PermissionError(13, "Permission denied"), 1, "stepjax eval: a file cannot be read or written: Perm", False),
+        (MemoryError(), 1, "stepjax eval: there is not enough memory", False),
+        (RuntimeError("why"), 1, "stepjax eval: internal error, please report it: RuntimeError: why", True),
+        (AssertionError(), 1, "stepjax eval: internal error, please report it: AssertionError: ", True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_surprises_end_with_a_status_and_a_line(monkeypatch, capsys, surprise, status, line, has_traceback):
+    """A fault of ours keeps its traceback, which a report of it needs."""
+
     def fail(_):
         raise surprise
 
     monkeypatch.setattr(cli, "_eval", fail)
-    with pytest.raises(surprise):
-        main(["eval", "runs/x"])
+    assert main(["eval", "runs/x"]) == status
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith(line)
+    assert ("Traceback" in said) == has_traceback
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    """As in `stepjax ... | head`."""
+    program = "import sys; sys.argv = ['stepjax', 'plan']; from stepjax import cli; "
+    program += "cli._plan = lambda _: print('x' * 100_000) or 0; sys.exit(cli.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(60) == 1 and process.stderr.read() == ""
+    process.stderr.close()

@@ -75,7 +75,7 @@ REFUSED = {
     "evaluation.every=0: must be positive, or None": lambda: EvaluationConfig(every=0),
     "evaluation.sources.docs='JsonlSource': only digits sources": lambda: EvaluationConfig(sources=(SOURCE, DOCS)),
     "name='': must not be empty": lambda: dataclasses.replace(tiny, name=""),
-    "seed=-1: must not be negative": lambda: dataclasses.replace(tiny, seed=-1),
+    "seed=-1: must be from 0 to 4294967295": lambda: dataclasses.replace(tiny, seed=-1),
     "images.patch_size=7: must equal vision.patch_size 14": lambda: dataclasses.replace(
         tiny, images=dataclasses.replace(tiny.images, patch_size=7)
     ),

@@ -14,6 +14,8 @@ KERNELS = PACKAGE.parent / "pallas_kernels"
 ALLOWED = {
     "errors": set(),
     "figures": set(),
+    "stop_signals": set(),
+    "directory_lock": {"errors"},
     "checks": {"errors"},
     "config": {"errors", "checks"},
     "config_file": {"errors", "config"},
@@ -49,7 +51,7 @@ ALLOWED = {
             "data",
             "processing",
         ),
-        "pallas_kernels",
+        *("directory_lock", "pallas_kernels"),
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
@@ -58,7 +60,7 @@ ALLOWED = {
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
     },
-    "pacore": {"errors", "figures", "config", "sharding", "processing", "inference", "interop"},
+    "pacore": {"errors", "figures", "directory_lock", "config", "sharding", "processing", "inference", "interop"},
     "serving": {"errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all
 }

@@ -77,6 +77,9 @@ class DigitsRecords:
     def __repr__(self) -> str:
         return f"DigitsRecords({self.source!r}, seed={self.seed}, num_digits={self.num_digits})"
 
+    def files(self) -> list[dict[str, Any]]:
+        return []
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = operator.index(index)
         if not 0 <= index < NUM_RECORDS:

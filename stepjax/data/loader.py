@@ -16,6 +16,7 @@ from grain import experimental
 from stepjax.config import BatchConfig, DataConfig, DType, ImageConfig
 from stepjax.data.mixture import Skipped, mixture
 from stepjax.data.packing import NEW_STREAM, PackedRow, PackingStream, RowBudget, StreamState
+from stepjax.data.records import open_source
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.processing.processor import Processor
 
@@ -109,8 +110,10 @@ class Loader:
             raise ConfigError(f"data.num_workers={data.num_workers}: must divide the {len(streams)} rows of a process")
         self._data, self._rows = data, len(streams)
         self._fingerprint = _fingerprint(data, batch, images, seed)
+        opened = [open_source(source, seed) for source in data.sources]
+        self._files = {source.name: records.files() for source, records in zip(data.sources, opened, strict=True)}
         states = [NEW_STREAM] * batch.rows if state is None else self._checked(state)
-        samples = mixture(data.sources, processor, seed=seed, bad_records=data.bad_records)
+        samples = mixture(data.sources, opened, processor, seed=seed, bad_records=data.bad_records)
         options = dict(
             budget=RowBudget.of(batch, images, pixel_dtype),
             num_streams=batch.rows,
@@ -139,8 +142,8 @@ class Loader:
             rows.close()  # ends the worker processes
 
     def state(self, states: Sequence[StreamState]) -> dict[str, Any]:
-        """What to save: the states of all streams (gathered over processes), and a fingerprint of their data."""
-        return {"fingerprint": self._fingerprint, "streams": list(states)}
+        """What to save: the states of all streams (gathered over processes), and fingerprints of their data."""
+        return {"fingerprint": self._fingerprint, "files": self._files, "streams": list(states)}
 
     def _checked(self, state: dict[str, Any]) -> list[StreamState]:
         if state.get("fingerprint") != self._fingerprint:
@@ -148,7 +151,19 @@ class Loader:
                 "the saved data position belongs to other data: data.sources, data.open_rows, batch, images or seed "
                 "have changed since; restore the old values, or start a new run under another name"
             )
+        for name, files in state.get("files", {}).items():  # a checkpoint of an older version has none
+            for saved, current in zip(files, self._files[name], strict=True):
+                if saved != current and self._data.changed_files == "error":
+                    raise CheckpointError(
+                        f"source {name!r}: {current['path']} has changed since the checkpoint was saved, from "
+                        f"{_shown(saved)} to {_shown(current)}. Restore it, give the new run another --name, or go on "
+                        "with other examples than before by --data.changed-files accept"
+                    )
         return state["streams"]
+
+
+def _shown(file: dict[str, Any]) -> str:
+    return f"{file['records']:,} records in {file['bytes']:,} bytes (digest {file['digest'][:8]})"
 
 
 def _stack(rows: list[PackedRow]) -> HostBatch:

@@ -1,13 +1,14 @@
 """The endless weighted mixture of all sources, as a random-access Grain dataset of processed examples."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import grain
 from grain import experimental
 
 from stepjax.config import BadRecords, Source
-from stepjax.data.records import Record, Records, open_source
+from stepjax.data.records import Record, Records
 from stepjax.errors import RecordError
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
@@ -34,17 +35,25 @@ class Skipped:
 
 
 def mixture(
-    sources: tuple[Source, ...], processor: Processor, *, seed: int, bad_records: BadRecords
+    sources: Sequence[Source],
+    opened: Sequence[Records],
+    processor: Processor,
+    *,
+    seed: int,
+    bad_records: BadRecords,
 ) -> grain.MapDataset:
     """Sample i of the endless training mixture depends on (sources, seed, i) alone; elements are Sample or Skipped.
 
+    Args:
+        opened: the records of each source.
+
     Raises:
-        RecordError: a source cannot be opened; and, on access, a record is malformed and `bad_records` is "error".
+        RecordError: on access, when a record is malformed and `bad_records` is "error".
     """
     datasets = []
-    for domain, source in enumerate(sources):
+    for domain, (source, records) in enumerate(zip(sources, opened, strict=True)):
         # Not `map` on the source: reading must fail inside `_process`, which knows what to do about it.
-        dataset = grain.MapDataset.range(len(records := open_source(source, seed)))
+        dataset = grain.MapDataset.range(len(records))
         dataset = dataset.seed(seed + domain).shuffle().repeat()
         datasets.append(dataset.map(partial(_process, records, source.name, domain, processor, bad_records)))
     mixed = grain.MapDataset.mix(datasets, [source.weight for source in sources])

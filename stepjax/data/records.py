@@ -4,29 +4,49 @@ A record is a dict with an `id` and one of
     messages   a conversation; assistant turns are trained
     text       a raw document, all of it trained
     content    an interleaved document of text and image items, all of its text trained
+
+and `images` beside them where the text has places for them (processing.record_images). Paths of images are relative to
+the file; `file://` URIs are paths.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+import stat
+import urllib.parse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import grain
 import numpy as np
 
 from stepjax.config import ArrayRecordSource, DigitsSource, JsonlSource, Source
 from stepjax.data.digits import DigitsRecords
-from stepjax.errors import RecordError
+from stepjax.errors import RecordError, TokenError
+from stepjax.processing.record_images import place_images
 
 Record = dict[str, Any]
 
+MAX_RECORD = 64 << 20  # bytes of one record's JSON
+_PIECE = 1 << 20  # bytes of a line that are held at a time while lines are looked for
+_BLOCK, _NUM_BLOCKS = 1 << 20, 64  # of a file's digest
+
+_URL = re.compile("[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 class Records(Protocol):
-    """What Grain needs of a source."""
+    """What Grain needs of a source, and what a resumed run needs to know of it."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+    def files(self) -> list[dict[str, Any]]:
+        """Of every file its path, size and digest, and the number of records; JSON can hold it."""
+        ...
 
 
 def open_source(source: Source, seed: int) -> Records:
@@ -50,8 +70,9 @@ class JsonlRecords:
     def __init__(self, name: str, path: str | Path):
         self._name, self._path = name, Path(path)
         try:
+            _check_regular(self._path)
             with self._path.open("rb") as file:
-                lines = np.fromiter(((len(line), not line.isspace()) for line in file), np.dtype("i8, ?"))
+                lines = np.fromiter(_lines(file), np.dtype("i8, ?"))
         except OSError as error:
             raise RecordError(f"source {name!r}: {path} cannot be read: {error.strerror}") from error
         lengths, filled = lines["f0"], lines["f1"]
@@ -59,16 +80,27 @@ class JsonlRecords:
         self._starts, self._lengths, self._lines = starts[filled], lengths[filled], np.flatnonzero(filled) + 1
         if not len(self):
             raise RecordError(f"source {name!r}: {path} holds no record")
+        first = self._bytes(0).removeprefix(b"\xef\xbb\xbf").strip()
+        if first.startswith(b"[") and (len(self) == 1 or not first.endswith(b"]")):
+            raise RecordError(
+                f"source {name!r}: {path} is a JSON array; write one object a line (jq -c '.[]' FILE > FILE.jsonl)"
+            )
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
+        place = f"line {self._lines[index]} of {self._path}"
+        return parse_record(self._bytes(index), f"{self._name}/{index}", place, self._path.parent)
+
+    def files(self) -> list[dict[str, Any]]:
+        # Lengths tell of lines that were put in or taken out between the blocks of a large file's digest.
+        return [_described(self._path, len(self), self._lengths.tobytes())]
+
+    def _bytes(self, index: int) -> bytes:
         with self._path.open("rb") as file:
             file.seek(self._starts[index])
-            line = file.read(self._lengths[index])
-        place = f"line {self._lines[index]} of {self._path}"
-        return parse_record(line, f"{self._name}/{index}", place, self._path.parent)
+            return file.read(min(self._lengths[index], MAX_RECORD + 1))
 
 
 class ArrayRecords:
@@ -81,39 +113,129 @@ class ArrayRecords:
             raise RecordError(
                 f"source {name!r}: no such ArrayRecord file: {', '.join(missing) or 'no paths were given'}"
             )
-        self._records: Any = grain.sources.ArrayRecordDataSource(list(paths))
-        if not len(self):
+        try:
+            for path in paths:
+                _check_regular(Path(path))
+            self._records: Any = grain.sources.ArrayRecordDataSource(list(paths))
+            size = len(self)
+        except (OSError, RuntimeError) as error:
+            raise RecordError(f"source {name!r}: {', '.join(paths)} cannot be read: {error}") from error
+        if not size:
             raise RecordError(f"source {name!r}: {', '.join(paths)} hold no record")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
+        name = f"{self._name}/{index}"
         place = f"record {index} of {len(self)} in {', '.join(self._paths)}"
-        return parse_record(self._records[index], f"{self._name}/{index}", place, Path(self._paths[0]).parent)
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise RecordError(f"record {name} ({place}): the file is damaged: {error}") from error
+        return parse_record(record, name, place, Path(self._paths[0]).parent)
+
+    def files(self) -> list[dict[str, Any]]:
+        return [_described(Path(path), len(self)) for path in self._paths]
 
 
 def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
     """A record from its JSON, with relative image paths resolved against `folder`. `name` is its id if it has none.
 
     Raises:
-        RecordError: the line is no JSON object.
+        RecordError: the line is no JSON object, or it is not clear which image goes where.
     """
+
+    def refuse(problem: str) -> RecordError:
+        return RecordError(f"record {name} ({place}): {problem}: {line[:80]!r}")
+
+    if len(line) > MAX_RECORD:
+        raise refuse(f"it has more than {MAX_RECORD >> 20} MiB; keep images in files of their own")
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"record {name} ({place}): not valid JSON ({error}): {line[:80]!r}") from error
+        record = json.loads(
+            line.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+        if _SURROGATE.search(line):
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise refuse("it has half a surrogate pair, which is no character") from error
+    except RecursionError as error:
+        raise refuse("not valid JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise refuse(f"not valid JSON ({error})") from error
     if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise RecordError(f"record {name} ({place}): a record is a JSON object, this is {kind}: {line[:80]!r}")
-    record.setdefault("id", name)
+        raise refuse(f"a record is a JSON object, this is {type(record).__name__}")
+    if record.get("id") is None:
+        record["id"] = name
+    elif type(record["id"]) is int:
+        record["id"] = str(record["id"])
+    elif not isinstance(record["id"], str) or not record["id"]:
+        raise refuse(f"its id is {record['id']!r}, and must be a text or an integer")
+    try:
+        record = place_images(record)
+    except TokenError as error:
+        raise refuse(str(error)) from error
     for content in [record.get("content"), *(_contents(record.get("messages")))]:
         for item in content if isinstance(content, list) else ():
             image = item.get("image") if isinstance(item, dict) else None
-            if isinstance(image, str) and not image.startswith(("data:", "http:", "https:")):
-                item["image"] = str(folder / image)
+            if isinstance(image, str):
+                item["image"] = _located(image, folder)
     return record
 
 
 def _contents(messages: Any) -> list[Any]:
     return [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+
+
+def _located(image: str, folder: Path) -> str:
+    """An image's path; data URIs stay as they are, and so do other URLs, which `open_image` refuses."""
+    if image[:7].lower() == "file://":
+        return str(folder / urllib.parse.unquote(image[7:].removeprefix("localhost")))
+    return image if image[:5].lower() == "data:" or _URL.match(image) else str(folder / image)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"the key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")
+    return fields
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _check_regular(path: Path) -> None:
+    """A pipe or a device would be waited for, or read, for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "a directory" if stat.S_ISDIR(mode) else "no regular file", str(path))
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bool]]:
+    """Of every line its length, and whether there is anything in it."""
+    length, filled = 0, False
+    while piece := file.readline(_PIECE):
+        length, filled = length + len(piece), filled or not piece.isspace()
+        if piece.endswith(b"\n"):
+            yield length, filled
+            length, filled = 0, False
+    if length:
+        yield length, filled
+
+
+def _described(path: Path, num_records: int, more: bytes = b"") -> dict[str, Any]:
+    """The digest is of the whole file up to 64 MiB. Of a larger one it is of 64 blocks spread evenly from its first
+    byte to its last: terabytes are not read twice, and whoever appends to or replaces a file changes its size or its
+    ends."""
+    size = os.stat(path).st_size
+    digest = hashlib.blake2b(more, digest_size=16)
+    with open(path, "rb") as file:
+        last = max(size - _BLOCK, 0)
+        whole = size <= _BLOCK * _NUM_BLOCKS
+        starts = range(0, size, _BLOCK) if whole else [last * i // (_NUM_BLOCKS - 1) for i in range(_NUM_BLOCKS)]
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return {"path": str(path), "bytes": size, "records": num_records, "digest": digest.hexdigest()}

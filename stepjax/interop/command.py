@@ -37,9 +37,6 @@ def run(arguments: Sequence[str]) -> int:
         return _verify(options) if verifies else _convert(options)
     except OSError as error:
         raise CheckpointError(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
 
 
 def _convert(given: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ trajectory is drawn again. A line that was changed is named. Memory holds where 
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -21,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError
 from stepjax.pacore.records import Trajectory
 
-SETTINGS, CALLS, LOCK = "run.json", "calls.jsonl", "lock"
+SETTINGS, CALLS = "run.json", "calls.jsonl"
 
 _DIGEST = re.compile(rb',"digest":"([0-9a-f]{16})"\}\n\Z')
 
@@ -195,24 +195,11 @@ def open_journal(directory: Path, settings: Mapping[str, Any], free: Mapping[str
     Raises:
         CheckpointError: another process writes there, the run there is another one, or its files cannot be used.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{directory} is being written by another process: wait for it, or stop it"
-            ) from error
+    with locked(directory):
         _claim(directory, json.loads(json.dumps(settings)), free)
         with contextlib.closing(Journal(directory / CALLS)) as journal:
             yield journal
             journal.sync()
-    finally:
-        os.close(lock)
 
 
 def _claim(directory: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> None:

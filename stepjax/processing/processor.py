@@ -11,6 +11,7 @@ from stepjax.processing import chat_template
 from stepjax.processing.chat_template import ImageSegment, Segment, SpecialSegment, TextSegment, TrainedTurns
 from stepjax.processing.image_files import open_image
 from stepjax.processing.images import ImageViews, make_views
+from stepjax.processing.record_images import place_images
 from stepjax.processing.tokenizer import Tokenizer, load_tokenizer
 from stepjax.processing.tokens import Example, TextSpan, assemble, check_length, least_tokens
 
@@ -49,7 +50,8 @@ class Processor:
                 - `text`: a document.
                 - `content`: a document of text and image items, in order.
 
-                Documents are trained whole, and end with `<|endoftext|>`. Other keys may hold what the caller likes.
+                Documents are trained whole, and end with `<|endoftext|>`. `images` are put where the text has a place
+                for them (see `record_images`). Other keys may hold what the caller likes.
             trained: the assistant turns of a conversation that count in the loss.
 
         Raises:
@@ -58,10 +60,12 @@ class Processor:
         """
         name = _record_name(record)
         try:
-            segments = self._segments(record, trained)
+            segments = self._segments(place_images(record), trained)
             example = self._assemble(name, segments)
         except (ImageError, TokenError) as error:
             raise RecordError(f"record {name!r}: {error}") from error
+        except RecursionError as error:
+            raise RecordError(f"record {name!r}: a value of it is nested too deeply; leave it out") from error
         if not example.loss_weights.any():
             raise RecordError(
                 f"record {name!r} has nothing to train on (trained={trained!r}): give a document some text, "
@@ -122,8 +126,14 @@ class Processor:
     def _segments(self, record: dict[str, Any], trained: TrainedTurns) -> list[Segment]:
         kinds = [kind for kind in _KINDS if record.get(kind) is not None]
         if len(kinds) != 1:
-            raise TokenError(f"it has {kinds or 'none'} of the keys {', '.join(_KINDS)}: give exactly one")
+            shape = (
+                '; write a conversation as {"messages": [{"role": "user", "content": ...}, ...]}' if not kinds else ""
+            )
+            found = f"{kinds or 'none'} of the keys {', '.join(_KINDS)}"
+            raise TokenError(f"it has {found}: give exactly one{shape} (its keys are {_shown(list(record))})")
         tools = record.get("tools")
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise TokenError(f"tools={_shown(tools)}: give a list of JSON schemas")
         if tools is not None and kinds != ["messages"]:
             raise TokenError("it has tools without messages: only a conversation can have tools")
         if kinds == ["messages"]:

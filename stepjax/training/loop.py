@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import logging
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -20,7 +25,7 @@ from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import HostBatch, Loader
 from stepjax.data.packing import StreamState
-from stepjax.errors import CheckpointError, ConfigError
+from stepjax.errors import CheckpointError, ConfigError, StepjaxError
 from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_parameters
 from stepjax.processing.processor import Processor
 from stepjax.sharding import make_mesh, num_parts, rows_here, shardings, spec
@@ -32,7 +37,7 @@ from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.preemption import StopRequest
 from stepjax.training.progress import ProgressLine
 from stepjax.training.rows import fetch_rows, interval_means
-from stepjax.training.run_directory import fetch, is_remote, local_directory, publish, run_directory
+from stepjax.training.run_directory import fetch, is_remote, local_directory, owned, publish, run_directory
 from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
 
 
@@ -91,8 +96,10 @@ def pretrain(
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(owned(local))  # before anything there is touched
         stack.enter_context(jax.set_mesh(mesh))
         checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep, config=to_json(config))
+        stack.enter_context(_naming_the_last_step(checkpointer.directory))
         stack.callback(checkpointer.close)
 
         # Resume where the last checkpoint stands, or start from random parameters.
@@ -138,7 +145,7 @@ def pretrain(
         meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
         batches = iter(loader)
         stack.callback(batches.close)
-        stop = stack.enter_context(StopRequest())
+        stop = StopRequest()
         heart = stack.enter_context(Heartbeat(config.heartbeat, progress.print))
         profile = stack.enter_context(Profile(config.logging.profile, local / "profile"))
         stack.enter_context(jax.transfer_guard("disallow"))
@@ -155,8 +162,9 @@ def pretrain(
             for skipped in batch.skipped:  # each process tells of its own
                 progress.print(f"skipped {skipped.name}: {skipped.reason}")
             if step == first_step + 1:
-                # Compilation is over: leave it out of the rates.
+                # Compilation is over: leave it out of the rates. From now on there is something for a signal to save.
                 jax.block_until_ready(metrics)
+                stack.enter_context(stop)
                 say(f"first step done {time.monotonic() - began:.0f} s after the start, compilation included")
                 meter.reset()
 
@@ -188,6 +196,33 @@ def pretrain(
         if stopped_by is not None:
             say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}; run the same command to go on")
         return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
+
+
+def _is_no_full_disk(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return "os_error_code=" not in str(error) and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
+    """A full disk, or another one that is lost while training, is one line that says what is safe."""
+    # Orbax's thread logs the traceback of what is raised here too, and its tasks do once more as the process ends.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_full_disk)
+    try:
+        yield
+    except StepjaxError:
+        raise
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore says it, in a ValueError
+        if not isinstance(error, OSError) and code is None:
+            raise
+        place = getattr(error, "filename", None) or checkpoints
+        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
+        with contextlib.suppress(OSError):
+            steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
+            reason = f"{reason}; the last step saved is {max(steps, default='none')}"
+        raise CheckpointError(f"{place}: {reason}. Mend that, and run the same command to go on") from error
 
 
 def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
@@ -223,7 +258,7 @@ def _restore_or_init(
 
 # What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.
 _MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation", "heartbeat")
-_MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records")
+_MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records", "data.changed_files")
 
 
 def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:

@@ -193,6 +193,28 @@ def test_state_of_other_data_is_refused(expected, changed):
         loader(state=saved_after(expected[0]), **changed)
 
 
+@pytest.mark.parametrize("change", ["appended", "replaced", "edited"])
+def test_a_data_file_that_has_changed_is_named_or_accepted(tmp_path, change):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(f'{{"text": "number {i:03} of these"}}\n' for i in range(300)))
+    data = DataConfig(sources=(JsonlSource(name="docs", weight=1, path=str(path)),))
+    state = json.loads(json.dumps(loader(data).state(batches(loader(data), 1)[0].states)))
+    batches(loader(data, state=state), 1)
+    text = path.read_text()
+    path.write_text(
+        {
+            "appended": text + text[:60],
+            "replaced": text[: len(text) // 2],
+            "edited": text.replace("number 150", "number 051"),
+        }[change]
+    )
+    with pytest.raises(
+        CheckpointError, match=f"'docs': {path} has changed since .*from 300 records in .*--name.*accept"
+    ):
+        loader(data, state=state)
+    batches(loader(dataclasses.replace(data, changed_files="accept"), state=state), 1)
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 

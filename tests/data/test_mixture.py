@@ -12,6 +12,7 @@ import pytest
 from stepjax.config import BadRecords, DigitsSource, ImageConfig, JsonlSource, Source, TokenizerConfig
 from stepjax.data import mixture as mixture_module
 from stepjax.data.mixture import SHUFFLE_WINDOW, Sample, Skipped, mixture
+from stepjax.data.records import open_source
 from stepjax.errors import RecordError
 from stepjax.processing.processor import Processor
 
@@ -30,7 +31,8 @@ def jsonl(tmp_path, name: str, records: int | list, weight: float = 1.0) -> Json
 
 
 def mixed(*sources: Source, seed: int = 0, bad_records: BadRecords = "error") -> Any:
-    return mixture(sources, processor, seed=seed, bad_records=bad_records)
+    opened = [open_source(source, seed) for source in sources]
+    return mixture(sources, opened, processor, seed=seed, bad_records=bad_records)
 
 
 def names(samples, indices) -> list[str]:

@@ -1,11 +1,13 @@
 """Records by index from JSON Lines and ArrayRecord files, and errors that say where to look."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 
+import stepjax.data.records as records_module
 from stepjax.config import ArrayRecordSource, DigitsSource, JsonlSource
 from stepjax.data.digits import DigitsRecords
 from stepjax.data.records import ArrayRecords, JsonlRecords, open_source
@@ -94,7 +96,7 @@ def test_bad_json_names_the_record_the_line_and_the_file(tmp_path):
     assert "docs/1" in message and f"line 3 of {path}" in message and '{"text": "b"' in message
 
 
-@pytest.mark.parametrize("line", ["[1, 2]", '"text"', "5", "null"])
+@pytest.mark.parametrize("line", ['"text"', "5", "null"])
 def test_json_that_is_no_object_is_refused(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text(line)  # without a newline, so that "5" is a file of one byte
@@ -102,9 +104,89 @@ def test_json_that_is_no_object_is_refused(tmp_path, line):
         JsonlRecords("docs", path)[0]
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    with pytest.raises(RecordError, match="docs/0.*not valid JSON"):
-        JsonlRecords("docs", write(tmp_path / "a.jsonl", b'{"text": "\xff\xfe"}'))[0]
+DEEP = b"[" * 3000 + b"]" * 3000
+BAD_LINES = {
+    "no text": (b'{"text": "\xff\xfe"}', "not valid JSON.*utf-8"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16-le"), "not valid JSON"),
+    "deep": (b'{"text": "a", "meta": ' + DEEP + b"}", "nested too deeply"),
+    "deep, unclosed": (b'{"text": "a", "meta": ' + b'{"a":' * 100_000, "nested too deeply"),
+    "a huge number": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not valid JSON.*digits"),
+    "NaN": (b'{"text": "a", "n": NaN}', "NaN is not JSON"),
+    "infinity": (b'{"text": "a", "n": -Infinity}', "-Infinity is not JSON"),
+    "NUL": (b'{"text": "a\x00b"}', "not valid JSON.*control character"),
+    "half a pair": (b'{"text": "a\\ud83d"}', "half a surrogate pair"),
+    "half a pair as a key": (b'{"text": "a", "\\uDE00": 1}', "half a surrogate pair"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "the key 'text' is there twice"),
+    "a key twice within": (b'{"messages": [{"role": "user", "role": "assistant"}]}', "the key 'role' is there twice"),
+    "an id that is a list": (b'{"text": "a", "id": [1]}', r"id is \[1\]"),
+    "an id that is empty": (b'{"text": "a", "id": ""}', "id is ''"),
+    "an array": (b"[1, 2]", "JSON object, this is list"),
+    "a video": (b'{"text": "a", "video": "a.mp4"}', "'video'"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_record_names_its_line_and_file_and_spoils_no_other(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", {"text": "a"}, line, {"text": "c"})
+    records = JsonlRecords("docs", path)
+    assert len(records) == 3 and records[0]["text"] == "a" and records[2]["text"] == "c"
+    with pytest.raises(RecordError, match=f"docs/1.*line 2 of {path}.*{message}"):
+        records[1]
+
+
+def test_a_record_over_the_bound_is_refused_and_never_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "MAX_RECORD", 2000)
+    monkeypatch.setattr(records_module, "_PIECE", 64)
+    texts = ["x" * 1900, "x" * 2000, " " * 3000, "y" * 100]
+    path = write(tmp_path / "a.jsonl", *({"text": text} if text.strip() else text for text in texts))
+    records = JsonlRecords("docs", path)
+    assert [records[i]["text"] for i in (0, 2)] == [texts[0], texts[3]]
+    with pytest.raises(RecordError, match="docs/1.*line 2 of .*more than 0 MiB; keep images in files"):
+        records[1]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"text": "a"}]', '[\n {"text": "a"},\n {"text": "b"}\n]\n', '\ufeff [{"text": "a"},\n1]']
+)
+def test_a_json_array_is_told_from_json_lines(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(RecordError, match=r"'docs': .*a.jsonl is a JSON array; write one object a line"):
+        JsonlRecords("docs", tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("given", "name"), [(5, "5"), (2**70, str(2**70)), ("a", "a"), (None, "docs/0")])
+def test_ids(tmp_path, given, name):
+    assert JsonlRecords("docs", write(tmp_path / "a.jsonl", {"text": "a", "id": given}))[0]["id"] == name
+
+
+def test_only_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(RecordError, match="cannot be read: no regular file"):
+            JsonlRecords("docs", path)
+        with pytest.raises(RecordError, match="cannot be read: .*no regular file"):
+            ArrayRecords("docs", [str(path)])
+
+
+# Images beside the text ----------------------------------------------------------------------------------------------
+
+
+def test_images_beside_messages_are_placed_and_found(tmp_path):
+    (tmp_path / "b.png").write_bytes(b"")
+    lines = [
+        {"messages": user("q")["messages"][1:], "images": None},
+        {"messages": [{"role": "user", "content": "<image>\nq"}], "image": "a.png"},
+        {
+            "messages": [{"role": "user", "content": "q"}],
+            "images": [f"file://{tmp_path}/with%20space.png", "gs://b/a.png"],
+        },
+    ]
+    records = JsonlRecords("chat", write(tmp_path / "a.jsonl", *lines))
+    assert records[0]["messages"] == lines[0]["messages"]
+    assert records[1]["messages"][0]["content"] == [image(str(tmp_path / "a.png")), {"type": "text", "text": "\nq"}]
+    placed = [image(f"{tmp_path}/with space.png"), image("gs://b/a.png"), {"type": "text", "text": "q"}]
+    assert records[2]["messages"][0]["content"] == placed
+    assert "images" not in records[2] and "image" not in records[1]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +252,49 @@ def test_missing_and_empty_array_record_files_are_refused(tmp_path):
         ArrayRecords("big", [])
     with pytest.raises(RecordError, match=r"'big'.*c\.array_record hold no record"):
         ArrayRecords("big", [write_array_record(tmp_path / "c.array_record")])
+
+
+def test_damaged_array_record_files_are_refused(tmp_path):
+    good = write_array_record(tmp_path / "a.array_record", *({"text": str(i)} for i in range(50)))
+    content = bytearray(Path(good).read_bytes())
+    content[100:400] = bytes(byte ^ 255 for byte in content[100:400])
+    (tmp_path / "flipped.array_record").write_bytes(content)
+    (tmp_path / "cut.array_record").write_bytes(content[:1000])
+    with pytest.raises(RecordError, match=r"'big'.*cut.array_record cannot be read"):
+        ArrayRecords("big", [str(tmp_path / "cut.array_record")])
+    with pytest.raises(RecordError, match=r"big/3.*flipped.array_record.*the file is damaged"):
+        ArrayRecords("big", [str(tmp_path / "flipped.array_record")])[3]
+
+
+# What a resumed run compares -----------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_a_file_finds_every_change_of_size_and_every_change_of_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "_BLOCK", 64)
+    small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"
+    write(small, *({"text": f"{i:04}"} for i in range(100)))
+    write(large, *({"text": f"{i:04}"} for i in range(1000)))
+    for path in (small, large):
+        (before,) = JsonlRecords("docs", path).files()
+        content = path.read_bytes()
+        assert before == {"path": str(path), "bytes": len(content), "records": content.count(b"\n")} | {
+            "digest": before["digest"]
+        }
+        lines = content.splitlines(keepends=True)
+        swapped = [*lines[:51], lines[51][:-3] + b'" }\n', lines[52][:-6] + b'5"}\n', *lines[53:]]
+        changes = [
+            content + lines[0],
+            b"".join(lines[:-1]),
+            b"".join(swapped),
+            b"x" + content[1:],
+            content[:-2] + b"]\n",
+        ]
+        changes += [content.replace(b"0050", b"9950")] if path == small else []
+        for changed in changes:
+            path.write_bytes(changed)
+            assert JsonlRecords("docs", path).files() != [before]
+        path.write_bytes(content)
+        assert JsonlRecords("docs", path).files() == [before]
 
 
 def test_digits_are_a_source():

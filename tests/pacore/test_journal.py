@@ -204,10 +204,10 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 def test_two_processes_do_not_write_one_directory(tmp_path):
     with open_journal(tmp_path, {}, {}):
-        with pytest.raises(CheckpointError, match="another process"), open_journal(tmp_path, {}, {}):
+        with pytest.raises(CheckpointError, match="being written by process"), open_journal(tmp_path, {}, {}):
             pass
     with open_journal(tmp_path, {}, {}):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"), open_journal(tmp_path / "file", {}, {}):
+    with pytest.raises(CheckpointError, match="cannot be made or written"), open_journal(tmp_path / "file", {}, {}):
         pass

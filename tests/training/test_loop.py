@@ -28,9 +28,11 @@ from stepjax.config import (
     ScheduleConfig,
     TokenizerConfig,
 )
+from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError, ConfigError, RecordError, TrainingDivergedError
 from stepjax.training.checkpoint import Checkpointer, read_meta
 from stepjax.training.loop import pretrain
+from stepjax.training.metrics import JsonlTracker
 
 pytest_plugins = ("tiny_run",)
 
@@ -207,6 +209,52 @@ def test_a_signal_at_any_moment_saves_before_leaving(tmp_path, monkeypatch, caps
     assert (outcome.step, outcome.stopped_by) == (STEPS, None)
     rows, unbroken = read_metrics(tmp_path / "tiny"), read_metrics(finished_run.directory)
     assert [without_speed(row) for row in rows] == [without_speed(row) for row in unbroken]
+
+
+def test_a_second_start_is_refused_and_touches_nothing(finished_run, quick_runs):
+    """Also not what a save under way, which looks like one that was killed, has written so far."""
+    under_way = finished_run.directory / "checkpoints" / "99.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    before = files(finished_run.directory)
+    try:
+        with (
+            locked(finished_run.directory),
+            pytest.raises(CheckpointError, match=f"being written by process {os.getpid()} on "),
+        ):
+            pretrain(dataclasses.replace(tiny, out=str(finished_run.out)))
+        del before[finished_run.directory / "lock"]
+        assert before.items() <= files(finished_run.directory).items()
+    finally:
+        under_way.rmdir()
+
+
+class _FullDisk:
+    """What TensorStore, and what a file, says of a disk without room."""
+
+    tensorstore = ValueError("RESOURCE_EXHAUSTED: Error writing local file \"x\" [os_error_code='28']")
+    file = OSError(28, "No space left on device", "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("full", "safe"), [("save", 4), ("first save", "none"), ("metrics", 4)])
+def test_a_full_disk_is_one_line_that_names_the_last_step_saved(tmp_path, monkeypatch, full, safe, quick_runs):
+    save, log = Checkpointer.save, JsonlTracker.log
+
+    def failing_save(self, step, *args, **kwargs):
+        if full == "first save" or (full == "save" and step == 8):
+            raise _FullDisk.tensorstore
+        return save(self, step, *args, **kwargs)
+
+    def failing_log(self, step, *args, **kwargs):
+        if full == "metrics" and step == 7:
+            raise _FullDisk.file
+        return log(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", failing_save)
+        patch.setattr(JsonlTracker, "log", failing_log)
+        with pytest.raises(CheckpointError, match=f"No space left on device; the last step saved is {safe}. Mend that"):
+            pretrain(dataclasses.replace(tiny, out=str(tmp_path)))
+    assert pretrain(dataclasses.replace(tiny, out=str(tmp_path))).step == STEPS
 
 
 def test_divergence_stops_the_run_and_saves_nothing_more(tmp_path, quick_runs):

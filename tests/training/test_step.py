@@ -29,6 +29,7 @@ from stepjax.config import (
 )
 from stepjax.data.mixture import Sample, mixture
 from stepjax.data.packing import PackingStream, RowBudget, pack
+from stepjax.data.records import open_source
 from stepjax.models.step_vl import init_model
 from stepjax.processing.processor import Processor
 from stepjax.training.optimizer import learning_rate, make_optimizer, named_leaves
@@ -65,7 +66,9 @@ BUDGET = RowBudget.of(CONFIG.batch, CONFIG.images)
 def packed_samples() -> list[list[Sample]]:
     """The examples of four packed rows."""
     processor = Processor.from_config(CONFIG.images, CONFIG.tokenizer)
-    mixed: Any = mixture(CONFIG.data.sources, processor, seed=0, bad_records="error")
+    sources = CONFIG.data.sources
+    opened = [open_source(source, 0) for source in sources]
+    mixed: Any = mixture(sources, opened, processor, seed=0, bad_records="error")
     samples = [mixed[i] for i in range(24)]
     by_name = {sample.example.name: sample for sample in samples}
     stream = PackingStream(grain.MapDataset.source(samples), BUDGET, stream=0, num_streams=1, open_rows=1)

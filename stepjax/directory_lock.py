@@ -1,0 +1,51 @@
+"""A directory that one process writes in: a second start is refused, and harms nothing.
+
+    DIR/lock     held (flock) while the process lives, whatever ends it; says which process that is
+
+On a file system without locks, and between machines that share a bucket or a mount that keeps locks to itself, it
+guards against a second start on the same machine at most.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepjax.errors import CheckpointError
+
+LOCK = "lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Makes the directory, and keeps other processes from it until the block ends.
+
+    Raises:
+        CheckpointError: it cannot be made or written, or another process has it; names that one.
+    """
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be made or written: {error.strerror}; name another --out") from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except BlockingIOError as error:
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            raise CheckpointError(f"{directory} is being written by {holder}: wait for it, or stop it") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+            print(f"{path}: {error.strerror}; see that no other process writes there", file=sys.stderr)
+        yield
+    finally:
+        os.close(file)

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM at any moment of a command: one line and the status 130 or 143, at once.
+
+Python runs a signal's handler between two bytecodes of the main thread. While that compiles, or reads an array, this
+is seconds to minutes later; an exception raised there unwinds through callbacks of C++, or is lost in one, and an
+interpreter that ends while native threads work crashes. So the signal wakes a thread (`signal.set_wakeup_fd`), which
+ends the process as a kill would: whatever stepjax writes survives one.
+
+What stops in an orderly way of its own (training, a batch run, a server) installs its handlers for that while; then
+the thread leaves signals to them.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import NoReturn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def end_on_signals(program: str) -> None:
+    """From now on this process, but none forked of it, ends at SIGINT and SIGTERM. Call it in the main thread."""
+
+    def end(number: int, _: FrameType | None = None) -> NoReturn:
+        flush = threading.Thread(target=_flush, daemon=True)  # a reader of ours may be stuck
+        flush.start()
+        flush.join(1)
+        start = "\n" if os.isatty(2) else ""  # behind what a live progress line shows
+        with contextlib.suppress(OSError):
+            os.write(2, f"{start}{program}: stopped by {signal.Signals(number).name}\n".encode())
+        os._exit(128 + number)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while received := os.read(reader, 1):
+            if signal.getsignal(received[0]) is end:
+                end(received[0])
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_restore)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _restore() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _flush() -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
