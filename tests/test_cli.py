@@ -63,7 +63,7 @@ def test_pretrain_without_a_recipe(capsys):
     ("arguments", "field"),
     [
         (["pretrain", str(RECIPE), "--help"], "--optimizer.weight-decay FLOAT"),
-        (["eval", "--help"], "--split {train,held_out}"),
+        (["eval", "--help"], "--split {None,train,held_out}"),
         (["generate", "--help"], "--prompt STR"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
