@@ -1,9 +1,11 @@
 """The files beside the weights of an exported directory: configuration, tokenizer, templates.
 
 Those that a converted checkpoint kept are given back as they were. Others are made, for what trained here has none:
-`--side-files DIR` takes the tokenizer's and the remote code of another directory, such as the public checkpoint.
+the PyTorch files in `assets/pytorch` are copied, and `--side-files DIR` takes the tokenizer and the remote code of
+another directory, such as the public checkpoint, in their place.
 """
 
+import importlib.resources
 import json
 import shutil
 from pathlib import Path
@@ -91,10 +93,14 @@ def make(
         **_tokenizer_files(target / "tokenizer.json", spec.decoder.max_positions),
     }
     if spec.images is not None:
-        made["preprocessor_config.json"] = image_fields(spec.images)
-        made["processor_config.json"] = {
-            name: made["preprocessor_config.json"][name] for name in ("processor_class", "auto_map")
-        }
+        if not (target / "modeling_step_vl.py").exists():
+            code = importlib.resources.files("stepjax").joinpath("assets", "pytorch")
+            for file in code.iterdir():
+                if file.name.endswith(".py"):
+                    (target / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+            for name in _VISION_FILES:  # of other code
+                (target / name).unlink(missing_ok=True)
+        made |= dict.fromkeys(_VISION_FILES, image_fields(spec.images))
     for name, fields in made.items():
         if not (target / name).exists():
             (target / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -116,6 +122,8 @@ def _tokenizer_files(tokenizer_json: Path, max_positions: int) -> dict[str, Any]
             "bos_token": None,
             **ends,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",  # of batches that are generated from
             "model_max_length": max_positions,
         },
         "special_tokens_map.json": {"additional_special_tokens": special, **ends},

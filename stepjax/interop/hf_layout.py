@@ -185,6 +185,7 @@ def config_from_hf(hf: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
                 patch_size=vision.patch_size,
                 position_grid=vision.image_size // vision.patch_size,
                 norm_eps=vision.layer_norm_eps,
+                rope_theta=vision.rope_theta,
                 layer_scale_init=vision.ls_init_value,
             ),
             decoder=decoder_config_from_hf(fields.text_config),
