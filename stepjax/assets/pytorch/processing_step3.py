@@ -108,10 +108,7 @@ class Step3VLProcessor(ProcessorMixin):
         small_is_inclusive=True,  # an image whose long side is exactly `size` is small
         max_crops=128,  # refuse images that need more crops; None lifts the guard
     ):
-        def side(given):  # Transformers writes sizes as {"height": 728, "width": 728}
-            return given["height"] if isinstance(given, dict) else given
-
-        self.size, self.crop_size, self.patch_size = side(size), side(crop_size), patch_size
+        self.size, self.crop_size, self.patch_size = size, crop_size, patch_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.max_side = max_side
         self.small_aspect = small_aspect
@@ -134,11 +131,14 @@ class Step3VLProcessor(ProcessorMixin):
         options = {"add_special_tokens": False, "return_token_type_ids": False, **known["text_kwargs"]}
         return_tensors = options.pop("return_tensors", None)
         texts = [text] if isinstance(text, str) else list(text)
-        images = list(_flat(images))
-        places = sum(text.count(IMAGE) for text in texts)
-        if places != len(images):
-            raise ValueError(f"the text has {places} {IMAGE}, and {len(images)} images are given: each needs the other")
-        views = [self.make_views(open_image(image)) for image in images]
+        places = [text.count(IMAGE) for text in texts]
+        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
+            given, expected = [len(list(_flat(row))) for row in images], places
+        else:
+            given, expected = [len(list(_flat(images)))], [sum(places)]
+        if given != expected:
+            raise ValueError(f"{given} images are given, and the text has {IMAGE} for {expected}: each needs the other")
+        views = [self.make_views(open_image(image)) for image in _flat(images)]
         layouts = iter([layout for _, _, layout in views])
         parts = [text.split(IMAGE) for text in texts]
         texts = [first + "".join(next(layouts) + part for part in rest) for first, *rest in parts]
