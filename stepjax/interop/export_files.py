@@ -15,6 +15,7 @@ from stepjax.config import TokenizerConfig
 from stepjax.errors import CheckpointError
 from stepjax.interop.hf_config import config_json, image_fields
 from stepjax.interop.hf_directory import CONFIG, INDEX, read_json, side_files
+from stepjax.interop.hf_layout import STARTS_THINKING
 from stepjax.interop.jinja_template import jinja_template
 from stepjax.interop.model_spec import ModelSpec
 from stepjax.processing.tokenizer import MARKERS, SpecialTokens, Tokenizer, load_tokenizer
@@ -76,10 +77,12 @@ def make(
     else:
         tokenizer = load_tokenizer(tokenizer_config)
     tokens = tokenizer.special_tokens
-    write_config(target, config_json(spec, tokens, dtype))
+    starts_thinking = tokenizer_config.generation_starts_thinking
+    ours = {} if spec.is_text or starts_thinking else {STARTS_THINKING: False}
+    write_config(target, config_json(spec, tokens, dtype) | ours)
     if not (target / "tokenizer.json").exists():
         tokenizer.save(target / "tokenizer.json")
-    template = jinja_template(starts_thinking=tokenizer_config.generation_starts_thinking)
+    template = jinja_template(starts_thinking=starts_thinking)
     made: dict[str, Any] = {
         "generation_config.json": {
             "bos_token_id": tokens.end_of_text,

@@ -25,6 +25,7 @@ Array = np.ndarray
 
 TEXT_FAMILIES = ("qwen3", "llama")
 IMAGE_FIELDS = "stepjax_images"  # our field of config.json: what differs from the public model's images
+STARTS_THINKING = "stepjax_starts_thinking"  # ours too: false where generation prompts do not open <think>
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stepjax.cli import main
 from stepjax.config import ImageConfig, MeshConfig, NumericsConfig
 from stepjax.errors import CheckpointError, ContextLengthError, TokenError
 from stepjax.interop.hf_config import config_json, image_fields
-from stepjax.interop.load import load_model, load_run, open_checkpoint
+from stepjax.interop.load import load_model, load_processor, load_run, open_checkpoint
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf
 from stepjax.interop.text_processor import TextProcessor
 from stepjax.models.qwen3 import Qwen3
@@ -205,6 +205,20 @@ def test_the_pytorch_processor_takes_every_setting_of_images(exported):
         assert ast.literal_eval(defaults[name]) == settings[name], name
     written = json.loads((exported / "processor_config.json").read_text())
     assert written == json.loads(json.dumps(image_fields(RECIPE.images)))
+
+
+@pytest.mark.parametrize("starts_thinking", [True, False])
+def test_prompts_end_as_the_run_has_them(run, tmp_path, starts_thinking):
+    recipe = dataclasses.replace(
+        RECIPE, tokenizer=dataclasses.replace(RECIPE.tokenizer, generation_starts_thinking=starts_thinking)
+    )
+    with Checkpointer(tmp_path / "run" / "checkpoints", keep=1, config=recipe) as checkpointer:
+        checkpointer.save(1, {"model": run[1]}, {}, wait=True)
+    for source, target in (("run", "hf"), ("hf", "orbax"), ("orbax", "back")):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
+        processor = load_processor(open_checkpoint(tmp_path / target))
+        prompt = processor.process_prompt([{"role": "user", "content": "?"}])
+        assert processor.decode(prompt.tokens).endswith("<think>\n" if starts_thinking else "assistant\n")
 
 
 @pytest.mark.parametrize("has_code", [True, False])
