@@ -11,7 +11,7 @@ for name in ("stepjax", "pallas_kernels", "jax", "flax", "torchvision", "timm"):
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoProcessor, logging  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, logging  # noqa: E402
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -68,9 +68,17 @@ def answer_recorded(job, results):
     results[f"{job['name']}/generated"] = generated[:, inputs["input_ids"].shape[1] :].numpy()
 
 
+def list_shapes(job, results):
+    config = AutoConfig.from_pretrained(job["directory"], trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    results |= {f"{job['name']}/{key}": np.array(value.shape) for key, value in model.state_dict().items()}
+    config.save_pretrained(job["again"])
+
+
 if __name__ == "__main__":
     arrays = {}
     with torch.no_grad(), open(sys.argv[1]) as jobs:
         for each in json.load(jobs):
-            (answer_recorded if "recorded" in each else answer_chats)(each, arrays)
+            {"chats": answer_chats, "recorded": answer_recorded, "shapes": list_shapes}[each["kind"]](each, arrays)
     np.savez(sys.argv[2], **arrays)

@@ -5,6 +5,7 @@ Legend: B rows, T tokens.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,10 +20,12 @@ from tiny_checkpoint import write_tiny_checkpoint
 
 import stepjax
 from stepjax.cli import main
-from stepjax.config import NumericsConfig, TokenizerConfig
+from stepjax.config import ImageConfig, ModelConfig, NumericsConfig, TokenizerConfig
 from stepjax.config_file import load_recipe
 from stepjax.interop import export_files
+from stepjax.interop.hf_match import places
 from stepjax.interop.load import open_checkpoint
+from stepjax.interop.model_spec import ModelSpec, spec_from_hf
 from stepjax.models.step_vl import NO_FEATURE, abstract_model
 from stepjax.training.checkpoint import Checkpointer
 
@@ -60,6 +63,7 @@ def unlike_the_public(recipe):
     return dataclasses.replace(recipe, model=model, images=images)
 
 
+PUBLIC = ModelSpec(ModelConfig(), ImageConfig())
 RECIPES = {"demo": DEMO, "unlike": unlike_the_public(DEMO)}
 
 
@@ -126,6 +130,8 @@ def directories(tmp_path_factory, randomized):
     fields = json.loads((top / "recorded" / "config.json").read_text())
     auto_map = json.loads((top / "demo" / "config.json").read_text())["auto_map"]
     export_files.write_config(top / "recorded", fields | {"auto_map": auto_map})
+    (top / "public").mkdir()
+    export_files.make(top / "public", PUBLIC, TokenizerConfig(path="demo"), "bfloat16", None)
     return top
 
 
@@ -135,12 +141,14 @@ def theirs(directories, chats, golden, tmp_path_factory):
     work = tmp_path_factory.mktemp("alone")
     inputs = ("input_ids", "pixel_values", "patch_pixel_values", "num_patches")
     np.savez(work / "recorded.npz", **{key: golden[key] for key in inputs})
-    jobs = [
-        {"name": "demo", "directory": str(directories / "demo"), "chats": chats, "again": str(directories / "again")},
-        {"name": "unlike", "directory": str(directories / "unlike"), "chats": chats[:1]},
-        {"name": "golden", "directory": str(directories / "golden"), "chats": chats[:1]},
-        {"name": "recorded", "directory": str(directories / "recorded"), "recorded": str(work / "recorded.npz")},
-    ]
+    names = {"demo": chats, "unlike": chats[:1], "golden": chats[:1]}
+    jobs = [{"kind": "chats", "name": name, "chats": asked} for name, asked in names.items()]
+    jobs += [{"kind": "recorded", "name": "recorded", "recorded": str(work / "recorded.npz")}]
+    jobs += [{"kind": "shapes", "name": "public"}]
+    for job in jobs:
+        job["directory"] = str(directories / job["name"])
+    for job in (jobs[0], jobs[-1]):
+        job["again"] = str(directories / "again" / job["name"])
     (work / "jobs.json").write_text(json.dumps(jobs))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "JAX_"))}
     subprocess.run(
@@ -210,9 +218,18 @@ def test_the_recorded_model_in_pytorch(theirs, golden):
     assert theirs["recorded/generated"][0].tolist() == golden["greedy_tokens"].tolist()
 
 
+def test_the_public_sizes(directories, theirs):
+    """The 10B model by its shapes and `config.json`, whose fields are the defaults of classes and must stay written."""
+    shapes = {key.removeprefix("public/"): tuple(value) for key, value in theirs.items() if key.startswith("public/")}
+    assert shapes == {place.key: place.shape for place in places(PUBLIC.tensors(), PUBLIC.shapes())}
+    assert sum(math.prod(shape) for shape in shapes.values()) == 10_171_750_144
+    for directory in (directories / "public", directories / "again" / "public"):
+        assert spec_from_hf(json.loads((directory / "config.json").read_text())) == PUBLIC
+
+
 def test_what_pytorch_saves_is_read(directories, theirs, tmp_path):
     assert theirs["demo/again/generated"].tolist() == theirs["demo/0/generated"].tolist()
-    again = directories / "again"
+    again = directories / "again" / "demo"
     assert len(list(again.glob("*.safetensors"))) > 1
     config = json.loads((again / "config.json").read_text())
     assert config["architectures"] == ["StepVLForConditionalGeneration"]  # as servers know it
