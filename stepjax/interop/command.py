@@ -56,14 +56,15 @@ def _convert(given: argparse.Namespace) -> int:
     )
     if isinstance(source, HFDirectory):
         _refuse_side_files(given, "a Hugging Face directory brings its own")
-        for note in to_orbax(source, destination, options, Progress):
-            print(printable(note), file=sys.stderr)
-        print(f"{destination}: a checkpoint of {_described(source)}; `stepjax.load` reads it")
+        written = to_orbax(source, destination, options, Progress)
+        if written.left_out:
+            print(printable(f"left out of {source.path}: {', '.join(written.left_out)}"), file=sys.stderr)
+        print(f"{destination}: an Orbax checkpoint of {written}; `stepjax.load` reads it")
     else:
         if source.run is None:
             _refuse_side_files(given, "the checkpoint has kept those that it came with")
-        to_hf(source, destination, options, Progress)
-        print(f"{destination}: a Hugging Face directory of {_described(source)}")
+        written = to_hf(source, destination, options, Progress)
+        print(f"{destination}: a Hugging Face directory of {written}")
     return 0
 
 
@@ -84,13 +85,6 @@ def _verify(given: argparse.Namespace) -> int:
     if failed:
         print(f"{given.directory} differs in {', '.join(failed)} (--tolerance {given.tolerance:g})", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _described(source) -> str:
-    import math
-
-    parameters = sum(math.prod(shape) for shape in source.spec.shapes().values())
-    return f"{parameters:,} parameters, {'text only' if source.spec.is_text else 'STEP3-VL'}"
 
 
 def _local(path: str) -> str:

@@ -7,6 +7,7 @@ whole (`partial`), and note every finished tensor, so that a second run goes on 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -55,8 +56,36 @@ class Options:
         return stored if self.dtype == "keep" else DTYPES[{"float32": "F32", "bfloat16": "BF16"}[self.dtype]]
 
 
-def to_orbax(source: HFDirectory, destination: Path, options: Options, progress: Callable[..., Progress]) -> list[str]:
-    """Convert a Hugging Face directory. Returns notes on what of it was left out.
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a conversion wrote, for people.
+
+    Attributes:
+        spec: of what was written.
+        is_part: it is a part of what was read.
+        dtypes: of every parameter.
+        num_bytes: of the tensors.
+        left_out: what else the source has, and the destination has not.
+    """
+
+    spec: ModelSpec
+    is_part: bool
+    dtypes: Mapping[str, np.dtype]
+    num_bytes: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = "a Qwen3 text model" if self.spec.decoder.qk_norm else "a Llama text model"
+        parameters = sum(math.prod(shape) for shape in self.spec.shapes().values())
+        dtypes = " and ".join(sorted({dtype.name for dtype in self.dtypes.values()}))
+        return (
+            f"{'the decoder only, ' if self.is_part else ''}{text if self.spec.is_text else 'STEP3-VL'}: "
+            f"{parameters:,} parameters, {self.num_bytes:,} bytes of {dtypes}"
+        )
+
+
+def to_orbax(source: HFDirectory, destination: Path, options: Options, progress: Callable[..., Progress]) -> Written:
+    """Convert a Hugging Face directory.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, misshapen, of a type that is not read or damaged, or the
@@ -107,10 +136,12 @@ def to_orbax(source: HFDirectory, destination: Path, options: Options, progress:
             (work.directory / HEADERS).write_text(json.dumps(source.headers))
         else:
             export_files.write_config(kept, export_files.text_config(source.config, spec))
-    return [f"left out of {source.path}: {', '.join(others)}"] if others else []
+    written_dtypes = {names[name]: dtypes[name] for name in arrays}
+    num_bytes = sum(math.prod(shape) * written_dtypes[name].itemsize for name, shape in written.items())
+    return Written(spec, spec != source.spec, written_dtypes, num_bytes, tuple(others))
 
 
-def to_hf(source: OrbaxDirectory, destination: Path, options: Options, progress: Callable[..., Progress]) -> None:
+def to_hf(source: OrbaxDirectory, destination: Path, options: Options, progress: Callable[..., Progress]) -> Written:
     """Export a converted checkpoint, or a training run's, as a complete Hugging Face directory.
 
     A checkpoint that was converted from files in the layout on disk is written into the same files, byte for byte.
@@ -167,6 +198,8 @@ def to_hf(source: OrbaxDirectory, destination: Path, options: Options, progress:
             index.unlink(missing_ok=True)
         if len(headers) > 1 and not index.exists():
             index.write_text(index_of(headers))
+    num_bytes = sum(entry.nbytes for entry in entries.values())
+    return Written(spec, spec != source.spec, dtypes, num_bytes)
 
 
 def _write_side_files(

@@ -1,9 +1,11 @@
 """The files beside the weights of an exported directory: configuration, tokenizer, templates.
 
 Those that a converted checkpoint kept are given back as they were. Others are made, for what trained here has none:
-`--side-files DIR` takes the tokenizer's and the remote code of another directory, such as the public checkpoint.
+the PyTorch files in `assets/pytorch` are copied, and `--side-files DIR` takes the tokenizer and the remote code of
+another directory, such as the public checkpoint, in their place.
 """
 
+import importlib.resources
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +15,7 @@ from stepjax.config import TokenizerConfig
 from stepjax.errors import CheckpointError
 from stepjax.interop.hf_config import config_json, image_fields
 from stepjax.interop.hf_directory import CONFIG, INDEX, read_json, side_files
+from stepjax.interop.hf_layout import STARTS_THINKING
 from stepjax.interop.jinja_template import jinja_template
 from stepjax.interop.model_spec import ModelSpec
 from stepjax.processing.tokenizer import MARKERS, SpecialTokens, Tokenizer, load_tokenizer
@@ -74,10 +77,12 @@ def make(
     else:
         tokenizer = load_tokenizer(tokenizer_config)
     tokens = tokenizer.special_tokens
-    write_config(target, config_json(spec, tokens, dtype))
+    starts_thinking = tokenizer_config.generation_starts_thinking
+    ours = {} if spec.is_text or starts_thinking else {STARTS_THINKING: False}
+    write_config(target, config_json(spec, tokens, dtype) | ours)
     if not (target / "tokenizer.json").exists():
         tokenizer.save(target / "tokenizer.json")
-    template = jinja_template(starts_thinking=tokenizer_config.generation_starts_thinking)
+    template = jinja_template(starts_thinking=starts_thinking)
     made: dict[str, Any] = {
         "generation_config.json": {
             "bos_token_id": tokens.end_of_text,
@@ -91,10 +96,14 @@ def make(
         **_tokenizer_files(target / "tokenizer.json", spec.decoder.max_positions),
     }
     if spec.images is not None:
-        made["preprocessor_config.json"] = image_fields(spec.images)
-        made["processor_config.json"] = {
-            name: made["preprocessor_config.json"][name] for name in ("processor_class", "auto_map")
-        }
+        if not (target / "modeling_step_vl.py").exists():
+            code = importlib.resources.files("stepjax").joinpath("assets", "pytorch")
+            for file in code.iterdir():
+                if file.name.endswith(".py"):
+                    (target / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+            for name in _VISION_FILES:  # of other code
+                (target / name).unlink(missing_ok=True)
+        made |= dict.fromkeys(_VISION_FILES, image_fields(spec.images))
     for name, fields in made.items():
         if not (target / name).exists():
             (target / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -116,6 +125,8 @@ def _tokenizer_files(tokenizer_json: Path, max_positions: int) -> dict[str, Any]
             "bos_token": None,
             **ends,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",  # of batches that are generated from
             "model_max_length": max_positions,
         },
         "special_tokens_map.json": {"additional_special_tokens": special, **ends},

@@ -1,8 +1,10 @@
 """`config.json` of an exported model: the fields that Transformers, vLLM and SGLang read."""
 
+import dataclasses
+import math
 from typing import Any
 
-from stepjax.config import DecoderConfig, ImageConfig, ModelConfig
+from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
 from stepjax.interop.hf_layout import IMAGE_FIELDS, config_from_hf
 from stepjax.interop.model_spec import ModelSpec
 from stepjax.processing.tokenizer import SpecialTokens
@@ -41,8 +43,9 @@ def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None
             "width": vision.width,
             "layers": vision.num_layers,
             "heads": vision.num_heads,
-            "mlp_ratio": vision.mlp_dim / vision.width,
+            "mlp_ratio": _mlp_ratio(vision),
             "layer_norm_eps": vision.norm_eps,
+            "rope_theta": vision.rope_theta,
             "pool_type": "none",
             "output_dim": None,
             "use_cls_token": False,
@@ -59,6 +62,12 @@ def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None
     _, implied = config_from_hf(fields)
     differing = {name: value for name, value in vars(images).items() if value != getattr(implied, name)}
     return fields | ({IMAGE_FIELDS: differing} if differing else {})
+
+
+def _mlp_ratio(vision: VisionConfig) -> float:
+    """The ratio of which readers take int(width * ratio): the quotient, rounded up where that would be one less."""
+    ratio = vision.mlp_dim / vision.width
+    return ratio if int(vision.width * ratio) == vision.mlp_dim else math.nextafter(ratio, math.inf)
 
 
 def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
@@ -101,15 +110,10 @@ def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str
 
 
 def image_fields(images: ImageConfig) -> dict[str, Any]:
-    """`preprocessor_config.json`."""
+    """`processor_config.json`, by which the exported processor cuts images into views."""
+    fields = {"global_size": "size", "mean": "image_mean", "std": "image_std"}
     return {
         "processor_class": "Step3VLProcessor",
         "auto_map": {"AutoProcessor": "processing_step3.Step3VLProcessor"},
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "image_mean": list(images.mean),
-        "image_std": list(images.std),
-        "size": {"height": images.global_size, "width": images.global_size},
-        "crop_size": {"height": images.crop_size, "width": images.crop_size},
-        "patch_size": images.patch_size,
+        **{fields.get(name, name): value for name, value in dataclasses.asdict(images).items()},
     }

@@ -25,6 +25,7 @@ Array = np.ndarray
 
 TEXT_FAMILIES = ("qwen3", "llama")
 IMAGE_FIELDS = "stepjax_images"  # our field of config.json: what differs from the public model's images
+STARTS_THINKING = "stepjax_starts_thinking"  # ours too: false where generation prompts do not open <think>
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,7 @@ def config_from_hf(hf: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
                 patch_size=vision.patch_size,
                 position_grid=vision.image_size // vision.patch_size,
                 norm_eps=vision.layer_norm_eps,
+                rope_theta=vision.rope_theta,
                 layer_scale_init=vision.ls_init_value,
             ),
             decoder=decoder_config_from_hf(fields.text_config),

@@ -38,6 +38,7 @@ class VisionFields(_Fields):
     heads: Heads
     mlp_ratio: Factor = 8960 / 1536
     layer_norm_eps: Epsilon = 1e-5
+    rope_theta: Theta = 10_000.0
     ls_init_value: Annotated[float, Field(ge=0, le=100)] = 0.1
 
 

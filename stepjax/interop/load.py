@@ -9,7 +9,8 @@ from etils import epath
 from stepjax.config import NumericsConfig, PretrainConfig, TokenizerConfig
 from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import CONFIG, HFDirectory
+from stepjax.interop.hf_directory import CONFIG, HFDirectory, read_json
+from stepjax.interop.hf_layout import STARTS_THINKING
 from stepjax.interop.hf_load import read_hf
 from stepjax.interop.model_spec import ModelSpec
 from stepjax.interop.orbax_directory import OrbaxDirectory, is_orbax
@@ -132,7 +133,9 @@ def load_processor(source: HFDirectory | OrbaxDirectory) -> Processor | TextProc
         processor = TextProcessor.from_directory(directory)
         size = processor.vocab_size
     else:
-        processor = Processor.from_config(spec.images, TokenizerConfig(path=str(directory)))
+        starts_thinking = read_json(directory / CONFIG).get(STARTS_THINKING) is not False
+        config = TokenizerConfig(path=str(directory), generation_starts_thinking=starts_thinking)
+        processor = Processor.from_config(spec.images, config)
         size = processor.tokenizer.vocab_size
     if size > spec.decoder.vocab_size:
         raise CheckpointError(

@@ -142,6 +142,23 @@ def test_the_decoder_alone(tmp_path, source, public, when):
     assert open_checkpoint(tmp_path / "text").spec.is_text
 
 
+@pytest.mark.parametrize("part", ["all", "decoder"])
+@pytest.mark.parametrize("dtype, name, size", [("keep", "float32", 4), ("bfloat16", "bfloat16", 2)])
+def test_it_is_said_what_was_written_not_what_was_read(tmp_path, source, public, capsys, part, dtype, name, size):
+    keys = [key for key in public if part == "all" or key.startswith(("model.", "lm_head."))]
+    parameters = sum(public[key].size for key in keys)
+    kind = {"all": "STEP3-VL", "decoder": "the decoder only, a Qwen3 text model"}[part]
+    said = f"{kind}: {parameters:,} parameters, {size * parameters:,} bytes of {name}"
+    directory = source()
+    convert(directory, tmp_path / "orbax")
+    capsys.readouterr()
+    for start, end in ((directory, "written"), (tmp_path / "orbax", "back")):
+        assert convert(start, tmp_path / end, "--part", part, "--dtype", dtype) == 0
+        assert said in capsys.readouterr().out
+    files = (tmp_path / "back").glob("*.safetensors")
+    assert sum(tensor.nbytes for file in files for tensor in load_file(file).values()) == size * parameters
+
+
 def test_a_tied_head_that_is_stored_all_the_same_comes_back(tmp_path, public):
     config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 192}

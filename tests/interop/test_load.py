@@ -1,5 +1,6 @@
 """`stepjax.load` of every kind of directory, onto one device and onto a mesh; exported runs are complete."""
 
+import ast
 import dataclasses
 import json
 
@@ -12,10 +13,10 @@ from tiny_recipe import config as RECIPE
 
 import stepjax
 from stepjax.cli import main
-from stepjax.config import MeshConfig, NumericsConfig
+from stepjax.config import ImageConfig, MeshConfig, NumericsConfig
 from stepjax.errors import CheckpointError, ContextLengthError, TokenError
-from stepjax.interop.hf_config import config_json
-from stepjax.interop.load import load_model, load_run, open_checkpoint
+from stepjax.interop.hf_config import config_json, image_fields
+from stepjax.interop.load import load_model, load_processor, load_run, open_checkpoint
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf
 from stepjax.interop.text_processor import TextProcessor
 from stepjax.models.qwen3 import Qwen3
@@ -165,9 +166,12 @@ def test_an_exported_run_is_complete(exported):
         "added_tokens.json",
         "chat_template.jinja",
         "config.json",
+        "configuration_step_vl.py",
         "generation_config.json",
         "model.safetensors",
+        "modeling_step_vl.py",
         "preprocessor_config.json",
+        "processing_step3.py",
         "processor_config.json",
         "special_tokens_map.json",
         "tokenizer.json",
@@ -182,9 +186,57 @@ def test_an_exported_run_is_complete(exported):
     assert (config["image_token_len"], config["patch_token_len"]) == (1, 1)
     assert config["torch_dtype"] == "float32"
     assert read["generation_config.json"]["eos_token_id"] == list(tokens.stop_ids)
-    assert read["processor_config.json"]["auto_map"] == {"AutoProcessor": "processing_step3.Step3VLProcessor"}
+    for fields in (config, read["processor_config.json"]):
+        for name in fields["auto_map"].values():
+            module, class_name = name.split(".")
+            assert f"class {class_name}(" in (exported / f"{module}.py").read_text()
     assert read["tokenizer_config.json"]["eos_token"] == "<|im_end|>"
     assert read["added_tokens.json"]["<im_patch>"] == tokens.image_patch
+
+
+def test_the_pytorch_processor_takes_every_setting_of_images(exported):
+    """By name, and with our defaults. (tests/parity runs it.)"""
+    tree = ast.parse((exported / "processing_step3.py").read_text())
+    [arguments] = [node.args for node in ast.walk(tree) if getattr(node, "name", None) == "__init__"]
+    defaults = dict(zip([each.arg for each in arguments.args[1:]], arguments.defaults, strict=True))
+    settings = image_fields(ImageConfig())
+    assert defaults.keys() - settings.keys() == {"tokenizer", "chat_template"}
+    for name in settings.keys() - {"processor_class", "auto_map"}:
+        assert ast.literal_eval(defaults[name]) == settings[name], name
+    written = json.loads((exported / "processor_config.json").read_text())
+    assert written == json.loads(json.dumps(image_fields(RECIPE.images)))
+
+
+@pytest.mark.parametrize("starts_thinking", [True, False])
+def test_prompts_end_as_the_run_has_them(run, tmp_path, starts_thinking):
+    recipe = dataclasses.replace(
+        RECIPE, tokenizer=dataclasses.replace(RECIPE.tokenizer, generation_starts_thinking=starts_thinking)
+    )
+    with Checkpointer(tmp_path / "run" / "checkpoints", keep=1, config=recipe) as checkpointer:
+        checkpointer.save(1, {"model": run[1]}, {}, wait=True)
+    for source, target in (("run", "hf"), ("hf", "orbax"), ("orbax", "back")):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
+        processor = load_processor(open_checkpoint(tmp_path / target))
+        prompt = processor.process_prompt([{"role": "user", "content": "?"}])
+        assert processor.decode(prompt.tokens).endswith("<think>\n" if starts_thinking else "assistant\n")
+
+
+@pytest.mark.parametrize("has_code", [True, False])
+def test_code_and_the_settings_that_it_reads_stay_together(run, exported, tmp_path, has_code):
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "tokenizer.json").write_bytes((exported / "tokenizer.json").read_bytes())
+    (like / "processor_config.json").write_text("{}")
+    if has_code:
+        (like / "modeling_step_vl.py").write_text("theirs")
+    assert main(["convert", str(run[0]), str(tmp_path / "hf"), "--side-files", str(like)]) == 0
+    code = {path.name: path.read_text() for path in (tmp_path / "hf").glob("*.py")}
+    settings = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
+    if has_code:
+        assert (code, settings) == ({"modeling_step_vl.py": "theirs"}, {})
+    else:
+        assert code == {path.name: path.read_text() for path in exported.glob("*.py")}
+        assert settings["size"] == RECIPE.images.global_size
 
 
 @pytest.mark.parametrize("part", ["all", "decoder"])
@@ -226,7 +278,10 @@ def test_configurations_come_back_from_their_json(text_only):
     decoder = dataclasses.replace(
         RECIPE.model.decoder, yarn_factor=2.0, yarn_trained_positions=512, max_positions=1024, yarn_attention_factor=1.5
     )
-    model = dataclasses.replace(RECIPE.model, decoder=decoder, projector_bias=True)
+    vision = dataclasses.replace(
+        RECIPE.model.vision, width=44, num_heads=1, mlp_dim=49, rope_theta=9.0
+    )  # 44 * (49 / 44) < 49
+    model = dataclasses.replace(RECIPE.model, vision=vision, decoder=decoder, projector_bias=True)
     spec = ModelSpec(decoder) if text_only else ModelSpec(model, images)
     fields = config_json(spec, load_tokenizer("demo").special_tokens, "bfloat16")
     assert spec_from_hf(json.loads(json.dumps(fields))) == spec
