@@ -16,6 +16,8 @@ from stepjax.checks import require, require_positive
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "dots", "attention", "qkv"]
 AttentionImplementation = Literal["auto", "xla", "tpu", "gpu"]
+Activation = Literal["quick_gelu", "gelu"]
+Resize = Literal["bilinear", "bicubic"]
 
 
 # Model ---------------------------------------------------------------------------------------------------------------
@@ -34,6 +36,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     layer_scale_init: float = 0.1
+    activation: Activation = "quick_gelu"  # of the MLP; PE-lang as Meta released it has the exact "gelu"
 
     def __post_init__(self):
         require_positive("vision", self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "position_grid")
@@ -321,6 +324,37 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where a new run takes its parameters from; a part without a source starts from random values.
+
+    A source is a Hugging Face directory (STEP3-VL, or a Qwen3 or Llama text model for the decoder), a Perception
+    Encoder in timm's safetensors layout (its directory, or the file), a converted checkpoint, or a run, whose last
+    checkpoint is taken. A run may be a URL ("gs://..."). See stepjax.interop.init_from.
+
+    The position table is resized to model.vision.position_grid. How the report resized it is unconfirmed; the default
+    is what the model itself does to its table for crops: bilinear, half-pixel centres, no antialiasing.
+    """
+
+    path: str | None = None  # of every part that names no source of its own
+    vision: str | None = None
+    projector: str | None = None  # the two convolutions and the linear layer
+    decoder: str | None = None
+    resize: Resize = "bilinear"  # of the position table; "bicubic" with antialiasing is timm's. Unconfirmed.
+    resize_antialias: bool = False  # changes "bilinear" and "bicubic" only where the table shrinks. Unconfirmed.
+    new_embedding_rows: bool = False  # ids beyond the source's vocabulary may start from random embeddings
+
+    def __post_init__(self):
+        for name, source in {"path": self.path, **self.sources}.items():
+            require(source != "", f"init_from.{name}", source, "name a source, or None to start from random values")
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """The source of each part of the model."""
+        parts = {"vision": self.vision, "projector": self.projector, "decoder": self.decoder}
+        return {part: self.path if source is None else source for part, source in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     z_loss: float = 0.0  # weight of the squared log-normaliser
 
@@ -423,6 +457,7 @@ class PretrainConfig:
 
     name: str
     model: ModelConfig = ModelConfig()
+    init_from: InitConfig = InitConfig()
     images: ImageConfig = ImageConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig

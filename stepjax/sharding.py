@@ -104,7 +104,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
-def _is_param(node: Any) -> bool:
+def is_param(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
@@ -119,6 +119,15 @@ def parameter_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by name, in tree order; an `nnx.Variable` is one leaf and keeps its metadata."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_param)
+    pairs = [(parameter_name(path), leaf) for path, leaf in pairs if jax.tree.leaves(leaf)]
+    named = dict(pairs)
+    assert len(named) == len(pairs), "two leaves share a name"
+    return named
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a model, a train state, or the abstract form of one, in a tree of its structure.
 
@@ -129,14 +138,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path, node):
-        if not _is_param(node):
+        if not is_param(node):
             return NamedSharding(mesh, PartitionSpec())
         axes = param_axes(node)
         for dim, axis in zip(node.shape, axes, strict=True):
             _check_divides(parameter_name(path), dim, axis, mesh)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec(*axes)), node)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=_is_param)
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_param)
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:

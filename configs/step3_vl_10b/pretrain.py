@@ -14,8 +14,15 @@ Not resolved
     decay      whether norms and biases are decayed is not stated: they are not.
     mixture    no percentages are published, and the second phase's mixture is not described. The sources and weights
                below are placeholders for your own data; start the second phase as a run of its own with other sources.
-    start      the encoder starts from Perception Encoder weights, the decoder from Qwen3-8B; which PE-lang checkpoint,
-               and how its 32 x 32 position table became 52 x 52, is not stated.
+    start      the encoder starts from Perception Encoder weights, the decoder from Qwen3-8B, the projector from random
+               values. Which PE-lang checkpoint (plain or tiling), and how its 32 x 32 position table became 52 x 52, is
+               not stated: the plain one, bilinear. The released encoder has the exact GELU and pixels normalised to
+               mean and deviation 0.5; STEP3-VL has quick_gelu and CLIP's statistics, and when that changed is not
+               stated either: from the start. The start names these differences.
+
+Download both sources beside this checkout, or say where they are: --init-from.vision PATH --init-from.decoder PATH.
+    Qwen3-8B                               the Hugging Face repository of that name
+    vit_pe_lang_gigantic_patch14_448.fb    timm's safetensors of PE-Lang-G14-448
 """
 
 from stepjax.config import (
@@ -23,6 +30,7 @@ from stepjax.config import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
+    InitConfig,
     ModelConfig,
     NumericsConfig,
     OptimizerConfig,
@@ -38,6 +46,7 @@ ROW = 2 * SEQUENCE
 config = PretrainConfig(
     name="step3_vl_10b",
     model=ModelConfig(),  # the defaults are STEP3-VL-10B: 10,171,750,144 parameters
+    init_from=InitConfig(vision="vit_pe_lang_gigantic_patch14_448.fb", decoder="Qwen3-8B"),
     tokenizer=TokenizerConfig(path="data/tokenizer.json"),
     data=DataConfig(
         sources=(

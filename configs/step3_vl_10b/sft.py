@@ -2,13 +2,15 @@
 
 Stated by the report, and set here
     32 rows of 128k tokens a step, 190 B tokens of text and multimodal conversations 9 : 1; learning rate from 1e-4 to
-    1e-5 by a cosine after 200 steps of warm-up. (The second stage: 36 B tokens, 1 : 1.)
+    1e-5 by a cosine after 200 steps of warm-up. The second stage is sft_stage2.py.
 
 Not resolved
     optimizer  not stated again: that of pretraining.
     mixture    domain weights are not published. The sources below are placeholders for your own conversations; of chat
                records, only the assistant's turns are learned.
     positions  the public configuration ends at 65,536 positions and names no rope scaling: here they go on as they are.
+
+It starts from the pretraining run's last checkpoint; --init-from.path names another one, or a Hugging Face directory.
 
 Eight devices share a row: each attends for its part of the row, and encodes an eighth of its views.
 """
@@ -19,6 +21,7 @@ from stepjax.config import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
+    InitConfig,
     ModelConfig,
     NumericsConfig,
     OptimizerConfig,
@@ -33,6 +36,7 @@ GLOBAL_BATCH, SEQUENCE = 32, 131_072
 config = PretrainConfig(
     name="step3_vl_10b_sft",
     model=ModelConfig(),
+    init_from=InitConfig(path="runs/step3_vl_10b"),
     tokenizer=TokenizerConfig(path="data/tokenizer.json"),
     data=DataConfig(
         sources=(

@@ -51,7 +51,7 @@ def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None
             "use_cls_token": False,
             "ls_init_value": vision.layer_scale_init,
             "use_ln_post": False,
-            "hidden_act": "quick_gelu",
+            "hidden_act": vision.activation,
         },
         "text_config": _text_fields(spec.decoder, tokens, dtype),
     }

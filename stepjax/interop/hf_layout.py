@@ -121,6 +121,37 @@ def vision_tensors(config: VisionConfig) -> list[Tensor]:
     return tensors
 
 
+# The encoder's keys in timm, which renamed Meta's, and so those of STEP3-VL.
+_TIMM_NAMES = (
+    ("vision_model.", ""),
+    ("transformer.resblocks.", "blocks."),
+    ("conv1.", "patch_embed.proj."),
+    ("positional_embedding", "pos_embed"),
+    ("ln_pre.", "norm_pre."),
+    ("ln_", "norm"),
+    ("ls_1.gamma", "gamma_1"),
+    ("ls_2.gamma", "gamma_2"),
+    ("in_proj_", "qkv."),
+    ("out_proj.", "proj."),
+    ("c_fc.", "fc1."),
+    ("c_proj.", "fc2."),
+)
+
+
+def timm_tensors(config: VisionConfig) -> list[Tensor]:
+    """The encoder's tensors as timm stores a Perception Encoder (`vit_pe_lang_gigantic_patch14_448`)."""
+    tensors = []
+    for tensor in vision_tensors(config):
+        if tensor.name.startswith("vision/"):
+            key = tensor.key
+            for theirs, timms in _TIMM_NAMES:
+                key = key.replace(theirs, timms)
+            tensors.append(dataclasses.replace(tensor, key=key))
+            if key == "pos_embed":  # [1, patches, width]
+                tensors[-1] = dataclasses.replace(tensors[-1], to_hf=lambda x: x.reshape(1, -1, x.shape[-1]))
+    return tensors
+
+
 def decoder_tensors(config: DecoderConfig, prefix: str = "decoder/") -> list[Tensor]:
     """The decoder's tensors: plain Qwen3, or Llama where norms are absent and embeddings tied."""
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -188,6 +219,7 @@ def config_from_hf(hf: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
                 norm_eps=vision.layer_norm_eps,
                 rope_theta=vision.rope_theta,
                 layer_scale_init=vision.ls_init_value,
+                activation=vision.hidden_act,
             ),
             decoder=decoder_config_from_hf(fields.text_config),
             projector_bias=bool(fields.projector_bias),

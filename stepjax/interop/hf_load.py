@@ -36,19 +36,36 @@ def fill(
         ConfigError: a parameter does not divide over the mesh.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    shapes = {parameter_name(path): leaf.shape for path, leaf in leaves}
     layouts = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(abstract, mesh))
+    wanted = {
+        parameter_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        for (path, leaf), layout in zip(leaves, layouts, strict=True)
+    }
+    return jax.tree.unflatten(structure, read_parameters(wanted, tensors, read, stored).values())
+
+
+def read_parameters(
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Iterable[Tensor],
+    read: Callable[[str], np.ndarray],
+    stored: Mapping[str, Shaped],
+) -> dict[str, jax.Array]:
+    """The wanted parameters by name, in order; each goes to its sharding, if it has one, before the next one is read.
+
+    Raises:
+        CheckpointError: as `fill`.
+    """
     parts: dict[str, list[tuple[Place, str]]] = {}
-    for place, key in match(places(tensors, shapes), stored):
+    for place, key in match(places(tensors, {name: leaf.shape for name, leaf in wanted.items()}), stored):
         parts.setdefault(place.tensor.name, []).append((place, key))
-    values = []
-    for (path, leaf), layout in zip(leaves, layouts, strict=True):
-        value = _parameter(parts[parameter_name(path)], leaf, read)
-        if layout is None:
-            values.append(jnp.asarray(value))
+    values = {}
+    for name, leaf in wanted.items():
+        value = _parameter(parts[name], leaf, read)
+        if leaf.sharding is None:
+            values[name] = jnp.asarray(value)
         else:
-            values.append(jax.make_array_from_callback(leaf.shape, layout, value.__getitem__))
-    return jax.tree.unflatten(structure, values)
+            values[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__)
+    return values
 
 
 def _parameter(parts: list[tuple[Place, str]], leaf: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 from pydantic import ConfigDict, Field
 
+from stepjax.config import Activation
 from stepjax.errors import CheckpointError
 
 # Far beyond any model that is known, and small enough that shapes of such a model cost nothing to compute.
@@ -40,6 +41,7 @@ class VisionFields(_Fields):
     layer_norm_eps: Epsilon = 1e-5
     rope_theta: Theta = 10_000.0
     ls_init_value: Annotated[float, Field(ge=0, le=100)] = 0.1
+    hidden_act: Activation = "quick_gelu"
 
 
 class RopeFields(_Fields):
@@ -100,7 +102,7 @@ Parsed = TypeVar("Parsed", bound=_Fields)
 # What a field has to hold, if it is there and not null: the one variant that is computed here.
 _STEP: dict[str, tuple[Any, ...]] = {"vision_select_layer": (-1,), "understand_projector_stride": (2,)}
 _VISION: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("quick_gelu",),
+    "hidden_act": ("quick_gelu", "gelu"),
     "pool_type": ("none",),
     "output_dim": (),
     "num_channels": (3,),

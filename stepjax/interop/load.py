@@ -63,20 +63,28 @@ def load_run(
         CheckpointError: there is no usable checkpoint of a run.
         TokenError: the run's tokenizer cannot be used.
     """
-    try:
-        directory = epath.Path(path).expanduser()
-        if (directory / "checkpoints").is_dir():
-            directory /= "checkpoints"
-    except (ImportError, KeyError) as error:  # KeyError: of a kind of URL that is not known
-        raise CheckpointError(
-            f"{path} cannot be opened ({error}): give a local path, or a gs:// URL with stepjax[tpu] installed"
-        ) from error
+    directory = checkpoint_directory(path)
     fields = read_meta(directory)["config"]
     if "kind" in fields:
         raise CheckpointError(f"{path} is a converted checkpoint and no run: copy it here, and load the copy")
     config = from_json(fields)
     model = restore_model(directory, _placed(abstract_model(config.model, numerics or config.numerics), mesh))
     return model, Processor.from_config(config.images, config.tokenizer), config
+
+
+def checkpoint_directory(path: str | Path) -> epath.Path:
+    """Where the checkpoints of a run are; any other path as it is.
+
+    Raises:
+        CheckpointError: it is a URL of a kind that cannot be read here.
+    """
+    try:
+        directory = epath.Path(path).expanduser()
+        return directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
+    except (ImportError, KeyError) as error:  # KeyError: of a kind of URL that is not known
+        raise CheckpointError(
+            f"{path} cannot be opened ({error}): give a local path, or a gs:// URL with stepjax[tpu] installed"
+        ) from error
 
 
 def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:

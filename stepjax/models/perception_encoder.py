@@ -6,10 +6,11 @@ What sets it apart from a plain ViT:
 - no class token, no pooling, no final norm: the features of the last layer go on to the projector;
 - absolute positions are learned on the global grid and interpolated for crops, rotary positions are not rescaled;
 - rotary rotation of adjacent pairs, the column's half of the head first (layers.rotary_2d);
-- LayerScale on both residual branches, quick_gelu in the MLP.
+- LayerScale on both residual branches, quick_gelu in the MLP (`VisionConfig.activation`).
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from stepjax.sharding import constrain
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": partial(jax.nn.gelu, approximate=False)}
 
 
 def scaled(weight: nnx.Param, scale_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -71,6 +75,7 @@ class EncoderAttention(nnx.Module):
 class EncoderMLP(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         E, F = config.width, config.mlp_dim
+        self.activation = config.activation
         self.up_kernel = matrix(rngs, (E, F), ("embed", "mlp"), fan_in=E)
         self.up_bias = constant(0.0, (F,), ("norm",))
         self.down_kernel = matrix(rngs, (F, E), ("mlp", "embed"), fan_in=F, scale=1 / math.sqrt(2 * config.num_layers))
@@ -79,7 +84,8 @@ class EncoderMLP(nnx.Module):
     def __call__(self, x_MPE: jax.Array, scale_E: jax.Array) -> jax.Array:
         """`scale_E` is the LayerScale of the output."""
         dtype = x_MPE.dtype
-        hidden_MPF = quick_gelu(x_MPE @ self.up_kernel.astype(dtype) + self.up_bias.astype(dtype))
+        activation = ACTIVATIONS[self.activation]
+        hidden_MPF = activation(x_MPE @ self.up_kernel.astype(dtype) + self.up_bias.astype(dtype))
         return hidden_MPF @ scaled(self.down_kernel, scale_E, dtype) + scaled(self.down_bias, scale_E, dtype)
 
 

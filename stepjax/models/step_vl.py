@@ -83,14 +83,15 @@ class StepVL(nnx.Module):
             return self.decoder(x_BTD, positions_BT, segment_ids_BT)[0]
 
 
-def _make(config: ModelConfig, numerics: NumericsConfig, key: jax.Array) -> StepVL:
+def make_model(config: ModelConfig, numerics: NumericsConfig, key: jax.Array) -> StepVL:
+    """Random parameters, to be traced; `init_model` computes them."""
     model = StepVL(config, numerics, rngs=nnx.Rngs(key))
     return jax.tree.map(lambda x: x.astype(numerics.param_dtype), model)
 
 
 def abstract_model(config: ModelConfig, numerics: NumericsConfig | None = None) -> StepVL:
     """The model with shapes in place of arrays: no memory is used, whatever its size."""
-    return jax.eval_shape(lambda: _make(config, numerics or NumericsConfig(), jax.random.key(0)))
+    return jax.eval_shape(lambda: make_model(config, numerics or NumericsConfig(), jax.random.key(0)))
 
 
 def init_model(
@@ -108,7 +109,7 @@ def init_model(
     numerics = numerics or NumericsConfig()
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     layout = None if mesh is None else shardings(abstract_model(config, numerics), mesh)
-    return jax.jit(lambda key: _make(config, numerics, key), out_shardings=layout)(key)
+    return jax.jit(lambda key: make_model(config, numerics, key), out_shardings=layout)(key)
 
 
 def num_parameters(model: Any) -> int:

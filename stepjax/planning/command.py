@@ -32,6 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     # Before JAX is imported: a plan takes no device, not even one that is here.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from stepjax.config_file import load_recipe, override
+    from stepjax.interop.init_from import describe, plan_start
     from stepjax.planning.plan import make_plan
     from stepjax.planning.report import to_json, to_text
     from stepjax.planning.topologies import find
@@ -40,6 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     topology = find(options.topology, options.slices)
     preset = load_recipe(options.recipe)
     config = override(preset, overrides, prog=f"stepjax plan {options.recipe}")
+    starts = describe(plan_start(config, must_exist=False), config)  # before minutes of compilation
     if options.search:
         from stepjax.planning.search import search_and_print
 
@@ -53,7 +55,10 @@ def run(arguments: Sequence[str]) -> int:
             as_json=options.json,
         )
     plan = make_plan(config, topology, kind=options.step, keep_text=None if options.hlo is None else Path(options.hlo))
-    print(json.dumps(to_json(plan), indent=1) if options.json else to_text(plan))
+    if options.json:
+        print(json.dumps(to_json(plan) | {"init_from": starts}, indent=1))
+    else:
+        print("\n".join([to_text(plan), *(["parameters start", *(f"  {line}" for line in starts)] if starts else [])]))
     return 0 if plan.fits else 1
 
 

@@ -33,8 +33,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from stepjax.errors import CheckpointError
+from stepjax.sharding import named_leaves
 from stepjax.training.digests import digests
-from stepjax.training.optimizer import named_leaves
 
 FORMAT = 2  # 1 had no digests, and is read all the same
 MODEL = "model/"  # prefix of the names of the model's arrays
@@ -153,23 +153,42 @@ def restore_model(path: str | epath.PathLike, model_like: State) -> State:
     `Checkpointer.restore`, except that its types may differ from the stored ones: arrays are cast as they are read.
     Raises CheckpointError as there.
     """
+    wanted = _named_arrays(model_like)
+    return _filled(model_like, list(restore_parameters(path, wanted, all_of_them=True).values()))
+
+
+def restore_parameters(path: str | epath.PathLike, wanted: Arrays, *, all_of_them: bool = False) -> Arrays:
+    """Some parameters of a model by name, each cast and put onto its sharding; what is not wanted stays on disk.
+
+    Raises CheckpointError as `restore_model`; that there are more than the wanted ones only if those are to be all.
+    """
     manager, step = _open(path)
     with manager:
         source, meta = _source(manager, step), _read_meta(manager, step)
-        wanted = _named_arrays(model_like, prefix=MODEL)
+        named = {MODEL + name: array for name, array in wanted.items()}
         stored = {name: array for name, array in _stored(manager, step).items() if name.startswith(MODEL)}
-        _check_same(stored, wanted, source, types=False)
+        if not all_of_them:
+            stored = {name: array for name, array in stored.items() if name in named}
+        _check_same(stored, named, source, types=False)
         # Digests are of the stored types. What is to be cast comes in groups, of the largest array's size at most.
-        casts = {name: stored[name] for name in wanted if stored[name].dtype != wanted[name].dtype}
+        casts = {name: stored[name] for name in named if stored[name].dtype != named[name].dtype}
         arrays = {}
-        for names in filter(None, [[name for name in wanted if name not in casts], *_groups(casts)]):
-            layouts = {name: wanted[name].sharding for name in names}
+        for names in filter(None, [[name for name in named if name not in casts], *_groups(casts)]):
+            layouts = {name: named[name].sharding for name in names}
             like = {name: _placed(stored[name], layouts[name]) for name in names}
             arrays |= zip(names, _read(manager, step, like, meta), strict=True)
             if casts.keys() & names:
                 cast = {name: arrays.pop(name) for name in names}
-                arrays |= _cast({name: wanted[name].dtype for name in names}, layouts)(cast)
-        return _filled(model_like, [arrays[name] for name in wanted])
+                arrays |= _cast({name: named[name].dtype for name in names}, layouts)(cast)
+        return {name: arrays[MODEL + name] for name in wanted}
+
+
+def stored_parameters(path: str | epath.PathLike) -> tuple[str, Arrays]:
+    """The step that `path` stands for, as a path of its own, and its parameters' shapes and types by name."""
+    manager, step = _open(path)
+    with manager:
+        stored = _stored(manager, step).items()
+        return _source(manager, step), {n.removeprefix(MODEL): array for n, array in stored if n.startswith(MODEL)}
 
 
 def read_meta(path: str | epath.PathLike) -> dict[str, Any]:
@@ -376,7 +395,7 @@ def _check_same(stored: Arrays, wanted: Arrays, source: str, *, types: bool) -> 
 # Trees ---------------------------------------------------------------------------------------------------------------
 
 
-def _named_arrays(tree: Any, prefix: str = "") -> Arrays:
+def _named_arrays(tree: Any) -> Arrays:
     """The arrays of a pytree by parameter name; abstract ones with a sharding."""
     arrays = {}
     for name, leaf in named_leaves(tree).items():
@@ -385,7 +404,7 @@ def _named_arrays(tree: Any, prefix: str = "") -> Arrays:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             array = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
         assert isinstance(array, jax.Array | jax.ShapeDtypeStruct), f"{name} is a {type(array)}, not a JAX array"
-        arrays[prefix + name] = array
+        arrays[name] = array
     return arrays
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, flat
 from stepjax.figures import human_number
+from stepjax.interop.init_from import describe as describe_start
+from stepjax.interop.init_from import plan_start
 from stepjax.models.flops import training_flops
 from stepjax.models.step_vl import abstract_model
 from stepjax.training.loop import make_processor
@@ -25,6 +27,7 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
 
     Raises:
         ConfigError: the run would refuse the configuration. Neither the data nor the devices are looked at.
+        CheckpointError: a source of parameters does not fit. Of sources that are here, the headers are read.
     """
     processor = make_processor(config)
     model = abstract_model(config.model, config.numerics)
@@ -42,6 +45,9 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
     lines += ["", "overrides of the recipe"] + [f"  {line}" for line in changes or ["none"]]
     lines += ["", f"parameters  {sum(sizes.values()):,}, of which {trained:,} trained"]
     lines += [f"  {part:<10} {count:,}" for part, count in parts.items()]
+    starts = plan_start(config, must_exist=False)
+    if starts:
+        lines += ["", "parameters start", *(f"  {line}" for line in describe_start(starts, config))]
     lines += [
         "",
         f"tokenizer   {processor.tokenizer.vocab_size:,} ids in {config.model.decoder.vocab_size:,} embeddings",

@@ -26,7 +26,8 @@ from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import HostBatch, Loader
 from stepjax.data.packing import StreamState
 from stepjax.errors import CheckpointError, ConfigError, StepjaxError
-from stepjax.models.step_vl import StepVL, abstract_model, init_model, num_parameters
+from stepjax.interop import init_from
+from stepjax.models.step_vl import StepVL, abstract_model, num_parameters
 from stepjax.processing.processor import Processor
 from stepjax.sharding import make_mesh, num_parts, rows_here, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
@@ -37,7 +38,15 @@ from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.preemption import StopRequest
 from stepjax.training.progress import ProgressLine
 from stepjax.training.rows import fetch_rows, interval_means
-from stepjax.training.run_directory import fetch, is_remote, local_directory, owned, publish, run_directory
+from stepjax.training.run_directory import (
+    INIT_FROM,
+    fetch,
+    is_remote,
+    local_directory,
+    owned,
+    publish,
+    run_directory,
+)
 from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
 
 
@@ -82,7 +91,7 @@ def pretrain(
 
     Raises:
         ConfigError, RecordError: the configuration or the data is not usable.
-        CheckpointError: the directory holds a run of another configuration.
+        CheckpointError: the directory holds a run of another configuration, or a source of `init_from` does not fit.
         TrainingDivergedError: the loss or gradients stopped being finite; nothing is saved after the last good check.
     """
     began = time.monotonic()
@@ -93,6 +102,8 @@ def pretrain(
     schedule = learning_rate(config.schedule, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
     _check_batch(config, mesh)
+    if not (directory / "checkpoints").exists():
+        init_from.plan_start(config)
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
 
     with contextlib.ExitStack() as stack:
@@ -104,7 +115,7 @@ def pretrain(
 
         # Resume where the last checkpoint stands, or start from random parameters.
         start = checkpointer.latest_step()
-        state, data_state = _restore_or_init(config, checkpointer, optimizer, mesh, start)
+        state, data_state, starts = _restore_or_init(config, checkpointer, optimizer, mesh, start)
         own_rows = rows_here(mesh, config.batch.rows)
         loader = Loader(
             config.data,
@@ -135,6 +146,10 @@ def pretrain(
             f"{config.name}: {num_parameters(state.model):,} parameters, {config.num_steps} steps of "
             f"{config.tokens_per_step:,} tokens on {mesh.size} {jax.devices()[0].device_kind} device(s), in {directory}"
         )
+        for line in init_from.describe(starts, config):
+            say(line)
+        if starts and jax.process_index() == 0:
+            (directory / INIT_FROM).write_text(json.dumps({start.part: start.to_json() for start in starts}, indent=1))
         if start is not None:
             say(f"resumed at step {start} from {checkpointer.directory}")
         if first_step >= config.num_steps:
@@ -244,16 +259,22 @@ def _restore_or_init(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     start: int | None,
-) -> tuple[TrainState, dict[str, Any] | None]:
+) -> tuple[TrainState, dict[str, Any] | None, list[init_from.PartStart]]:
+    """The state, the data position, and where parameters came from if the run is new.
+
+    Sources of parameters are not looked at where there is a checkpoint to go on from: they may be gone.
+    """
     abstract = abstract_state(config, optimizer)
     layout = shardings(abstract, mesh)
     if start is None:
-        model = init_model(config.model, config.numerics, seed=config.seed, mesh=mesh)
-        return jax.jit(partial(new_state, optimizer=optimizer), out_shardings=layout)(model), None
+        model, starts = init_from.initial_model(config, mesh)
+        # The model is donated: no device holds it twice.
+        make = jax.jit(partial(new_state, optimizer=optimizer), out_shardings=layout, donate_argnums=0)
+        return make(model), None, starts
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
     _check_same_run(from_json(read_meta(checkpointer.directory)["config"]), config)
     state, data_state, _ = checkpointer.restore(like, start)
-    return state, data_state
+    return state, data_state, []
 
 
 # What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.

@@ -20,11 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from stepjax.config import OptimizerConfig, ScheduleConfig
 from stepjax.errors import ConfigError
-from stepjax.sharding import parameter_name
+from stepjax.sharding import is_param, named_leaves, parameter_name
 
 
 def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedule:
@@ -52,24 +51,6 @@ def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedul
         return rate
 
     return schedule
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """(name, leaf) pairs and the treedef, where an `nnx.Variable` is one leaf."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
-    return [(parameter_name(path), leaf) for path, leaf in pairs], treedef
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by name, in tree order; an `nnx.Variable` is one leaf and keeps its metadata."""
-    pairs = [(name, leaf) for name, leaf in _flatten(tree)[0] if jax.tree.leaves(leaf)]
-    named = dict(pairs)
-    assert len(named) == len(pairs), "two leaves share a name"
-    return named
 
 
 def parameter_names(tree: Any) -> list[str]:
@@ -153,19 +134,20 @@ def _float32(leaf: Any) -> Any:
 
 def _fill(tree: Any, updates: Any) -> Any:
     """`tree` with the leaves named in the dict `updates` replaced, and float32 zeros for the others."""
-    pairs, treedef = _flatten(tree)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_param)
+    named = [(parameter_name(path), leaf) for path, leaf in pairs]
 
     def zeros(leaf: Any) -> Any:
         return jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), leaf)
 
-    return jax.tree.unflatten(treedef, [updates[name] if name in updates else zeros(leaf) for name, leaf in pairs])
+    return jax.tree.unflatten(treedef, [updates[name] if name in updates else zeros(leaf) for name, leaf in named])
 
 
 def _is_matrix(name: str, leaf: Any) -> bool:
     """Whether a parameter is a matrix (or kernel, or table) in each layer, rather than a vector."""
     if name.endswith("bias"):
         return False
-    if not _is_variable(leaf):
+    if not is_param(leaf):
         return leaf.ndim >= 2
     axes = leaf.get_metadata().get("axes")
     assert axes is not None, f"{name} of shape {leaf.shape} was made without `axes`"

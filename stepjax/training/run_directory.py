@@ -22,6 +22,7 @@ from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
+INIT_FROM = "init_from.json"  # where the parameters came from: stepjax.interop.init_from
 
 
 def run_directory(config: PretrainConfig) -> epath.Path:

@@ -189,7 +189,7 @@ def test_tiny_config(tiny_dir):
 @pytest.mark.parametrize(
     "part, field, value, named",
     [
-        ("vision_config", "hidden_act", "gelu", "gelu"),
+        ("vision_config", "hidden_act", "gelu_new", "gelu_new"),
         ("vision_config", "use_cls_token", True, "use_cls_token"),
         ("vision_config", "use_ln_post", True, "use_ln_post"),
         ("text_config", "rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}, "beta_fast=16"),

@@ -1,0 +1,409 @@
+"""Where a new run takes its parameters from, part by part: published weights, a converted checkpoint, another run.
+
+    source                                                                  fills
+    a Hugging Face directory of STEP3-VL                                    vision, projector, decoder
+    a Hugging Face directory of a Qwen3 or Llama text model                 decoder
+    a Perception Encoder in timm's safetensors layout, or its directory     vision
+    a converted checkpoint; a run, its checkpoint directory, or one step    what it holds
+
+`plan_start` reads headers only and names everything that does not fit. `initial_model` then puts one parameter at a
+time onto its sharding, straight from the source: no host holds the model, and no device a parameter twice (but for the
+few that are resized or extended). What no source fills gets the values of a run without sources, by the same seed.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stepjax.config import ModelConfig, PretrainConfig, VisionConfig
+from stepjax.config_file import from_json
+from stepjax.errors import CheckpointError
+from stepjax.interop.hf_directory import CONFIG, HFDirectory, read_json
+from stepjax.interop.hf_layout import Tensor, disk_key, step_vl_tensors, timm_tensors
+from stepjax.interop.hf_load import read_parameters
+from stepjax.interop.hf_match import Shaped, match, places
+from stepjax.interop.load import checkpoint_directory
+from stepjax.interop.model_spec import ModelSpec, spec_from_json
+from stepjax.interop.safetensors_file import check_size, parse_header, read_header, read_tensor
+from stepjax.models.step_vl import StepVL, abstract_model, init_model, make_model
+from stepjax.sharding import parameter_name, shardings
+from stepjax.training.checkpoint import read_meta, restore_parameters, stored_parameters
+
+Wanted = dict[str, jax.ShapeDtypeStruct]
+
+POSITIONS = "vision/positions"
+ROWS = {"decoder/embedding": 0, "decoder/head_kernel": 1}  # the dimension that has one entry an id
+_TIMM_KEY = "patch_embed.proj.weight"
+# A source and the recipe may differ in these, and the tensors still have the same shapes.
+_UNSEEN = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "tie_embeddings")
+# They say how a model starts, or sizes that the shapes of the tensors, resized or extended, have said already.
+_UNTOLD = ("layer_scale_init", "position_grid", "vocab_size", "width", "num_layers", "mlp_dim", "patch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened source: its headers have been read, its weights have not."""
+
+    path: str
+    kind: str
+    configs: Mapping[str, Any]  # by part: a VisionConfig, a DecoderConfig; None for the projector
+    stored: Mapping[str, Mapping[str, Shaped]]  # tensors by part and key
+    tensors: Callable[[ModelConfig, Iterable[str]], list[Tensor]]  # what fills the parameters of these names
+    read: Callable[[Wanted, list[Tensor], Mapping[str, Shaped]], dict[str, jax.Array]]
+    pixels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `mean` and `std` of the images, where known
+
+
+@dataclasses.dataclass(frozen=True)
+class PartStart:
+    """How a part of the model starts.
+
+    Attributes:
+        stored: the shape in the source of every parameter that it fills; the others start from random values.
+        shapes: the shape in the model of every parameter.
+        notes: what the source was made with, and the recipe is not.
+    """
+
+    part: str
+    path: str | None
+    source: Source | None
+    stored: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    tensors: list[Tensor]
+    notes: list[str]
+
+    @property
+    def new_rows(self) -> dict[str, int]:
+        """Rows of random values behind those of the source."""
+        changed = {
+            name: dim for name, dim in ROWS.items() if self.stored.get(name) not in (None, self.shapes.get(name))
+        }
+        return {name: self.shapes[name][dim] - self.stored[name][dim] for name, dim in changed.items()}
+
+    @property
+    def resized(self) -> dict[str, tuple[int, int]]:
+        """Sides of the position table, there and here, where they differ."""
+        old, new = self.stored.get(POSITIONS), self.shapes.get(POSITIONS)
+        return {} if old is None or new is None or old == new else {POSITIONS: (old[0], new[0])}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "read": None if self.source is None else self.source.path,
+            "kind": None if self.source is None else self.source.kind,
+            "loaded": list(self.stored),
+            "resized": self.resized,
+            "new_rows": self.new_rows,
+            "random": [name for name in self.shapes if name not in self.stored],
+            "differs": self.notes,
+        }
+
+
+def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartStart]:
+    """How every part of a model would start; empty where `init_from` names no source. Reads headers, no weights.
+
+    Without `must_exist`, a source that is not there leaves a part with a path and without a source; a URL is not
+    looked at.
+
+    Raises:
+        CheckpointError: a source cannot be read, has nothing for its part, or does not fit; all tensors of a part that
+            do not are named with both shapes.
+    """
+    if not any(config.init_from.sources.values()):
+        return []
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_model(config.model, config.numerics))
+    shapes = {parameter_name(path): leaf.shape for path, leaf in leaves}
+    opened: dict[str, Source | None] = {}
+    starts = []
+    for part, path in config.init_from.sources.items():
+        field = f"init_from.{part if getattr(config.init_from, part) is not None else 'path'}"
+        own = {name: shape for name, shape in shapes.items() if name.startswith(f"{part}/")}
+        if path is not None and path not in opened:
+            opened[path] = _open(path, field, config.model.vision, must_exist)
+        source = None if path is None else opened[path]
+        if source is None:
+            starts.append(PartStart(part, path, None, {}, own, [], []))
+        else:
+            starts.append(_fitted(part, source, own, config, f"{field}={path!r}"))
+    return starts
+
+
+def describe(starts: list[PartStart], config: PretrainConfig) -> list[str]:
+    """A line a part, and one for everything in which a source differs from the recipe."""
+    lines = []
+    for start in starts:
+        if start.source is None:
+            what = "random values" if start.path is None else f"from {start.path}, which was not found: nothing checked"
+            lines.append(f"{start.part:<10} {what}")
+            continue
+        values = sum(map(math.prod, start.stored.values()))
+        line = f"{start.part:<10} from {start.source.path} ({start.source.kind}): {values:,} values"
+        for name, (old, new) in start.resized.items():
+            method = config.init_from.resize + (", antialiased" if config.init_from.resize_antialias else "")
+            line += f"; {name} resized from {old} x {old} to {new} x {new} ({method})"
+        for name, rows in start.new_rows.items():
+            line += f"; {rows:,} new rows of {name} random"
+        lines += [line, *(f"{'':<10} differs: {note}" for note in start.notes)]
+    return lines
+
+
+def initial_model(config: PretrainConfig, mesh: Mesh) -> tuple[StepVL, list[PartStart]]:
+    """The model that a new run starts from, and where its parts come from (nothing where `init_from` names no source).
+
+    Raises:
+        CheckpointError: as `plan_start`, or a source's weights are damaged.
+        ConfigError: a parameter does not divide over the mesh.
+    """
+    starts = plan_start(config)
+    if not starts:
+        return init_model(config.model, config.numerics, seed=config.seed, mesh=mesh), []
+    abstract = abstract_model(config.model, config.numerics)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    layouts = jax.tree.leaves(shardings(abstract, mesh))
+    targets = {
+        parameter_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        for (path, leaf), layout in zip(leaves, layouts, strict=True)
+    }
+    stored = {name: shape for start in starts for name, shape in start.stored.items()}
+    values = _random_values(config, targets, stored)
+    for start in starts:
+        if start.source is not None:
+            wanted = {name: _stored_like(targets[name], shape) for name, shape in start.stored.items()}
+            read = start.source.read(wanted, start.tensors, start.source.stored[start.part])
+            for name in wanted:
+                values[name] = _adapted(name, read.pop(name), targets[name], values.pop(name, None), config)
+    return jax.tree.unflatten(structure, [values[name] for name in targets]), starts
+
+
+# Fitting -------------------------------------------------------------------------------------------------------------
+
+
+def _fitted(
+    part: str, source: Source, own: dict[str, tuple[int, ...]], config: PretrainConfig, place: str
+) -> PartStart:
+    if part not in source.stored:
+        raise CheckpointError(
+            f"{place}: {source.path} ({source.kind}) has nothing for it, only for {', '.join(source.stored)}; name "
+            f"another source, or None to start from random values"
+        )
+    model, stored, made = config.model, dict(own), source.configs[part]
+    if part == "vision":
+        grid = made.position_grid
+        stored[POSITIONS] = (grid, grid, model.vision.width)
+        model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, position_grid=grid))
+    more = part == "decoder" and made.vocab_size < model.decoder.vocab_size
+    if more and config.init_from.new_embedding_rows:
+        for name, dim in ROWS.items():
+            if name in stored:
+                stored[name] = (*stored[name][:dim], made.vocab_size, *stored[name][dim + 1 :])
+    tensors = source.tensors(model, stored)
+    try:
+        match(places(tensors, stored), source.stored[part])
+    except CheckpointError as error:
+        remedy = "; init_from.new_embedding_rows lets the new ids start from random embeddings" if more else ""
+        raise CheckpointError(f"{place}: {error}{remedy}") from error
+    notes = []
+    if made is not None:
+        ours = getattr(config.model, part)
+        changed = {name: value for name, value in vars(made).items() if value != getattr(ours, name)}
+        for name in _UNSEEN:
+            if name in changed:
+                raise CheckpointError(
+                    f"{place}: its {part}.{name} is {changed[name]!r}, the recipe's {getattr(ours, name)!r}: set "
+                    f"model.{part}.{name} to that"
+                )
+        notes = [
+            f"model.{part}.{name} is {getattr(ours, name)!r}, {value!r} in the source"
+            for name, value in changed.items()
+            if name not in _UNTOLD
+        ]
+    if part == "vision":
+        notes += [
+            f"images.{name} is {getattr(config.images, name)}, {value} in the source"
+            for name, value in source.pixels.items()
+            if value != getattr(config.images, name)
+        ]
+    return PartStart(part, config.init_from.sources[part], source, stored, own, tensors, notes)
+
+
+def _stored_like(target: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The target with a source's shape; a dimension that will change is not spread: it need not divide."""
+    assert isinstance(target.sharding, NamedSharding)
+    axes = [
+        axis if old == new else None for axis, old, new in zip(target.sharding.spec, shape, target.shape, strict=True)
+    ]
+    return jax.ShapeDtypeStruct(shape, target.dtype, sharding=NamedSharding(target.sharding.mesh, PartitionSpec(*axes)))
+
+
+def _random_values(
+    config: PretrainConfig, targets: Wanted, stored: Mapping[str, tuple[int, ...]]
+) -> dict[str, jax.Array]:
+    """Values for parameters that no source fills, and for the rows that it has not; nothing else is computed."""
+    rows = {name: ROWS[name] for name in ROWS if name in stored and stored[name] != targets[name].shape}
+    layouts = {
+        name: _stored_like(target, stored[name]).sharding if name in rows else target.sharding
+        for name, target in targets.items()
+        if name in rows or name not in stored
+    }
+    if not layouts:
+        return {}
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        model = make_model(config.model, config.numerics, key)
+        values = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+        for name, dim in rows.items():
+            values[name] = jax.lax.slice_in_dim(values[name], stored[name][dim], None, axis=dim)
+        return {name: values[name] for name in layouts}
+
+    return jax.jit(make, out_shardings=layouts)(jax.random.key(config.seed))
+
+
+def _adapted(
+    name: str, value: jax.Array, target: jax.ShapeDtypeStruct, rows: jax.Array | None, config: PretrainConfig
+) -> jax.Array:
+    if value.shape == target.shape:
+        return value
+    if rows is not None:
+        extend = jax.jit(lambda x, y: jnp.concatenate([x, y], axis=ROWS[name]), out_shardings=target.sharding)
+        return extend(value, rows)
+    method, antialias = config.init_from.resize, config.init_from.resize_antialias
+
+    def resize(table: jax.Array) -> jax.Array:
+        resized = jax.image.resize(table.astype(jnp.float32), target.shape, method, antialias=antialias)
+        return resized.astype(target.dtype)
+
+    return jax.jit(resize, out_shardings=target.sharding)(value)
+
+
+# Opening -------------------------------------------------------------------------------------------------------------
+
+
+def _open(path: str, field: str, vision: VisionConfig, must_exist: bool) -> Source | None:
+    local = Path(path).expanduser()
+    if not must_exist and ("://" in path or not local.exists()):
+        return None
+    if "://" not in path and not local.exists():
+        raise CheckpointError(
+            f"{field}={path!r}: there is no such file or directory; pass --{field.replace('_', '-')} PATH, or None to "
+            f"start from random values"
+        )
+    try:
+        file = _timm_file(local)
+        if file is not None:
+            return _open_timm(file, vision)
+        if (local / CONFIG).exists():
+            return _open_hf(HFDirectory(local))
+        return _open_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{field}={path!r}: {error}") from error
+
+
+def _timm_file(path: Path) -> Path | None:
+    """The file of a timm model: the path itself, its model.safetensors, or the one safetensors file in it."""
+    if path.is_file():
+        return path
+    files = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
+    whole = path / "model.safetensors"
+    file = whole if whole in files else files[0] if len(files) == 1 else None
+    return file if file is not None and _TIMM_KEY in parse_header(file, read_header(file)) else None
+
+
+def _open_timm(file: Path, vision: VisionConfig) -> Source:
+    """timm's Perception Encoder has our encoder's tensors under other names, and turns its heads' pairs as we do.
+
+    Its MLP has the exact GELU. On a grid that is not the pretrained one timm rescales rotary positions to that; the
+    report's model does not.
+    """
+    entries = parse_header(file, read_header(file))
+    check_size(file, entries)
+    shape = entries["pos_embed"].shape if "pos_embed" in entries else ()
+    grid = math.isqrt(shape[1]) if len(shape) == 3 else 0
+    if len(shape) != 3 or grid * grid != shape[1] or _TIMM_KEY not in entries:
+        raise CheckpointError(
+            f"{file} is no Perception Encoder without class token in timm's layout: pos_embed has shape {shape}"
+        )
+    fields = read_json(file.with_name(CONFIG)) if file.with_name(CONFIG).exists() else {}
+    known: dict[str, Any] = {"num_heads": 16} if str(fields.get("architecture", "")).startswith("vit_pe_lang") else {}
+    for name in ("model_args", "pretrained_cfg"):
+        known |= fields[name] if isinstance(fields.get(name), dict) else {}
+    pixels = {name: tuple(known[name]) for name in ("mean", "std") if isinstance(known.get(name), list)}
+    made = dataclasses.replace(vision, position_grid=grid, activation="gelu", norm_eps=1e-5, rope_theta=1e4)
+    # Not by `replace`, which would refuse heads that do not divide the recipe's width, and not say whose they are.
+    configs = {"vision": types.SimpleNamespace(**vars(made) | {"num_heads": known.get("num_heads", vision.num_heads)})}
+    return Source(
+        str(file),
+        "timm",
+        configs,
+        {"vision": entries},
+        lambda model, names: _named(timm_tensors(model.vision), names),
+        lambda wanted, tensors, stored: read_parameters(
+            wanted, tensors, lambda key: read_tensor(key, entries[key]), stored
+        ),
+        pixels,
+    )
+
+
+def _open_hf(directory: HFDirectory) -> Source:
+    def part_of(key: str) -> str:
+        if directory.spec.is_text or not key.startswith(("vision_model.", "vit_large_projector.")):
+            return "decoder"
+        return "projector" if key.startswith(("vision_model.vit_", "vit_")) else "vision"
+
+    stored: dict[str, dict[str, Shaped]] = {}
+    for key, entry in directory.entries.items():
+        stored.setdefault(part_of(disk_key(key)), {})[key] = entry
+    return Source(
+        str(directory.path),
+        "Hugging Face",
+        _configs(directory.spec),
+        stored,
+        lambda model, names: _named(step_vl_tensors(model), names),
+        lambda wanted, tensors, stored: read_parameters(wanted, tensors, directory.read, stored),
+        _pixels(directory.spec),
+    )
+
+
+def _open_checkpoint(path: str) -> Source:
+    directory = checkpoint_directory(path)
+    fields = read_meta(directory)["config"]
+    converted = "kind" in fields
+    if converted:
+        spec = spec_from_json(fields)
+    else:
+        run = from_json(fields)
+        spec = ModelSpec(run.model, run.images)
+    step, arrays = stored_parameters(directory)
+    stored: dict[str, dict[str, Shaped]] = {}
+    prefix = "decoder/" if spec.is_text else ""  # the names of a text model have none
+    for name, array in arrays.items():
+        stored.setdefault(f"{prefix}{name}".split("/")[0], {})[f"{prefix}{name}"] = array
+
+    def read(wanted: Wanted, tensors: list[Tensor], stored: Mapping[str, Shaped]) -> dict[str, jax.Array]:
+        found = restore_parameters(step, {name.removeprefix(prefix): leaf for name, leaf in wanted.items()})
+        return {f"{prefix}{name}": array for name, array in found.items()}
+
+    def tensors(_: ModelConfig, names: Iterable[str]) -> list[Tensor]:
+        return [Tensor(name, name, lambda x: x, lambda x: x) for name in names]
+
+    kind = "converted checkpoint" if converted else "run"
+    return Source(step, kind, _configs(spec), stored, tensors, read, _pixels(spec))
+
+
+def _named(tensors: Iterable[Tensor], names: Iterable[str]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.name in names]
+
+
+def _configs(spec: ModelSpec) -> dict[str, Any]:
+    if isinstance(spec.model, ModelConfig):
+        return {"vision": spec.model.vision, "projector": None, "decoder": spec.model.decoder}
+    return {"decoder": spec.model}
+
+
+def _pixels(spec: ModelSpec) -> dict[str, Any]:
+    return {} if spec.images is None else {"mean": spec.images.mean, "std": spec.images.std}
