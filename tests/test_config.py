@@ -73,7 +73,6 @@ REFUSED = {
     "evaluation.examples=0: must be positive": lambda: EvaluationConfig(examples=0),
     "evaluation.batch_size=0: must be positive": lambda: EvaluationConfig(batch_size=0),
     "evaluation.every=0: must be positive, or None": lambda: EvaluationConfig(every=0),
-    "evaluation.sources.docs='JsonlSource': only digits sources": lambda: EvaluationConfig(sources=(SOURCE, DOCS)),
     "name='': must not be empty": lambda: dataclasses.replace(tiny, name=""),
     "seed=-1: must be from 0 to 4294967295": lambda: dataclasses.replace(tiny, seed=-1),
     "images.patch_size=7: must equal vision.patch_size 14": lambda: dataclasses.replace(

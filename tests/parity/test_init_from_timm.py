@@ -13,6 +13,7 @@ from stepjax.sharding import make_mesh
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+timm = pytest.importorskip("timm")
 
 TOLERANCE = 1e-4
 FLOAT32 = NumericsConfig(compute_dtype="float32", remat="none")
@@ -20,20 +21,7 @@ GRID, PATCH, WIDTH, LAYERS, HEADS = 4, 14, 32, 3, 2
 
 
 @pytest.fixture(scope="module")
-def timm():
-    """timm imports torchvision, of which the registry's wheel does not load its operators beside torch for CPU alone.
-
-    torchvision then fails where it describes two of them that nobody calls here; they need only be known by name.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("timm")
-
-
-@pytest.fixture(scope="module")
-def encoder(timm):
+def encoder():
     """A tiny Perception Encoder of timm's, and the grid to which it is resized if asked."""
 
     def make(grid=GRID):
