@@ -46,7 +46,7 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def saved(timm, encoder, tmp_path_factory):
+def saved(encoder, tmp_path_factory):
     directory = tmp_path_factory.mktemp("pe")
     timm.models.save_for_hf(encoder[0], directory, safe_serialization=True)
     assert (directory / "model.safetensors").exists()
@@ -89,7 +89,7 @@ def features(model, grid=GRID):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_features_of_a_perception_encoder(timm, encoder, saved, activation):
+def test_features_of_a_perception_encoder(encoder, saved, activation):
     reference, make = encoder
     if activation == "quick_gelu":
         state, reference = reference.state_dict(), make()
@@ -106,7 +106,7 @@ def test_features_of_a_perception_encoder(timm, encoder, saved, activation):
 
 @pytest.mark.parametrize("side", [3, 7])
 @pytest.mark.parametrize(("resize", "antialias"), [("bilinear", False), ("bicubic", True)])
-def test_features_with_a_resized_table(timm, encoder, saved, side, resize, antialias):
+def test_features_with_a_resized_table(encoder, saved, side, resize, antialias):
     """Bicubic with antialiasing is timm's own way; torch's bicubic without it has another kernel than ours."""
     state = dict(encoder[0].state_dict())
     state["pos_embed"] = timm.layers.resample_abs_pos_embed(
