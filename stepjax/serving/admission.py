@@ -120,8 +120,8 @@ class Arrivals:
         """
         now = asyncio.get_running_loop().time()
         if len(self._arriving) >= self._most:
-            # The advance is for those that have only begun.
-            slowest = max(self._arriving, key=lambda each: (now - each.begin) / (each.size + 65536))
+            # The advance of 4 KiB is for those that have only begun.
+            slowest = max(self._arriving, key=lambda each: (now - each.begin) / (each.size + 4096))
             self._arriving.remove(slowest)
             if not slowest.limit.expired():
                 slowest.limit.reschedule(now)

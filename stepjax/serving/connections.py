@@ -19,8 +19,10 @@ from stepjax.errors import ConfigError
 from stepjax.serving.errors import busy
 from stepjax.serving.settings import Limits
 
-BACKLOG = 128  # connections that wait to be accepted, and that asyncio accepts in one go before they are counted
-_RESERVE = 64  # open files for everything else: the listener, images being fetched, what libraries open
+ACCEPTED_AT_ONCE = 16  # by asyncio, in each of up to four turns of its loop before they are counted here
+BACKLOG = 1024  # connections that wait for that
+_READ_BYTES = 16384  # at a time: more headers, or bodies in tiny chunks, would take h11 a second before others' turn
+_RESERVE = 5 * ACCEPTED_AT_ONCE + 64  # open files, some for images that are fetched and for what libraries open
 
 _log = logging.getLogger("stepjax.serving")
 
@@ -49,6 +51,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        with contextlib.suppress(AttributeError):  # of a loop that is not asyncio's own
+            transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._wait()
         if len(self.connections) > self._all.most:
             longest = next(iter(self._all.idle))
@@ -114,7 +118,7 @@ def affordable(wanted: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
-    others = len(os.listdir("/dev/fd")) + BACKLOG + _RESERVE
+    others = len(os.listdir("/dev/fd")) + _RESERVE
     if soft < others + wanted:
         raised = others + wanted if hard == resource.RLIM_INFINITY else min(others + wanted, hard)
         with contextlib.suppress(ValueError, OSError):  # macOS has a limit besides the one that it tells

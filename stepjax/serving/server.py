@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from stepjax.errors import ConfigError
 from stepjax.inference.request import EngineFailedError
 from stepjax.serving.admission import Admission
-from stepjax.serving.connections import BACKLOG, Connections
+from stepjax.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, Connections
 
 _log = logging.getLogger("stepjax.serving")
 
@@ -59,7 +59,7 @@ class DrainingServer(uvicorn.Server):
             app,
             http=Connections(context.settings.limits),  # type: ignore[arg-type]
             ws="none",
-            backlog=BACKLOG,
+            backlog=ACCEPTED_AT_ONCE,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -77,6 +77,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(BACKLOG)  # what asyncio takes for it is how many it accepts at once
         for server in self.servers if self.started else []:
             for each in server.sockets:
                 host, port = each.getsockname()[:2]
