@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -90,17 +91,13 @@ class Admission:
         return len(left)
 
 
+@dataclasses.dataclass(eq=False)
 class Arrival:
-    """A body that is arriving.
+    """A body that is arriving."""
 
-    Attributes:
-        size: bytes that are there.
-    """
-
-    def __init__(self, limit: asyncio.Timeout):
-        self.limit = limit
-        self.begin = asyncio.get_running_loop().time()
-        self.size = 0
+    limit: asyncio.Timeout
+    begin: float
+    size: int = 0  # bytes that are there
 
 
 class Arrivals:
@@ -125,7 +122,7 @@ class Arrivals:
             self._arriving.remove(slowest)
             if not slowest.limit.expired():
                 slowest.limit.reschedule(now)
-        arrival = Arrival(limit)
+        arrival = Arrival(limit, now)
         self._arriving.add(arrival)
         try:
             yield arrival

@@ -7,7 +7,6 @@ open connections and say nothing shut out nobody who asks.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import resource
@@ -102,10 +101,9 @@ class Connection(H11Protocol):
 
     def _refuse(self) -> None:
         error = busy(f"{self._all.most} connections have requests under way, which is the limit; try again")
-        body = json.dumps(error.body()).encode()
-        head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-length: {len(body)}\r\ncontent-type: application/json\r\n"
-        head += f"retry-after: {error.headers['retry-after']}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode() + body)
+        response = error.response()
+        head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+        self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\n%sconnection: close\r\n\r\n" % head + response.body)
         self.transport.close()
 
 
@@ -119,17 +117,15 @@ def affordable(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY:
         return wanted
     others = len(os.listdir("/dev/fd")) + _RESERVE
-    if soft < others + wanted:
-        raised = others + wanted if hard == resource.RLIM_INFINITY else min(others + wanted, hard)
+    needed = others + wanted
+    if soft < needed:
+        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         with contextlib.suppress(ValueError, OSError):  # macOS has a limit besides the one that it tells
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
     most = min(wanted, soft - others)
     if most < 8:
-        raise ConfigError(f"the limit on open files is {soft}: raise it (ulimit -n) to {others + wanted}")
+        raise ConfigError(f"the limit on open files is {soft}: raise it (ulimit -n) to {needed}")
     if most < wanted:
-        _log.warning(
-            "%d connections instead of %d: the limit on open files is %d (ulimit -n %d)",
-            *(most, wanted, soft, others + wanted),
-        )
+        _log.warning("at most %d connections: the limit on open files is %d (ulimit -n %d)", most, soft, needed)
     return most

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable
 
 from stepjax.figures import log_to_stderr
@@ -31,7 +32,9 @@ class OncePerMinute(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        kind, now = (record.name, str(record.msg).partition("\n")[0], *_origin(record)), self._clock()
+        error, _, trace = record.exc_info or (None, None, None)
+        line = str(traceback.extract_tb(trace, limit=-1))  # where it was raised
+        kind, now = (record.name, str(record.msg).partition("\n")[0], error, line), self._clock()
         passed, left_out = self._seen.get(kind, (-math.inf, 0))
         if now - passed < 60:
             self._seen[kind] = passed, left_out + 1
@@ -42,12 +45,3 @@ class OncePerMinute(logging.Filter):
         if left_out:
             record.msg = f"{record.msg} ({left_out} more since the last such line)"
         return True
-
-
-def _origin(record: logging.LogRecord) -> tuple[object, ...]:
-    if not record.exc_info or record.exc_info[0] is None:
-        return ()
-    kind, _, trace = record.exc_info
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return (kind, None if trace is None else (trace.tb_frame.f_code.co_filename, trace.tb_lineno))
