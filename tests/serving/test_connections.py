@@ -183,11 +183,11 @@ from fake_engine import FakeEngine
 from stepjax.config import ImageConfig, TokenizerConfig
 from stepjax.processing.processor import Processor
 from stepjax.serving.app import make_app
-from stepjax.serving.logs import log_to_stderr
+from stepjax.serving.logs import start_log
 from stepjax.serving.server import bind, serve
 from stepjax.serving.settings import ServerSettings
 
-log_to_stderr()
+start_log()
 open_files = []
 
 async def main():
