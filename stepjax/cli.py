@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0     done
     1     a user's mistake, a file or a disk that cannot be used, or a fault of ours; the last line says which
     2     bad usage
+    70    `serve`, `pacore run`: the engine failed; start it again
     75    `pretrain`: another process was lost; the same command goes on from the checkpoint
     130   SIGINT (Ctrl-C); `pretrain` has saved if a step was done, `pacore run` has its journal
     143   SIGTERM, likewise. `serve` and `pacore serve`, once they listen, end in order at either, with 0

@@ -10,12 +10,8 @@ from typing import Any
 from stepjax.errors import BusyError
 from stepjax.inference.collect import collected
 from stepjax.inference.engine import Engine
-from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
+from stepjax.inference.request import Completion, Delta, EngineError, EngineFailedError, EngineStats, SamplingParams
 from stepjax.processing.tokens import Example
-
-
-class EngineError(RuntimeError):
-    """The engine failed, or a request's logits were not finite. Not the caller's mistake."""
 
 
 class AsyncEngine:
@@ -52,7 +48,8 @@ class AsyncEngine:
         Raises:
             RequestError: it can never be served.
             BusyError: too many wait, or the engine is being stopped.
-            EngineError: the engine failed.
+            EngineError: a sample failed, or the engine was stopped.
+            EngineFailedError: the engine did.
         """
         self._check()
         loop = asyncio.get_running_loop()
@@ -77,7 +74,7 @@ class AsyncEngine:
             while unfinished:
                 item = await deltas.get()
                 if isinstance(item, BaseException):
-                    raise EngineError(f"the engine failed: {item}") from item
+                    raise item
                 if item.finish_reason == "error":
                     raise EngineError(str(item.stop_reason))
                 unfinished -= item.finish_reason is not None
@@ -97,7 +94,7 @@ class AsyncEngine:
         """Calls a function with the engine between two steps, as `engine.update_weights`; gives what it returns.
 
         Raises:
-            EngineError: the engine failed.
+            EngineFailedError: the engine failed.
         """
         self._check(draining_is_fine=True)
         return await asyncio.wrap_future(self._call(lambda: function(self._engine)))
@@ -128,7 +125,7 @@ class AsyncEngine:
 
     def _check(self, draining_is_fine: bool = False) -> None:
         if self._failure is not None:
-            raise EngineError(f"the engine failed: {self._failure}") from self._failure
+            raise _as_failure(self._failure)
         if self._stopping or (self._draining and not draining_is_fine):
             raise BusyError("the engine is being stopped and takes nothing new")
 
@@ -145,6 +142,8 @@ class AsyncEngine:
         result: Future = Future()
 
         def call() -> None:
+            if not result.set_running_or_notify_cancel():  # nobody waits any more
+                return
             try:
                 result.set_result(function())
             except BaseException as error:
@@ -159,7 +158,8 @@ class AsyncEngine:
         def cancel() -> None:
             if pending.exception() is None:
                 self._streams.pop(pending.result(), None)
-                self._engine.cancel(pending.result())
+                if self._failure is None:
+                    self._engine.cancel(pending.result())
 
         self._inbox.put(cancel)
 
@@ -173,11 +173,11 @@ class AsyncEngine:
                     self._deliver(self._engine.step())
         except BaseException as error:  # whatever it is, those who wait must be told
             self._failure = error
-        failure = self._failure or BusyError("the engine was stopped")
         # Requests may still be on their way here; nothing goes on, so they are told, too.
         while True:
             for deliver in self._streams.values():
-                deliver(failure)
+                # One for each: raising adds to a traceback.
+                deliver(EngineError("the engine was stopped") if self._failure is None else _as_failure(self._failure))
             self._streams.clear()
             if self._stopping:
                 break
@@ -202,3 +202,10 @@ class AsyncEngine:
         for request_id in {delta.request_id for delta in deltas if delta.finish_reason is not None}:
             if not self._engine.is_under_way(request_id):
                 self._streams.pop(request_id, None)
+
+
+def _as_failure(failure: BaseException) -> EngineFailedError:
+    first_line = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    error = EngineFailedError(f"the engine failed: {first_line[:500]}")
+    error.__cause__ = failure
+    return error

@@ -12,7 +12,7 @@ from pallas_kernels.shared_prefix_attention import PageTables
 from stepjax.inference.grouping import Group
 from stepjax.inference.programs import Rows
 from stepjax.inference.request import MAX_TOP_LOGPROBS
-from stepjax.inference.sequence import Sequence
+from stepjax.inference.sequence import Sequence, failing_alone
 from stepjax.models.paged_cache import NO_PAGE
 
 
@@ -57,6 +57,9 @@ def make_batch(
 
     Two shapes of it exist: with room for one group and for `max_problems`. What attention over groups costs on CPU and
     GPU grows with the number of groups that there is room for, and mostly there is one or none.
+
+    Raises:
+        SequenceError: a sequence does not fit its row.
     """
     top = max((s.prompt.params.logprobs or 0 for s in sequences), default=0)
     num_problems = max_problems if len(groups) > 1 else 1
@@ -70,13 +73,14 @@ def make_batch(
         for member in group.members:
             tables.problem_of_B[member], shared_B[member] = problem, len(pages)
     for row, sequence in enumerate(sequences):
-        own, params = sequence.pages[shared_B[row] :], sequence.prompt.params
-        tables.suffix_pages_BM[row, : len(own)] = own
-        tables.suffix_lengths_B[row] = sequence.length - shared_B[row] * page_size
-        rows.tokens_B[row], rows.positions_B[row] = sequence.last_token, sequence.length - 1
-        rows.seeds_B2[row] = sequence.seed_words
-        rows.temperature_B[row], rows.top_k_B[row] = params.temperature, params.top_k
-        rows.top_p_B[row], rows.min_p_B[row] = params.top_p, params.min_p
+        with failing_alone(sequence):
+            own, params = sequence.pages[shared_B[row] :], sequence.prompt.params
+            tables.suffix_pages_BM[row, : len(own)] = own
+            tables.suffix_lengths_B[row] = sequence.length - shared_B[row] * page_size
+            rows.tokens_B[row], rows.positions_B[row] = sequence.last_token, sequence.length - 1
+            rows.seeds_B2[row] = sequence.seed_words
+            rows.temperature_B[row], rows.top_k_B[row] = params.temperature, params.top_k
+            rows.top_p_B[row], rows.min_p_B[row] = params.top_p, params.min_p
     return batch
 
 

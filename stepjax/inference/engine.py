@@ -14,6 +14,7 @@ to two logits that tie.
 
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Tokens
@@ -31,10 +32,12 @@ from stepjax.inference.pages import Pages
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.inference.runner import Runner
 from stepjax.inference.scheduler import Scheduler
-from stepjax.inference.sequence import Prompt, Sequence
+from stepjax.inference.sequence import Prompt, Sequence, SequenceError, failing_alone
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL
 from stepjax.processing.tokens import Example, text_example
+
+_log = logging.getLogger("stepjax.inference")
 
 
 class TextDecoder(Protocol):
@@ -110,8 +113,8 @@ class Engine:
         shared = Prompt(request_id, example, params, seed, limit, self._runner.images)
         decode = None if self._processor is None else self._processor.decode
         samples = [Sequence(shared, i, decode) for i in range(params.n)]
-        self._samples[request_id] = list(samples)
         self._scheduler.add(samples)
+        self._samples[request_id] = samples
         return request_id
 
     def cancel(self, request_id: str) -> list[Delta]:
@@ -202,6 +205,10 @@ class Engine:
                     f"{name} has {self._store.size_of(example)} tokens of images; the feature store holds "
                     f"{self._store.num_rows}: raise engine.feature_cache_tokens"
                 )
+            images = self._store.images
+            for views, side in ((example.crops, images.crop_size), (example.global_views, images.global_size)):
+                if len(views) and views.shape[1:] != (side, side, 3):
+                    raise RequestError(f"{name} has views of shape {views.shape[1:]}; the model reads {side} x {side}")
             if example.feature_index[-1] >= 0:
                 raise RequestError(f"{name} ends within an image: let some text follow")
         return limit
@@ -209,16 +216,26 @@ class Engine:
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Admits, computes a stretch of a prompt, decodes; what came of it."""
+        """Admits, computes a stretch of a prompt, decodes; what came of it.
+
+        What fails on the host for one sample ends that sample, with the finish reason "error", and the step goes on
+        without it. Whatever this raises is a failure of the device, after which the cache cannot be trusted.
+        """
         self._totals["steps"] += 1
-        self._scheduler.admit()
-        self._fork()
-        self._prefill()
-        sequences = self._scheduler.reserve(self.config.decode_steps)
-        if not sequences:
-            return []
-        drawn = self._runner.decode(sequences)
-        return [self._advance(sequence, drawn, row) for row, sequence in enumerate(sequences)]
+        deltas: list[Delta] = []
+        while True:
+            try:  # from the start again after a failure: what has been admitted and computed stays so
+                self._scheduler.admit()
+                self._fork()
+                self._prefill()
+                sequences = self._scheduler.reserve(self.config.decode_steps)
+                drawn = self._runner.decode(sequences) if sequences else None
+                break
+            except SequenceError as error:
+                deltas.append(self._fail(error))
+        if drawn is not None:
+            deltas += [self._advance(sequence, drawn, row) for row, sequence in enumerate(sequences)]
+        return deltas
 
     def _fork(self) -> None:
         copies = self._scheduler.fork()
@@ -247,17 +264,31 @@ class Engine:
         self._totals["encoded"] += len(views)
 
     def _advance(self, sequence: Sequence, drawn: programs.Drawn, row: int) -> Delta:
-        delta = advance(sequence, drawn, row, self._stop_ids)
-        self._totals["generated"] += len(delta.tokens)
-        self._scheduler.computed(sequence, sequence.length - 1)
+        try:
+            with failing_alone(sequence):
+                delta = advance(sequence, drawn, row, self._stop_ids)
+            self._totals["generated"] += len(delta.tokens)
+            self._scheduler.computed(sequence, sequence.length - 1)
+        except SequenceError as error:
+            return self._fail(error)
         if delta.finish_reason is not None:
-            self._scheduler.remove(sequence)
-            self._totals["finished"] += 1
-            samples = self._samples[delta.request_id]
-            samples.remove(sequence)
-            if not samples:
-                del self._samples[delta.request_id]
+            self._end(sequence)
         return delta
+
+    def _fail(self, error: SequenceError) -> Delta:
+        """Ends the sample that is to blame."""
+        _log.error("%s failed", error, exc_info=error.__cause__)
+        self._end(error.sequence)
+        reason = f"{type(error.__cause__).__name__}: {error.__cause__}"
+        return make_delta(error.sequence, finish_reason="error", stop_reason=reason[:1000])
+
+    def _end(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._totals["finished"] += 1
+        request_id = sequence.prompt.request_id
+        self._samples[request_id].remove(sequence)
+        if not self._samples[request_id]:
+            del self._samples[request_id]
 
     # Weights, warm-up, figures ---------------------------------------------------------------------------------------
 

@@ -7,12 +7,22 @@ from typing import Literal
 
 from stepjax.errors import RequestError
 
-# "error": the model gave no usable distribution; the stop_reason says more.
+# "error": the logits are not finite, or the sample could not be built; the stop_reason says more.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_CHARS = 16, 256  # every new token is compared with all of them
 _MAX_STOP_IDS = 256
 _INT32 = 2**31 - 1  # the device's numbers
+
+
+class EngineError(RuntimeError):
+    """A sample failed, such as by logits that are not finite. Not the caller's mistake."""
+
+
+class EngineFailedError(EngineError):
+    """The engine itself failed, and serves nothing more: the process ends with `exit_status`, to be started again."""
+
+    exit_status = 70  # EX_SOFTWARE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

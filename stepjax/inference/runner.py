@@ -19,7 +19,7 @@ from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import ViewFeatures, ViewKind
 from stepjax.inference.grouping import Group, group_by_prefix
 from stepjax.inference.request import MAX_TOP_LOGPROBS
-from stepjax.inference.sequence import Sequence
+from stepjax.inference.sequence import Sequence, failing_alone
 from stepjax.models.paged_cache import NO_PAGE, Chunk, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
@@ -83,11 +83,16 @@ class Runner:
                 )
 
     def prefill(self, sequence: Sequence, start: int, end: int) -> int:
-        """Computes the tokens from `start` to `end`; how many the device was given."""
+        """Computes the tokens from `start` to `end`; how many the device was given.
+
+        Raises:
+            SequenceError: the sequence does not make the arrays.
+        """
         size, pages = bucket(end - start, self.chunk_sizes), -(-end // self.config.page_size)
         tokens_C, rows_C = np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32)
-        tokens_C[: end - start] = sequence.tokens(start, end)
-        rows_C[: end - start] = sequence.feature_rows(start, end)
+        with failing_alone(sequence):
+            tokens_C[: end - start] = sequence.tokens(start, end)
+            rows_C[: end - start] = sequence.feature_rows(start, end)
         self._prefill(tokens_C, rows_C, sequence.pages[:pages], start, end, bucket(pages, self.row_widths))
         return size
 
@@ -114,7 +119,11 @@ class Runner:
             self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
 
     def decode(self, sequences: list[Sequence]) -> programs.Drawn:
-        """The next tokens of all, on the host; row i is of sequence i."""
+        """The next tokens of all, on the host; row i is of sequence i.
+
+        Raises:
+            SequenceError: a sequence does not make its row.
+        """
         batch = make_batch(
             sequences,
             self._groups_of(sequences),

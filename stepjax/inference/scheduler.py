@@ -14,7 +14,7 @@ from collections import deque
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore
 from stepjax.inference.pages import OutOfPages, Pages
-from stepjax.inference.sequence import Sequence
+from stepjax.inference.sequence import Sequence, failing_alone
 
 
 class Scheduler:
@@ -53,8 +53,15 @@ class Scheduler:
         self._follow(leader, samples)
 
     def admit(self) -> None:
-        """Takes sequences into work, in order, while there are places, pages and room for their image features."""
-        while self.waiting and len(self.running) < self.config.max_sequences and self._take_in(self.waiting[0]):
+        """Takes sequences into work, in order, while there are places, pages and room for their image features.
+
+        Raises:
+            SequenceError: one of them cannot be; it still waits.
+        """
+        while self.waiting and len(self.running) < self.config.max_sequences:
+            with failing_alone(self.waiting[0]):
+                if not self._take_in(self.waiting[0]):
+                    return
             self.waiting.popleft()
 
     def _take_in(self, sequence: Sequence) -> bool:
@@ -65,17 +72,18 @@ class Scheduler:
             found = self.pages.find(sequence.extend_keys(sequence.length - 1, page_size))
         needed = -(-sequence.length // page_size) - len(found)
         self.pages.hold(found)
+        sequence.pages = found  # from here on `_free` gives them back
         # Those in work will want pages soon: without a reserve, the newcomer would be sent away again at once.
         reserve = len(self.running)
         if needed + reserve > self.pages.num_free:
-            self.pages.release(found)
+            self._free(sequence)
             return False
         start = len(found) * page_size
         if sequence.needs_features(start):
             assert self.store is not None
             sequence.views = self.store.hold(sequence.prompt.example, sequence.prompt.digests)
             if sequence.views is None:
-                self.pages.release(found)
+                self._free(sequence)
                 return False
         sequence.pages = found + self.pages.take(needed)
         sequence.computed, sequence.num_published = start, len(found)
@@ -92,10 +100,15 @@ class Scheduler:
             self.computed_tokens += len(prompt.tokens_T) - start
 
     def computed(self, sequence: Sequence, end: int) -> None:
-        """Tokens up to `end` have their keys and values: full pages can be found, and features may not be needed."""
+        """Tokens up to `end` have their keys and values: full pages can be found, and features may not be needed.
+
+        Raises:
+            SequenceError: its pages have no keys.
+        """
         sequence.computed = end
         if self.config.prefix_caching:
-            keys = sequence.extend_keys(end, self.config.page_size)
+            with failing_alone(sequence):
+                keys = sequence.extend_keys(end, self.config.page_size)
             for page in range(sequence.num_published, len(keys)):
                 self.pages.publish(sequence.pages[page], keys[page])
             sequence.num_published = len(keys)

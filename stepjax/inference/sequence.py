@@ -3,9 +3,10 @@
 Legend: T tokens of the prompt.
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 
 import numpy as np
@@ -117,6 +118,27 @@ class Sequence:
             contents = self.contents(done * page_size, length)
             self.keys += page_keys(contents, page_size, self.keys[-1] if self.keys else b"")
         return self.keys[: length // page_size]
+
+
+class SequenceError(Exception):
+    """Work on the host for one sequence failed, for the reason in `__cause__`. The engine ends that sample alone."""
+
+    def __init__(self, sequence: Sequence):
+        super().__init__(f"sample {sequence.sample} of {sequence.prompt.request_id}")
+        self.sequence = sequence
+
+
+@contextlib.contextmanager
+def failing_alone(sequence: Sequence) -> Iterator[None]:
+    """Around what is done for one sequence on the host. Calls of the device stay outside: they are everybody's.
+
+    Raises:
+        SequenceError: for any exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise SequenceError(sequence) from error
 
 
 def _joined(prompt_T: np.ndarray, generated: list[int], start: int, end: int) -> np.ndarray:

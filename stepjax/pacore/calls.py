@@ -10,6 +10,7 @@ import random
 import time
 
 from stepjax.errors import StepjaxError
+from stepjax.inference.request import EngineFailedError
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.events import AttemptFailed, Notify, TrajectoryPiece
 from stepjax.pacore.records import Attempt, Status, Trajectory
@@ -117,6 +118,8 @@ class Caller:
                 reply = await self._sampler.sample(prompt, params, listener)
         except (SamplerError, TimeoutError, StepjaxError) as error:
             return error
+        except EngineFailedError:  # every other call would fail, too, and all would be journaled
+            raise
         except Exception as error:  # of a broken sampler: no reason to lose the problem
             _log.exception("a call failed unexpectedly")
             return error

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from stepjax.errors import BusyError, ImageError, RecordError, StepjaxError
-from stepjax.inference.request import Delta, SamplingParams, TokenLogprob
+from stepjax.inference.request import Delta, EngineFailedError, SamplingParams, TokenLogprob
 from stepjax.interop.any_processor import AnyProcessor, encode, starts_thinking
 from stepjax.pacore.sampler import Listener, Piece, Prompt, PromptTooLongError, Reply, SamplerError
 from stepjax.processing.answer_stream import AnswerStream, add_piece
@@ -154,9 +154,9 @@ async def sample(engine: Engine, prompt: Prompt, params: SamplingParams, listene
                     listener.piece(piece)
     except BusyError as error:
         raise SamplerError(str(error), is_temporary=True, output_tokens=listener.tokens) from error
-    except StepjaxError:
+    except (StepjaxError, EngineFailedError):
         raise
-    except RuntimeError as error:  # EngineError: that of one request, or of all
+    except RuntimeError as error:  # EngineError: that of one request
         raise SamplerError(str(error), is_temporary=False, output_tokens=listener.tokens) from error
     if delta is None or delta.finish_reason in (None, "cancelled", "error"):
         reason = "ended without a word" if delta is None else f"ended with {delta.finish_reason!r}"

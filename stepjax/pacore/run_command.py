@@ -16,6 +16,7 @@ import tyro
 
 from stepjax.errors import ConfigError
 from stepjax.figures import log_to_stderr, printable
+from stepjax.inference.request import EngineFailedError
 from stepjax.interop.engines import load_engines
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
@@ -33,7 +34,7 @@ _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0 well, 1 all problems failed, 130 or 143 stopped by a signal.
+    """Returns the exit status: 0 well, 1 all problems failed, 70 the engine failed, 130 or 143 stopped by a signal.
 
     Raises:
         StepjaxError: an argument, the file or the model is not usable, or the directory holds another run.
@@ -112,6 +113,9 @@ async def _run(
         task.uncancel()
         print(f"stopped; the same command goes on with {args.out}", file=sys.stderr)
         return _STATUS[stopped_by[0]]
+    except EngineFailedError as error:
+        print(f"stepjax pacore run: {printable(str(error))}; rerun the same command to resume", file=sys.stderr)
+        return error.exit_status
     print(f"{printable(table(summary))}\n\nanswers in {args.out / RESULTS}")
     if summary["failed"]:
         print(f"{summary['failed']} answers failed; --retry-failed draws what failed again", file=sys.stderr)

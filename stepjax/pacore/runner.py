@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepjax.errors import CheckpointError, ConfigError, StepjaxError
+from stepjax.inference.request import EngineFailedError
 from stepjax.pacore.answers import in_thread
 from stepjax.pacore.baselines import Method, answer
 from stepjax.pacore.coordinator import Coordinator
@@ -84,6 +85,7 @@ class BatchRun:
 
         Raises:
             CheckpointError: the directory cannot be written.
+            EngineFailedError: the local engine failed; nothing is journaled of what it broke off.
         """
         jobs = iter([(place, sample) for place in range(len(self._problems)) for sample in range(self._config.samples)])
         with contextlib.closing(self._rows), contextlib.closing(self._progress):
@@ -131,7 +133,7 @@ class BatchRun:
             outcome = await answer(
                 self._coordinator, problem, self._config.method, sample=sample, done=done, notify=notify
             )
-        except CheckpointError:  # the journal's: there is no going on
+        except (CheckpointError, EngineFailedError):  # the journal's, or the model's: there is no going on
             raise
         except (StepjaxError, RoundFailedError) as failure:
             error = str(failure)

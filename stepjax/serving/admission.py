@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -27,18 +28,17 @@ class Admission:
         self._idle.set()
         self.count = 0
         self.is_draining = False
-        self._is_healthy = is_healthy
+        self.is_healthy = is_healthy
+        self.arrivals = Arrivals(max(max_requests, 64))
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        """Counts a request.
+        """Counts a request, whose body is there.
 
         Raises:
-            ApiError: 429, there are too many; 503, the server is shutting down or its engine has failed.
+            ApiError: as `check_room`.
         """
-        self.check_open()
-        if self.count >= self._max_requests:
-            raise busy(f"{self._max_requests} requests are under way, which is the limit; try again")
+        self.check_room()
         self.count += 1
         self._idle.clear()
         try:
@@ -58,12 +58,21 @@ class Admission:
     def check_open(self) -> None:
         """
         Raises:
-            ApiError: 503, as `enter`.
+            ApiError: 503, the engine has failed, or the server is shutting down.
         """
+        if not self.is_healthy():
+            raise ApiError(503, "the engine has failed; the server is being ended", code="engine_failed")
         if self.is_draining:
             raise shutting_down()
-        if not self._is_healthy():
-            raise ApiError(503, "the engine has failed; the server must be started again", code="engine_failed")
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            ApiError: 429, there are too many requests; 503, as `check_open`.
+        """
+        self.check_open()
+        if self.count >= self._max_requests:
+            raise busy(f"{self._max_requests} requests are under way, which is the limit; try again")
 
     async def drain(self, seconds: float) -> int:
         """Takes no more requests, waits for those under way, and cancels what is left after `seconds`.
@@ -80,6 +89,45 @@ class Admission:
         if left:
             await asyncio.wait(left, timeout=5)  # they still tell their clients
         return len(left)
+
+
+@dataclasses.dataclass(eq=False)
+class Arrival:
+    """A body that is arriving."""
+
+    limit: asyncio.Timeout
+    begin: float
+    size: int = 0  # bytes that are there
+
+
+class Arrivals:
+    """Bodies that are arriving: at most `most`, so that they cannot take the memory. To make room for another one, the
+    slowest is given up: those that never come keep nobody's place.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._arriving: set[Arrival] = set()
+
+    @contextlib.contextmanager
+    def enter(self, limit: asyncio.Timeout) -> Iterator[Arrival]:
+        """
+        Args:
+            limit: of the body, entered; expires when the body is given up.
+        """
+        now = asyncio.get_running_loop().time()
+        if len(self._arriving) >= self._most:
+            # The advance of 4 KiB is for those that have only begun.
+            slowest = max(self._arriving, key=lambda each: (now - each.begin) / (each.size + 4096))
+            self._arriving.remove(slowest)
+            if not slowest.limit.expired():
+                slowest.limit.reschedule(now)
+        arrival = Arrival(limit, now)
+        self._arriving.add(arrival)
+        try:
+            yield arrival
+        finally:
+            self._arriving.discard(arrival)
 
 
 class ByteBudget:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
+from stepjax.serving.admission import Arrivals
 from stepjax.serving.errors import ApiError
 from stepjax.serving.settings import Limits
 
@@ -20,10 +21,11 @@ class Disconnected(Exception):
     """The client is gone; there is nobody to answer."""
 
 
-async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limits: Limits, arrivals: Arrivals) -> bytes:
     """
     Raises:
-        ApiError: 415, it is not JSON by its headers; 413, it is too large; 408, it took too long.
+        ApiError: 415, it is not JSON by its headers; 413, it is too large; 408, it took too long, or was the slowest
+            when others needed its place.
         Disconnected: the client left before it was complete.
     """
     headers = {name.lower(): value for name, value in scope["headers"]}
@@ -40,18 +42,20 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     is_over, more = declared is not None and declared.isdigit() and int(declared) > limits.body_bytes, True
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            while more and not is_over:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Disconnected
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-                is_over = len(body) > limits.body_bytes
+        async with asyncio.timeout(limits.body_seconds) as limit:
+            with arrivals.enter(limit) as arrival:
+                while more and not is_over:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Disconnected
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    arrival.size = len(body)
+                    is_over = arrival.size > limits.body_bytes
     except TimeoutError:
         raise ApiError(
             408,
-            f"the body did not arrive within {limits.body_seconds:g} seconds",
+            f"the body did not arrive within {limits.body_seconds:g} seconds, or more slowly than too many others",
             code="body_timeout",
             headers={"connection": "close"},
         ) from None

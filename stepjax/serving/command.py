@@ -12,8 +12,8 @@ from typing import Annotated
 import tyro
 
 from stepjax.errors import ConfigError
-from stepjax.figures import log_to_stderr
 from stepjax.interop.engines import EngineArguments, load_engines
+from stepjax.serving.logs import start_log
 from stepjax.serving.settings import Limits, ServerSettings
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
@@ -93,7 +93,8 @@ def warn_if_open(program: str, host: str, settings: ServerSettings) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serves until a signal; returns the exit status: 0 stopped in order, 130 interrupted before it listened.
+    """Serves until a signal; returns the exit status: 0 stopped in order, 70 the engine failed, 130 interrupted before
+    it listened.
 
     Raises:
         StepjaxError: the model cannot be loaded, or an argument is not usable.
@@ -101,27 +102,26 @@ def run(arguments: Sequence[str]) -> int:
     args = tyro.cli(ServeArguments, args=list(arguments), prog="stepjax serve")
     settings = args.settings(os.environ.get(KEY_VARIABLE))
     check_installed()
-    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_log()
     warn_if_open("stepjax serve", args.host, settings)
     try:
-        _load_and_serve(args, settings)
+        return _load_and_serve(args, settings)
     except KeyboardInterrupt:  # while the model was being loaded
         return 130
-    return 0
 
 
-def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> None:
+def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> int:
     from stepjax.inference.replicas import AsyncReplicas
     from stepjax.serving.app import make_app
     from stepjax.serving.server import bind, serve
 
-    async def main() -> None:
+    async def main() -> int:
         async with AsyncReplicas(engines) as running:
-            await serve(make_app(running, processor, settings), bound, drain_seconds=args.drain_seconds)
+            return await serve(make_app(running, processor, settings), bound, drain_seconds=args.drain_seconds)
 
     with bind(args.host, args.port) as bound:  # first, since loading takes minutes
         engines, processor = load_engines(args.model, args.local)
         if args.warm_up:
             count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
             _log.info("%d programs are compiled", count)
-        asyncio.run(main())
+        return asyncio.run(main())

@@ -28,8 +28,9 @@ class Endpoint:
         admission = self._context.admission
         with contextlib.ExitStack() as stack:
             try:
+                admission.check_room()
+                body = await read_body(scope, receive, self._context.settings.limits, admission.arrivals)
                 stack.enter_context(admission.enter())
-                body = await read_body(scope, receive, self._context.settings.limits)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return

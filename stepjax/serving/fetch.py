@@ -24,19 +24,34 @@ MAX_REDIRECTS = 3
 Resolve = Callable[[str, int], list[str]]
 
 
+# IANA's registries of special-purpose addresses, and multicast. What they call globally reachable is left out, too: it
+# is reached at the nearest of many machines, such as one's own gateway, and none of them has images. What `ipaddress`
+# calls global differs between Python's versions.
+_SPECIAL_V4 = [
+    ipaddress.IPv4Network(each)
+    for each in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16"),
+        *("192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+    )
+]
+_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")  # all that is given out for machines of the Internet
+_SPECIAL_V6 = [
+    ipaddress.IPv6Network(each)
+    for each in ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20")
+]
+# The last 32 bits are an IPv4 address: mapped, or behind a NAT64 gateway, as names are where there is no IPv4.
+_WITH_V4 = [ipaddress.IPv6Network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")]
+
+
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the Internet's, for one machine."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
-
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+        if not any(ip in network for network in _WITH_V4):
+            return ip in _UNICAST_V6 and not any(ip in network for network in _SPECIAL_V6)
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return not any(ip in network for network in _SPECIAL_V4)
 
 
 class Fetcher:

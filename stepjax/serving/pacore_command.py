@@ -10,12 +10,12 @@ from typing import Annotated
 import tyro
 
 from stepjax.errors import ConfigError
-from stepjax.figures import log_to_stderr
 from stepjax.pacore.arguments import RoundArguments, UpstreamArguments
 from stepjax.pacore.http_sampler import HttpSampler
 from stepjax.pacore.schedule import num_calls, parse_schedule
 from stepjax.pacore.template import Template
 from stepjax.serving.command import KEY_VARIABLE, LOOPBACK, api_keys, check_address, check_installed, warn_if_open
+from stepjax.serving.logs import start_log
 from stepjax.serving.settings import Limits, ServerSettings
 
 
@@ -71,20 +71,19 @@ def run(arguments: Sequence[str]) -> int:
     settings, endpoint = args.settings(os.environ.get(KEY_VARIABLE)), args.endpoint.endpoint(args.upstream)
     check_installed()
     Template(settings.pacore)  # whatever is wrong with it is told now, not to the first client
-    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_log()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call
     warn_if_open("stepjax pacore serve", args.host, settings)
 
     from stepjax.serving.server import bind, serve
     from stepjax.serving.upstream import make_upstream_app
 
-    async def main() -> None:
+    async def main() -> int:
         upstream = HttpSampler(endpoint)
-        await serve(make_upstream_app(upstream, settings), bound, drain_seconds=args.drain_seconds)
+        return await serve(make_upstream_app(upstream, settings), bound, drain_seconds=args.drain_seconds)
 
     try:
         with bind(args.host, args.port) as bound:
-            asyncio.run(main())
+            return asyncio.run(main())
     except KeyboardInterrupt:
         return 130
-    return 0

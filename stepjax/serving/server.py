@@ -1,11 +1,13 @@
 """The server's process: it listens, and it ends in order.
 
 At the first SIGTERM or SIGINT it goes on listening but takes nothing new, and `/health` says so; requests under way may
-end, and are cancelled after a while. A second signal ends it at once.
+end, and are cancelled after a while. A second signal ends it at once. When the engine fails the server ends in the same
+way, with a status of its own, for whoever watches over it to start it again.
 """
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 from types import FrameType
@@ -14,6 +16,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from stepjax.errors import ConfigError
+from stepjax.inference.request import EngineFailedError
+from stepjax.serving.admission import Admission
+from stepjax.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, Connections
 
 _log = logging.getLogger("stepjax.serving")
 
@@ -36,23 +41,35 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def serve(app: Starlette, bound: socket.socket, *, drain_seconds: float) -> None:
-    """Serves an app of `make_app` until a signal."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        timeout_keep_alive=30,
-        proxy_headers=False,
-    )
-    await DrainingServer(config, drain_seconds=drain_seconds).serve([bound])
+async def serve(app: Starlette, bound: socket.socket, *, drain_seconds: float) -> int:
+    """Serves an app of `make_app` until a signal, or until its engine fails; returns the exit status, 0 or 70.
+
+    Raises:
+        ConfigError: this process may open too few files.
+    """
+    server = DrainingServer(app, drain_seconds=drain_seconds)
+    await server.serve([bound])
+    return EngineFailedError.exit_status if server.has_failed else 0
 
 
 class DrainingServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, *, drain_seconds: float):
+    def __init__(self, app: Starlette, *, drain_seconds: float):
+        context = app.state.context
+        config = uvicorn.Config(
+            app,
+            http=Connections(context.settings.limits),  # type: ignore[arg-type]
+            ws="none",
+            backlog=ACCEPTED_AT_ONCE,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=math.ceil(context.settings.limits.head_seconds),
+            proxy_headers=False,
+        )
         super().__init__(config)
+        self.has_failed = False
+        self._admission: Admission = context.admission
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -60,6 +77,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(BACKLOG)  # what asyncio takes for it is how many it accepts at once
         for server in self.servers if self.started else []:
             for each in server.sockets:
                 host, port = each.getsockname()[:2]
@@ -71,6 +90,13 @@ class DrainingServer(uvicorn.Server):
         else:
             self._loop.call_soon_threadsafe(self._exit, signal.Signals(sig).name)
 
+    async def on_tick(self, counter: int) -> bool:
+        if not self.has_failed and not self._admission.is_healthy():
+            self.has_failed = True
+            _log.critical("the engine has failed: ending with status %d", EngineFailedError.exit_status)
+            self._draining = self._draining or asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
     def _exit(self, name: str) -> None:
         if self._draining is not None:
             _log.info("%s again: ending now", name)
@@ -80,8 +106,7 @@ class DrainingServer(uvicorn.Server):
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        admission = self.config.app.state.context.admission  # type: ignore[union-attr]
-        cancelled = await admission.drain(self._drain_seconds)
+        cancelled = await self._admission.drain(self._drain_seconds)
         if cancelled:
             _log.warning("%d requests were cancelled", cancelled)
         self.should_exit = True

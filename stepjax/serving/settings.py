@@ -17,6 +17,8 @@ class Limits:
     """
 
     requests: int = 256  # under way at a time; more are answered with status 429
+    connections: int = 1024  # open at a time; of more, the one that has been without a request for longest is closed
+    head_seconds: float = 20.0  # for a connection to bring a request's head, from its opening or its last answer
     samples: int = 64  # prompts times n of one request
     pacore_calls: int = 64  # of one request that is answered with PaCoRe, the final one included
     body_bytes: int = 32 * MiB

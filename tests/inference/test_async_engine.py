@@ -2,13 +2,14 @@
 
 import asyncio
 import dataclasses
+import threading
 
 import jax
 import pytest
 
 from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, RequestError
-from stepjax.inference.async_engine import AsyncEngine, EngineError
+from stepjax.inference.async_engine import AsyncEngine, EngineError, EngineFailedError
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.replicas import AsyncReplicas, make_engines
 from stepjax.inference.request import SamplingParams
@@ -115,10 +116,45 @@ def test_a_failure_reaches_all_who_wait(make_engine, monkeypatch):
     async def main():
         async with AsyncEngine(engine) as served:
             both = await asyncio.gather(*(served.complete(PROMPT, PARAMS) for _ in range(2)), return_exceptions=True)
-            assert all(isinstance(error, EngineError) and "out of memory" in str(error) for error in both)
+            assert all(isinstance(error, EngineFailedError) and "out of memory" in str(error) for error in both)
             assert not served.healthy
-            with pytest.raises(EngineError, match="out of memory"):
+            with pytest.raises(EngineFailedError, match="out of memory"):
                 await served.complete(PROMPT, PARAMS)
+
+    run(main())
+
+
+def test_a_sample_that_fails_is_the_failure_of_its_request_alone(make_engine):
+    """As if no bound had been put on the field where it enters."""
+    wrong = dataclasses.replace(PARAMS)
+    object.__setattr__(wrong, "top_k", 2**31)
+    ((expected,),) = make_engine().generate([PROMPT], PARAMS)
+
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            failed, (other,) = await asyncio.gather(
+                engine.complete(PROMPT, wrong), engine.complete(PROMPT, PARAMS), return_exceptions=True
+            )
+            assert type(failed) is EngineError and "2147483648" in str(failed)
+            assert engine.healthy and other.tokens == expected.tokens
+            await settled(engine)
+
+    run(main())
+
+
+def test_a_call_that_is_cancelled_before_it_is_made_harms_nobody(make_engine):
+    async def main():
+        async with AsyncEngine(make_engine()) as engine:
+            go_on, made = threading.Event(), []
+            busy = asyncio.create_task(engine.call(lambda e: go_on.wait(10)))
+            task = asyncio.create_task(engine.call(made.append))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+            assert await busy and not made
+            assert engine.healthy and len(await engine.complete(PROMPT, PARAMS)) == 1
 
     run(main())
 

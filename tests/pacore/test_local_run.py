@@ -7,6 +7,7 @@ from PIL import Image
 from tiny_checkpoint import write_tiny_checkpoint
 
 from stepjax.cli import main
+from stepjax.inference.engine import Engine
 from stepjax.pacore.journal import CALLS
 
 ENGINE = (
@@ -76,6 +77,31 @@ def test_a_run_that_was_cut_off_ends_the_same(whole, command, tmp_path):
     for name in ("results.jsonl", "summary.json"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert (tmp_path / CALLS).read_bytes().startswith(b"".join(lines[:5]))
+
+
+def test_an_engine_that_fails_ends_the_run_and_nothing_of_it_is_journaled(
+    whole, command, tmp_path, monkeypatch, capsys
+):
+    step, left = Engine.step, iter(range(20))
+
+    def dying(self):
+        if next(left, None) is None:
+            raise RuntimeError("INTERNAL: the device is lost\nand much more")
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", dying)
+        assert main(command(tmp_path, "--schedule", "3,2")) == 70
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == (
+        "stepjax pacore run: the engine failed: RuntimeError: INTERNAL: the device is lost; rerun the same command to "
+        "resume"
+    ), said
+    assert not any("Traceback" in line for line in said)
+    assert all(json.loads(line).get("status") != "error" for line in (tmp_path / CALLS).read_text().splitlines())
+    assert main(command(tmp_path, "--schedule", "3,2")) == 0
+    for name in ("results.jsonl", "summary.json"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_best_of_n_by_the_models_own_probability(command, tmp_path):

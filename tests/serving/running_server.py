@@ -9,12 +9,11 @@ import threading
 import time
 
 import httpx
-import uvicorn
 from fake_engine import FakeEngine
 from PIL import Image
 
 from stepjax.serving.app import make_app
-from stepjax.serving.server import DrainingServer
+from stepjax.serving.server import DrainingServer, bind
 from stepjax.serving.settings import ServerSettings
 
 
@@ -64,10 +63,9 @@ def running_app(make, *, drain_seconds=5.0):
     async def main():
         async with contextlib.AsyncExitStack() as stack:
             made, app = await make(stack)
-            config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-            server = DrainingServer(config, drain_seconds=drain_seconds)
+            server = DrainingServer(app, drain_seconds=drain_seconds)
             state.update(server=server, loop=asyncio.get_running_loop(), engine=made, app=app)
-            serving = asyncio.create_task(server.serve())
+            serving = asyncio.create_task(server.serve([bind("127.0.0.1", 0)]))
             while not server.started:
                 await asyncio.sleep(0.005)
             ready.set()

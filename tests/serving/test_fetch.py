@@ -2,6 +2,8 @@
 
 import asyncio
 import http.server
+import ipaddress
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,74 @@ def test_addresses_that_are_not_public(address):
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808"])
 def test_addresses_that_are_public(address):
     assert is_public(address)
+
+
+# IANA's special-purpose address registries, whole, with multicast, what is deprecated and what is not given out.
+SPECIAL_V4 = """
+0.0.0.0/8 0.0.0.0/32 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.0.0/29
+192.0.0.8/32 192.0.0.9/32 192.0.0.10/32 192.0.0.170/32 192.0.0.171/32 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24
+192.88.99.0/24 192.88.99.2/32 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24
+224.0.0.0/4 240.0.0.0/4 255.255.255.255/32
+""".split()
+SPECIAL_V6 = """
+::1/128 ::/128 ::/96 ::ffff:0:0:0/96 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/23 2001::/32 2001:1::1/128
+2001:1::2/128 2001:1::3/128 2001:2::/48 2001:3::/32 2001:4:112::/48 2001:10::/28 2001:20::/28 2001:30::/28
+2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20 5f00::/16 fc00::/7 fe80::/10 fec0::/10 ff00::/8 ::/3 4000::/2
+8000::/1
+""".split()
+PUBLIC = """
+1.0.0.0/8 9.255.255.0/24 100.63.255.0/24 100.128.0.0/24 126.0.0.0/8 128.0.0.0/8 172.15.255.0/24 172.32.0.0/24
+192.0.1.0/24 192.88.98.0/24 192.167.255.0/24 192.169.0.0/24 198.17.255.0/24 198.20.0.0/24 223.255.255.0/24 2000::/16
+2001:200::/23 2001:db7::/32 2001:db9::/32 2003::/18 2400::/12 2600::/12 2620:4f:7fff::/48 2620:4f:8001::/48
+2800::/12 2a00::/12 2c00::/12
+""".split()
+
+
+def addresses_in(network):
+    """The first, the last and some between."""
+    network, spread = ipaddress.ip_network(network), random.Random(0)
+    places = [0, network.num_addresses - 1, *(spread.randrange(network.num_addresses) for _ in range(20))]
+    return [network[place] for place in places]
+
+
+def in_ipv6(address):
+    return [ipaddress.IPv6Address(first + int(address)) for first in (0xFFFF << 32, 0x64FF9B << 96)]
+
+
+@pytest.mark.parametrize("network", SPECIAL_V4)
+def test_special_purpose_ipv4(network):
+    for address in addresses_in(network):
+        assert not is_public(str(address)), address
+        for inside in in_ipv6(address):
+            assert not is_public(str(inside)), inside
+
+
+@pytest.mark.parametrize("network", SPECIAL_V6)
+def test_special_purpose_ipv6(network):
+    nat64 = ipaddress.ip_network("64:ff9b::/96")  # public as the address within
+    mapped = ipaddress.ip_network("::ffff:0:0/96")
+    for address in addresses_in(network):
+        assert address in nat64 or address in mapped or not is_public(str(address)), address
+
+
+@pytest.mark.parametrize("network", PUBLIC)
+def test_unicast_of_the_internet(network):
+    for address in addresses_in(network):
+        assert is_public(str(address)), address
+        if address.version == 4:
+            assert all(is_public(str(inside)) for inside in in_ipv6(address))
+
+
+def test_never_more_than_python_calls_global():
+    """Whichever version of it this is."""
+    spread = random.Random(0)
+    drawn = [ipaddress.IPv4Address(spread.getrandbits(32)) for _ in range(3000)]
+    drawn += [ipaddress.IPv6Address((1 << 125) + spread.getrandbits(125)) for _ in range(3000)]
+    drawn += [address for network in (*SPECIAL_V4, *SPECIAL_V6, *PUBLIC) for address in addresses_in(network)]
+    nat64 = ipaddress.ip_network("64:ff9b::/96")
+    for address in drawn:
+        if address not in nat64 and is_public(str(getattr(address, "ipv4_mapped", None) or address)):
+            assert address.is_global and not (address.is_multicast or address.is_reserved), address
 
 
 class Site(http.server.BaseHTTPRequestHandler):

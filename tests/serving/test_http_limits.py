@@ -5,6 +5,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from fake_engine import FakeEngine
 from running_server import chat_body, picture
@@ -217,10 +218,30 @@ def test_a_failed_engine(start):
         server.engine.fail(RuntimeError("a secret of the inside"))
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed" and "secret" not in last
-    error(server.http.get("/health"), 503)
-    error(server.chat(), 503)
-    server.engine.healthy = True  # it fails before anybody knows
+    server.thread.join(10)
+    assert not server.thread.is_alive() and server.server.has_failed
+
+
+def test_a_failure_that_is_not_known_yet(start):
+    server = start(FakeEngine())
+    server.engine.failure = RuntimeError("a secret of the inside")
     assert "secret" not in error(server.chat(), 500)["message"]
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_server_whose_engine_failed_answers_what_is_under_way_and_ends(start):
+    """As where one of several engines has failed."""
+    server = start(FakeEngine(lambda *_: ["</think>"] + ["x"] * 500))
+    with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.engine.healthy = False
+        with httpx.Client(base_url=server.url, trust_env=False) as other:
+            for answer in (other.get("/health"), other.post("/v1/chat/completions", json=chat_body())):
+                assert error(answer, 503)["code"] == "engine_failed"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    server.thread.join(10)
+    assert not server.thread.is_alive() and server.server.has_failed
 
 
 def test_metrics(start):

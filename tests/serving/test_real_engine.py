@@ -1,6 +1,7 @@
 """The server over the real engine and a tiny model."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -174,12 +176,14 @@ def test_a_text_model(directory, tiny):
         assert server.http.post("/stepjax/views", json={"image": picture()}).status_code == 400
 
 
-def test_the_command_serves_and_ends_in_order(directory):
+@contextlib.contextmanager
+def serving(directory, program, *options):
+    """A process that serves, and a client with its key. Killed at the end, if it is still there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "stepjax.cli", "serve", str(directory), "--port", str(port), "--dtype", "float32"]
-    command += ["--engine.max-sequences", "1", "--engine.max-context", "128", "--limits.images", "1", "--no-warm-up"]
+    command = [sys.executable, *program, "serve", str(directory), "--port", str(port), "--dtype", "float32", *options]
+    command += ["--engine.max-context", "128", "--limits.images", "1", "--no-warm-up"]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -199,19 +203,59 @@ def test_the_command_serves_and_ends_in_order(directory):
                 except httpx.ConnectError:
                     assert process.poll() is None and time.monotonic() < end
                     time.sleep(0.05)
-            assert client.post("/v1/chat/completions", json=chat_body()).status_code == 401
-            client.headers["authorization"] = "Bearer secret"
-            assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
-            body = chat_body("hi", stream=True, ignore_eos=True, max_tokens=40)
-            with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                reader = response.iter_lines()
-                next(reader)
-                process.send_signal(signal.SIGTERM)
-                lines = [line for line in reader if line]
-            assert lines[-1] == "data: [DONE]"
-            assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-            assert process.wait(20) == 0
-            log = process.stderr.read()
+            yield process, client
         finally:
             process.kill()
+
+
+def test_the_command_serves_and_ends_in_order(directory):
+    with serving(directory, ["-m", "stepjax.cli"], "--engine.max-sequences", "1") as (process, client):
+        assert client.post("/v1/chat/completions", json=chat_body()).status_code == 401
+        client.headers["authorization"] = "Bearer secret"
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        body = chat_body("hi", stream=True, ignore_eos=True, max_tokens=40)
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            reader = response.iter_lines()
+            next(reader)
+            process.send_signal(signal.SIGTERM)
+            lines = [line for line in reader if line]
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert process.wait(20) == 0
+        log = process.stderr.read()
     assert "listening on" in log and "SIGTERM" in log and "secret" not in log and "Traceback" not in log, log
+
+
+DYING = """
+import sys
+
+from stepjax.cli import main
+from stepjax.inference.engine import Engine
+
+step, left = Engine.step, iter(range(8))
+
+def dying(self):
+    if next(left, None) is None:
+        raise RuntimeError("INTERNAL: the device is lost")
+    return step(self)
+
+Engine.step = dying
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_engine_that_dies_takes_the_process_with_it(directory):
+    with serving(directory, ["-c", DYING], "--engine.max-sequences", "2") as (process, client):
+        client.headers["authorization"] = "Bearer secret"
+        body = chat_body("hi", ignore_eos=True, max_tokens=100)
+        with ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(client.post, "/v1/chat/completions", json=body)
+            streamed = pool.submit(client.post, "/v1/chat/completions", json={**body, "stream": True})
+        assert whole.result().status_code == 500 and whole.result().json()["error"]["code"] == "engine_failed"
+        if streamed.result().status_code == 200:  # it had begun
+            last = [line for line in streamed.result().text.splitlines() if line][-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        assert process.wait(20) == 70
+        log = process.stderr.read()
+    assert "the engine has failed: ending with status 70" in log and log.count("Traceback") <= 2, log
+    assert log.count("the device is lost") <= 3 and "never retrieved" not in log, log
