@@ -145,6 +145,13 @@ def vision_fields(vision: dict[str, Any]) -> VisionFields:
 
 def text_fields(text: dict[str, Any], *, is_qwen: bool) -> TextFields:
     """Raises CheckpointError as `step_fields` does."""
+    for rope in ("rope_parameters", "rope_scaling"):  # first, since each kind has fields of its own
+        given = text.get(rope)
+        kind = (given.get("rope_type") or given.get("type")) if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind not in ("default", "yarn"):
+            raise CheckpointError(
+                f"config.json has {rope}.rope_type={reprlib.repr(kind)}: only default and yarn are supported"
+            )
     fields = _parsed(TextFields, text, "")
     patterns = {name: off for part, off in _TEXT_PATTERNS.items() for name in text if part in name.lower()}
     _check_variant(text, _TEXT | patterns, "")

@@ -65,9 +65,10 @@ def test_the_decoder_of_a_run_has_equal_logits(run, decoder_directory):
 
 def test_what_transformers_saves_again_is_read(decoder_directory, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(decoder_directory, dtype=torch.float32)
-    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert main(["convert", str(tmp_path), str(tmp_path / "orbax")]) == 0
+    saved = tmp_path / "saved"
+    theirs.save_pretrained(saved, max_shard_size="30KB")
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    assert main(["convert", str(saved), str(tmp_path / "orbax")]) == 0
     again, before = (stepjax.interop.load.open_checkpoint(path) for path in (tmp_path / "orbax", decoder_directory))
     load_model = stepjax.interop.load.load_model
     for one, other in zip(*(jax.tree.leaves(load_model(source)) for source in (again, before)), strict=True):
