@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,7 +22,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def end_on_signals(program: str) -> None:
     """From now on this process, but none forked of it, ends at SIGINT and SIGTERM. Call it in the main thread."""
 
-    def end(number: int, _: FrameType | None = None) -> NoReturn:
+    ending = threading.Lock()
+
+    def end(number: int, _: FrameType | None = None) -> None:
+        if not ending.acquire(blocking=False):
+            return  # the main thread's handler and the one that watches may both get here
         flush = threading.Thread(target=_flush, daemon=True)  # a reader of ours may be stuck
         flush.start()
         flush.join(1)

@@ -1,7 +1,8 @@
 """Ctrl-C pressed on `stepjax` at a named moment: when an import, a file, a compilation or a line of output begins.
 
-A program (`python press.py JSON`), or, to import once, a server that forks a process for each JSON line of its input
-and answers with its exit status. Moments do not depend on how fast the machine is:
+A program (`python -P press.py JSON`: some folders of tests are named like packages) or, to import once, a server that
+forks a process for each JSON line of its input and answers with its exit status. Moments do not depend on how fast the
+machine is:
 
     {"arguments": ["eval", ...], "moment": "import flax", "delay": 0, "number": 2, "log": FILE}
 

@@ -33,7 +33,7 @@ def press(environment, tmp_path_factory):
     """A function that presses at a moment of a command; returns the exit status and what was printed."""
     log = tmp_path_factory.mktemp("press") / "log"
     server = subprocess.Popen(
-        [sys.executable, str(PROGRAM)],
+        [sys.executable, "-P", str(PROGRAM)],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -47,7 +47,7 @@ def press(environment, tmp_path_factory):
     def press(arguments, moment, *, delay=0.0, number=INT, is_fresh=False):
         request = dict(arguments=arguments, moment=moment, delay=delay, number=number, log=str(log))
         if is_fresh:
-            command = [sys.executable, str(PROGRAM), json.dumps(request)]
+            command = [sys.executable, "-P", str(PROGRAM), json.dumps(request)]
             status = subprocess.run(command, env=environment, cwd=log.parent, timeout=300, check=False).returncode
         else:
             requests.write(json.dumps(request) + "\n")

@@ -423,8 +423,7 @@ def test_damage_is_found_by_a_conversion_that_goes_on(tmp_path, converted, monke
     shutil.copytree(converted, tmp_path / "orbax")
     damage(tmp_path / "orbax" / "0" / "state", "a bit")
     monkeypatch.setattr(Partial, "mark", functools.partialmethod(stop_after, Partial.mark, 30))
-    with pytest.raises(RuntimeError):
-        convert(tmp_path / "orbax", tmp_path / "back")
+    assert convert(tmp_path / "orbax", tmp_path / "back") == 1 and "internal error" in capsys.readouterr().err
     monkeypatch.undo()
     assert convert(tmp_path / "orbax", tmp_path / "back") == 1
     assert f"{LAYERS}: the values are not those that were saved" in capsys.readouterr().err

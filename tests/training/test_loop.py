@@ -347,7 +347,9 @@ def test_skipped_records_are_counted_and_named(tmp_path, jsonl, capsys, quick_ru
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_record_stops_the_run_by_default(tmp_path, jsonl, num_workers, quick_runs):
     data = DataConfig(sources=(jsonl,), num_workers=num_workers)
-    with pytest.raises(RecordError, match=r"record 'pictures/(5|8)': image 0: .*data.bad_records=skip") as error:
+    with pytest.raises(
+        RecordError, match=r"record 'pictures/(5|8)': image 0, messages.*data.bad_records=skip"
+    ) as error:
         pretrain(dataclasses.replace(tiny, out=str(tmp_path), data=data))
     assert "\n" not in str(error.value)
 
