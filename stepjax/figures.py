@@ -70,7 +70,8 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: int, form: str) -> None:
-    """Sets up logging for a command; what is logged is made printable."""
+    """Sets up logging for a command; what is logged is made printable. JAX and Orbax (absl) only tell of warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter(form))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(("absl", "jax")))
     logging.basicConfig(level=level, handlers=[handler])

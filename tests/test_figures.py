@@ -1,6 +1,8 @@
 """What others wrote, on a terminal."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -43,3 +45,13 @@ def test_what_is_logged(monkeypatch, capsys):
     finally:
         root.setLevel(level)
     assert capsys.readouterr().err == "the upstream says \\x1b[2J\n"
+
+
+def test_only_warnings_of_jax_and_orbax_are_told():
+    code = (
+        "import logging; from stepjax.figures import log_to_stderr; log_to_stderr(logging.INFO, '%(name)s %(message)s')\n"
+        "for name in ('absl', 'jax._src', 'stepjax'):\n"
+        "    logging.getLogger(name).info('a'); logging.getLogger(name).warning('b')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stderr.splitlines() == ["absl b", "jax._src b", "stepjax a", "stepjax b"]
