@@ -49,7 +49,8 @@ def test_what_is_logged(monkeypatch, capsys):
 
 def test_only_warnings_of_jax_and_orbax_are_told():
     code = (
-        "import logging; from stepjax.figures import log_to_stderr; log_to_stderr(logging.INFO, '%(name)s %(message)s')\n"
+        "import logging; from stepjax.figures import log_to_stderr\n"
+        "log_to_stderr(logging.INFO, '%(name)s %(message)s')\n"
         "for name in ('absl', 'jax._src', 'stepjax'):\n"
         "    logging.getLogger(name).info('a'); logging.getLogger(name).warning('b')"
     )
