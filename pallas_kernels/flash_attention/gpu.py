@@ -11,9 +11,9 @@ done here, since the public function offers no better:
 - the log-sum-exp that cuDNN returns is rounded to the input's dtype and has no gradient; where it is asked for, it is
   computed again by XLA in float32, some queries at a time.
 
-Run on an H200 by benchmarks/gpu.py: values and gradients of every case are as exact as XLA's. Tested without a GPU:
-that JAX accepts these calls and lowers them for CUDA to the cuDNN custom calls, forward and backward, and that the
-values are right when JAX's own XLA form stands in for cuDNN.
+Run on an H200 by benchmarks/gpu.py: in its six cases the bfloat16 errors of values and gradients are at most 1.6 times
+those of XLA's form. Tested without a GPU: that JAX accepts these calls and lowers them for CUDA to the cuDNN custom
+calls, forward and backward, and that the values are right when JAX's own XLA form stands in for cuDNN.
 """
 
 from functools import partial

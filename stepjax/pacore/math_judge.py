@@ -3,13 +3,12 @@
 import functools
 import logging
 import math
-import signal
 import threading
 
 from stepjax.errors import ConfigError, LimitError
 from stepjax.processing import bounded
 
-SECONDS = 5.0  # of processor time, for one comparison
+SECONDS = 5.0  # of processor time, for one comparison; by the clock six times as much
 _IMPORT_SECONDS = 60.0  # of processor time, for sympy on a slow machine
 _MEMORY = 2 << 30
 _MOST_PROCESSES = 2
@@ -48,7 +47,7 @@ def _verdict(gold: str, answer: str, up_to_factor: bool, seconds: float) -> bool
     except ImportError as error:
         raise ConfigError(f"matching math needs {error.name}: pip install math-verify; or match exactly") from error
     logging.disable(logging.CRITICAL)  # it tells of every text that it cannot read
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # the imports are not counted
+    bounded.set_limit(seconds)  # the imports are not counted
     one, other = _parsed(gold), _parsed(answer)
     if one is None or other is None:
         return None if one is None else False

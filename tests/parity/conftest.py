@@ -4,12 +4,13 @@ It then fails where it describes two of them that nobody calls here; they need o
 """
 
 import torch
+from torch import library as operators
 
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    fragment = operators.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision  # noqa: F401

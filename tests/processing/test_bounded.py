@@ -34,6 +34,7 @@ def test_results_and_errors_come_back():
     ("function", "args", "reason"),
     [
         (pow, (7, 10**9), "more than 0.2 seconds"),  # one operation that no signal handler would see the end of
+        (time.sleep, (60,), "more than 0.2 seconds"),  # takes no processor time
         (bytes, (2**40,), "more than 256 MiB of memory"),
         (os._exit, (3,), "its process down, with status 3"),
         (os.abort, (), "its process down, with status -6"),
