@@ -41,9 +41,9 @@ from stepjax.inference.request import SamplingParams
 from stepjax.pacore.answers import Matching, is_right, plurality
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.local_sampler import LocalSampler
 from stepjax.pacore.records import Problem, Totals, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
+from stepjax.rollouts.engine import EngineSampler
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "pacore_curve.png"
@@ -78,7 +78,7 @@ class Point:
 
 async def measure(task: Task) -> dict[str, list[Point]]:
     async with AsyncEngine(Engine(task.model, task.processor, task.engine)) as engine:
-        sampler = LocalSampler(engine, task.processor)
+        sampler = EngineSampler(engine, task.processor)
 
         def coordinator(schedule: tuple[int, ...]) -> Coordinator:
             config = PacoreConfig(schedule=schedule, sampling=task.sampling)

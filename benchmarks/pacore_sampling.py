@@ -30,8 +30,8 @@ from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.local_sampler import LocalSampler, ProcessorTokens
 from stepjax.pacore.records import Problem
+from stepjax.rollouts.engine import EngineSampler, ProcessorTokens
 
 FLOAT32 = NumericsConfig(param_dtype="float32", compute_dtype="float32", remat="none")
 WIDTH, ANSWER, PAGE = 16, 64, 64
@@ -70,7 +70,7 @@ async def run(engine: Engine, processor, asked: list[Problem], answer: int) -> M
     sampling = SamplingParams(max_tokens=answer, ignore_eos=True)
     async with AsyncEngine(engine) as running:
         before = running.stats()
-        coordinator = Coordinator(LocalSampler(running, processor), PacoreConfig(schedule=(), sampling=sampling))
+        coordinator = Coordinator(EngineSampler(running, processor), PacoreConfig(schedule=(), sampling=sampling))
 
         async def one_round(problem: Problem) -> None:
             made = await coordinator.begin(problem).round(WIDTH, is_final=False)

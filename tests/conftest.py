@@ -172,3 +172,13 @@ def make_example(small_images):
         return assemble(f"example-{seed}", spans, small_images, SPECIAL_TOKENS)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    """That of the demo."""
+    from stepjax.processing.tokenizer import load_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    load_tokenizer("demo").save(path)
+    return str(path)

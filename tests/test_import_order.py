@@ -46,8 +46,19 @@ ALLOWED = {
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
     },
-    "pacore": {"errors", "figures", "directory_lock", "config", "sharding", "processing", "inference", "interop"},
-    "serving": {"errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
+    "rollouts": {"errors", "processing", "inference", "interop"},
+    "pacore": {
+        "rollouts",
+        "errors",
+        "figures",
+        "directory_lock",
+        "config",
+        "sharding",
+        "processing",
+        "inference",
+        "interop",
+    },
+    "serving": {"rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all
 }
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepjax.pacore.config import Limits, PacoreConfig
-from stepjax.pacore.http_sampler import Endpoint
 from stepjax.pacore.schedule import parse_schedule
+from stepjax.rollouts.endpoint import EndpointConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,12 @@ class UpstreamArguments:
     answer_seconds: float = 6 * 3600.0  # for a whole answer of the upstream
     max_response_bytes: int = 128 << 20  # of a whole answer of the upstream, with all that is around its text
 
-    def endpoint(self, url: str, **others: Any) -> Endpoint:
+    def endpoint(self, url: str, **others: Any) -> EndpointConfig:
         """
         Raises:
             ConfigError: a value cannot work.
         """
-        return Endpoint(
+        return EndpointConfig(
             url=url,
             model=self.upstream_model,
             tokenizer=self.tokenizer,

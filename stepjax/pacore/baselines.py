@@ -110,7 +110,7 @@ async def answer(
 
     Raises:
         ConfigError: the scorer needs what there is not.
-        RecordError, PromptTooLongError, RoundFailedError: see `Coordinator.solve`.
+        RecordError, ContextLengthError, RoundFailedError: see `Coordinator.solve`.
     """
     if method.name in ("pacore", "single", "sequential"):
         return await coordinator.solve(problem, sample=sample, done=done, notify=notify)

@@ -14,7 +14,8 @@ from stepjax.inference.request import EngineFailedError
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.events import AttemptFailed, Notify, TrajectoryPiece
 from stepjax.pacore.records import Attempt, Status, Trajectory
-from stepjax.pacore.sampler import Listener, Prompt, Reply, Sampler, SamplerError
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import Listener, PreparedPrompt, Sampler, SamplerError
 
 _log = logging.getLogger("stepjax.pacore")
 
@@ -43,7 +44,7 @@ class Caller:
         self._under_way: dict[tuple[int, int], tuple[Trajectory, Listener]] = {}
 
     async def call(
-        self, prompt: Prompt, round_number: int, index: int, *, insists: bool, tells_pieces: bool
+        self, prompt: PreparedPrompt, round_number: int, index: int, *, insists: bool, tells_pieces: bool
     ) -> Trajectory:
         """
         Args:
@@ -74,11 +75,11 @@ class Caller:
                 del self._under_way[at]
                 return ended
             trajectory = self._timed(trajectory, listener)
-            failure, attempt = _as_attempt(ended, trajectory.seconds, listener.tokens)
+            failure, attempt = _as_attempt(ended, trajectory.seconds, listener.num_tokens)
             self._notify(AttemptFailed(round_number, index, attempt))
             is_hopeless = isinstance(ended, BaseException) and not _is_temporary(ended)
             # What an observer has shown of an answer cannot be taken back and written anew.
-            if is_hopeless or len(attempts) == limits.retries or listener.has_content:
+            if is_hopeless or len(attempts) == limits.retries or listener.has_answer:
                 del self._under_way[at]
                 if isinstance(ended, Trajectory):
                     return ended
@@ -97,7 +98,7 @@ class Caller:
             now = time.monotonic() - self._begin
             return Trajectory(round=round_number, index=index, status="cancelled", start=now)
         trajectory, listener = self._under_way.pop((round_number, index))
-        return dataclasses.replace(self._timed(trajectory, listener), output_tokens=listener.tokens)
+        return dataclasses.replace(self._timed(trajectory, listener), output_tokens=listener.num_tokens)
 
     def _limit(self, limit: asyncio.Timeout) -> None:
         seconds = self._config.limits.call_seconds
@@ -110,12 +111,12 @@ class Caller:
         return dataclasses.replace(trajectory, start=start, seconds=time.monotonic() - self._begin - start)
 
     async def _try(
-        self, prompt: Prompt, trajectory: Trajectory, listener: Listener, limit: asyncio.Timeout
+        self, prompt: PreparedPrompt, trajectory: Trajectory, listener: Listener, limit: asyncio.Timeout
     ) -> Trajectory | Exception:
         params = dataclasses.replace(self._config.sampling, seed=trajectory.seed)
         try:
             async with limit:
-                reply = await self._sampler.sample(prompt, params, listener)
+                rollout = await self._sampler.sample(prompt, params, listener)
         except (SamplerError, TimeoutError, StepjaxError) as error:
             return error
         except EngineFailedError:  # every other call would fail, too, and all would be journaled
@@ -123,21 +124,21 @@ class Caller:
         except Exception as error:  # of a broken sampler: no reason to lose the problem
             _log.exception("a call failed unexpectedly")
             return error
-        return _ended(self._timed(trajectory, listener), reply)
+        return _ended(self._timed(trajectory, listener), rollout)
 
 
-def _ended(trajectory: Trajectory, reply: Reply) -> Trajectory:
+def _ended(trajectory: Trajectory, rollout: Rollout) -> Trajectory:
     return dataclasses.replace(
         trajectory,
         status="ok",
-        content=reply.content,
-        reasoning=reply.reasoning,
-        tool_calls=reply.tool_calls,
-        finish_reason=reply.finish_reason,
-        prompt_tokens=reply.prompt_tokens,
-        cached_tokens=reply.cached_tokens,
-        output_tokens=reply.output_tokens,
-        mean_logprob=reply.mean_logprob,
+        content=rollout.content,
+        reasoning=rollout.reasoning,
+        tool_calls=rollout.tool_calls,
+        finish_reason=rollout.finish_reason,
+        prompt_tokens=rollout.num_prompt_tokens,
+        cached_tokens=rollout.num_cached_tokens,
+        output_tokens=rollout.num_tokens,
+        mean_logprob=rollout.mean_logprob,
     )
 
 
@@ -152,7 +153,7 @@ def _as_attempt(ended: Trajectory | Exception, seconds: float, tokens: int) -> t
         return "ok", Attempt(status=status, error=error, seconds=seconds, output_tokens=ended.output_tokens)
     status = "timeout" if isinstance(ended, TimeoutError) else "error"
     error = str(ended) or ("no answer in time" if status == "timeout" else type(ended).__name__)
-    lost = max(tokens, ended.output_tokens if isinstance(ended, SamplerError) else 0)
+    lost = max(tokens, ended.num_tokens if isinstance(ended, SamplerError) else 0)
     return status, Attempt(status=status, error=error[:2000], seconds=seconds, output_tokens=lost)
 
 

@@ -9,8 +9,8 @@ from stepjax.pacore.events import Event, Notify, Pieces, TrajectoryPiece, ignore
 from stepjax.pacore.messages import answers
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
 from stepjax.pacore.rounds import ProblemRun, RoundFailedError, trajectory_of
-from stepjax.pacore.sampler import Sampler, is_answer
 from stepjax.pacore.template import Template
+from stepjax.rollouts.sampler import Sampler, is_answer
 
 
 class Coordinator:
@@ -71,7 +71,7 @@ class Coordinator:
 
         Raises:
             RecordError: the conversation is not one that can be answered.
-            PromptTooLongError: the problem does not fit the context.
+            ContextLengthError: the problem does not fit the context.
             RoundFailedError: no trajectory of a round left a message; or the final one left none, and there is no
                 earlier message or `config.fallback` is off.
         """

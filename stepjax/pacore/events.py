@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from stepjax.pacore.records import Attempt, Message, Round, Trajectory
-from stepjax.pacore.sampler import Piece
+from stepjax.rollouts.sampler import Piece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

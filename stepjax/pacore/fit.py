@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
+from stepjax.errors import ContextLengthError
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Message
-from stepjax.pacore.sampler import PromptTooLongError, Tokens
 from stepjax.pacore.template import CUT_MARK, with_ends
+from stepjax.rollouts.sampler import TokenCounter
 
 # Shorter than that a reference says nothing; then references are dropped.
 _LEAST_TOKENS = 16
 
 
 def fitted(
-    references: Sequence[Message], error: PromptTooLongError, config: PacoreConfig, tokens: Tokens | None
+    references: Sequence[Message], error: ContextLengthError, config: PacoreConfig, tokens: TokenCounter | None
 ) -> list[Message]:
     """Fewer or shorter references, in their order, with `error.excess` tokens less.
 
@@ -20,7 +21,7 @@ def fitted(
     others, where conclusions stand. "drop" leaves out the longest. At least one stays.
 
     Raises:
-        PromptTooLongError: `config.overflow` is "fail", tokens cannot be counted, or there is no room even for one.
+        ContextLengthError: `config.overflow` is "fail", tokens cannot be counted, or there is no room even for one.
     """
     if config.overflow == "fail" or tokens is None or not references:
         raise error
@@ -55,7 +56,7 @@ def _water_level(counts: Sequence[int], room: int) -> int:
     return max(counts, default=0)
 
 
-def _shortened(reference: Message, most: int, tokens: Tokens) -> Message:
+def _shortened(reference: Message, most: int, tokens: TokenCounter) -> Message:
     """Its end, of at most `most` tokens. The sign that the beginning is missing has some, and an end can have more by
     itself than it had in its text.
     """

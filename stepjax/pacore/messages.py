@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Message, Trajectory
-from stepjax.pacore.sampler import Tokens
 from stepjax.pacore.template import CUT_MARK
+from stepjax.rollouts.sampler import TokenCounter
 
 _CLOSE = "</think>"
 
 
-def compact(trajectory: Trajectory, config: PacoreConfig, tokens: Tokens | None) -> Message | str:
+def compact(trajectory: Trajectory, config: PacoreConfig, tokens: TokenCounter | None) -> Message | str:
     """The message of a trajectory, or the reason why it leaves none: its status, "empty" or "truncated".
 
     Args:

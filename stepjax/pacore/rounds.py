@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+from stepjax.errors import ContextLengthError
 from stepjax.pacore.answers import Matching, in_thread, plurality
 from stepjax.pacore.calls import Caller, derived_seed
 from stepjax.pacore.config import PacoreConfig
@@ -16,8 +17,8 @@ from stepjax.pacore.events import Notify, Pieces, RoundEnded, RoundStarted, Traj
 from stepjax.pacore.fit import fitted, losses_of_fitting
 from stepjax.pacore.messages import compact, ordered
 from stepjax.pacore.records import Message, Problem, Round, Trajectory
-from stepjax.pacore.sampler import Prompt, PromptTooLongError, Sampler
 from stepjax.pacore.template import Template
+from stepjax.rollouts.sampler import PreparedPrompt, Sampler
 
 
 class RoundFailedError(RuntimeError):
@@ -90,7 +91,7 @@ class ProblemRun:
             references: of each call; by default all have what the last round left.
 
         Raises:
-            PromptTooLongError: the problem, or a single reference with it, does not fit the context.
+            ContextLengthError: the problem, or a single reference with it, does not fit the context.
             RoundFailedError: nothing came of it.
         """
         number = len(self.rounds)
@@ -116,7 +117,9 @@ class ProblemRun:
             raise RoundFailedError(_failure(self.problem.id, made), tuple(self.rounds))
         return made
 
-    async def _prompt(self, stack: AsyncExitStack, references: Sequence[Message]) -> tuple[Prompt, list[Message]]:
+    async def _prompt(
+        self, stack: AsyncExitStack, references: Sequence[Message]
+    ) -> tuple[PreparedPrompt, list[Message]]:
         room = self.config.sampling.max_tokens or self.config.answer_tokens
         fitting = list(references)
         while True:
@@ -124,10 +127,10 @@ class ProblemRun:
             try:
                 prompt = self._sampler.prompt(messages, self.problem.tools, answer_tokens=room)
                 return await stack.enter_async_context(prompt), fitting
-            except PromptTooLongError as error:
+            except ContextLengthError as error:
                 fitting = fitted(fitting, error, self.config, self._sampler.tokens)
 
-    async def _draw(self, prompts: Sequence[Prompt], number: int, is_final: bool) -> list[Trajectory]:
+    async def _draw(self, prompts: Sequence[PreparedPrompt], number: int, is_final: bool) -> list[Trajectory]:
         width, limits = len(prompts), self.config.limits
         ended = {index: self._done[number, index] for index in range(width) if (number, index) in self._done}
         tells = self._pieces == "all" or (self._pieces == "final" and is_final)

@@ -20,15 +20,15 @@ from stepjax.inference.request import EngineFailedError
 from stepjax.interop.engines import load_engines
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.http_sampler import Endpoint, HttpSampler
 from stepjax.pacore.journal import CALLS, Journal, open_journal
 from stepjax.pacore.problems import ProblemSet, read_problems
 from stepjax.pacore.progress import Progress
 from stepjax.pacore.run_arguments import RunArguments
 from stepjax.pacore.runner import RESULTS, BatchConfig, BatchRun
-from stepjax.pacore.sampler import Sampler, SamplerError
 from stepjax.pacore.summary import table
 from stepjax.pacore.template import Template
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
+from stepjax.rollouts.sampler import Sampler, SamplerError
 
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -88,7 +88,7 @@ async def _run(
     batch: BatchConfig,
     problems: ProblemSet,
     journal: Journal,
-    answering: Endpoint | tuple[list[Any], Any],
+    answering: EndpointConfig | tuple[list[Any], Any],
 ) -> int:
     task, stopped_by = asyncio.current_task(), list[signal.Signals]()
     assert task is not None
@@ -123,21 +123,21 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def _sampler(answering: Endpoint | tuple[list[Any], Any], args: RunArguments) -> AsyncIterator[Sampler]:
-    if isinstance(answering, Endpoint):
-        async with HttpSampler(answering) as sampler:
+async def _sampler(answering: EndpointConfig | tuple[list[Any], Any], args: RunArguments) -> AsyncIterator[Sampler]:
+    if isinstance(answering, EndpointConfig):
+        async with EndpointSampler(answering) as sampler:
             yield sampler
         return
     from stepjax.inference.replicas import AsyncReplicas
-    from stepjax.pacore.local_sampler import LocalSampler
+    from stepjax.rollouts.engine import EngineSampler
 
     engines, processor = answering
     async with AsyncReplicas(engines) as engine:
-        yield LocalSampler(engine, processor, enable_thinking=args.thinking)
+        yield EngineSampler(engine, processor, enable_thinking=args.thinking)
 
 
 def _settings(
-    args: RunArguments, config: PacoreConfig, batch: BatchConfig, problems: ProblemSet, endpoint: Endpoint | None
+    args: RunArguments, config: PacoreConfig, batch: BatchConfig, problems: ProblemSet, endpoint: EndpointConfig | None
 ) -> dict[str, Any]:
     """What must be the same for a run to go on. Limits, how many go on at a time, and the upstream's URL may change."""
     fields = dataclasses.asdict(config)
@@ -161,7 +161,7 @@ def _settings(
     }
 
 
-def _endpoint(args: RunArguments) -> Endpoint | None:
+def _endpoint(args: RunArguments) -> EndpointConfig | None:
     """The upstream, with the name of its model."""
     if args.upstream is None:
         return None
@@ -171,7 +171,7 @@ def _endpoint(args: RunArguments) -> Endpoint | None:
     endpoint = args.endpoint.endpoint(args.upstream, body=body)
 
     async def name() -> str:
-        async with HttpSampler(endpoint) as sampler:
+        async with EndpointSampler(endpoint) as sampler:
             return await sampler.model()
 
     try:

@@ -23,9 +23,9 @@ from stepjax.pacore.problems import read_problems
 from stepjax.pacore.records import Message, Outcome, Problem, Round, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
 from stepjax.pacore.runner import RESULTS, SUMMARY
-from stepjax.pacore.sampler import Prompt, SamplerError
 from stepjax.pacore.template import with_ends
 from stepjax.pacore.trace_data import Failure
+from stepjax.rollouts.sampler import PreparedPrompt, SamplerError
 
 
 class TracedRun:
@@ -177,7 +177,7 @@ class _Recorded:
 
     @contextlib.asynccontextmanager
     async def prompt(self, messages, tools, *, answer_tokens):
-        yield Prompt(None, None)
+        yield PreparedPrompt(None, None)
 
     async def sample(self, prompt, params, listener):
         raise SamplerError("it is not in the journal", is_temporary=False)

@@ -14,7 +14,7 @@ from stepjax.serving.generation import Usage, generate
 from stepjax.serving.logprobs import chat_logprobs
 from stepjax.serving.pacore_chat import PacoreChat
 from stepjax.serving.pacore_options import pacore_config
-from stepjax.serving.pacore_sampler import EngineSampler
+from stepjax.serving.pacore_sampler import RequestSampler
 from stepjax.serving.replies import ChatReply, respond
 from stepjax.serving.schemas import ChatRequest
 from stepjax.serving.validation import parse_request
@@ -32,7 +32,7 @@ async def chat_completions(context: EngineContext, body: dict[str, Any]) -> Resp
         chat = _Chat(context, request, chosen.name)
     else:
         config = pacore_config(request, chosen, context.settings, max_context=context.engine.max_context)
-        chat = PacoreChat(context, request, chosen.name, config, EngineSampler(context, request))
+        chat = PacoreChat(context, request, chosen.name, config, RequestSampler(context, request))
     return await respond(chat, request, context.settings.limits)
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
+from stepjax.errors import ContextLengthError
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator, outcome
 from stepjax.pacore.events import (
@@ -24,7 +25,7 @@ from stepjax.pacore.events import (
 )
 from stepjax.pacore.records import Message, Outcome, Problem
 from stepjax.pacore.rounds import RoundFailedError
-from stepjax.pacore.sampler import Piece, PromptTooLongError, Sampler
+from stepjax.rollouts.sampler import Piece, Sampler
 from stepjax.serving.context import Context
 from stepjax.serving.errors import ApiError, TooLongError, busy
 from stepjax.serving.generation import Usage
@@ -151,7 +152,7 @@ class PacoreChat:
                 solved = await self._ask_once(tell, pieces)
             ended = solved.answered_by
             return solved
-        except PromptTooLongError as error:
+        except ContextLengthError as error:
             ended = "failed"
             raise TooLongError(str(error), param="messages", excess=error.excess) from error
         except RoundFailedError as error:

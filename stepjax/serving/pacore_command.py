@@ -11,9 +11,9 @@ import tyro
 
 from stepjax.errors import ConfigError
 from stepjax.pacore.arguments import RoundArguments, UpstreamArguments
-from stepjax.pacore.http_sampler import HttpSampler
 from stepjax.pacore.schedule import num_calls, parse_schedule
 from stepjax.pacore.template import Template
+from stepjax.rollouts.endpoint import EndpointSampler
 from stepjax.serving.command import KEY_VARIABLE, LOOPBACK, api_keys, check_address, check_installed, warn_if_open
 from stepjax.serving.logs import start_log
 from stepjax.serving.settings import Limits, ServerSettings
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
     from stepjax.serving.upstream import make_upstream_app
 
     async def main() -> int:
-        upstream = HttpSampler(endpoint)
+        upstream = EndpointSampler(endpoint)
         return await serve(make_upstream_app(upstream, settings), bound, drain_seconds=args.drain_seconds)
 
     try:

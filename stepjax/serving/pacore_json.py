@@ -13,13 +13,13 @@ from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.events import AttemptFailed, Event, RoundEnded, RoundStarted, TrajectoryEnded
 from stepjax.pacore.messages import compact
 from stepjax.pacore.records import Message, Outcome, Round, Totals, Trajectory
-from stepjax.pacore.sampler import Tokens
+from stepjax.rollouts.sampler import TokenCounter
 
 Include = Literal["summary", "messages", "full"]
 
 
 class Teller:
-    def __init__(self, config: PacoreConfig, tokens: Tokens | None, include: Include):
+    def __init__(self, config: PacoreConfig, tokens: TokenCounter | None, include: Include):
         """
         Args:
             tokens: of the sampler.

@@ -5,11 +5,13 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from stepjax.errors import BusyError, StepjaxError
+from stepjax.errors import BusyError, ContextLengthError, StepjaxError
 from stepjax.inference.request import SamplingParams
-from stepjax.pacore.http_sampler import HttpSampler
-from stepjax.pacore.local_sampler import ProcessorTokens, as_prompt, sample
-from stepjax.pacore.sampler import Listener, Prompt, PromptTooLongError, Reply, Sampler, SamplerError, Tokens
+from stepjax.processing.tokens import Example
+from stepjax.rollouts.endpoint import EndpointSampler
+from stepjax.rollouts.engine import EngineSampler
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import Listener, PreparedPrompt, Sampler, SamplerError
 from stepjax.serving.context import EngineContext
 from stepjax.serving.errors import TooLongError
 from stepjax.serving.schemas import ChatRequest, Message
@@ -19,7 +21,7 @@ BUSY = "the engine's queue is full"
 _log = logging.getLogger("stepjax.serving")
 
 
-class EngineSampler:
+class RequestSampler(EngineSampler):
     """Over the engine: each round's prompt is made as that of a chat is, within the limits of requests."""
 
     def __init__(self, context: EngineContext, request: ChatRequest):
@@ -27,54 +29,44 @@ class EngineSampler:
         Args:
             request: whose other fields hold for every call.
         """
-        self._engine, self._processor, self._prompts = context.engine, context.processor, context.prompts
-        self._request = request
+        super().__init__(context.engine, context.processor, open_example=self._chat)
+        self._prompts, self._request = context.prompts, request
         self._fetched: dict[str, bytes] = {}  # images that all rounds see, as they were in the first
-        self.max_context: int | None = context.engine.max_context
-        self.tokens: Tokens | None = ProcessorTokens(context.processor)
 
     @contextlib.asynccontextmanager
-    async def prompt(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int
-    ) -> AsyncIterator[Prompt]:
-        """See `Sampler.prompt`."""
+    async def _chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
+    ) -> AsyncIterator[Example]:
         made = [Message.model_validate(message) for message in messages]
         request = self._request.model_copy(update={"messages": made})
         async with contextlib.AsyncExitStack() as stack:
             try:
-                chat = self._prompts.chat(request, fetched=self._fetched)
-                example = await stack.enter_async_context(chat)
+                example = await stack.enter_async_context(self._prompts.chat(request, fetched=self._fetched))
             except TooLongError as error:
-                raise PromptTooLongError(error.message, excess=error.excess) from error
-            yield as_prompt(
-                example,
-                self._processor,
-                has_tools=bool(tools),
-                max_context=self._engine.max_context,
-                answer_tokens=answer_tokens,
-            )
+                raise ContextLengthError(error.message, excess=error.excess) from error
+            yield example
 
-    async def sample(self, prompt: Prompt, params: SamplingParams, listener: Listener) -> Reply:
+    async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
         """See `Sampler.sample`. What goes wrong inside is for the log, not for the client."""
         try:
-            return await sample(self._engine, prompt, params, listener)
+            return await super().sample(prompt, params, listener)
         except StepjaxError:
             raise
         except Exception as error:
             if isinstance(error, SamplerError) and isinstance(error.__cause__, BusyError):
-                raise SamplerError(BUSY, is_temporary=True, output_tokens=listener.tokens) from error
+                raise SamplerError(BUSY, is_temporary=True, num_tokens=listener.num_tokens) from error
             _log.error("a call of PaCoRe failed", exc_info=error)
             raise SamplerError(
                 "the engine could not finish the call; the server's log says why",
                 is_temporary=False,
-                output_tokens=listener.tokens,
+                num_tokens=listener.num_tokens,
             ) from error
 
 
 class UpstreamSampler:
     """Over another server."""
 
-    def __init__(self, http: HttpSampler, request: ChatRequest):
+    def __init__(self, http: EndpointSampler, request: ChatRequest):
         """
         Args:
             request: what its template is told holds for every call.
@@ -88,12 +80,12 @@ class UpstreamSampler:
     @contextlib.asynccontextmanager
     async def prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int
-    ) -> AsyncIterator[Prompt]:
+    ) -> AsyncIterator[PreparedPrompt]:
         """See `Sampler.prompt`."""
         async with self._http.prompt(messages, tools, answer_tokens=answer_tokens) as prompt:
-            yield Prompt(prompt.num_tokens, {**prompt.payload, **self._fields})
+            yield PreparedPrompt(prompt.num_tokens, {**prompt.payload, **self._fields})
 
-    async def sample(self, prompt: Prompt, params: SamplingParams, listener: Listener) -> Reply:
+    async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
         """See `Sampler.sample`."""
         try:
             return await self._http.sample(prompt, params, listener)
@@ -118,7 +110,7 @@ class Watched:
         """See `Sampler.prompt`."""
         return self._sampler.prompt(messages, tools, answer_tokens=answer_tokens)
 
-    async def sample(self, prompt: Prompt, params: SamplingParams, listener: Listener) -> Reply:
+    async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
         """See `Sampler.sample`."""
         self._under_way[listener.at] = listener
         try:
@@ -128,4 +120,4 @@ class Watched:
 
     def counts(self) -> dict[tuple[int, int], int]:
         """Tokens of the calls under way, by round and index."""
-        return {at: listener.tokens for at, listener in sorted(self._under_way.items())}
+        return {at: listener.num_tokens for at, listener in sorted(self._under_way.items())}

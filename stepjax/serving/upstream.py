@@ -7,8 +7,8 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.responses import Response
 
-from stepjax.pacore.http_sampler import HttpSampler
-from stepjax.pacore.sampler import SamplerError
+from stepjax.rollouts.endpoint import EndpointSampler
+from stepjax.rollouts.sampler import SamplerError
 from stepjax.serving.admission import Admission
 from stepjax.serving.bounds import check_chat_text, image_urls, is_data_uri, place_of
 from stepjax.serving.context import Context
@@ -27,7 +27,7 @@ from stepjax.serving.threads import Threads
 from stepjax.serving.validation import parse_request
 
 
-def make_upstream_app(upstream: HttpSampler, settings: ServerSettings) -> Starlette:
+def make_upstream_app(upstream: EndpointSampler, settings: ServerSettings) -> Starlette:
     """See `routes.assemble`. Requests that say nothing else are answered with the schedule of `settings.pacore`.
 
     Args:
@@ -55,7 +55,7 @@ def make_upstream_app(upstream: HttpSampler, settings: ServerSettings) -> Starle
     return assemble(context, {"/v1/chat/completions": partial(_chat_completions, context, upstream)}, resources)
 
 
-async def _chat_completions(context: Context, upstream: HttpSampler, body: dict[str, Any]) -> Response:
+async def _chat_completions(context: Context, upstream: EndpointSampler, body: dict[str, Any]) -> Response:
     """
     Raises:
         ApiError, StepjaxError: the request cannot be served.

@@ -18,13 +18,3 @@ def solve():
         return asyncio.run(Coordinator(sampler, config, matching=matching).solve(asked, **options))
 
     return solve
-
-
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory):
-    """That of the demo."""
-    from stepjax.processing.tokenizer import load_tokenizer
-
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    load_tokenizer("demo").save(path)
-    return str(path)

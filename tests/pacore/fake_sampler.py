@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from stepjax.errors import ContextLengthError
 from stepjax.inference.request import SamplingParams
-from stepjax.pacore.sampler import Listener, Prompt, PromptTooLongError, Reply
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import Listener, PreparedPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +54,10 @@ class FakeSampler:
         self.prompts.append(made)
         count = len(Asked(made, SamplingParams(), 0).text.split())
         if self.max_context is not None and count + answer_tokens > self.max_context:
-            raise PromptTooLongError("too long", excess=count + answer_tokens - self.max_context)
-        yield Prompt(count, made)
+            raise ContextLengthError("too long", excess=count + answer_tokens - self.max_context)
+        yield PreparedPrompt(count, made)
 
-    async def sample(self, prompt: Prompt, params: SamplingParams, listener: Listener) -> Reply:
+    async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
         asked = Asked(prompt.payload, params, len(self.asked))
         self.asked.append(asked)
         listener.begin()
@@ -71,8 +73,8 @@ class FakeSampler:
         if isinstance(made, BaseException):
             raise made
         if isinstance(made, str):
-            made = Reply(content=made, output_tokens=len(made.split()), prompt_tokens=prompt.num_tokens or 0)
-        listener.tokens += made.output_tokens
+            made = Rollout(content=made, num_tokens=len(made.split()), num_prompt_tokens=prompt.num_tokens or 0)
+        listener.num_tokens += made.num_tokens
         if listener.wants_pieces and made.content:
             for word in made.content.split(" "):
                 listener.piece({"content": word + " "})

@@ -11,7 +11,8 @@ from stepjax.pacore.config import Limits, PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.records import Problem
 from stepjax.pacore.rounds import RoundFailedError
-from stepjax.pacore.sampler import Reply, SamplerError
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import SamplerError
 
 QUESTION = Problem(id="p", messages=({"role": "user", "content": "What is 6 x 7?"},), ground_truth=3)
 
@@ -23,7 +24,7 @@ def is_synthesis(asked):
 def by_seed(asked):
     """Answers from 0 to 4, of different lengths and probabilities, which the seed decides."""
     number = asked.params.seed % 5
-    return Reply(content=f"x{asked.params.seed} is {number}", output_tokens=10 + number, mean_logprob=-0.1 * number)
+    return Rollout(content=f"x{asked.params.seed} is {number}", num_tokens=10 + number, mean_logprob=-0.1 * number)
 
 
 def solve(method, script=by_seed, problem=QUESTION, **fields):
@@ -66,7 +67,7 @@ def test_best_of_n_takes_what_the_scorer_prefers():
 
     def script(asked):
         number = numbers[asked.number]
-        return Reply(content=f"it is {number}", output_tokens=10 + number, mean_logprob=-0.1 * number)
+        return Rollout(content=f"it is {number}", num_tokens=10 + number, mean_logprob=-0.1 * number)
 
     for scorer, chosen in [
         ("mean-logprob", 1),
@@ -83,7 +84,7 @@ def test_the_end_of_a_thought_has_no_vote():
     def script(asked):
         if asked.number == 3:
             return "it is 42"
-        return Reply(content="", reasoning="and so 41", finish_reason="length")
+        return Rollout(content="", reasoning="and so 41", finish_reason="length")
 
     for name in ("majority", "best-of-n"):
         _, outcome = solve(Method(name=name, width=4, scorer="shortest"), script, truncated="tail")
@@ -93,7 +94,7 @@ def test_the_end_of_a_thought_has_no_vote():
 def test_what_scorers_need():
     assert Method(name="best-of-n").configured(PacoreConfig()).sampling.logprobs == 0
     with pytest.raises(ConfigError, match="no log-probabilities"):
-        solve(Method(name="best-of-n", width=2), lambda asked: Reply(content="x"))
+        solve(Method(name="best-of-n", width=2), lambda asked: Rollout(content="x"))
     oracle = Method(name="best-of-n", width=2, scorer="ground-truth")
     assert oracle.label(PacoreConfig()) == "pass@2 (oracle)"
     with pytest.raises(ConfigError, match="'q' has no ground_truth"):

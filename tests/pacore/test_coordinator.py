@@ -6,14 +6,15 @@ import dataclasses
 import pytest
 from fake_sampler import FakeSampler
 
-from stepjax.errors import ConfigError, RecordError
+from stepjax.errors import ConfigError, ContextLengthError, RecordError
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.config import Limits, PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import AttemptFailed, RoundEnded, RoundStarted, TrajectoryEnded, TrajectoryPiece
 from stepjax.pacore.records import Problem, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
-from stepjax.pacore.sampler import Prompt, PromptTooLongError, Reply, SamplerError
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import PreparedPrompt, SamplerError
 
 QUICK = Limits(backoff_seconds=0.0)
 QUESTION = Problem(id="p", messages=({"role": "user", "content": "What is 6 x 7?"},))
@@ -64,9 +65,9 @@ def test_seeds_depend_on_the_address_alone(solve):
 
 def test_references_do_not_depend_on_who_ends_first(solve):
     def prompt_of_final(order):
-        sampler = FakeSampler(lambda asked: Reply(content=f"{asked.params.seed}") if not is_synthesis(asked) else "x")
+        sampler = FakeSampler(lambda asked: Rollout(content=f"{asked.params.seed}") if not is_synthesis(asked) else "x")
         solve(sampler, (6,), order=order)
-        reverse = FakeSampler(lambda asked: Reply(content=f"{asked.params.seed}") if not is_synthesis(asked) else "x")
+        reverse = FakeSampler(lambda asked: Rollout(content=f"{asked.params.seed}") if not is_synthesis(asked) else "x")
         original = reverse.sample
 
         async def slow(prompt, params, listener):
@@ -98,8 +99,8 @@ def test_one_bad_trajectory_never_fails_a_problem(solve):
         return [
             SamplerError("no", is_temporary=False),
             RuntimeError("a bug"),
-            Reply(content="", finish_reason="stop", output_tokens=3),
-            Reply(content="", reasoning="hm", finish_reason="length", output_tokens=9),
+            Rollout(content="", finish_reason="stop", num_tokens=3),
+            Rollout(content="", reasoning="hm", finish_reason="length", num_tokens=9),
             "it is 42",
         ][asked.number]
 
@@ -119,7 +120,7 @@ def test_temporary_failures_are_tried_again_and_counted(solve):
         if is_synthesis(asked) or len(failed) >= 2:
             return "fine"
         failed.append(asked.params.seed)
-        return SamplerError("busy", is_temporary=True, output_tokens=5)
+        return SamplerError("busy", is_temporary=True, num_tokens=5)
 
     events = []
     outcome = solve(FakeSampler(script), (1,), limits=QUICK, coordinate={"notify": events.append})
@@ -169,7 +170,7 @@ def test_a_round_without_survivors_fails_clearly(solve):
 
 
 def test_the_final_call_insists_on_an_answer(solve):
-    empty = Reply(content="", reasoning="hm", finish_reason="length", output_tokens=7)
+    empty = Rollout(content="", reasoning="hm", finish_reason="length", num_tokens=7)
     seeds = []
 
     def script(asked):
@@ -203,7 +204,7 @@ def test_ends_of_thoughts_neither_stand_in_nor_agree(solve):
             return SamplerError("down", is_temporary=True)
         if asked.number == 3:
             return 0.1
-        return Reply(content="", reasoning="if it were 41", finish_reason="length")
+        return Rollout(content="", reasoning="if it were 41", finish_reason="length")
 
     limits = dataclasses.replace(QUICK, agreement=0.5)
     outcome = solve(FakeSampler(script), (4,), limits=limits, truncated="tail")
@@ -290,7 +291,7 @@ def test_references_that_do_not_fit_are_shortened_or_dropped(solve):
     assert len(text.split()) + 20 <= 150
     sampler, final = run("drop")
     assert final.losses == {"did_not_fit": 1} and len(final.references) == 2 and "long" not in sampler.asked[-1].text
-    with pytest.raises(PromptTooLongError):
+    with pytest.raises(ContextLengthError):
         run("fail")
 
 
@@ -309,8 +310,8 @@ def test_shortening_ends_whatever_the_tokenizer_makes_of_ends(solve):
         async def prompt(self, messages, tools, *, answer_tokens):
             count = len(messages[-1]["content"])
             if count + answer_tokens > 600:
-                raise PromptTooLongError("too long", excess=count + answer_tokens - 600)
-            yield Prompt(count, tuple(messages))
+                raise ContextLengthError("too long", excess=count + answer_tokens - 600)
+            yield PreparedPrompt(count, tuple(messages))
 
     sampler = Sampler(lambda asked: "x" * 100 + str(asked.number), tokens=Letters())
     outcome = solve(sampler, (4,), sampling=SamplingParams(max_tokens=1))
@@ -320,7 +321,7 @@ def test_shortening_ends_whatever_the_tokenizer_makes_of_ends(solve):
 
 def test_a_problem_that_does_not_fit_is_refused(solve):
     problem = Problem(id="p", messages=({"role": "user", "content": "word " * 500},))
-    with pytest.raises(PromptTooLongError):
+    with pytest.raises(ContextLengthError):
         solve(FakeSampler(numbered, max_context=100), problem=problem)
 
 

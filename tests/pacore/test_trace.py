@@ -19,9 +19,10 @@ from stepjax.pacore.config import Limits, PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.records import Problem, Trajectory
 from stepjax.pacore.rounds import RoundFailedError
-from stepjax.pacore.sampler import Reply, SamplerError
 from stepjax.pacore.trace import trace_html, write_trace
 from stepjax.pacore.trace_data import MOST_SHOWN, Failure, trace_data
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import SamplerError
 
 PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
 
@@ -238,7 +239,7 @@ def aggregated():
         if "Reference 1:" not in asked.text:
             return texts[asked.number]
         first = next(text for text in texts if f"Reference 1:\n{text}" in asked.text)
-        return Reply(content=f"Reference 1 says: {first}", output_tokens=5, finish_reason="stop")
+        return Rollout(content=f"Reference 1 says: {first}", num_tokens=5, finish_reason="stop")
 
     coordinator = Coordinator(FakeSampler(script), PacoreConfig(schedule=(), limits=Limits(retries=0)))
     asked = Problem(id="p", messages=({"role": "user", "content": "?"},))

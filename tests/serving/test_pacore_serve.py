@@ -13,14 +13,14 @@ import httpx
 import openai
 import pytest
 from fake_engine import FakeEngine
-from pacore.upstream import Upstream, answering, serving, text_of
 from running_server import chat_body, picture, running, running_app
+from upstream import Upstream, answering, serving, text_of
 
 from stepjax.errors import ConfigError
 from stepjax.pacore.arguments import RoundArguments
 from stepjax.pacore.config import Limits as RoundLimits
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.http_sampler import Endpoint, HttpSampler
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.pacore_command import PacoreServeArguments, run
 from stepjax.serving.settings import Limits, ServerSettings
 from stepjax.serving.upstream import make_upstream_app
@@ -35,7 +35,7 @@ def serve():
 
         def start(url, *, schedule=(4,), rounds=ROUNDS, endpoint=None, **settings):
             async def make(_):
-                sampler = HttpSampler(Endpoint(url=url, **(endpoint or {})))
+                sampler = EndpointSampler(EndpointConfig(url=url, **(endpoint or {})))
                 pacore = PacoreConfig(schedule=schedule, limits=rounds)
                 fields = {"model_name": None, "pacore": pacore, **settings}
                 return None, make_upstream_app(sampler, ServerSettings(**fields))

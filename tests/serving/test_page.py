@@ -12,8 +12,8 @@ from running_server import running, running_app
 
 from stepjax.config import ImageConfig, TokenizerConfig
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.http_sampler import Endpoint, HttpSampler
 from stepjax.processing.processor import Processor
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.settings import ServerSettings
 from stepjax.serving.upstream import make_upstream_app
 
@@ -279,7 +279,7 @@ def test_the_page_in_front_of_another_server(browser, large_views):
 
         async def make(_):
             settings = ServerSettings(model_name=None, pacore=PacoreConfig(schedule=(3, 2)))
-            return None, make_upstream_app(HttpSampler(Endpoint(url=f"{behind.url}/v1")), settings)
+            return None, make_upstream_app(EndpointSampler(EndpointConfig(url=f"{behind.url}/v1")), settings)
 
         front = stack.enter_context(running_app(make))
         page = browser.new_page()

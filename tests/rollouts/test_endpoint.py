@@ -9,14 +9,14 @@ import pytest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from upstream import FAULTS, Upstream, answering, serving
 
-from stepjax.errors import ConfigError, ImageError, TokenError
+from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.config import Limits, PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.events import AttemptFailed
-from stepjax.pacore.http_sampler import Endpoint, FileTokens, HttpSampler
 from stepjax.pacore.records import Problem
-from stepjax.pacore.sampler import Listener, PromptTooLongError, SamplerError
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler, FileTokens
+from stepjax.rollouts.sampler import Listener, SamplerError
 
 QUESTION = ({"role": "user", "content": "What is 6 x 7?"},)
 PARAMS = SamplingParams(seed=5, max_tokens=50, temperature=0.7)
@@ -24,7 +24,7 @@ PARAMS = SamplingParams(seed=5, max_tokens=50, temperature=0.7)
 
 def ask(upstream, *, params=PARAMS, messages=QUESTION, tools=(), pieces=None, **endpoint):
     async def main():
-        async with HttpSampler(Endpoint(url=upstream.url, **endpoint)) as sampler:
+        async with EndpointSampler(EndpointConfig(url=upstream.url, **endpoint)) as sampler:
             async with sampler.prompt(messages, tools, answer_tokens=10) as prompt:
                 return await sampler.sample(prompt, params, Listener(pieces.append if pieces is not None else None))
 
@@ -42,7 +42,7 @@ def test_an_answer_is_read_whole(start, streams):
     upstream, pieces = start(), []
     reply = ask(upstream, pieces=pieces, streams=streams, headers={"x-team": "a"}, body={"top_a": 0.1}, api_key="k")
     assert reply.content.strip() == r"It is \boxed{42}." and reply.reasoning.strip() == "hm, let me see"
-    assert (reply.finish_reason, reply.prompt_tokens, reply.output_tokens) == ("stop", 7, 7)
+    assert (reply.finish_reason, reply.num_prompt_tokens, reply.num_tokens) == ("stop", 7, 7)
     [body], [headers] = upstream.bodies, upstream.headers
     assert body["model"] == "fake" and body["seed"] == 5 and body["max_tokens"] == 50 and body["temperature"] == 0.7
     assert body["top_a"] == 0.1 and "top_k" not in body and body["messages"] == list(QUESTION)
@@ -128,7 +128,7 @@ def test_every_problem_is_answered_and_every_loss_accounted(start):
             failed.append(event)
 
     async def main():
-        async with HttpSampler(Endpoint(url=upstream.url, max_concurrent=64)) as sampler:
+        async with EndpointSampler(EndpointConfig(url=upstream.url, max_concurrent=64)) as sampler:
             coordinator = Coordinator(sampler, config)
             problems = [Problem(id=f"p{i}", messages=QUESTION) for i in range(12)]
             return await asyncio.gather(*(coordinator.solve(problem, notify=notify) for problem in problems))
@@ -152,7 +152,7 @@ def test_calls_that_wait_for_their_turn_do_not_run_out_of_time(start):
     limits = Limits(retries=0, call_seconds=1.5)
 
     async def main():
-        async with HttpSampler(Endpoint(url=upstream.url, max_concurrent=1)) as sampler:
+        async with EndpointSampler(EndpointConfig(url=upstream.url, max_concurrent=1)) as sampler:
             config = PacoreConfig(schedule=(5,), limits=limits)
             return await Coordinator(sampler, config).solve(Problem(id="p", messages=QUESTION))
 
@@ -165,7 +165,7 @@ def test_calls_that_wait_for_their_turn_do_not_run_out_of_time(start):
 
 def test_a_prompt_beyond_the_context_is_refused_by_its_tokens(start, tokenizer_file):
     upstream = start()
-    with pytest.raises(PromptTooLongError) as caught:
+    with pytest.raises(ContextLengthError) as caught:
         ask(upstream, messages=({"role": "user", "content": "word " * 50},), max_context=40, tokenizer=tokenizer_file)
     assert caught.value.excess > 0 and not upstream.bodies
 
@@ -188,7 +188,7 @@ def test_a_tokenizer_counts_and_cuts(tokenizer_file):
 )
 def test_endpoints_that_cannot_work(fields):
     with pytest.raises(ConfigError):
-        Endpoint(**{"url": "http://x", **fields})
+        EndpointConfig(**{"url": "http://x", **fields})
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def odd():
 def test_counts_that_are_none_are_not_said(odd, usage, streams):
     odd.responds = lambda body: answering(body, usage=usage)
     reply = ask(odd, streams=streams)
-    assert (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens) == (0, 0, 1) and reply.content == "42"
+    assert (reply.num_prompt_tokens, reply.num_cached_tokens, reply.num_tokens) == (0, 0, 1) and reply.content == "42"
 
 
 def test_whole_floats_and_objects_are_what_they_mean(odd):
@@ -215,7 +215,7 @@ def test_whole_floats_and_objects_are_what_they_mean(odd):
     odd.responds = lambda body: answering(body, usage=usage, tool_calls=[call])
     for streams in (True, False):
         reply = ask(odd, streams=streams)
-        counts = (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens)
+        counts = (reply.num_prompt_tokens, reply.num_cached_tokens, reply.num_tokens)
         assert counts == (7, 4, 9) and all(type(count) is int for count in counts)
         assert reply.tool_calls[0]["function"] == {"name": "f", "arguments": '{"x": [1]}'}
 
@@ -288,8 +288,8 @@ _EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "on "}, "finish_
     ],
 )  # fmt: skip
 def test_answers_are_bounded_in_bytes_and_time(odd, monkeypatch, respond, named):
-    monkeypatch.setattr("stepjax.pacore.http_sampler._MOST_LINE", 50_000)
-    monkeypatch.setattr("stepjax.pacore.http_sampler._MOST_ERROR", 20_000)
+    monkeypatch.setattr("stepjax.rollouts.endpoint._MOST_LINE", 50_000)
+    monkeypatch.setattr("stepjax.rollouts.endpoint._MOST_ERROR", 20_000)
     odd.responds = lambda body: respond()
     for streams in (True, False):
         with pytest.raises(SamplerError) as caught:
@@ -298,7 +298,7 @@ def test_answers_are_bounded_in_bytes_and_time(odd, monkeypatch, respond, named)
 
 
 def test_the_text_of_an_answer_is_bounded(odd, monkeypatch):
-    monkeypatch.setattr("stepjax.pacore.http_sampler._MOST_TEXT", 1000)
+    monkeypatch.setattr("stepjax.rollouts.endpoint_answer._MOST_TEXT", 1000)
     call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "x" * 990}}
     for fields in ({"content": "x" * 1001}, {"reasoning_content": "x" * 999}, {"tool_calls": [call] * 2}):
         odd.responds = lambda body, fields=fields: answering(body, **fields)

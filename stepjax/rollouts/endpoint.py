@@ -11,42 +11,38 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import json
 import logging
 import math
 import os
-import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import openai
 import tokenizers
 
-from stepjax.errors import ConfigError, ImageError, TokenError
+from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
-from stepjax.pacore.sampler import Listener, Prompt, PromptTooLongError, Reply, SamplerError, Tokens
 from stepjax.processing.assistant_message import split_reasoning
 from stepjax.processing.image_files import open_image
-from stepjax.processing.reasoning_stream import Part, ReasoningStream
+from stepjax.rollouts.endpoint_answer import EndpointAnswer, api_string, refuse, whole_text
+from stepjax.rollouts.rollout import Rollout
+from stepjax.rollouts.sampler import Listener, PreparedPrompt, SamplerError, TokenCounter
 
 KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
 
 _log = logging.getLogger("stepjax.pacore")
 _TEMPORARY = {408, 409, 425, 429}  # and all from 500 on
 
-_MOST_TEXT = 16 << 20  # characters of an answer, its thought and its tool calls
 _MOST_LINE = 16 << 20  # bytes of one event of a stream
 _MOST_ERROR = 1 << 20  # bytes of an answer that says what is wrong
-_MOST_CALLS = 1024
-_MOST_TOKENS = 1 << 31
 
 # The HTTP library is the client's own affair: httpx, or what took its place.
 _http: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Endpoint:
+class EndpointConfig:
     """
     Raises:
         ConfigError: a value cannot work.
@@ -103,17 +99,17 @@ class FileTokens:
         return text[encoding.offsets[-count][0] :] if 0 < count < len(encoding.ids) else text if count > 0 else ""
 
 
-class HttpSampler:
-    """Used as `async with HttpSampler(endpoint) as sampler:`.
+class EndpointSampler:
+    """Used as `async with EndpointSampler(endpoint) as sampler:`.
 
     Raises:
         TokenError: the tokenizer cannot be read.
     """
 
-    def __init__(self, endpoint: Endpoint):
+    def __init__(self, endpoint: EndpointConfig):
         self.endpoint = endpoint
         self.max_context = endpoint.max_context
-        self.tokens: Tokens | None = None if endpoint.tokenizer is None else FileTokens(endpoint.tokenizer)
+        self.tokens: TokenCounter | None = None if endpoint.tokenizer is None else FileTokens(endpoint.tokenizer)
         key = endpoint.api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
         timeout = openai.Timeout(endpoint.silence_seconds, connect=endpoint.connect_seconds, pool=None)
         connections = _http.Limits(
@@ -134,7 +130,7 @@ class HttpSampler:
         self._asking = asyncio.Lock()
         self._has_warned = False
 
-    async def __aenter__(self) -> "HttpSampler":
+    async def __aenter__(self) -> "EndpointSampler":
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -152,13 +148,13 @@ class HttpSampler:
                     listed = (await self._client.models.list()).data
                     if not listed:
                         raise SamplerError(f"{self.endpoint.url} lists no model: name one", is_temporary=False)
-                    self._model = _string("a model's id", listed[0].id) or _refuse("a model's id", listed[0].id)
+                    self._model = api_string("a model's id", listed[0].id) or refuse("a model's id", listed[0].id)
             return self._model
 
     @contextlib.asynccontextmanager
     async def prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int
-    ) -> AsyncIterator[Prompt]:
+    ) -> AsyncIterator[PreparedPrompt]:
         """See `Sampler.prompt`. Tokens of images, and those of the chat template, are not known and not counted."""
         made = await asyncio.to_thread(lambda: [_message(message) for message in messages])
         count = None
@@ -166,18 +162,18 @@ class HttpSampler:
             count = sum(self.tokens.count(_text(message)) for message in made)
             excess = count + answer_tokens - (self.max_context or count + answer_tokens)
             if excess > 0:
-                raise PromptTooLongError(
+                raise ContextLengthError(
                     f"the prompt has {count} tokens; with {answer_tokens} for the answer that is {excess} more than "
                     f"max_context={self.max_context}",
                     excess=excess,
                 )
-        yield Prompt(count, {"messages": made, **({"tools": list(tools)} if tools else {})})
+        yield PreparedPrompt(count, {"messages": made, **({"tools": list(tools)} if tools else {})})
 
-    async def sample(self, prompt: Prompt, params: SamplingParams, listener: Listener) -> Reply:
+    async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
         """See `Sampler.sample`."""
         body = {**prompt.payload, **self._fields(params), **self.endpoint.body}
         known = {name: body.pop(name) for name in _KNOWN if name in body}
-        answer = _Answer(
+        answer = EndpointAnswer(
             listener, opens_thought=bool(self.endpoint.opens_thought), has_logprobs=bool(known.get("logprobs"))
         )
         model = await self.model()
@@ -194,7 +190,7 @@ class HttpSampler:
                 else:
                     answer.take_whole(await self._client.chat.completions.create(model=model, extra_body=body, **known))
         if answer.finish_reason is None:
-            raise SamplerError("the answer broke off", is_temporary=True, output_tokens=listener.tokens)
+            raise SamplerError("the answer broke off", is_temporary=True, num_tokens=listener.num_tokens)
         return self._reply(answer, prompt)
 
     @contextlib.asynccontextmanager
@@ -204,17 +200,17 @@ class HttpSampler:
             async with asyncio.timeout(seconds):
                 yield
         except openai.OpenAIError as error:
-            raise self._failure(error, listener.tokens) from error
+            raise self._failure(error, listener.num_tokens) from error
         except SamplerError:
             raise
         except TimeoutError as error:
             message = f"the answer did not end within {seconds:g} s"
-            raise SamplerError(message, is_temporary=True, output_tokens=listener.tokens) from error
+            raise SamplerError(message, is_temporary=True, num_tokens=listener.num_tokens) from error
         except Exception as error:  # the library's, of an answer that is none
             raise SamplerError(
                 f"the endpoint's answer cannot be read: {error} ({type(error).__name__})",
                 is_temporary=True,
-                output_tokens=listener.tokens,
+                num_tokens=listener.num_tokens,
             ) from error
 
     async def _bound(self, response: Any) -> None:
@@ -249,8 +245,8 @@ class HttpSampler:
                 fields["stop_token_ids" if name == "stop_ids" else name] = getattr(params, name)
         return fields
 
-    def _reply(self, answer: "_Answer", prompt: Prompt) -> Reply:
-        content, reasoning = _whole("".join(answer.content)), _whole("".join(answer.reasoning)) or None
+    def _reply(self, answer: "EndpointAnswer", prompt: PreparedPrompt) -> Rollout:
+        content, reasoning = whole_text("".join(answer.content)), whole_text("".join(answer.reasoning)) or None
         if reasoning is None:
             is_cut = answer.finish_reason == "length"
             opens = is_cut if self.endpoint.opens_thought is None else self.endpoint.opens_thought
@@ -266,14 +262,14 @@ class HttpSampler:
                 self._has_warned = True  # once, also of what is no count
                 how = "parts of the stream" if self.tokens is None else "the tokenizer's"
                 _log.warning("%s does not say how many tokens it used: %s are counted", self.endpoint.url, how)
-        return Reply(
+        return Rollout(
             content=content,
             reasoning=reasoning,
             tool_calls=tuple(answer.calls()),
             finish_reason=answer.finish_reason or "stop",
-            prompt_tokens=answer.prompt_tokens or prompt.num_tokens or 0,
-            cached_tokens=answer.cached_tokens,
-            output_tokens=output_tokens,
+            num_prompt_tokens=answer.prompt_tokens or prompt.num_tokens or 0,
+            num_cached_tokens=answer.cached_tokens,
+            num_tokens=output_tokens,
             mean_logprob=answer.mean_logprob,
         )
 
@@ -289,10 +285,10 @@ class HttpSampler:
         message = f"status {status}: {error}" if status is not None else f"{error} ({type(error).__name__})"
         cause = error.__cause__
         if isinstance(cause, SamplerError):  # of `_bound`
-            return SamplerError(str(cause), is_temporary=cause.is_temporary, output_tokens=tokens)
+            return SamplerError(str(cause), is_temporary=cause.is_temporary, num_tokens=tokens)
         if status is None and cause is not None:
             message += f": {cause}"
-        return SamplerError(message[:2000], is_temporary=is_temporary, retry_after=seconds, output_tokens=tokens)
+        return SamplerError(message[:2000], is_temporary=is_temporary, retry_after=seconds, num_tokens=tokens)
 
 
 _KNOWN = ("messages", "tools", "temperature", "top_p", "max_tokens", "stop", "seed", "logprobs")
@@ -314,151 +310,6 @@ class _BoundedStream(_http.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
-
-
-class _Answer:
-    """Put together from what the endpoint sends; whatever it leaves out or sends as null.
-
-    Raises:
-        ValueError: a field is not what it is in OpenAI's API.
-        SamplerError: the endpoint says that it failed, or writes without end.
-    """
-
-    def __init__(self, listener: Listener, *, opens_thought: bool, has_logprobs: bool):
-        self._listener, self._has_logprobs = listener, has_logprobs
-        self._parts = ReasoningStream(starts_thinking=opens_thought)  # of a content that holds the thought
-        self.content: list[str] = []
-        self.reasoning: list[str] = []
-        self._length = 0
-        self.finish_reason: str | None = None
-        self.prompt_tokens = self.cached_tokens = self.num_parts = 0
-        self.output_tokens: int | None = None
-        self._calls: dict[int, dict[str, Any]] = {}
-        self._logprobs: list[float] = []
-
-    def take_chunk(self, chunk: Any) -> None:
-        error = getattr(chunk, "error", None)
-        if error:
-            message = f"the endpoint failed: {error!s:.2000}"
-            raise SamplerError(message, is_temporary=True, output_tokens=self._listener.tokens)
-        self._take_usage(chunk)
-        for choice in chunk.choices or ():
-            if not choice.index:
-                self._take_message(choice.delta)
-                self._take_end(choice)
-
-    def take_whole(self, answer: Any) -> None:
-        error = getattr(answer, "error", None)
-        if error or not getattr(answer, "choices", None):
-            raise SamplerError(f"the endpoint gave no answer: {error or 'no choices'!s:.2000}", is_temporary=True)
-        self._take_usage(answer)
-        self._take_message(answer.choices[0].message)
-        self._take_end(answer.choices[0])
-
-    @property
-    def mean_logprob(self) -> float | None:
-        return sum(self._logprobs) / len(self._logprobs) if self._logprobs else None
-
-    def calls(self) -> list[dict[str, Any]]:
-        return [
-            {**call, "function": {**call["function"], "arguments": "".join(call["function"]["arguments"])}}
-            for _, call in sorted(self._calls.items())
-        ]
-
-    def _take_end(self, choice: Any) -> None:
-        reason = _string("finish_reason", choice.finish_reason)
-        if reason and not re.fullmatch(r"[\w.:-]{1,64}", reason):
-            _refuse("finish_reason", reason)
-        if reason and self.finish_reason is None:
-            self.finish_reason = reason
-            self._tell(self._parts.finish())
-        logprobs = getattr(choice, "logprobs", None) if self._has_logprobs else None
-        for each in (logprobs.content if logprobs else None) or ():
-            value = each.logprob
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                _refuse("logprob", value)
-            self._logprobs.append(float(value))
-
-    def _take_message(self, message: Any) -> None:
-        if message is None:
-            return
-        content = _string("content", message.content)
-        # Some servers say "reasoning".
-        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        reasoning = _string("reasoning_content", thought)
-        self._grow(len(content) + len(reasoning))
-        if content:
-            self.content.append(content)
-        if reasoning:
-            self.reasoning.append(reasoning)
-            self._listener.piece({"reasoning_content": reasoning})
-        self.num_parts += bool(content or reasoning)
-        self._listener.tokens += bool(content or reasoning)
-        if content and self.reasoning:
-            self._listener.piece({"content": content})
-        elif content:
-            self._tell(self._parts.feed(content))
-        given = message.tool_calls or ()
-        if not isinstance(given, (list, tuple)):
-            _refuse("tool_calls", given)
-        calls = [self._take_call(call, place) for place, call in enumerate(given)]
-        if calls:
-            self._listener.piece({"tool_calls": calls})
-
-    def _grow(self, count: int) -> None:
-        self._length += count
-        if self._length > _MOST_TEXT:
-            message = f"the answer has more than {_MOST_TEXT} characters: it is not read on"
-            raise SamplerError(message, is_temporary=True, output_tokens=self._listener.tokens)
-
-    def _tell(self, parts: Sequence[Part]) -> None:
-        for kind, text in parts:
-            self._listener.piece({"content" if kind == "content" else "reasoning_content": text})
-
-    def _take_call(self, call: Any, place: int) -> dict[str, Any]:
-        index = getattr(call, "index", None)
-        index = place if index is None else index
-        function = getattr(call, "function", None)
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MOST_CALLS or function is None:
-            _refuse("tool_calls", call)
-        made = self._calls.setdefault(
-            index, {"id": None, "type": "function", "function": {"name": "", "arguments": []}}
-        )
-        name, written = _string("a tool call's name", function.name), function.arguments
-        # Some servers send the object itself.
-        arguments = json.dumps(written) if isinstance(written, dict) else _string("a tool call's arguments", written)
-        name_of = _string("a tool call's id", call.id)
-        self._grow(len(name) + len(arguments) + len(name_of))
-        made["id"] = name_of or made["id"]
-        made["function"]["name"] += name
-        made["function"]["arguments"].append(arguments)
-        told = {key: value for key, value in (("name", name), ("arguments", arguments)) if value}
-        begun = {"id": name_of, "type": "function"} if name_of else {}
-        return {"index": index, **begun, "function": told}
-
-    def _take_usage(self, answer: Any) -> None:
-        usage = getattr(answer, "usage", None)
-        if usage is None:
-            return
-        self.prompt_tokens = _count(usage, "prompt_tokens") or 0
-        self.output_tokens = _count(usage, "completion_tokens")
-        self.cached_tokens = _count(getattr(usage, "prompt_tokens_details", None), "cached_tokens") or 0
-
-
-def _count(of: Any, name: str) -> int | None:
-    """None for what is no number of tokens."""
-    value = getattr(of, name, None)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return int(value) if 0 <= value <= _MOST_TOKENS and value == int(value) else None
-
-
-def _string(name: str, value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else _refuse(name, value)
-
-
-def _refuse(name: str, value: Any) -> NoReturn:
-    raise ValueError(f"{name} is {value!r:.100}, which OpenAI's API does not have there")
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -496,12 +347,6 @@ def data_uri(source: Any) -> str:
     except (OSError, TypeError, ValueError) as error:
         raise ImageError(f"image {source!r:.100} cannot be read: {error}") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _whole(text: str) -> str:
-    """Surrogates that came as escapes of JSON: pairs are made characters, and a half that is alone is replaced, since
-    no request could hold it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text(message: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Rollouts: what inference leaves and everything else reads, and how they are sampled."""

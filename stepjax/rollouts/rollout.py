@@ -1,0 +1,100 @@
+"""The rollout: one sample of a model. Inference leaves it, and everything else reads it: PaCoRe compacts it, rewards
+score it, RL trains on it, the server answers with it, viewers show it, and files hold it in one JSON form.
+
+    {"version": 1, "content": "7", "reasoning": "3 + 4", "finish_reason": "stop", "num_tokens": 12, "seed": 5, ...}
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+
+from stepjax.errors import RecordError
+
+VERSION = 1
+
+# A field must already have its type: the string "5" is no seed. Only JSON's lists become tuples.
+_Text = Annotated[str, pydantic.Strict()]
+_Int = Annotated[int, pydantic.Strict()]
+_Count = Annotated[int, pydantic.Strict(), pydantic.Field(ge=0)]
+_Number = Annotated[float, pydantic.Strict(), pydantic.AllowInfNan(False)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """
+    Attributes:
+        content: the answer, without the reasoning; empty where the reasoning was cut off.
+        tool_calls: in OpenAI's form.
+        finish_reason: "stop", "length" or "tool_calls".
+        stop_reason: the stop string or id of the request that ended it, where one did.
+        mean_logprob: of the sampled tokens under the model, where the parameters ask for log-probabilities.
+        start: seconds on the clock of whoever sampled it (PaCoRe: since the problem began).
+        seconds: from the call to the end; for a local engine this includes the queue.
+        num_prompt_tokens, num_cached_tokens: of the prompt, and how many of those were already in the cache.
+        num_tokens: sampled.
+        text: what the model wrote, markup included. This field and those below stay empty where nobody asks for them:
+            see `without_tokens`. An endpoint knows none of them.
+        prompt_ids, token_ids: of the prompt, and as sampled, without the stop token.
+        logprobs: of `token_ids` under the model, whatever the temperature and the filters.
+        sampling_logprobs: under the distribution that they were sampled from; 0 where the temperature is 0.
+        top_logprobs: for each token the likeliest ones, `(id, log-probability)`, the likeliest first.
+    """
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    content: _Text = ""
+    reasoning: _Text | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    finish_reason: _Text = "stop"
+    stop_reason: _Text | _Int | None = None
+    seed: _Int = 0
+    mean_logprob: _Number | None = None
+    start: _Number = 0.0
+    seconds: _Number = 0.0
+    num_prompt_tokens: _Count = 0
+    num_cached_tokens: _Count = 0
+    num_tokens: _Count = 0
+    text: _Text = ""
+    prompt_ids: tuple[_Int, ...] = ()
+    token_ids: tuple[_Int, ...] = ()
+    logprobs: tuple[_Number, ...] = ()
+    sampling_logprobs: tuple[_Number, ...] = ()
+    top_logprobs: tuple[tuple[tuple[_Int, _Number], ...], ...] = ()
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is more than reasoning and white space."""
+        return bool(self.content.strip() or self.tool_calls)
+
+    def without_tokens(self) -> "Rollout":
+        """Without what only training needs, which takes many times the memory of the rest."""
+        bare = dict.fromkeys(("prompt_ids", "token_ids", "logprobs", "sampling_logprobs", "top_logprobs"), ())
+        return dataclasses.replace(self, text="", **bare)
+
+    def to_json(self) -> dict[str, Any]:
+        """The one JSON form; fields that have their default are left out."""
+        fields = dataclasses.fields(self)
+        given = {each.name: getattr(self, each.name) for each in fields if getattr(self, each.name) != each.default}
+        return {"version": VERSION, **given}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Rollout":
+        """What `to_json` gave, also after a pass through text.
+
+        Raises:
+            RecordError: a field is unknown or has another type, or the version is another one.
+        """
+        version = fields.get("version")
+        if version != VERSION:
+            raise RecordError(f"rollout version={version!r:.100}: this stepjax reads version {VERSION}")
+        try:
+            return _TYPE.validate_python({name: value for name, value in fields.items() if name != "version"})
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RecordError(f"rollout field {where}={first['input']!r:.100}: {first['msg']}") from None
+
+
+_TYPE = pydantic.TypeAdapter(Rollout)
