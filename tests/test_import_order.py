@@ -18,6 +18,7 @@ CHECKPOINT = {("training", "checkpoint"), ("training", "digests")}
 ALLOWED = {
     "errors": set(),
     "figures": set(),
+    "progress": {"figures"},
     "stop_signals": set(),
     "directory_lock": {"errors"},
     "checks": {"errors"},
@@ -33,11 +34,12 @@ ALLOWED = {
     "checkpoint": {"errors", "sharding"},
     "interop": {
         *("errors", "figures", "config", "config_file", "sharding", "models", "processing", "checkpoint", "inference"),
+        "progress",
     },
     "inference": {"errors", "checks", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "figures", "chips", "config", "config_file", "sharding", "distributed", "models", "data"),
-        *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock"),
+        *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock", "progress"),
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
@@ -45,18 +47,12 @@ ALLOWED = {
     },
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
+        "progress",
     },
     "rollouts": {"errors", "processing", "inference", "interop"},
     "pacore": {
-        "rollouts",
-        "errors",
-        "figures",
-        "directory_lock",
-        "config",
-        "sharding",
-        "processing",
-        "inference",
-        "interop",
+        *("rollouts", "errors", "figures", "directory_lock", "config", "sharding", "processing", "inference", "interop"),
+        "progress",
     },
     "serving": {"rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all

@@ -1,0 +1,82 @@
+"""How far a long task is, on stderr: a bar on a terminal, elsewhere (a log file, a pod's console) a line now and then.
+
+with progress(total, unit="B", description="converting") as bar:
+    bar.update(n)
+"""
+
+import sys
+import threading
+from typing import TextIO
+
+from tqdm import tqdm
+
+from stepjax.figures import printable
+
+SECONDS = 30.0  # at least, between two lines where there is no terminal
+_LINE = "{desc}: {percentage:3.0f}%  {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class Progress(tqdm):
+    """Made by `progress`. Threads may update it."""
+
+    _lock = threading.RLock()  # tqdm's own would be shared with other processes, through a semaphore
+    monitor_interval = 0  # no thread that watches for stalled bars
+
+    def __init__(self, stream: TextIO, **options):
+        self._stream, self._is_live = stream, stream.isatty()
+        if not self._is_live:  # short tasks print nothing
+            options |= {"mininterval": SECONDS, "delay": SECONDS, "bar_format": _LINE, "leave": False}
+        super().__init__(file=stream, dynamic_ncols=self._is_live, miniters=0, **options)
+
+    def update(self, n: float = 1, note: str | None = None) -> bool | None:
+        """
+        Args:
+            n: how much more is done.
+            note: shown after the figures from now on.
+        """
+        with self._lock:
+            if note is not None:
+                self.postfix = printable(note)
+            return super().update(n)
+
+    def print(self, message: str) -> None:
+        """Puts a message on a line of its own, without tearing the bar."""
+        if self._is_live and not self.disable:
+            self.write(printable(message), file=self.fp)
+        else:
+            print(printable(message), file=self._stream, flush=True)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        if self._is_live:
+            return super().display(msg, pos)
+        if msg is None:  # "" would clear the line
+            print(self, file=self._stream, flush=True)
+
+
+def progress(
+    total: float | None,
+    *,
+    unit: str = "",
+    description: str = "",
+    done: float = 0,
+    shown: bool = True,
+    stream: TextIO | None = None,
+) -> Progress:
+    """A display to be used as a context manager.
+
+    Args:
+        total: where it ends; None if that is not known.
+        unit: of `total`; "B" and "tok" are shown as k, M, G.
+        done: by an earlier attempt; it counts as done, not as speed.
+        shown: False shows no progress, only what is printed: for all processes but the first.
+        stream: stderr by default.
+    """
+    return Progress(
+        sys.stderr if stream is None else stream,
+        total=total,
+        unit=unit,
+        unit_scale=unit in ("B", "tok"),
+        desc=description,
+        initial=done,
+        disable=not shown,
+    )
