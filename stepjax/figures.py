@@ -1,8 +1,11 @@
 """Figures for people: numbers of three digits, durations, how sure a proportion is; and foreign text made printable."""
 
+import contextlib
 import logging
 import math
 import re
+import sys
+from collections.abc import Iterator
 
 NORMAL_QUANTILE = 1.959964  # of 97.5 %: two-sided intervals of 95 %
 
@@ -64,14 +67,38 @@ def printable(text: object) -> str:
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
-class _PrintableFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+class _StderrHandler(logging.Handler):
+    """Writes to what is stderr at the time. What others have written is made printable; a progress bar stays whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(printable(self.format(record)), file=sys.stderr, nolock=True)
+
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        is_chatter = record.levelno < logging.WARNING and record.name.startswith(("absl", "jax"))  # absl: Orbax
+        return not is_chatter and super().filter(record)
+
+
+_HANDLER = _StderrHandler()
 
 
 def log_to_stderr(level: int, form: str) -> None:
-    """Sets up logging for a command; what is logged is made printable. JAX and Orbax (absl) only tell of warnings."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter(form))
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith(("absl", "jax")))
-    logging.basicConfig(level=level, handlers=[handler])
+    """Sets up logging for a command; what was set up before is replaced. JAX and Orbax only tell of warnings."""
+    _HANDLER.setFormatter(logging.Formatter(form))
+    logging.getLogger().setLevel(level)
+    logging.getLogger().addHandler(_HANDLER)
+
+
+@contextlib.contextmanager
+def logging_to_stderr(level: int, form: str) -> Iterator[None]:
+    """`log_to_stderr` until the block ends."""
+    root = logging.getLogger()
+    before = root.level
+    log_to_stderr(level, form)
+    try:
+        yield
+    finally:
+        root.removeHandler(_HANDLER)
+        root.setLevel(before)
+        _HANDLER.filters.clear()

@@ -12,10 +12,14 @@ from run_files import RECIPE
 
 import stepjax
 from stepjax import cli
-from stepjax.cli import main
+from stepjax.cli import VERBS, main
+from stepjax.evaluation.command import Eval
+from stepjax.inference.request import Delta, SamplingParams
 from stepjax.training.checkpoint import Checkpointer
 
 pytest_plugins = ("tiny_run",)
+
+READY = [verb for verb in VERBS if cli._summary(verb)]
 
 
 def assert_one_line(capsys, status, *parts, verb):
@@ -32,12 +36,32 @@ def assert_one_line(capsys, status, *parts, verb):
 # Usage ---------------------------------------------------------------------------------------------------------------
 
 
-def test_no_verb_and_help_show_the_usage(capsys):
+def test_help_of_all_verbs_fits_a_screen(capsys):
     assert main([]) == 2
     usage = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == usage
-    assert all(verb in usage for verb in ("pretrain", "eval", "generate"))
+    lines = usage.splitlines()
+    assert len(lines) <= 25 and max(map(len, lines)) <= 100
+    for verb in READY:
+        (line,) = [line for line in lines if line.startswith(f"  {verb:<15}")]
+        assert len(line.split()) > len(verb.split()) + 3, "says what it does"
+
+
+def test_help_of_a_group_lists_its_verbs(capsys):
+    assert main(["pacore"]) == 2
+    usage = capsys.readouterr().out
+    assert main(["pacore", "--help"]) == 0
+    assert capsys.readouterr().out == usage
+    assert usage.startswith("usage: stepjax pacore ...") and all(f"  pacore {v} " in usage for v in ("run", "trace"))
+
+
+def test_every_verb_is_a_dataclass_of_options_that_does_not_import_jax():
+    program = "import sys, dataclasses, importlib; from stepjax.cli import VERBS\n"
+    program += f"for path in {[VERBS[verb] for verb in READY]}:\n    module, name = path.split(':')\n"
+    program += "    assert dataclasses.is_dataclass(getattr(importlib.import_module(module), name))\n"
+    program += "assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_version(capsys):
@@ -45,24 +69,26 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"stepjax {stepjax.__version__}\n"
 
 
-def test_an_unknown_verb_names_those_there_are(capsys):
-    assert main(["pretrian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "stepjax: no verb 'pretrian'; there are pretrain, plan, eval, generate, convert, serve, pacore\n"
-    )
-
-
-def test_pretrain_without_a_recipe(capsys):
-    assert main(["pretrain"]) == 2
-    assert main(["pretrain", "--help"]) == 0
-    assert "stepjax pretrain RECIPE" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["pretrian"], "stepjax: no verb 'pretrian'; did you mean 'pretrain'?\n"),
+        (["pacore", "rum"], "stepjax: no verb 'pacore rum'; did you mean 'pacore run'?\n"),
+        (["dance"], f"stepjax: no verb 'dance'; there are {', '.join(VERBS)}\n"),
+        (["\x1b[2J"], f"stepjax: no verb '\\x1b[2J'; there are {', '.join(VERBS)}\n"),
+    ],
+)
+def test_an_unknown_verb_is_answered_with_the_nearest(arguments, answer, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == answer
 
 
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
+        (["pretrain", "--help"], "--dry-run"),
         (["pretrain", str(RECIPE), "--help"], "--optimizer.weight-decay FLOAT"),
+        (["pretrain", "--help", str(RECIPE)], "stepjax pretrain RECIPE --help"),
         (["eval", "--help"], "--split {None,train,held_out}"),
         (["generate", "--help"], "--prompt STR"),
     ],
@@ -79,15 +105,19 @@ def test_help_of_a_verb_lists_its_options(arguments, field, capsys):
     ("arguments", "answer"),
     [
         (["pretrain", str(RECIPE), "--checkpont.every", "3"], "--checkpoint.every"),
+        (["pretrain", str(RECIPE), "--optimizer.lerning-rate", "3"], "--optimizer.learning-rate-scales"),
+        (["pretrain"], "RECIPE"),
         (["eval", "runs/x", "--exmples", "3"], "--examples"),
         (["eval", "runs/x", "--split", "test"], "held_out"),
         (["generate", "runs/x", "--promt", "hello"], "--prompt"),
         (["generate", "runs/x"], "--prompt"),
+        (["generate", "runs/x", "--prompt", "a", "--max-tokens", "0"], "max_tokens=0: must be at least 1"),
+        (["generate", "runs/x", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0: must be 0 or more"),
         (["eval"], "RUN"),
         (["pretrain", str(RECIPE), "--seed", "99999999999999999999"], "seed=99999999999999999999: must be from 0"),
         (["serve", "m", "--port", "99999"], "--port 99999: must be"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_usage_is_answered_with_what_was_meant(arguments, answer, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -220,7 +250,7 @@ def test_eval_agrees_with_the_evaluation_of_the_run(copy_of_run, finished_run, c
 
 
 def test_generate_answers_text_and_images(copy_of_run, tmp_path, capsys, quick_runs):
-    arguments = ["generate", str(copy_of_run), "--prompt", "What is 1 + 1?", "--max-new-tokens", "4"]
+    arguments = ["generate", str(copy_of_run), "--prompt", "What is 1 + 1?", "--max-tokens", "4"]
     assert main(arguments) == 0
     greedy = capsys.readouterr()
     assert greedy.out.endswith("\n")
@@ -229,6 +259,31 @@ def test_generate_answers_text_and_images(copy_of_run, tmp_path, capsys, quick_r
     for name in ("a.png", "b.png"):
         Image.new("RGB", (30, 15), "white").save(tmp_path / name)
     assert main([*arguments, "--image", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--temperature", "1"]) == 0
+
+
+def test_generate_tells_several_samples_apart_and_what_was_cut_off(copy_of_run, capsys, monkeypatch):
+    class Samples:
+        has_work = True
+
+        def __init__(self, *_):
+            pass
+
+        def submit(self, prompt, params):
+            assert params == SamplingParams(n=2, temperature=0.5, top_p=0.9, seed=3, max_tokens=7)
+
+        def step(self):
+            self.has_work = False
+            return [
+                Delta("a", 1, text="so", finish_reason="length"),
+                Delta("a", 0, text="a c"),
+                Delta("a", 0, text="at", finish_reason="stop"),
+            ]
+
+    monkeypatch.setattr("stepjax.inference.engine.Engine", Samples)
+    options = ["--n", "2", "--temperature", "0.5", "--top-p", "0.9", "--seed", "3", "--max-tokens", "7"]
+    assert main(["generate", str(copy_of_run), "--prompt", "?", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "[1] a cat\n[2] so\n" and "cut off after --max-tokens 7" in captured.err
 
 
 def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_runs):
@@ -245,9 +300,8 @@ def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_
         ("--image", str(missing)): "no such file",
         ("--image", str(text)): "no image in a known format",
         ("--image", str(tmp_path)): "image 0",
-        ("--max-new-tokens", "0"): "--max-new-tokens 0",
-        ("--max-new-tokens", "1000"): "context of 512",
-        ("--temperature", "-1"): "--temperature -1",
+        ("--max-tokens", "1000"): "context of 512",
+        ("--logprobs", "1"): "--logprobs 1: only text is printed",
     }.items():
         assert_one_line(capsys, main([*generate, *arguments]), part, verb="generate")
 
@@ -284,7 +338,7 @@ def test_surprises_end_with_a_status_and_a_line(monkeypatch, capsys, surprise, s
     def fail(_):
         raise surprise
 
-    monkeypatch.setattr(cli, "_eval", fail)
+    monkeypatch.setattr(Eval, "run", fail)
     assert main(["eval", "runs/x"]) == status
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith(line)
@@ -293,8 +347,8 @@ def test_surprises_end_with_a_status_and_a_line(monkeypatch, capsys, surprise, s
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     """As in `stepjax ... | head`."""
-    program = "import sys; sys.argv = ['stepjax', 'plan']; from stepjax import cli; "
-    program += "cli._plan = lambda _: print('x' * 100_000) or 0; sys.exit(cli.main())"
+    program = "import sys; sys.argv = ['stepjax', 'eval', 'x']; from stepjax.evaluation.command import Eval; "
+    program += "from stepjax.cli import main; Eval.run = lambda _: print('x' * 100_000) or 0; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

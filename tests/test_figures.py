@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from stepjax import cli
+from stepjax.cli import main
 from stepjax.errors import RecordError
-from stepjax.figures import log_to_stderr, printable
+from stepjax.evaluation.command import Eval
+from stepjax.figures import logging_to_stderr, printable
 
 
 @pytest.mark.parametrize(
@@ -27,24 +28,21 @@ def test_control_characters_are_shown(text, shown):
 
 
 def test_an_error_that_names_what_others_wrote(monkeypatch, capsys):
-    def verb(arguments):
+    def run(self):
         raise RecordError("problem \x1b[31m")
 
-    monkeypatch.setattr(cli, "_pacore", verb)
-    assert cli.main(["pacore"]) == 1
-    assert capsys.readouterr().err == "stepjax pacore: problem \\x1b[31m\n"
+    monkeypatch.setattr(Eval, "run", run)
+    assert main(["eval", "runs/x"]) == 1
+    assert capsys.readouterr().err == "stepjax eval: problem \\x1b[31m\n"
 
 
-def test_what_is_logged(monkeypatch, capsys):
+def test_what_is_logged(capsys):
     root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", [])
-    level = root.level
-    try:
-        log_to_stderr(logging.WARNING, "%(message)s")
+    before = root.level, list(root.handlers)
+    with logging_to_stderr(logging.WARNING, "%(message)s"):
         logging.getLogger("x").warning("the upstream says %s", "\x1b[2J")
-    finally:
-        root.setLevel(level)
     assert capsys.readouterr().err == "the upstream says \\x1b[2J\n"
+    assert (root.level, list(root.handlers)) == before
 
 
 def test_only_warnings_of_jax_and_orbax_are_told():

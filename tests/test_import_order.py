@@ -81,6 +81,8 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def room_named(parts: Sequence[str]) -> str:
+    if parts[-1].endswith("command"):  # commands stand at the top, whichever room's they are
+        return "cli"
     return "checkpoint" if tuple(parts[:2]) in CHECKPOINT else parts[0]
 
 

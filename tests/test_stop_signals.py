@@ -88,7 +88,8 @@ def assert_stopped(answer, verb, number):
     ids=lambda value: value[0] if isinstance(value, list) else str(value).replace(" ", "-"),
 )
 def test_while_imports_run(press, arguments, moment, number):
-    assert_stopped(press(arguments, moment, number=number, is_fresh=True), arguments[0], number)
+    verb = " ".join(arguments[: 2 if arguments[0] == "pacore" else 1])
+    assert_stopped(press(arguments, moment, number=number, is_fresh=True), verb, number)
 
 
 def assert_a_run_stops(press, out, moments):

@@ -15,7 +15,7 @@ from grain import experimental
 
 from stepjax.config import BatchConfig, DataConfig, DType, ImageConfig
 from stepjax.data.mixture import Skipped, mixture
-from stepjax.data.packing import NEW_STREAM, PackedRow, PackingStream, RowBudget, StreamState
+from stepjax.data.packing import NEW_STREAM, PackedRow, PackingStream, RowBudget, StreamState, stack_rows
 from stepjax.data.records import open_source
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.processing.processor import Processor
@@ -167,13 +167,8 @@ def _shown(file: dict[str, Any]) -> str:
 
 
 def _stack(rows: list[PackedRow]) -> HostBatch:
-    # tokens_T of every row become tokens_BT of the batch: the suffix gains its leading axis.
-    arrays = {}
-    for key in rows[0].arrays:
-        name, _, suffix = key.rpartition("_")
-        arrays[f"{name}_B{suffix}"] = np.stack([row.arrays[key] for row in rows])
     return HostBatch(
-        arrays=arrays,
+        arrays=stack_rows([row.arrays for row in rows]),
         states=tuple(row.state for row in rows),
         skipped=tuple(skipped for row in rows for skipped in row.skipped),
         names=tuple(row.names for row in rows),

@@ -235,3 +235,12 @@ def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
         row["crops_CHWC"][crop : crop + crops] = example.crops
         token, view, crop = token + length, view + views, crop + crops
     return row
+
+
+def stack_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """A batch of packed rows: their arrays tokens_T become tokens_BT, and so on."""
+    batch = {}
+    for key in rows[0]:
+        name, _, axes = key.rpartition("_")
+        batch[f"{name}_B{axes}"] = np.stack([row[key] for row in rows])
+    return batch

@@ -1,20 +1,18 @@
-"""Ask a model held-out questions and score the answers; measure the loss of held-out documents.
-
-Legend: B rows, T tokens, G global views, C crops, F features.
-"""
+"""Ask a model held-out questions and score the answers; measure the loss of held-out documents."""
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from PIL import Image
 
 from stepjax.config import DigitsSource, EvaluationConfig, ImageConfig
 from stepjax.data.mixture import Sample
-from stepjax.data.packing import RowBudget, pack
+from stepjax.data.packing import RowBudget, pack, stack_rows
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation.contact_sheet import Item
@@ -26,8 +24,12 @@ from stepjax.models.step_vl import StepVL
 from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
+from stepjax.progress import progress
 from stepjax.sharding import num_parts
-from stepjax.training.losses import next_tokens, token_scores
+from stepjax.training.losses import token_scores
+from stepjax.training.step import Batch, forward
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,7 @@ class Report:
     items: tuple[Item, ...]  # every question with its answer
 
 
-def evaluate(
-    model: StepVL,
-    processor: Processor,
-    config: EvaluationConfig,
-    *,
-    seed: int,
-    progress: Callable[[str], None] = lambda message: None,
-) -> Report:
+def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, seed: int) -> Report:
     """Greedy answers to the first `config.examples` records of every source; see `score` for what is right.
 
     Records that ask nothing (documents, and conversations that the user ends) count by their loss, as in training.
@@ -55,8 +50,8 @@ def evaluate(
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
     rows, longest = config.batch_size, model.config.decoder.max_positions
-    # One size of batch and no groups: compiling more would take longer than the questions. Room in the cache for a
-    # batch of questions about large images; where they are longer, fewer are answered at a time.
+    # One size of batch and no groups: compiling more would take longer than the questions. The cache has room for a
+    # batch of questions about large images; fewer are answered at a time where they are longer.
     sizes = EngineConfig(
         max_sequences=rows,
         smallest_batch=rows,
@@ -69,30 +64,35 @@ def evaluate(
     engine = Engine(model, processor, sizes)
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
-    for source in config.sources:
-        opened = open_source(source, seed)
-        records = [opened[i] for i in range(min(config.examples, len(opened)))]
-        questions = [record for record in records if is_question(record)]
-        documents = [record for record in records if not is_question(record)]
-        prompts = (
-            processor.process_prompt(record["messages"][:-1], tools=record.get("tools"), name=record["id"])
-            for record in questions
-        )
-        correct = 0
-        for record, (answer,) in zip(questions, engine.generate(prompts, params), strict=True):
-            right = score(record, answer.text)
-            correct += right
-            items.append(Item(record, _first_image(record), answer.text, right))
-        loss = _mean_loss(model, map(processor.process, documents), processor.image_config) if documents else None
-        chance = chance_level(source) if isinstance(source, DigitsSource) else None
-        results.append(TaskResult(source.name, correct, len(questions), chance, loss))
-        told = [f"{correct}/{len(questions)} right"] if questions else []
-        told += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
-        progress(f"evaluated {source.name}: {', '.join(told)}")
+    opened = [open_source(source, seed) for source in config.sources]
+    counts = [min(config.examples, len(records)) for records in opened]
+    with progress(sum(counts), description="evaluating", shown=jax.process_index() == 0) as bar:
+        for source, all_records, count in zip(config.sources, opened, counts, strict=True):
+            records = [all_records[i] for i in range(count)]
+            questions = [record for record in records if is_question(record)]
+            documents = [record for record in records if not is_question(record)]
+            prompts = (
+                processor.process_prompt(record["messages"][:-1], tools=record.get("tools"), name=record["id"])
+                for record in questions
+            )
+            correct = 0
+            for record, (answer,) in zip(questions, engine.generate(prompts, params), strict=True):
+                right = score(record, answer.text)
+                correct += right
+                items.append(Item(record, _first_image(record), answer.text, right))
+                bar.update()
+            loss = None
+            if documents:
+                loss = _mean_loss(model, map(processor.process, documents), processor.image_config, bar.update)
+            chance = chance_level(source) if isinstance(source, DigitsSource) else None
+            results.append(TaskResult(source.name, correct, len(questions), chance, loss))
+            found = [f"{correct}/{len(questions)} right"] if questions else []
+            found += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
+            _log.info("evaluated %s: %s", source.name, ", ".join(found))
     return Report(tuple(results), tuple(items))
 
 
-def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig) -> float:
+def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig, on_done: Callable[[int], Any]) -> float:
     """Cross-entropy of the trained tokens of all examples, in nats a token.
 
     Rows hold an example each and are as long as the next power of two, so that few shapes are compiled.
@@ -103,51 +103,40 @@ def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig) 
     mesh = jax.sharding.get_abstract_mesh()
     rows = 1 if mesh.empty else num_parts("batch", mesh)
     longest, total, weight = model.config.decoder.max_positions, 0.0, 0.0
-    # Rows of a call are of like size where records of a source are; a call more is cheaper than sorting all of them.
+    # Neighbours in a source are of like size; one call more costs less than sorting them all.
     examples = iter(examples)
-    while batch := list(itertools.islice(examples, rows)):
-        for example in batch:
+    while group := list(itertools.islice(examples, rows)):
+        for example in group:
             if len(example.tokens) > longest:
                 raise RecordError(
                     f"record {example.name!r} has {len(example.tokens)} tokens, and the model {longest} positions: "
                     "shorten it, or leave it out"
                 )
-        tokens, views, crops = (
-            max(smallest, 1 << (max(map(size, batch)) - 1).bit_length())
-            for size, smallest in (
-                (lambda example: len(example.tokens), 64),
-                (lambda example: len(example.global_views), 1),
-                (lambda example: len(example.crops), 1),
-            )
-        )
+        tokens = _power_of_two(max(64, *(len(example.tokens) for example in group)))
+        views = _power_of_two(max(1, *(len(example.global_views) for example in group)))
+        crops = _power_of_two(max(1, *(len(example.crops) for example in group)))
         budget = RowBudget(min(tokens, longest), views, crops, images)
-        packed = [pack([Sample(example, 0)], budget) for example in batch]
+        packed = [pack([Sample(example, 0)], budget) for example in group]
         packed += [pack([], budget)] * (rows - len(packed))
-        # The names of a row's arrays end in their axes; those of a batch have B in front of them.
-        arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-        loss, counted = _loss_sum(model, arrays)
-        total, weight = total + float(loss), weight + float(counted)
+        group_loss, group_weight = _loss_sum(model, stack_rows(packed))
+        total, weight = total + float(group_loss), weight + float(group_weight)
+        on_done(len(group))
     return total / weight
 
 
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
 @jax.jit
-def _loss_sum(model: StepVL, row: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def _loss_sum(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the token losses of packed rows, and of the weights."""
-    hidden_BTD = model(
-        tokens_BT=row["tokens_T"],
-        positions_BT=row["positions_T"],
-        segment_ids_BT=row["segment_ids_T"],
-        feature_index_BT=row["feature_index_T"],
-        global_views_BGHWC=row["global_views_GHWC"],
-        crops_BCHWC=row["crops_CHWC"],
-    )
-    targets_BT, weights_BT = next_tokens(row["tokens_T"], row["loss_weights_T"])
-    chunk = model.decoder.numerics.loss_chunk
-    scores = token_scores(hidden_BTD, model.decoder.head(), targets_BT, chunk=chunk)
+    hidden_BTD, targets_BT, weights_BT = forward(model, batch)
+    scores = token_scores(hidden_BTD, model.decoder.head(), targets_BT, chunk=model.decoder.numerics.loss_chunk)
     return -jnp.sum(weights_BT * scores.log_probs_BT), jnp.sum(weights_BT)
 
 
-def _first_image(record: dict):
+def _first_image(record: dict[str, Any]) -> Image.Image | None:
     for message in record["messages"]:
         if isinstance(message["content"], list):
             for item in message["content"]:

@@ -39,12 +39,8 @@ def abstract_state(config: PretrainConfig, optimizer: optax.GradientTransformati
     return jax.eval_shape(partial(new_state, optimizer=optimizer), abstract_model(config.model, config.numerics))
 
 
-def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[jax.Array, Metrics]:
-    """Weighted sum of the token losses of a batch, and sums for the metrics.
-
-    Returns:
-        The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums per group [X].
-    """
+def forward(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states [B, T, D] of packed rows, and of every position its target and its weight [B, T]."""
     hidden_BTD = model(
         tokens_BT=batch["tokens_BT"],
         positions_BT=batch["positions_BT"],
@@ -53,7 +49,16 @@ def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[ja
         global_views_BGHWC=batch["global_views_BGHWC"],
         crops_BCHWC=batch["crops_BCHWC"],
     )
-    targets_BT, weights_BT = next_tokens(batch["tokens_BT"], batch["loss_weights_BT"])
+    return hidden_BTD, *next_tokens(batch["tokens_BT"], batch["loss_weights_BT"])
+
+
+def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[jax.Array, Metrics]:
+    """Weighted sum of the token losses of a batch, and sums for the metrics.
+
+    Returns:
+        The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums per group [X].
+    """
+    hidden_BTD, targets_BT, weights_BT = forward(model, batch)
     with jax.named_scope("loss"):
         total, scores = cross_entropy_sum(
             hidden_BTD,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import jax
@@ -29,9 +30,9 @@ def model_and_processor(finished_run):
     return model, processor
 
 
-def test_the_report_holds_every_question_and_counts_the_right_ones(model_and_processor, quick_runs):
-    messages = []
-    report = evaluate(*model_and_processor, tiny.evaluation, seed=0, progress=messages.append)
+def test_the_report_holds_every_question_and_counts_the_right_ones(model_and_processor, quick_runs, caplog):
+    caplog.set_level(logging.INFO, "stepjax")
+    report = evaluate(*model_and_processor, tiny.evaluation, seed=0)
     assert [result.name for result in report.results] == ["transcribe", "arithmetic"]
     assert len(report.items) == 8
     for i, (source, result) in enumerate(zip(tiny.evaluation.sources, report.results, strict=True)):
@@ -41,7 +42,7 @@ def test_the_report_holds_every_question_and_counts_the_right_ones(model_and_pro
         assert all((item.image is None) == (source.task == "arithmetic") for item in items)
         assert (result.correct, result.total) == (sum(item.correct for item in items), 4)
         assert result.chance == chance_level(source)
-        assert messages[i] == f"evaluated {source.name}: {result.correct}/4 right"
+        assert caplog.messages[i] == f"evaluated {source.name}: {result.correct}/4 right"
 
 
 def test_batches_do_not_change_the_answers(model_and_processor, quick_runs):
@@ -111,12 +112,12 @@ def _turns(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def test_any_source_can_be_evaluated(model_and_processor, own_data, quick_runs):
+def test_any_source_can_be_evaluated(model_and_processor, own_data, quick_runs, caplog):
     model, processor = model_and_processor
     source = JsonlSource(name="own", weight=1.0, path=str(own_data))
-    said = []
+    caplog.set_level(logging.INFO, "stepjax")
     config = dataclasses.replace(tiny.evaluation, sources=(source,))
-    report = evaluate(model, processor, config, seed=0, progress=said.append)
+    report = evaluate(model, processor, config, seed=0)
     (result,) = report.results
     assert (result.total, result.chance, len(report.items)) == (2, None, 2)
     assert [item.image is None for item in report.items] == [False, True]
@@ -137,7 +138,7 @@ def test_any_source_can_be_evaluated(model_and_processor, own_data, quick_runs):
         total -= float(np.sum(chosen * example.loss_weights[1:]))
         weight += example.loss_weights.sum()
     assert result.loss == pytest.approx(total / weight, rel=1e-5)
-    assert said == [f"evaluated own: {result.correct}/2 right, loss {result.loss:.4f} on 2 documents"]
+    assert caplog.messages == [f"evaluated own: {result.correct}/2 right, loss {result.loss:.4f} on 2 documents"]
 
 
 def test_a_document_longer_than_the_model_is_named(model_and_processor, tmp_path):

@@ -220,13 +220,13 @@ def test_every_method_runs(problems, tmp_path, options, label):
 def test_mistakes_are_one_line(problems, tmp_path, capsys, options, part):
     assert main(["pacore", "run", str(problems), "--out", str(tmp_path / "out"), *options]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("stepjax pacore: ") and part in lines[-1]
-    assert sum("stepjax pacore: " in line for line in lines) == 1
+    assert lines[-1].startswith("stepjax pacore run: ") and part in lines[-1]
+    assert sum("stepjax pacore run: " in line for line in lines) == 1
 
 
 def test_usage(capsys):
     assert main(["pacore"]) == 2 and main(["pacore", "--help"]) == 0 and main(["pacore", "rum"]) == 2
-    assert "no verb 'rum'; there are run, serve, trace" in capsys.readouterr().err
+    assert "no verb 'pacore rum'; did you mean 'pacore run'?" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["pacore", "run"])
     assert stop.value.code == 2

@@ -1,0 +1,74 @@
+"""`stepjax eval`, and the report that training ends with."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from stepjax.config import DigitsSource, JsonlSource, PretrainConfig, Split
+from stepjax.errors import ConfigError
+from stepjax.figures import printable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a run's last checkpoint on held-out questions and documents.
+
+    Leaves the figures in evaluation.json and a picture of answers in contact_sheet.png, in the run's directory.
+    """
+
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # a run's directory, or its URL
+    data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, in place of the recipe's sources
+    examples: int | None = None  # records per source; None: as many as the recipe says
+    split: Split | None = None  # of digits sources; None: the recipe's
+
+    def run(self) -> int:
+        """
+        Raises:
+            StepjaxError: the run or the data cannot be used, or an option does not suit them.
+        """
+        if self.examples is not None and self.examples < 1:
+            raise ConfigError(f"--examples {self.examples}: must be at least 1")
+        from stepjax.interop.load import load_run
+
+        model, processor, config = load_run(self.directory)
+        evaluation = config.evaluation
+        sources = evaluation.sources
+        if self.data:
+            sources = tuple(JsonlSource(name=Path(path).stem, weight=1.0, path=path) for path in self.data)
+        if self.split is not None:
+            other = [source.name for source in sources if not isinstance(source, DigitsSource)]
+            if other:
+                raise ConfigError(f"--split {self.split}: {', '.join(other)} has no splits; leave it out")
+            sources = tuple(dataclasses.replace(source, split=self.split) for source in sources)
+        evaluation = dataclasses.replace(evaluation, sources=sources, examples=self.examples or evaluation.examples)
+        config = dataclasses.replace(config, evaluation=evaluation)
+        out = Path("runs") / config.name if "://" in self.directory else Path(self.directory)
+        report(model, processor, config, out, ", ".join(self.data) or f"{self.split or 'held_out'} data")
+        return 0
+
+
+def report(model, processor, config: PretrainConfig, directory: Path, title: str) -> None:
+    """Evaluate, print the table, and leave it and the contact sheet in the directory."""
+    import jax
+
+    from stepjax.evaluation.contact_sheet import contact_sheet, pick_items
+    from stepjax.evaluation.evaluate import evaluate
+    from stepjax.evaluation.scoring import summary_table
+
+    evaluated = evaluate(model, processor, config.evaluation, seed=config.seed)
+    if jax.process_index() > 0:  # every process holds a part of the model, so all evaluate; the first reports
+        return
+    print(f"\n{config.name}, {title}\n{printable(summary_table(evaluated.results))}\n")
+    picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
+    if evaluated.items:
+        heading = f"{config.name}, {title}: questions and the model's answers"
+        contact_sheet(pick_items(evaluated.items, 20), picture, title=heading)
+    rows = [
+        dataclasses.asdict(result) | {"accuracy": result.accuracy if result.total else None}  # JSON has no NaN
+        for result in evaluated.results
+    ]
+    table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
+    print(f"answers shown in {picture}, figures in {table}" if evaluated.items else f"figures in {table}")

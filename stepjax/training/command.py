@@ -1,0 +1,59 @@
+"""`stepjax pretrain`."""
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from stepjax.config import PretrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Train a model from a recipe; rerun the same command to resume.
+
+    Ctrl-C and SIGTERM checkpoint before exiting. At the end the model answers the recipe's held-out questions.
+    `stepjax pretrain RECIPE --help` lists every field of the recipe with its value there: each is an option.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # a file, configs/digits/pretrain.py
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False  # print the configuration, parameters, FLOPs and memory; train nothing
+
+    def run(self) -> int:
+        """Returns 0 when the schedule has ended; 130 or 143 after a signal, with the last step saved.
+
+        Raises:
+            StepjaxError: the recipe, the data or a checkpoint cannot be used, or training diverged.
+        """
+        from stepjax.config_file import differences, load_recipe
+
+        config, preset = self.config, load_recipe(self.recipe)
+        if self.dry_run:
+            from stepjax.training.dry_run import describe
+
+            print(describe(config, preset))
+            return 0
+        from stepjax.distributed import initialize, must_supervise, supervise
+
+        if must_supervise():
+            return supervise(sys.argv[1:])
+        initialize()
+        for line in differences(config, preset):
+            print(f"override  {line}")
+
+        from stepjax.evaluation.command import report
+        from stepjax.training.loop import pretrain
+        from stepjax.training.run_directory import local_directory
+
+        def on_evaluation(model, processor, step):
+            report(model, processor, config, local_directory(config), f"step {step}")
+
+        has_questions = bool(config.evaluation.sources)
+        outcome = pretrain(config, on_evaluation=on_evaluation if has_questions else None)
+        if outcome.stopped_by is not None:
+            return {"SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
+        if has_questions:
+            on_evaluation(outcome.model, outcome.processor, outcome.step)
+        return 0
