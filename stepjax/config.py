@@ -1,26 +1,23 @@
 """The typed configuration: frozen dataclasses, built by the Python files in `configs/`.
 
-Read a recipe and you know the run: nothing is looked up elsewhere. Every field can be overridden on the command line
-by its dotted path (`--optimizer.weight-decay 0.1`); a value that cannot work is refused at construction, by name.
+Read a recipe and you know the run. Every field is an option of the command line (`--optimizer.weight-decay 0.1`); a
+value that cannot work is refused at construction, by name.
 
-Sizes of the public checkpoint are the defaults of the model and image classes. Fields that the technical report leaves
-open carry "unconfirmed" in their comment and hold the likeliest value.
+The defaults of the model and image classes are the public checkpoint's. Fields that the technical report leaves open
+are marked "Unconfirmed" and hold the likeliest value.
 """
 
 import dataclasses
 import math
 from typing import Literal
 
-from stepjax.checks import require, require_positive
+from stepjax.errors import ConfigError, require, require_not_negative, require_positive
 
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "dots", "attention", "qkv"]
 AttentionImplementation = Literal["auto", "xla", "tpu", "gpu"]
 Activation = Literal["quick_gelu", "gelu"]
 Resize = Literal["bilinear", "bicubic"]
-
-
-# Model ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +37,9 @@ class VisionConfig:
 
     def __post_init__(self):
         require_positive("vision", self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "position_grid")
-        require(self.width % self.num_heads == 0, "vision.num_heads", self.num_heads, f"must divide width {self.width}")
-        require(
-            self.head_dim % 4 == 0,
-            "vision.num_heads",
-            self.num_heads,
-            "width / num_heads must be a multiple of 4 (2-D rotary)",
-        )
+        require("vision", self, num_heads=(self.width % self.num_heads == 0, f"must divide width {self.width}"))
+        has_pairs = self.head_dim % 4 == 0
+        require("vision", self, num_heads=(has_pairs, "width / num_heads must be a multiple of 4 (2-D rotary)"))
 
     @property
     def head_dim(self) -> int:
@@ -69,24 +62,19 @@ class DecoderConfig:
     qk_norm: bool = True
     tie_embeddings: bool = False
     max_positions: int = 65_536
-    # YaRN (arXiv 2309.00071) stretches rotary positions beyond those that were trained. PaCoRe serves 131,072 positions
-    # with factor 2 and leaves the attention's temperature alone; the paper's would be 0.1 ln(factor) + 1.
+    # YaRN (arXiv 2309.00071) stretches rotary positions. PaCoRe serves 131,072 positions with factor 2 and attention
+    # factor 1; the paper's would be 0.1 ln(factor) + 1.
     yarn_factor: float = 1.0  # 1: off
     yarn_trained_positions: int = 65_536
     yarn_attention_factor: float = 1.0  # of cosines and sines, and so squared of the scores
 
     def __post_init__(self):
-        require(self.yarn_factor >= 1, "decoder.yarn_factor", self.yarn_factor, "must be at least 1 (off)")
-        require_positive("decoder", self, "yarn_trained_positions", "yarn_attention_factor")
-        require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
-        require_positive("decoder", self, "head_dim", "mlp_dim", "max_positions")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "decoder.num_kv_heads",
-            self.num_kv_heads,
-            f"must divide num_heads {self.num_heads}",
-        )
-        require(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "must be even (rotary pairs)")
+        require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        require_positive("decoder", self, "mlp_dim", "max_positions", "yarn_trained_positions", "yarn_attention_factor")
+        is_divisor = self.num_heads % self.num_kv_heads == 0
+        require("decoder", self, num_kv_heads=(is_divisor, f"must divide num_heads {self.num_heads}"))
+        require("decoder", self, head_dim=(self.head_dim % 2 == 0, "must be even (rotary pairs)"))
+        require("decoder", self, yarn_factor=(self.yarn_factor >= 1, "must be at least 1 (off)"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +106,6 @@ class NumericsConfig:
         return self.remat if self.encoder_remat is None else self.encoder_remat
 
 
-# Images and tokens ---------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """The multi-crop views. Lengths are pixels; the defaults are the public checkpoint's."""
@@ -140,14 +125,9 @@ class ImageConfig:
 
     def __post_init__(self):
         require_positive("images", self, "global_size", "crop_size", "patch_size", "max_side")
+        remedy = f"must be a multiple of patch_size {self.patch_size}"
         for name in ("global_size", "crop_size"):
-            size = getattr(self, name)
-            require(
-                size % self.patch_size == 0,
-                f"images.{name}",
-                size,
-                f"must be a multiple of patch_size {self.patch_size}",
-            )
+            require("images", self, **{name: (getattr(self, name) % self.patch_size == 0, remedy)})
 
     @property
     def global_grid(self) -> int:
@@ -161,12 +141,12 @@ class ImageConfig:
 
     @property
     def global_tokens(self) -> int:
-        """Features of one global view after the two stride-2 convolutions (169 at 728 pixels)."""
+        """Features of a global view after the two stride-2 convolutions (169 at 728 pixels)."""
         return down_sampled(self.global_grid) ** 2
 
     @property
     def crop_tokens(self) -> int:
-        """Features of one crop after the two stride-2 convolutions (81 at 504 pixels)."""
+        """The same of a crop (81 at 504 pixels)."""
         return down_sampled(self.crop_grid) ** 2
 
 
@@ -182,8 +162,6 @@ class TokenizerConfig:
     path: str = "demo"  # a `tokenizer.json`, a directory that holds one, or "demo" for the small one that is shipped
     generation_starts_thinking: bool = True  # the generation prompt ends with "<think>\n". Unconfirmed for the 10B.
 
-
-# Data ----------------------------------------------------------------------------------------------------------------
 
 DigitsTask = Literal["transcribe", "count", "add", "point", "arithmetic"]
 Split = Literal["train", "held_out"]
@@ -233,11 +211,12 @@ class DataConfig:
 
     def __post_init__(self):
         require_positive("data", self, "open_rows", "prefetch")
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
+        require_not_negative("data", self, "num_workers")
         names = [source.name for source in self.sources]
-        require(len(set(names)) == len(names), "data.sources", names, "give every source a name of its own")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"data.sources={names}: give every source a name of its own")
         for source in self.sources:
-            require(source.weight > 0, f"data.sources.{source.name}.weight", source.weight, "must be positive")
+            require_positive(f"data.sources.{source.name}", source, "weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,25 +232,15 @@ class BatchConfig:
 
     def __post_init__(self):
         require_positive("batch", self, "rows", "tokens", "accumulation")
-        for name in ("global_views", "crops"):
-            require(getattr(self, name) >= 0, f"batch.{name}", getattr(self, name), "must not be negative")
-        require(
-            self.example_tokens is None or 0 < self.example_tokens <= self.tokens,
-            "batch.example_tokens",
-            self.example_tokens,
-            f"must be from 1 to batch.tokens={self.tokens}",
-        )
-        require(
-            self.rows % self.accumulation == 0, "batch.accumulation", self.accumulation, f"must divide rows {self.rows}"
-        )
+        require_not_negative("batch", self, "global_views", "crops")
+        fits = self.example_tokens is None or 0 < self.example_tokens <= self.tokens
+        require("batch", self, example_tokens=(fits, f"must be from 1 to batch.tokens={self.tokens}"))
+        require("batch", self, accumulation=(self.rows % self.accumulation == 0, f"must divide rows {self.rows}"))
 
     @property
     def attention_pairs(self) -> float:
         """(query, key) pairs of causal attention in a row that full-length examples fill."""
         return self.tokens * ((self.example_tokens or self.tokens) + 1) / 2
-
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,18 +259,12 @@ class ScheduleConfig:
     decay: Literal["cosine", "linear"] = "cosine"  # shape within a phase. Unconfirmed.
 
     def __post_init__(self):
-        require(bool(self.phases), "schedule.phases", self.phases, "needs at least one phase")
+        require("schedule", self, phases=(bool(self.phases), "needs at least one phase"))
         for i, phase in enumerate(self.phases):
             require_positive(f"schedule.phases.{i}", phase, "tokens")
-            for name in ("start", "end"):
-                rate = getattr(phase, name)
-                require(rate >= 0, f"schedule.phases.{i}.{name}", rate, "a learning rate must not be negative")
-        require(
-            self.warmup_tokens <= self.phases[0].tokens,
-            "schedule.warmup_tokens",
-            self.warmup_tokens,
-            "must end within the first phase",
-        )
+            require_not_negative(f"schedule.phases.{i}", phase, "start", "end")
+        ends_in_time = self.warmup_tokens <= self.phases[0].tokens
+        require("schedule", self, warmup_tokens=(ends_in_time, "must end within the first phase"))
 
     @property
     def total_tokens(self) -> float:
@@ -328,11 +291,9 @@ class InitConfig:
     """Where a new run takes its parameters from; a part without a source starts from random values.
 
     A source is a Hugging Face directory (STEP3-VL, or a Qwen3 or Llama text model for the decoder), a Perception
-    Encoder in timm's safetensors layout (its directory, or the file), a converted checkpoint, or a run, whose last
-    checkpoint is taken. A run may be a URL ("gs://..."). See stepjax.interop.init_from.
-
-    The position table is resized to model.vision.position_grid. How the report resized it is unconfirmed; the default
-    is what the model itself does to its table for crops: bilinear, half-pixel centres, no antialiasing.
+    Encoder in timm's safetensors layout, a converted checkpoint, or a run ("gs://..." too), whose last checkpoint
+    counts. The position table is resized to model.vision.position_grid, by default as the model itself resizes it for
+    crops: bilinear, half-pixel centres, no antialiasing.
     """
 
     path: str | None = None  # of every part that names no source of its own
@@ -344,8 +305,9 @@ class InitConfig:
     new_embedding_rows: bool = False  # ids beyond the source's vocabulary may start from random embeddings
 
     def __post_init__(self):
-        for name, source in {"path": self.path, **self.sources}.items():
-            require(source != "", f"init_from.{name}", source, "name a source, or None to start from random values")
+        for name in ("path", "vision", "projector", "decoder"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"init_from.{name}='': name a source, or None to start from random values")
 
     @property
     def sources(self) -> dict[str, str | None]:
@@ -372,17 +334,16 @@ class MeshConfig:
     def shape(self, num_devices: int) -> tuple[int, int, int, int, int]:
         """Sizes of (slice, data, fsdp, context, tensor) for `num_devices` devices."""
         sizes = [self.slice, self.data, self.fsdp, self.context, self.tensor]
-        require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1")
-        require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
+        if not all(size == -1 or size > 0 for size in sizes):
+            raise ConfigError(f"mesh={sizes}: an axis is positive, or -1")
+        if sizes.count(-1) > 1:
+            raise ConfigError(f"mesh={sizes}: at most one axis may be -1")
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and num_devices % known == 0:
             sizes[sizes.index(-1)] = num_devices // known
-        require(
-            math.prod(sizes) == num_devices,
-            "mesh",
-            sizes,
-            f"the axes (slice, data, fsdp, context, tensor) must multiply to the {num_devices} devices present",
-        )
+        if math.prod(sizes) != num_devices:
+            axes = "the axes (slice, data, fsdp, context, tensor)"
+            raise ConfigError(f"mesh={sizes}: {axes} must multiply to the {num_devices} devices present")
         slices, data, fsdp, context, tensor = sizes
         return slices, data, fsdp, context, tensor
 
@@ -390,12 +351,9 @@ class MeshConfig:
 # Start here: `mesh=MESHES["fsdp"]` in a recipe, `--mesh.tensor 4` and the like on the command line.
 MESHES = {
     "fsdp": MeshConfig(),
-    # For small batches a device, or layers too large to gather: matrices are cut four ways on top.
-    "fsdp_tensor": MeshConfig(tensor=4),
-    # For rows too long for one device, such as 128k tokens.
-    "context": MeshConfig(context=8),
-    # Two slices: only gradients cross the data-centre network.
-    "multislice": MeshConfig(slice=2),
+    "fsdp_tensor": MeshConfig(tensor=4),  # for small batches a device, or layers too large to gather
+    "context": MeshConfig(context=8),  # for rows too long for one device, such as 128k tokens
+    "multislice": MeshConfig(slice=2),  # only gradients cross the data-centre network
 }
 
 
@@ -410,7 +368,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeartbeatConfig:
-    """When several processes take one of their number for lost; in seconds."""
+    """When several processes take one of their number for lost. All in seconds."""
 
     every: float = 5.0
     lost_after: float = 60.0  # without a sign of life
@@ -419,7 +377,7 @@ class HeartbeatConfig:
 
     def __post_init__(self):
         require_positive("heartbeat", self, "every", "lost_after", "warn_after", "give_up_after")
-        require(self.lost_after > self.every, "heartbeat.lost_after", self.lost_after, "must exceed heartbeat.every")
+        require("heartbeat", self, lost_after=(self.lost_after > self.every, "must exceed heartbeat.every"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -431,9 +389,8 @@ class LoggingConfig:
 
     def __post_init__(self):
         require_positive("logging", self, "every")
-        if self.profile is not None:
-            first, last = self.profile
-            require(1 <= first <= last, "logging.profile", self.profile, "name a first step from 1, and a last one")
+        first, last = self.profile or (1, 1)
+        require("logging", self, profile=(1 <= first <= last, "name a first step from 1, and a last one"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -448,7 +405,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         require_positive("evaluation", self, "examples", "max_new_tokens", "batch_size")
-        require(self.every is None or self.every > 0, "evaluation.every", self.every, "must be positive, or None")
+        require("evaluation", self, every=(self.every is None or self.every > 0, "must be positive, or None"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -475,23 +432,14 @@ class PretrainConfig:
     out: str = "runs"  # the run lives in OUT/NAME
 
     def __post_init__(self):
-        require(bool(self.name), "name", self.name, "must not be empty: the run lives in OUT/NAME")
-        require(
-            0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295: random keys take 32 bits of it"
-        )
+        require("", self, name=(bool(self.name), "must not be empty: the run lives in OUT/NAME"))
+        require("", self, seed=(0 <= self.seed < 2**32, "must be from 0 to 4294967295: keys take 32 bits of it"))
         vision, images = self.model.vision, self.images
-        require(
-            vision.patch_size == images.patch_size,
-            "images.patch_size",
-            images.patch_size,
-            f"must equal vision.patch_size {vision.patch_size}",
-        )
-        require(
-            vision.position_grid == images.global_grid,
-            "model.vision.position_grid",
-            vision.position_grid,
-            f"must equal the {images.global_grid} patches along a global view",
-        )
+        is_same, remedy = vision.patch_size == images.patch_size, f"must equal vision.patch_size {vision.patch_size}"
+        require("images", images, patch_size=(is_same, remedy))
+        covers = vision.position_grid == images.global_grid
+        remedy = f"must equal the {images.global_grid} patches along a global view"
+        require("model.vision", vision, position_grid=(covers, remedy))
 
     @property
     def tokens_per_step(self) -> int:

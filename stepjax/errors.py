@@ -1,7 +1,7 @@
 """User errors. Each names the offending thing and its value, and says what to change.
 
 All are `ValueError`s, so that callers may catch either; the command line prints the message without a traceback.
-Broken invariants of our own code are plain `assert`s instead.
+Broken invariants of our own code are plain `assert`s instead. At the end: the checks that all configurations share.
 """
 
 
@@ -59,3 +59,25 @@ class ContextLengthError(RequestError):
 
 class BusyError(RequestError):
     """Too many requests are waiting; the same one may succeed later."""
+
+
+def require(section: str, config: object, **checks: tuple[bool, str]) -> None:
+    """Raises ConfigError for the first field whose check fails.
+
+    Args:
+        section: of the configuration, for the name of the field; "" at the top.
+        checks: whether a field is as it must be, and what to change otherwise.
+    """
+    for name, (is_met, remedy) in checks.items():
+        if not is_met:
+            raise ConfigError(f"{section and section + '.'}{name}={getattr(config, name)!r}: {remedy}")
+
+
+def require_positive(section: str, config: object, *names: str) -> None:
+    """Raises ConfigError for the first field that is not positive, NaN among them."""
+    require(section, config, **{name: (getattr(config, name) > 0, "must be positive") for name in names})
+
+
+def require_not_negative(section: str, config: object, *names: str) -> None:
+    """Raises ConfigError for the first field that is negative or NaN."""
+    require(section, config, **{name: (getattr(config, name) >= 0, "must not be negative") for name in names})

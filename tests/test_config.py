@@ -59,7 +59,7 @@ REFUSED = {
     "schedule.phases.1.tokens=0: must be positive": lambda: ScheduleConfig(
         phases=(PHASE, dataclasses.replace(PHASE, tokens=0))
     ),
-    "schedule.phases.0.end=-1e-05: a learning rate must not be negative": lambda: ScheduleConfig(
+    "schedule.phases.0.end=-1e-05: must not be negative": lambda: ScheduleConfig(
         phases=(dataclasses.replace(PHASE, end=-1e-5),)
     ),
     "schedule.warmup_tokens=101: must end within the first phase": lambda: ScheduleConfig(

@@ -21,8 +21,7 @@ ALLOWED = {
     "progress": {"figures"},
     "stop_signals": set(),
     "directory_lock": {"errors"},
-    "checks": {"errors"},
-    "config": {"errors", "checks"},
+    "config": {"errors"},
     "config_file": {"errors", "config"},
     "sharding": {"errors", "config"},
     "chips": {"pallas_kernels"},
@@ -36,7 +35,7 @@ ALLOWED = {
         *("errors", "figures", "config", "config_file", "sharding", "models", "processing", "checkpoint", "inference"),
         "progress",
     },
-    "inference": {"errors", "checks", "config", "sharding", "models", "processing", "pallas_kernels"},
+    "inference": {"errors", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "figures", "chips", "config", "config_file", "sharding", "distributed", "models", "data"),
         *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock", "progress"),
@@ -51,8 +50,8 @@ ALLOWED = {
     },
     "rollouts": {"errors", "processing", "inference", "interop"},
     "pacore": {
-        *("rollouts", "errors", "figures", "directory_lock", "config", "sharding", "processing", "inference", "interop"),
-        "progress",
+        *("rollouts", "errors", "figures", "directory_lock", "config", "sharding", "processing", "inference"),
+        *("interop", "progress"),
     },
     "serving": {"rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all

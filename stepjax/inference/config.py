@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from stepjax.checks import require, require_positive
+from stepjax.errors import require, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,10 @@ class EngineConfig:
 
     def __post_init__(self):
         require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_problems")
-        require(
-            0 < self.smallest_batch <= self.max_sequences,
-            "engine.smallest_batch",
-            self.smallest_batch,
-            f"must be from 1 to max_sequences {self.max_sequences}",
-        )
+        remedy = f"must be from 1 to max_sequences {self.max_sequences}"
+        require("engine", self, smallest_batch=(0 < self.smallest_batch <= self.max_sequences, remedy))
         require_positive("engine", self, "view_batch", "feature_cache_tokens", "max_waiting")
         for name in ("max_context", "cache_tokens"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"engine.{name}", value, "must be positive")
-        require(self.page_size in (16, 32, 64, 128, 256), "engine.page_size", self.page_size, "16, 32, 64, 128 or 256")
+            if getattr(self, name) is not None:
+                require_positive("engine", self, name)
+        require("engine", self, page_size=(self.page_size in (16, 32, 64, 128, 256), "16, 32, 64, 128 or 256"))
