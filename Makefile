@@ -1,16 +1,16 @@
-# Two commands do everything, set-up included: `make pretrain` and `make test`.
+# Two commands do everything, setup included: `make pretrain` and `make test`.
 
 PYTHON ?= python3
 RECIPE ?= configs/digits/pretrain.py
-# Test processes: each takes a core and up to 5 GB.
+# Parallel test processes; each uses a core and up to 5 GB.
 JOBS ?= 2
-# The newest interpreter that runs: pyenv's shims exist for versions that are not active, so each is tried.
+# The newest interpreter that runs. pyenv has shims for inactive versions, too, so try each.
 NEWEST_PYTHON = for p in python3.13 python3.12 $$HOME/.pyenv/versions/3.13*/bin/python3.13 \
 	$$HOME/.pyenv/versions/3.12*/bin/python3.12; do if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done
 
 .PHONY: pretrain test slow parity lint compat clean
 
-# Huge pages for XLA's buffers, which the CPU backend allocates anew at every step: far fewer page faults.
+# XLA's CPU backend allocates its buffers anew at every step; huge pages save most of the page faults.
 pretrain: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 pretrain: .venv/installed  ## train the demo model, evaluate it and draw the picture
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
@@ -19,7 +19,7 @@ test: .venv-test/installed  ## the test suite, in its own environment, without t
 	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		-m "not slow" $(ARGS)
 
-slow: .venv-test/installed  ## what `make test` leaves out: every shape of the kernels, on every chip (half an hour)
+slow: .venv-test/installed  ## what `make test` leaves out: every kernel shape on every chip (half an hour)
 	.venv-test/bin/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 parity: .venv-parity/installed  ## live comparison with PyTorch and Transformers
@@ -40,7 +40,7 @@ compat:  ## a fast subset on the newest JAX, which needs Python 3.12 or 3.13
 COMPAT_TESTS = tests/models/test_qwen3.py tests/models/test_paged_cache.py tests/models/test_attention.py \
 	tests/models/test_step_vl.py tests/inference/test_async_engine.py tests/training/test_step.py
 
-# An environment is made again when the project's requirements change.
+# Rebuild an environment when the project's requirements change.
 .venv/installed: EXTRAS = cpu
 .venv-test/installed: EXTRAS = cpu,test
 .venv-parity/installed: EXTRAS = cpu,parity
