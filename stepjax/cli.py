@@ -193,7 +193,6 @@ class _OldVerb:
 def _load(module: str, name: str, verb: str) -> Any:
     old = {
         "convert verify": "stepjax.interop.command",
-        "pacore run": "stepjax.pacore.run_command",
         "pacore serve": "stepjax.serving.pacore_command",
         "pacore trace": "stepjax.pacore.trace_command",
     }.get(verb, module)

@@ -80,8 +80,8 @@ def assert_stopped(answer, verb, number):
         (["convert", "none", "out"], "import stepjax.interop.convert", TERM),
         (["serve", "none"], "import tyro", INT),
         (
-            ["pacore", "run", "none.jsonl", "--upstream", "http://127.0.0.1:9", "--out", "o"],
-            "import stepjax.pacore.runner",
+            ["pacore", "run", "none.jsonl", "--upstream.url", "http://127.0.0.1:9", "--out", "o"],
+            "import stepjax.pacore.batch",
             INT,
         ),
     ],

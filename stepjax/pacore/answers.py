@@ -19,7 +19,7 @@ from stepjax.pacore.same_answer import normalised, same
 Matching = Literal["exact", "math"]
 T = TypeVar("T")
 
-_log = logging.getLogger("stepjax.pacore")
+_log = logging.getLogger(__name__)
 _MOST_SEARCHED = 100_000
 _MOST_UNKNOWN = 4  # comparisons that came to nothing, after which a count of votes asks for no more
 

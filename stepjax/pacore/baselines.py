@@ -1,8 +1,8 @@
 """Other ways to spend test-time compute, over the same calls: for the same seed, the same records and the same costs.
 
-A trajectory's seed derives from (seed, problem, sample, round, index, try) and from nothing else. So all methods that
-ask the problem itself draw the same trajectories: those of majority@4 are the first four of majority@16, and the first
-round of PaCoRe with [16] is that of majority@16.
+A trajectory's seed derives from (seed, problem, sample, round, index, attempt) alone. So all methods that ask the
+problem itself draw the same trajectories: those of majority@4 are the first four of majority@16, and the first round of
+PaCoRe with [16] is that of majority@16.
 
 - single: one call.
 - majority: the answer that most of `width` trajectories agree on (self-consistency, arXiv 2203.11171).
@@ -15,17 +15,17 @@ round of PaCoRe with [16] is that of majority@16.
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from stepjax.errors import ConfigError
-from stepjax.pacore.answers import in_thread, is_right, plurality
+from stepjax.pacore.answers import in_thread, is_right
+from stepjax.pacore.compaction import answers
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.coordinator import Coordinator, outcome
-from stepjax.pacore.events import Notify, ignore
-from stepjax.pacore.messages import answers
-from stepjax.pacore.records import Message, Outcome, Problem, Trajectory
-from stepjax.pacore.rounds import ProblemRun, trajectory_of
+from stepjax.pacore.coordinator import Coordinator
+from stepjax.pacore.records import Outcome, Problem, Trajectory
 
 MethodName = Literal["pacore", "single", "majority", "best-of-n", "sequential", "rsa"]
 ScorerName = Literal["mean-logprob", "shortest", "longest", "ground-truth"]
@@ -35,20 +35,16 @@ Scorer = Callable[[Problem, Trajectory], float]  # the trajectory with the highe
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """
-    Attributes:
-        width: trajectories, rounds (sequential) or members of the population (rsa).
-        scorer: for best-of-n; "shortest" and "longest" count all tokens, those of the thought too.
-        references, loops: for rsa, K and T of its paper.
-
     Raises:
         ConfigError: a value is out of range.
     """
 
-    name: MethodName = "pacore"
-    width: int = 16
-    scorer: ScorerName | Scorer = "mean-logprob"
-    references: int = 4
-    loops: int = 10
+    name: Annotated[MethodName, tyro.conf.arg(name="method")] = "pacore"
+    width: int = 16  # majority, best-of-n: trajectories; sequential: rounds; rsa: population
+    # best-of-n. shortest and longest count all tokens, reasoning included; ground-truth is an oracle: pass@n.
+    scorer: Annotated[ScorerName | Scorer, tyro.conf.arg(constructor=ScorerName)] = "mean-logprob"
+    references: int = 4  # rsa: how many members of the population a new one sees (K)
+    loops: int = 10  # rsa: populations, the first included (T)
 
     def __post_init__(self):
         for field in ("width", "references", "loops"):
@@ -80,7 +76,7 @@ class Method:
 
     @property
     def widest(self) -> int | None:
-        """Calls of one problem at a time; None where the schedule says it."""
+        """Calls of one problem at a time; None if the schedule says it."""
         return {"pacore": None, "single": 1, "sequential": 1}.get(self.name, self.width)
 
     def settings(self) -> dict[str, object]:
@@ -94,77 +90,50 @@ class Method:
         return {"name": self.name, **named}
 
 
-async def answer(
-    coordinator: Coordinator,
-    problem: Problem,
-    method: Method,
-    *,
-    sample: int = 0,
-    done: Iterable[Trajectory] = (),
-    notify: Notify = ignore,
-) -> Outcome:
-    """Solves a problem by a method; see `Coordinator.solve`.
+async def answer(coordinator: Coordinator, problem: Problem, method: Method, **options: Any) -> Outcome:
+    """Solves a problem by a method; for the options see `ProblemRun`.
 
     Args:
         coordinator: of a configuration that `method.configured` has seen.
 
     Raises:
-        ConfigError: the scorer needs what there is not.
-        RecordError, ContextLengthError, RoundFailedError: see `Coordinator.solve`.
+        ConfigError: the scorer lacks what it needs.
+        RecordError, ContextLengthError, RoundFailedError: see `ProblemRun.solve`.
     """
+    run = coordinator.begin(problem, **options)
     if method.name in ("pacore", "single", "sequential"):
-        return await coordinator.solve(problem, sample=sample, done=done, notify=notify)
+        return await run.solve()
     if method.needs_truth and problem.ground_truth is None:
         raise ConfigError(f"problem {problem.id!r} has no ground_truth: the scorer ground-truth needs it")
-    run = coordinator.begin(problem, sample=sample, done=done, notify=notify)
-    if method.name == "rsa":
-        return await _aggregated(run, method)
-    made = await run.round(method.width, is_final=False)
-    if method.name == "majority":
-        return await _voted(run)
-    scorer = method.scorer if callable(method.scorer) else _scorer(method.scorer, coordinator)
-    candidates = answers(made.messages)
-    trajectories = [trajectory_of(made, message) for message in candidates]
-    scores = await in_thread(lambda: [scorer(problem, each) for each in trajectories])
-    best = max(range(len(scores)), key=lambda i: (scores[i], -i))
-    return outcome(run, made, candidates[best], "score")
-
-
-async def _aggregated(run: ProblemRun, method: Method) -> Outcome:
-    await run.round(method.width, is_final=False)
-    for loop in range(1, method.loops):
-        population = run.rounds[-1].messages
-        drawn = [_subset(run, population, method.references, loop, index) for index in range(method.width)]
-        await run.round(method.width, is_final=False, references=drawn)
-    return await _voted(run)
-
-
-def _subset(run: ProblemRun, population: tuple[Message, ...], count: int, loop: int, index: int) -> list[Message]:
-    generator = random.Random(run.seed("rsa", loop, index))
-    return generator.sample(population, min(count, len(population)))
-
-
-async def _voted(run: ProblemRun) -> Outcome:
-    last = run.rounds[-1]
-    candidates = answers(last.messages)
-    index, _ = await in_thread(plurality, [message.text for message in candidates], run.matching)
-    return outcome(run, last, candidates[index], "vote")
+    made = await run.round(method.width)
+    if method.name == "best-of-n":
+        scorer = method.scorer if callable(method.scorer) else _scorer(method.scorer, coordinator)
+        candidates = [made.trajectories[message.index] for message in answers(made.messages)]
+        scores = await in_thread(lambda: [scorer(problem, each) for each in candidates])
+        best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+        return run.outcome(made, candidates[best].index, "score")
+    for loop in range(1, method.loops if method.name == "rsa" else 1):
+        count = min(method.references, len(made.messages))
+        drawn = [random.Random(run.seed("rsa", loop, i)).sample(made.messages, count) for i in range(method.width)]
+        made = await run.round(method.width, references=drawn)
+    return await run.vote(made, "vote")
 
 
 def _scorer(name: str, coordinator: Coordinator) -> Scorer:
     def mean_logprob(problem: Problem, trajectory: Trajectory) -> float:
-        if trajectory.mean_logprob is None:
+        if trajectory.rollout.mean_logprob is None:
             raise ConfigError(
                 "the sampler gave no log-probabilities, which the scorer mean-logprob needs: set sampling.logprobs=0, "
                 "or choose shortest or longest"
             )
-        return trajectory.mean_logprob
+        return trajectory.rollout.mean_logprob
+
+    def is_correct(problem: Problem, trajectory: Trajectory) -> float:
+        return is_right(trajectory.rollout.content, problem.ground_truth, coordinator.matching)
 
     return {
         "mean-logprob": mean_logprob,
-        "shortest": lambda problem, trajectory: -trajectory.output_tokens,
-        "longest": lambda problem, trajectory: trajectory.output_tokens,
-        "ground-truth": lambda problem, trajectory: is_right(
-            trajectory.content, problem.ground_truth, coordinator.matching
-        ),
+        "shortest": lambda problem, trajectory: -trajectory.rollout.num_tokens,
+        "longest": lambda problem, trajectory: trajectory.rollout.num_tokens,
+        "ground-truth": is_correct,
     }[name]

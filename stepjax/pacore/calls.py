@@ -1,8 +1,10 @@
-"""One call of the model, tried until it succeeds or there is no point. A failure is a record, not an exception."""
+"""The calls of a problem. A call is retried until it succeeds or there is no point; a failure is a record.
+
+Samplers do not retry: here every attempt is drawn with a seed of its own, counted, and journaled with its tokens.
+"""
 
 import asyncio
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -12,14 +14,13 @@ import time
 from stepjax.errors import StepjaxError
 from stepjax.inference.request import EngineFailedError
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.events import AttemptFailed, Notify, TrajectoryPiece
-from stepjax.pacore.records import Attempt, Status, Trajectory
+from stepjax.pacore.records import Attempt, AttemptFailed, Notify, Status, Trajectory, TrajectoryPiece
 from stepjax.rollouts.rollout import Rollout
-from stepjax.rollouts.sampler import Listener, PreparedPrompt, Sampler, SamplerError
+from stepjax.rollouts.sampler import Listener, Piece, PreparedPrompt, Sampler, SamplerError
 
-_log = logging.getLogger("stepjax.pacore")
+_log = logging.getLogger(__name__)
 
-_SEED_BITS = 53  # that JSON numbers hold exactly everywhere
+_SEED_BITS = 53  # JSON numbers hold so many exactly everywhere
 
 
 def derived_seed(*address: object) -> int:
@@ -28,136 +29,120 @@ def derived_seed(*address: object) -> int:
     return int.from_bytes(digest, "little") % 2**_SEED_BITS
 
 
-class Caller:
-    """The calls of one problem."""
+class Calls:
+    """
+    Attributes:
+        was_shown: observers have seen a part of an answer that then broke off.
+    """
 
     def __init__(
         self, sampler: Sampler, config: PacoreConfig, address: tuple[object, ...], *, begin: float, notify: Notify
     ):
         """
         Args:
-            address: what seeds derive from, with round, index and try.
+            address: what seeds derive from, with round, index and attempt.
             begin: of the problem, by `time.monotonic`.
         """
         self._sampler, self._config, self._address, self._notify = sampler, config, address, notify
         self._begin = begin
-        self._under_way: dict[tuple[int, int], tuple[Trajectory, Listener]] = {}
+        self._under_way: dict[tuple[int, int], Listener] = {}
+        self.was_shown = False
+
+    def tokens_under_way(self) -> dict[tuple[int, int], int]:
+        """Tokens so far of the calls under way, by round and index."""
+        return {at: listener.num_tokens for at, listener in sorted(self._under_way.items())}
 
     async def call(
-        self, prompt: PreparedPrompt, round_number: int, index: int, *, insists: bool, tells_pieces: bool
+        self, prompt: PreparedPrompt, at: tuple[int, int], *, insists: bool, tells_pieces: bool
     ) -> Trajectory:
-        """
+        """Cancelling its task ends it with a record of what there was.
+
         Args:
-            insists: a sample without an answer is drawn again, as one that failed.
+            at: round and index.
+            insists: a rollout without an answer counts as a failed attempt.
             tells_pieces: observers are told of what is being written.
         """
-        limits, attempts = self._config.limits, []
-        at = (round_number, index)
-        while True:
-            trajectory = Trajectory(
-                round=round_number,
-                index=index,
-                status="cancelled",
-                seed=derived_seed(*self._address, round_number, index, len(attempts)),
-                prompt_tokens=prompt.num_tokens or 0,
-                start=time.monotonic() - self._begin,
-                attempts=tuple(attempts),
-            )
+        limits, attempts = self._config.limits, list[Attempt]()
+        listener, seed, began = Listener(), 0, time.monotonic()
 
-            def tell(piece: dict) -> None:
-                self._notify(TrajectoryPiece(round_number, index, piece))
+        def tell(piece: Piece) -> None:
+            self._notify(TrajectoryPiece(*at, piece))
 
-            limit = asyncio.timeout(None)  # that of the call runs from when it is sent
-            listener = Listener(tell if tells_pieces else None, at=at, on_begin=functools.partial(self._limit, limit))
-            self._under_way[at] = trajectory, listener
-            ended = await self._try(prompt, trajectory, listener, limit)
-            if isinstance(ended, Trajectory) and not (insists and _has_no_answer(ended)):
-                del self._under_way[at]
-                return ended
-            trajectory = self._timed(trajectory, listener)
-            failure, attempt = _as_attempt(ended, trajectory.seconds, listener.num_tokens)
-            self._notify(AttemptFailed(round_number, index, attempt))
-            is_hopeless = isinstance(ended, BaseException) and not _is_temporary(ended)
-            # What an observer has shown of an answer cannot be taken back and written anew.
-            if is_hopeless or len(attempts) == limits.retries or listener.has_answer:
-                del self._under_way[at]
-                if isinstance(ended, Trajectory):
-                    return ended
-                return dataclasses.replace(
-                    trajectory, status=failure, error=attempt.error, attempts=(*attempts, attempt)
-                )
-            attempts.append(attempt)
-            self._under_way[at] = dataclasses.replace(trajectory, attempts=tuple(attempts)), Listener(at=at)
-            longest = min(limits.backoff_seconds * 2 ** (len(attempts) - 1), limits.max_backoff_seconds)
-            asked = ended.retry_after if isinstance(ended, SamplerError) else None
-            await asyncio.sleep(max(random.uniform(0.5, 1) * longest, min(asked or 0, limits.max_backoff_seconds)))
+        def record(status: Status, rollout: Rollout | None = None, *, num_tokens: int = 0) -> Trajectory:
+            if rollout is None:
+                known = prompt.num_tokens or 0
+                rollout = Rollout(finish_reason=status, num_prompt_tokens=known, num_tokens=num_tokens)
+            sent = began if listener.began is None else listener.began
+            times = {"start": sent - self._begin, "seconds": time.monotonic() - sent}
+            rollout = dataclasses.replace(rollout.without_tokens(), seed=seed, **times)
+            return Trajectory(round=at[0], index=at[1], status=status, rollout=rollout, attempts=tuple(attempts))
 
-    def cancelled(self, round_number: int, index: int) -> Trajectory:
-        """The record of a call whose task has been cancelled, under way or before it began."""
-        if (round_number, index) not in self._under_way:
-            now = time.monotonic() - self._begin
-            return Trajectory(round=round_number, index=index, status="cancelled", start=now)
-        trajectory, listener = self._under_way.pop((round_number, index))
-        return dataclasses.replace(self._timed(trajectory, listener), output_tokens=listener.num_tokens)
+        try:
+            while True:
+                seed, began = derived_seed(*self._address, *at, len(attempts)), time.monotonic()
+                limit = asyncio.timeout(None)  # the time of a call runs from when it is sent
+                listener = Listener(tell if tells_pieces else None, on_begin=lambda limit=limit: self._limit(limit))
+                self._under_way[at] = listener
+                try:
+                    params = dataclasses.replace(self._config.sampling, seed=seed)
+                    async with limit:
+                        rollout = await self._sampler.sample(prompt, params, listener)
+                    if rollout.has_answer or not insists:
+                        return record("ok", rollout)
+                    error, made = None, record("ok", rollout)
+                    attempts.append(_without_answer(made))
+                except EngineFailedError:  # every other call would fail, too, and all would be journaled
+                    raise
+                except Exception as failure:
+                    if not isinstance(failure, (SamplerError, TimeoutError, StepjaxError)):
+                        _log.exception(
+                            "a call failed unexpectedly"
+                        )  # a broken sampler is no reason to lose the problem
+                    error, failed = failure, record("timeout" if isinstance(failure, TimeoutError) else "error")
+                    attempts.append(_failed(failed, error, listener.num_tokens))
+                    made = dataclasses.replace(failed, error=attempts[-1].error, attempts=tuple(attempts))
+                self._notify(AttemptFailed(*at, attempts[-1]))
+                # What observers have seen of an answer cannot be taken back and written anew.
+                self.was_shown |= listener.has_answer
+                if listener.has_answer or not _is_temporary(error) or len(attempts) > limits.retries:
+                    return made
+                listener, began = Listener(), time.monotonic()
+                self._under_way[at] = listener
+                await asyncio.sleep(self._pause(len(attempts), error))
+        except asyncio.CancelledError:
+            return record("cancelled", num_tokens=listener.num_tokens)
+        finally:
+            self._under_way.pop(at, None)
 
     def _limit(self, limit: asyncio.Timeout) -> None:
         seconds = self._config.limits.call_seconds
         if seconds is not None:
             limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
-    def _timed(self, trajectory: Trajectory, listener: Listener) -> Trajectory:
-        """With the time since it was sent."""
-        start = trajectory.start if listener.began is None else listener.began - self._begin
-        return dataclasses.replace(trajectory, start=start, seconds=time.monotonic() - self._begin - start)
-
-    async def _try(
-        self, prompt: PreparedPrompt, trajectory: Trajectory, listener: Listener, limit: asyncio.Timeout
-    ) -> Trajectory | Exception:
-        params = dataclasses.replace(self._config.sampling, seed=trajectory.seed)
-        try:
-            async with limit:
-                rollout = await self._sampler.sample(prompt, params, listener)
-        except (SamplerError, TimeoutError, StepjaxError) as error:
-            return error
-        except EngineFailedError:  # every other call would fail, too, and all would be journaled
-            raise
-        except Exception as error:  # of a broken sampler: no reason to lose the problem
-            _log.exception("a call failed unexpectedly")
-            return error
-        return _ended(self._timed(trajectory, listener), rollout)
+    def _pause(self, num_attempts: int, error: Exception | None) -> float:
+        limits = self._config.limits
+        longest = min(limits.backoff_seconds * 2 ** (num_attempts - 1), limits.max_backoff_seconds)
+        asked = error.retry_after if isinstance(error, SamplerError) else None
+        return max(random.uniform(0.5, 1) * longest, min(asked or 0, limits.max_backoff_seconds))
 
 
-def _ended(trajectory: Trajectory, rollout: Rollout) -> Trajectory:
-    return dataclasses.replace(
-        trajectory,
-        status="ok",
-        content=rollout.content,
-        reasoning=rollout.reasoning,
-        tool_calls=rollout.tool_calls,
-        finish_reason=rollout.finish_reason,
-        prompt_tokens=rollout.num_prompt_tokens,
-        cached_tokens=rollout.num_cached_tokens,
+def _without_answer(made: Trajectory) -> Attempt:
+    rollout = made.rollout
+    return Attempt(
+        status="truncated" if rollout.finish_reason == "length" else "empty",
+        error=f"the model wrote no answer (finish_reason {rollout.finish_reason!r})",
+        seconds=rollout.seconds,
         output_tokens=rollout.num_tokens,
-        mean_logprob=rollout.mean_logprob,
     )
 
 
-def _has_no_answer(trajectory: Trajectory) -> bool:
-    return not trajectory.content.strip() and not trajectory.tool_calls
+def _failed(made: Trajectory, error: Exception, num_tokens: int) -> Attempt:
+    text = str(error) or ("no answer in time" if made.status == "timeout" else type(error).__name__)
+    lost = max(num_tokens, error.num_tokens if isinstance(error, SamplerError) else 0)
+    return Attempt(status=made.status, error=text[:2000], seconds=made.rollout.seconds, output_tokens=lost)
 
 
-def _as_attempt(ended: Trajectory | Exception, seconds: float, tokens: int) -> tuple[Status, Attempt]:
-    if isinstance(ended, Trajectory):
-        status = "truncated" if ended.finish_reason == "length" else "empty"
-        error = f"the model wrote no answer (finish_reason {ended.finish_reason!r})"
-        return "ok", Attempt(status=status, error=error, seconds=seconds, output_tokens=ended.output_tokens)
-    status = "timeout" if isinstance(ended, TimeoutError) else "error"
-    error = str(ended) or ("no answer in time" if status == "timeout" else type(ended).__name__)
-    lost = max(tokens, ended.num_tokens if isinstance(ended, SamplerError) else 0)
-    return status, Attempt(status=status, error=error[:2000], seconds=seconds, output_tokens=lost)
-
-
-def _is_temporary(error: BaseException) -> bool:
+def _is_temporary(error: Exception | None) -> bool:
     if isinstance(error, SamplerError):
         return error.is_temporary
     return not isinstance(error, StepjaxError)

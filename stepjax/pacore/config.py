@@ -1,29 +1,85 @@
-"""How PaCoRe goes about a problem. The defaults are the paper's, but for the order of the references."""
+"""How PaCoRe solves a problem. The defaults are the paper's, except for the order of the references."""
 
 import dataclasses
 import math
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from stepjax.errors import ConfigError
 from stepjax.inference.request import SamplingParams
-from stepjax.pacore.schedule import PRESETS, Schedule, check_schedule
+
+PRESETS: dict[str, tuple[int, ...]] = {"low": (4,), "medium": (16,), "high": (32, 4)}  # section 3.2 of the report
+
+_NUMBERS = re.compile(r"\s*\d{1,6}\s*(,\s*\d{1,6}\s*)*")
+
+
+def parse_schedule(text: str) -> tuple[int, ...]:
+    """A preset's name, "none" for the final call alone, or numbers such as "32,4"; the final 1 is left out.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    name = text.strip().lower()
+    if name in PRESETS:
+        return PRESETS[name]
+    if name == "none":
+        return ()
+    numbers = text.strip().removeprefix("[").removesuffix("]")
+    if not _NUMBERS.fullmatch(numbers):
+        raise ConfigError(f"schedule {text!r}: give numbers such as 32,4, or {', '.join(PRESETS)} or none")
+    return check_schedule(tuple(int(number) for number in numbers.split(",")))
+
+
+def check_schedule(schedule: tuple[int, ...]) -> tuple[int, ...]:
+    """
+    Raises:
+        ConfigError: a width is not positive.
+    """
+    if any(width < 1 for width in schedule):
+        raise ConfigError(f"schedule {list(schedule)}: every round needs at least one trajectory")
+    return schedule
+
+
+def num_calls(schedule: tuple[int, ...]) -> int:
+    """Including the final one."""
+    return sum(schedule) + 1
+
+
+def show(schedule: tuple[int, ...]) -> str:
+    return ",".join(map(str, schedule)) or "none"
+
+
+# K = [K_1, ..., K_R], after which one final call is always made. On the command line it is a text.
+Schedule = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SCHEDULE",
+        instance_from_str=lambda arguments: parse_schedule(arguments[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [show(value)],
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """When a call is tried again or given up, and when a round does not wait for its last calls.
+class RoundLimits:
+    """When a call is retried or given up, and when a round does not wait for its last calls.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    retries: int = 4  # of a call, after its first try
-    backoff_seconds: float = 1.0  # before the first retry, doubled for each; a random share of it is waited
+    retries: int = 4  # of a call, after its first attempt
+    backoff_seconds: float = 1.0  # before the first retry, doubled for each; a random part of it is waited
     max_backoff_seconds: float = 30.0
-    call_seconds: float | None = None  # for one try
-    round_seconds: float | None = None  # after which a round goes on with what it has, if that is the quorum
-    quorum: float = 0.5  # share of a round's trajectories that must have left a message by then
-    agreement: float | None = None  # share of a round's trajectories whose answers agree that ends everything
+    call_seconds: float | None = None  # for one attempt
+    round_seconds: float | None = None  # after which a round goes on without its last calls, if it has the quorum
+    quorum: float = 0.5  # share of a round that must have left a message by then
+    agreement: float | None = None  # share of a round whose answers agree that ends a problem
 
     def __post_init__(self):
         def require(condition: bool, name: str, remedy: str) -> None:
@@ -49,37 +105,39 @@ class PacoreConfig:
         ConfigError: a value is out of range.
     """
 
-    schedule: Schedule = PRESETS["low"]  # widths of the rounds before the final call
-    seed: int = 0  # every trajectory's own derives from it, the problem's id, the round and the index
-    sampling: SamplingParams = SamplingParams()  # temperature 1, top-p 1, as in section 3.2
-    # "shuffle": by a generator seeded for the problem and round. "length": as released, sorted by length and then
+    schedule: Schedule = PRESETS["low"]  # widths of the rounds before the final call: 32,4; low, medium, high; none
+    # Every trajectory's seed derives from `sampling.seed` (0 if there is none), the problem's id, the round, the index.
+    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams(seed=0)
+    # Order of the references. shuffle: seeded by problem and round. length: as released, sorted by length and then
     # permuted in one fixed way for each width.
     order: Literal["shuffle", "length"] = "shuffle"
-    # A trajectory that was cut off within its thought: "drop" it, or pass on the "tail" of the thought.
-    truncated: Literal["drop", "tail"] = "drop"
-    tail_tokens: int = 1000
-    # References that do not fit the context: "shorten" the longest ones to their ends, "drop" the longest ones, "fail".
+    truncated: Literal["drop", "tail"] = "drop"  # reasoning that was cut off: drop it, or pass its end on
+    tail_tokens: int = 1000  # of that end
+    # References that do not fit the context: shorten the longest to their ends, drop the longest, or fail.
     overflow: Literal["shorten", "drop", "fail"] = "shorten"
-    answer_tokens: int = 1024  # that a prompt leaves room for where `sampling.max_tokens` is None
-    images: Literal["before", "after"] = "before"  # where they stand beside the text of the synthesis; unconfirmed
-    template: str | None = None  # a Jinja file in place of the built-in one; see `template`
-    fallback: bool = True  # when the final call gives nothing, the plurality of the last messages answers
-    limits: Limits = Limits()
+    answer_tokens: int = 1024  # that a prompt leaves room for if max_tokens does not limit the answer
+    images: Literal["before", "after"] = "before"  # where they stand beside the text of a synthesis
+    template: str | None = None  # a Jinja file in place of the built-in text
+    fallback: bool = True  # if the final call gives nothing, the plurality of the last messages answers
+    limits: Annotated[RoundLimits, tyro.conf.arg(name="")] = RoundLimits()
 
     def __post_init__(self):
         check_schedule(self.schedule)
-        for name, choices in (
-            ("order", ("shuffle", "length")),
-            ("truncated", ("drop", "tail")),
-            ("overflow", ("shorten", "drop", "fail")),
-            ("images", ("before", "after")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}")
+        choices: dict[str, tuple[Any, ...]] = {
+            "order": ("shuffle", "length"),
+            "truncated": ("drop", "tail"),
+            "overflow": ("shorten", "drop", "fail"),
+            "images": ("before", "after"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         for name in ("tail_tokens", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be at least 1")
         if self.sampling.n != 1:
-            raise ConfigError(
-                f"sampling.n={self.sampling.n}: must be 1; the schedule says how many trajectories there are"
-            )
+            raise ConfigError(f"n={self.sampling.n}: must be 1; the schedule says how many trajectories there are")
+
+    @property
+    def seed(self) -> int:
+        return self.sampling.seed or 0

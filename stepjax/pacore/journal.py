@@ -1,11 +1,14 @@
-"""The journal of a batch run: every trajectory that ended, one line each, so that none is drawn twice.
+"""A run's directory. Everything is in the journal: results and traces are made of it, and nothing is drawn twice.
 
-    DIR/run.json     what must be the same for a run to go on
-    DIR/calls.jsonl  {"problem": id, "sample": s, "trajectory": {...}, "digest": of the line without it}
-                     {"problem": id, "sample": s, "forgotten": [[round, index], ...], ...}   to be drawn again
-    DIR/lock         held while a process writes here
+    DIR/run.json        what must be the same for a run to be resumed
+    DIR/problems.jsonl  the problems as they were read, with the paths of their images
+    DIR/calls.jsonl     the journal; each line has a digest of itself
+        {"problem": id, "sample": s, "trajectory": {...}}                       a call ended
+        {"problem": id, "sample": s, "outcome": {...}}                          the problem is answered, or failed
+        {"problem": id, "sample": s, "forgotten": [[round, index], ...]}        to be drawn again
+    DIR/lock            held while a process writes here
 
-A line is written when its trajectory ends, before any other part of the process knows of it, and is on the disk before
+A trajectory's line is written when it ends, before any other part of the process knows of it, and is on the disk before
 the next round, which depends on it, is asked. Only the last line can be cut off by a kill; it is removed then, and its
 trajectory is drawn again. A line that was changed is named. Memory holds where lines are, not what they say.
 """
@@ -14,27 +17,31 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError
-from stepjax.pacore.records import Trajectory
+from stepjax.pacore.records import Outcome, Problem, Reference, Round, Trajectory
 
-SETTINGS, CALLS = "run.json", "calls.jsonl"
+SETTINGS, PROBLEMS, CALLS = "run.json", "problems.jsonl", "calls.jsonl"
 
 _DIGEST = re.compile(rb',"digest":"([0-9a-f]{16})"\}\n\Z')
+_BAD_LINE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+_log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # a problem's id and a sample of it
+_Place = tuple[int, int]  # of a line in the file: offset and length
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    offset: int
-    length: int
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    place: _Place
     status: str
     has_answer: bool
 
@@ -42,14 +49,25 @@ class _Line:
 class Journal:
     """
     Attributes:
-        num_known: trajectories that were there when it was opened.
+        num_known: trajectories that it had when it was opened.
         num_unsigned: lines without a digest, of an older version.
+
+    Raises:
+        CheckpointError: it cannot be read, or a line of it is not what was written.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._lines: dict[Job, dict[tuple[int, int], _Line]] = {}
+    def __init__(self, path: Path, *, read_only: bool = False):
+        """
+        Args:
+            read_only: another process may be writing: a last line that is not whole is left alone.
+        """
+        self._path, self._read_only = path, read_only
+        try:
+            self._file = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+        self._calls: dict[Job, dict[tuple[int, int], _Call]] = {}
+        self._outcomes: dict[Job, tuple[_Place, str]] = {}  # and the matching that decided
         self._is_synced = True
         self.num_unsigned = 0
         try:
@@ -57,7 +75,7 @@ class Journal:
         except BaseException:
             self.close()
             raise
-        self.num_known = sum(map(len, self._lines.values()))
+        self.num_known = sum(map(len, self._calls.values()))
 
     def close(self) -> None:
         os.close(self._file)
@@ -67,10 +85,23 @@ class Journal:
         Raises:
             CheckpointError: it cannot be written.
         """
-        line = self._write({"problem": job[0], "sample": job[1], "trajectory": trajectory.to_json()})
-        self._lines.setdefault(job, {})[trajectory.round, trajectory.index] = _Line(
-            *line, trajectory.status, _has_answer(trajectory)
-        )
+        self._append(job, {"trajectory": trajectory.to_json()})
+
+    def append_outcome(self, outcome: Outcome, matching: str) -> None:
+        """
+        Args:
+            matching: by which votes were counted.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        fields = {name: getattr(outcome, name) for name in _OUTCOME_FIELDS}
+        rounds, sources = [], outcome.problem.given
+        for each in outcome.rounds:
+            rounds.append(_round_json(each, sources))
+            sources = each.messages
+        job = (outcome.problem.id, outcome.sample)
+        self._append(job, {"outcome": {"matching": matching, **fields, "rounds": rounds}})
 
     def sync(self) -> None:
         """Brings what was appended to the disk."""
@@ -82,35 +113,64 @@ class Journal:
             self._is_synced = True
 
     def done(self, job: Job) -> list[Trajectory]:
-        lines = sorted(self._lines.get(job, {}).items())
-        return [
-            Trajectory.from_json(read_line(os.pread(self._file, line.length, line.offset))["trajectory"])
-            for _, line in lines
-        ]
+        calls = sorted(self._calls.get(job, {}).items())
+        return [Trajectory.from_json(self._read(call.place)["trajectory"]) for _, call in calls]
+
+    @property
+    def num_outcomes(self) -> int:
+        return len(self._outcomes)
+
+    def has_outcome(self, job: Job) -> bool:
+        return job in self._outcomes
+
+    def outcome(self, problem: Problem, sample: int, *, matching: str | None = None) -> Outcome | None:
+        """None if there is none yet, or calls that it speaks of are not here, which is logged. A thread may read while
+        another one writes.
+
+        Args:
+            matching: only an outcome that was decided by it.
+        """
+        job = (problem.id, sample)
+        if job not in self._outcomes or matching not in (None, self._outcomes[job][1]):
+            return None
+        fields = self._read(self._outcomes[job][0])["outcome"]
+        trajectories = {(each.round, each.index): each for each in self.done(job)}
+        rounds, sources = [], problem.given
+        try:
+            for number, each in enumerate(fields["rounds"]):
+                made = tuple(trajectories[number, index] for index in range(each["width"]))
+                rounds.append(_round(number, each, made, sources))
+                sources = rounds[-1].messages
+        except KeyError as error:
+            _log.warning("problem %r: %s lacks what its outcome speaks of: %s", problem.id, self._path, error)
+            return None
+        chosen = None if fields["chosen"] is None else tuple(fields["chosen"])
+        given = {name: fields[name] for name in _OUTCOME_FIELDS}
+        return Outcome(problem=problem, sample=sample, **{**given, "chosen": chosen, "rounds": tuple(rounds)})
 
     def forget_failed(self) -> int:
-        """Trajectories that failed will be drawn again; returns how many those are.
+        """Has trajectories that failed drawn again; returns how many those are.
 
         Later rounds of their problems depend on them, and are forgotten with them. So is a round of which no trajectory
         has an answer. What was not waited for (`cancelled`) is no failure.
         """
         count = 0
-        for job, lines in self._lines.items():
-            first = min((at[0] for at, line in lines.items() if line.status in ("error", "timeout")), default=None)
-            last = max(at[0] for at in lines) if lines else 0
-            if first is None and not any(line.has_answer for at, line in lines.items() if at[0] == last):
+        for job, calls in self._calls.items():
+            first = min((at[0] for at, call in calls.items() if call.status in ("error", "timeout")), default=None)
+            last = max(at[0] for at in calls) if calls else 0
+            if first is None and not any(call.has_answer for at, call in calls.items() if at[0] == last):
                 first = last
             if first is None:
                 continue
-            again = [at for at, line in lines.items() if at[0] > first or (at[0] == first and not line.has_answer)]
-            self._write({"problem": job[0], "sample": job[1], "forgotten": sorted(again)})
-            for at in again:
-                del lines[at]
+            again = [at for at, call in calls.items() if at[0] > first or (at[0] == first and not call.has_answer)]
+            if again:
+                self._append(job, {"forgotten": sorted(again)})
             count += len(again)
         self.sync()
         return count
 
-    def _write(self, record: dict[str, Any]) -> tuple[int, int]:
+    def _append(self, job: Job, fields: Mapping[str, Any]) -> None:
+        record = {"problem": job[0], "sample": job[1], **fields}
         body = json.dumps(record, separators=(",", ":")).encode()
         line = body[:-1] + b',"digest":"' + _digest(body) + b'"}\n'
         offset, left = self._end, memoryview(line)
@@ -121,11 +181,14 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, offset)
             raise CheckpointError(
-                f"{self._path} cannot be written: {error.strerror}; make room, and start the run again to go on"
+                f"{self._path} cannot be written: {error.strerror}; make room, and rerun the same command to resume"
             ) from error
         self._end += len(line)
         self._is_synced = False
-        return offset, len(line)
+        self._take(record, (offset, len(line)))
+
+    def _read(self, place: _Place) -> dict[str, Any]:
+        return _record(os.pread(self._file, place[1], place[0]))
 
     def _scan(self) -> int:
         """Finds the lines, and cuts off a last one that is not whole; returns where they end."""
@@ -133,12 +196,13 @@ class Journal:
         with open(self._path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    os.ftruncate(self._file, offset)
-                    os.fsync(self._file)
+                    if not self._read_only:
+                        os.ftruncate(self._file, offset)
+                        os.fsync(self._file)
                     break
                 try:
-                    self._take(read_line(line), offset, len(line))
-                except BAD_LINE as error:
+                    self._take(_record(line), (offset, len(line)))
+                except _BAD_LINE as error:
                     raise CheckpointError(
                         f"{self._path}, line {number}: not a trajectory ({type(error).__name__}: {error}); restore the "
                         "line, or remove it to have its call drawn again"
@@ -147,31 +211,33 @@ class Journal:
                 offset += len(line)
         return offset
 
-    def _take(self, record: Mapping[str, Any], offset: int, length: int) -> None:
-        lines = self._lines.setdefault((record["problem"], record["sample"]), {})
-        if "forgotten" in record:
+    def _take(self, record: Mapping[str, Any], place: _Place) -> None:
+        """Notes where a line is."""
+        job = (record["problem"], record["sample"])
+        if "outcome" in record:
+            self._outcomes[job] = (place, record["outcome"]["matching"])
+        elif "forgotten" in record:
+            self._outcomes.pop(job, None)
             for at in record["forgotten"]:
-                lines.pop(tuple(at), None)
-            return
-        trajectory = Trajectory.from_json(record["trajectory"])
-        lines[trajectory.round, trajectory.index] = _Line(offset, length, trajectory.status, _has_answer(trajectory))
+                self._calls[job].pop(tuple(at), None)
+        else:
+            made = Trajectory.from_json(record["trajectory"])
+            call = _Call(place, made.status, made.has_answer)
+            self._calls.setdefault(job, {})[made.round, made.index] = call
 
 
-BAD_LINE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def read_line(line: bytes) -> dict[str, Any]:
+def _record(line: bytes) -> dict[str, Any]:
     """A record as it was written.
 
     Raises:
-        BAD_LINE: it is none, or was changed since.
+        ValueError: it is none, or was changed since.
     """
     record = json.loads(line)
     signed = _DIGEST.search(line)
     if record.pop("digest", None) is not None:
         if signed is None or _digest(line[: signed.start()] + b"}") != signed[1]:
             raise ValueError("it was changed since it was written, as its digest tells")
-    if record.keys() not in ({"problem", "sample", "trajectory"}, {"problem", "sample", "forgotten"}):
+    if record.keys() not in [{"problem", "sample", kind} for kind in ("trajectory", "outcome", "forgotten")]:
         raise ValueError(f"it has {', '.join(map(repr, record))}")
     return record
 
@@ -180,16 +246,62 @@ def _digest(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
 
 
-def _has_answer(trajectory: Trajectory) -> bool:
-    return trajectory.status == "ok" and bool(trajectory.content.strip() or trajectory.tool_calls)
+# An outcome's line: what was decided. Trajectories have lines of their own, and a reference that is a whole message of
+# the round before is its index.
+
+_OUTCOME_FIELDS = ("answered_by", "chosen", "seconds", "error", "correct")
+
+
+def _round_json(round_: Round, sources: Sequence[Reference]) -> dict[str, Any]:
+    whole = {each.index: each for each in sources}
+    listed = round_.own_references or (round_.references,)
+    return {
+        "width": round_.width,
+        "is_final": round_.is_final,
+        "has_own_references": bool(round_.own_references),
+        "references": [
+            [each.index if whole.get(each.index) == each else dataclasses.asdict(each) for each in references]
+            for references in listed
+        ],
+        "messages": [dataclasses.asdict(each) for each in round_.messages],
+        "losses": dict(round_.losses),
+        "cut_references": round_.cut_references,
+        "cut_answers": round_.cut_answers,
+    }
+
+
+def _round(
+    number: int, fields: Mapping[str, Any], trajectories: tuple[Trajectory, ...], sources: Sequence[Reference]
+) -> Round:
+    whole = {each.index: each for each in sources}
+    listed = tuple(
+        tuple(Reference(**each) if isinstance(each, dict) else whole[each] for each in references)
+        for references in fields["references"]
+    )
+    return Round(
+        number=number,
+        is_final=fields["is_final"],
+        references=listed[0],
+        own_references=listed if fields["has_own_references"] else (),
+        trajectories=trajectories,
+        messages=tuple(Reference(**each) for each in fields["messages"]),
+        losses=fields["losses"],
+        cut_references=fields["cut_references"],
+        cut_answers=fields["cut_answers"],
+    )
+
+
+# The directory.
 
 
 @contextlib.contextmanager
-def open_journal(directory: Path, settings: Mapping[str, Any], free: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of a run, new or gone on with; its directory is this process's until the block ends.
+def open_journal(
+    directory: Path, settings: Mapping[str, Any], free: Mapping[str, Any], problems: Sequence[Problem] = ()
+) -> Iterator[Journal]:
+    """The journal of a run, new or resumed; the directory is this process's until the block ends.
 
     Args:
-        settings: what must be the same for the run to go on.
+        settings: what must be the same for the run to be resumed.
         free: what else is worth knowing of the run; may change.
 
     Raises:
@@ -197,9 +309,52 @@ def open_journal(directory: Path, settings: Mapping[str, Any], free: Mapping[str
     """
     with locked(directory):
         _claim(directory, json.loads(json.dumps(settings)), free)
+        with replacing(directory / PROBLEMS) as file:
+            for problem in problems:
+                messages = [without_bytes(message) for message in problem.messages]
+                file.write(json_line({**vars(problem), "messages": messages}))
         with contextlib.closing(Journal(directory / CALLS)) as journal:
             yield journal
             journal.sync()
+
+
+def outcomes(directory: Path) -> Iterator[Outcome]:
+    """What a run has come to so far, in the order of its results; one at a time is in memory. The run may be going on.
+
+    Raises:
+        CheckpointError: it is not the directory of a run, has no outcomes, or a file of it cannot be used.
+    """
+    try:
+        samples = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))["samples"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is not the directory of a run: give the --out of stepjax pacore run"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / SETTINGS} cannot be read, or is of another version: {error!r}") from error
+    with contextlib.closing(Journal(directory / CALLS, read_only=True)) as journal:
+        if not journal.num_outcomes:
+            hint = "; rerun the command of an older version's run: nothing is drawn again" if journal.num_known else ""
+            raise CheckpointError(f"{directory} has no answers yet{hint}")
+        for problem in _problems(directory / PROBLEMS):
+            for sample in range(samples):
+                outcome = journal.outcome(problem, sample)
+                if outcome is not None:
+                    yield outcome
+
+
+def _problems(path: Path) -> Iterator[Problem]:
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                fields = json.loads(line)
+                yield Problem(
+                    **{**fields, **{name: tuple(fields[name]) for name in ("messages", "tools", "responses")}}
+                )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; rerun the command of the run, which writes it"
+        ) from error
 
 
 def _claim(directory: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> None:
@@ -212,8 +367,8 @@ def _claim(directory: Path, settings: dict[str, Any], free: Mapping[str, Any]) -
         differences = _differences(there, settings)
         if differences:
             raise CheckpointError(
-                f"{directory} holds a run with other settings: {'; '.join(differences)}. Give those again to go on, or "
-                "name another --out"
+                f"{directory} holds a run with other settings: {'; '.join(differences)}. Give those again to resume, "
+                "or name another --out"
             )
     elif (directory / CALLS).exists():
         raise CheckpointError(f"{directory} has a {CALLS} without its {SETTINGS}: restore it, or name another --out")
@@ -228,13 +383,32 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
     return [] if there == here else [f"{name} was {there!r}, and is {here!r} now"]
 
 
+def json_line(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which models write now and then
+        return json.dumps(value).encode() + b"\n"
+
+
+def without_bytes(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message for JSON: an image that is neither path nor URI becomes null."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    items = [
+        {**item, "image": None} if "image" in item and not isinstance(item["image"], str) else item for item in content
+    ]
+    return {**message, "content": items}
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a file in one move."""
-    replace_file(path, [(json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")])
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
-def replace_file(path: Path, parts: Any) -> None:
-    """Replaces a file, in one move, by one of these parts, each of bytes.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` in one move when the block ends well.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -242,8 +416,7 @@ def replace_file(path: Path, parts: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,26 +1,32 @@
-"""What PaCoRe is asked, and what it keeps of each call, round and problem: plain data with a JSON form."""
+"""What PaCoRe is asked and what it keeps: problems, trajectories, rounds and outcomes; and events that tell of them."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-# "ok": the model answered, with whatever. Else the call is not used: it failed for good, or was no longer needed.
+import pydantic
+
+from stepjax.rollouts.rollout import Count, Number, Rollout, Text, validated
+from stepjax.rollouts.sampler import Piece
+
+# "ok": the call returned, whatever the model wrote. Else it failed after its retries, or was cancelled.
 Status = Literal["ok", "error", "timeout", "cancelled"]
 
-# Why a trajectory leaves no message: its status; nothing was written; it was cut off within its thought; no room in the
-# context of the next round.
-LOSSES = ("error", "timeout", "cancelled", "empty", "truncated", "did_not_fit")
+# "synthesis": the final call (or the only one). "agreement": enough messages of a round agreed, and the rest was not
+# asked. "fallback": the final call gave nothing, and the answer that most messages of the last round agree on stands
+# in. "vote", "score": a baseline's choice.
+AnsweredBy = Literal["synthesis", "agreement", "vote", "score", "fallback"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A conversation to be continued, whose last message is a user's or a tool's, as of OpenAI's API.
+    """A conversation to continue, whose last message is a user's or a tool's, as in OpenAI's API.
 
     Attributes:
-        responses: messages to begin with, of trajectories that were drawn before. The first round then sees them.
-        ground_truth: the answer, where it is known.
-        extra: what else the record holds; it is passed through.
+        responses: messages of earlier trajectories, which the first round then sees.
+        ground_truth: the answer, if it is known.
+        extra: all else that the record holds; it is passed through.
     """
 
     id: str
@@ -30,107 +36,104 @@ class Problem:
     responses: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def given(self) -> "tuple[Reference, ...]":
+        """What the first round sees."""
+        return tuple(Reference(i, text) for i, text in enumerate(self.responses))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A try of a call that led to nothing.
+    """An attempt of a call that came to nothing.
 
     Attributes:
-        status: "empty" and "truncated" are tried again in the final round alone, which must give an answer.
-        output_tokens: that were drawn and are lost, as far as they are known.
+        status: "error" or "timeout"; in the final round, which must give an answer, also "empty" and "truncated".
+        output_tokens: drawn and lost, as far as they are known.
     """
 
-    status: str
-    error: str
-    seconds: float
-    output_tokens: int = 0
+    status: Text
+    error: Text
+    seconds: Number
+    output_tokens: Count = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A call of the model, the last try of it.
+    """A call of the model: its last attempt, and what became of those before.
 
     Attributes:
         round: from 0; the final one is the schedule's length.
         index: from 0 to the round's width - 1.
-        content: without the thought; tool calls stand apart.
-        start: seconds since the problem was begun; a run that was taken up again counts from there.
-        seconds: of the last try; for a local engine the time in its queue included.
-        cached_tokens: of the prompt, whose keys and values another call had computed.
-        attempts: the tries before.
+        rollout: without token ids. If the call did not return, only what is known of it (seed, time, tokens so far),
+            with the status as its finish_reason. `start` counts from the beginning of the problem.
+        attempts: those that failed; the last one, too, if the call was given up.
     """
 
-    round: int
-    index: int
-    status: Status
-    content: str = ""
-    reasoning: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    finish_reason: str | None = None
-    error: str | None = None
-    seed: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int = 0
-    mean_logprob: float | None = None
-    start: float = 0.0
-    seconds: float = 0.0
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    round: Count
+    index: Count
+    status: Status = "ok"
+    rollout: Rollout = Rollout()
+    error: Text | None = None
     attempts: tuple[Attempt, ...] = ()
 
     @property
+    def has_answer(self) -> bool:
+        return self.status == "ok" and self.rollout.has_answer
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None if the call did not return."""
+        return self.rollout.finish_reason if self.status == "ok" else None
+
+    @property
     def lost_tokens(self) -> int:
-        """Drawn by tries that led to nothing."""
+        """Drawn by attempts that came to nothing."""
         return sum(attempt.output_tokens for attempt in self.attempts)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Fields that have their default are left out."""
+        given = {"round": self.round, "index": self.index, "status": self.status, "rollout": self.rollout.to_json()}
+        if self.error is not None:
+            given["error"] = self.error
+        if self.attempts:
+            given["attempts"] = [dataclasses.asdict(attempt) for attempt in self.attempts]
+        return given
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Trajectory":
-        """
+        """What `to_json` gave, now or in an older version.
+
         Raises:
-            ValueError, TypeError, KeyError: a field is missing, not known, or of another type.
+            RecordError, KeyError, TypeError: a field is missing, unknown or of another type.
         """
-        attempts = tuple(Attempt(**attempt) for attempt in fields["attempts"])
-        made = cls(**{**fields, "attempts": attempts, "tool_calls": tuple(fields["tool_calls"])})
-        for of in (made, *attempts):
-            for field in dataclasses.fields(of):
-                value = getattr(of, field.name)
-                if not _FITS[field.name](value):
-                    raise ValueError(f"{field.name} is {value!r:.100}")
-        return made
+        fields = dict(fields) if "rollout" in fields else _of_older_version(fields)
+        return validated(_TRAJECTORY, {**fields, "rollout": Rollout.from_json(fields["rollout"])}, "trajectory")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+_TRAJECTORY = pydantic.TypeAdapter(Trajectory)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-_FITS = {
-    **dict.fromkeys(("round", "index", "seed", "prompt_tokens", "output_tokens", "cached_tokens"), _is_count),
-    **dict.fromkeys(("start", "seconds"), _is_number),
-    **dict.fromkeys(("content", "status"), _is_text),
-    **dict.fromkeys(("reasoning", "finish_reason", "error"), lambda value: value is None or _is_text(value)),
-    "mean_logprob": lambda value: value is None or _is_number(value),
-    "tool_calls": lambda value: all(isinstance(call, dict) for call in value),
-    "attempts": lambda value: True,  # each is looked at by itself
-}
+def _of_older_version(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Before there were rollouts, a trajectory had their fields itself."""
+    names = {
+        **{name: name for name in ("content", "reasoning", "tool_calls", "seed", "mean_logprob", "start", "seconds")},
+        **{"prompt_tokens": "num_prompt_tokens", "cached_tokens": "num_cached_tokens", "output_tokens": "num_tokens"},
+    }
+    rollout = {new: fields[old] for old, new in names.items() if old in fields}
+    reason = fields["finish_reason"] if fields["finish_reason"] is not None else fields["status"]
+    rest = {name: value for name, value in fields.items() if name not in (*names, "finish_reason")}
+    return {**rest, "rollout": {"version": 1, **rollout, "finish_reason": "stop" if reason == "ok" else reason}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Message:
-    """What a trajectory tells the next round.
+class Reference:
+    """What a trajectory tells the next round: its compacted message.
 
     Attributes:
         index: of the trajectory in its round.
-        was_cut: it is only the end of what there was.
+        was_cut: only the end is left.
     """
 
     index: int
@@ -143,24 +146,24 @@ class Round:
     """
     Attributes:
         references: what its prompt held, in the order of "Reference 1", "Reference 2" and so on.
-        own_references: the same for each trajectory, where each had a prompt of its own; `references` is the first's.
+        own_references: the same for each trajectory, if each had a prompt of its own; `references` is the first's.
         trajectories: by index.
         messages: of the trajectories that left one, by index.
-        losses: how many left none, by reason; see LOSSES. `did_not_fit` counts references that its own prompt had no
-            room for.
+        losses: how many left none, by reason: a status; "empty", nothing was written; "truncated", cut off in the
+            reasoning. `did_not_fit` counts references that its own prompt had no room for.
         cut_references: how many references were shortened to fit.
         cut_answers: messages whose answer was cut off by the limit of tokens; they are passed on all the same.
     """
 
     number: int
     is_final: bool
-    references: tuple[Message, ...]
+    references: tuple[Reference, ...]
     trajectories: tuple[Trajectory, ...]
-    messages: tuple[Message, ...]
+    messages: tuple[Reference, ...]
     losses: Mapping[str, int]
     cut_references: int = 0
     cut_answers: int = 0
-    own_references: tuple[tuple[Message, ...], ...] = ()
+    own_references: tuple[tuple[Reference, ...], ...] = ()
 
     @property
     def width(self) -> int:
@@ -170,9 +173,6 @@ class Round:
     def totals(self) -> "Totals":
         return Totals.of(self.trajectories)
 
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "width": self.width, "totals": dataclasses.asdict(self.totals)}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
@@ -180,7 +180,7 @@ class Totals:
 
     Attributes:
         output_tokens: the test-time compute (TTC) of section 2.1: of every trajectory that ended, used or not.
-        lost_tokens: drawn by tries that failed; not in `output_tokens`.
+        lost_tokens: drawn by attempts that failed; not in `output_tokens`.
         shared_tokens: of the prompts, computed once for several calls.
         seconds: of the calls, one after the other.
     """
@@ -195,44 +195,111 @@ class Totals:
     finish_reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, trajectories) -> "Totals":
+    def of(cls, trajectories: Iterable[Trajectory]) -> "Totals":
         trajectories = list(trajectories)
+        rollouts = [each.rollout for each in trajectories]
         return cls(
             calls=len(trajectories),
             retries=sum(len(each.attempts) for each in trajectories),
-            prompt_tokens=sum(each.prompt_tokens for each in trajectories),
-            shared_tokens=sum(each.cached_tokens for each in trajectories),
-            output_tokens=sum(each.output_tokens for each in trajectories),
+            prompt_tokens=sum(each.num_prompt_tokens for each in rollouts),
+            shared_tokens=sum(each.num_cached_tokens for each in rollouts),
+            output_tokens=sum(each.num_tokens for each in rollouts),
             lost_tokens=sum(each.lost_tokens for each in trajectories),
-            seconds=sum(each.seconds for each in trajectories),
-            finish_reasons=dict(Counter(each.finish_reason or each.status for each in trajectories)),
+            seconds=sum(each.seconds for each in rollouts),
+            finish_reasons=dict(Counter(each.finish_reason for each in rollouts)),
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A problem's answer and all that led to it.
+    """What a problem came to, and all that led to it.
 
     Attributes:
-        content: the answer, without its thought.
-        reasoning: the thought behind it.
-        answered_by: "synthesis", the final call (or the only one); "agreement", enough messages of a round agreed and
-            the rest was not asked; "vote" or "score", a baseline's choice; "fallback", the final call gave nothing, and
-            the answer that most messages of the last round agree on stands in.
-        chosen: round and index of the trajectory that the answer is of.
+        chosen: round and index of the trajectory whose answer counts; None if the problem failed.
+        error: why it failed, in a batch run.
+        correct: whether the answer is right, in a batch run; None if that is not known.
     """
 
     problem: Problem
-    sample: int
-    content: str
-    reasoning: str | None
-    tool_calls: tuple[dict[str, Any], ...]
-    finish_reason: str | None
-    answered_by: Literal["synthesis", "agreement", "vote", "score", "fallback"]
-    chosen: tuple[int, int]
-    rounds: tuple[Round, ...]
-    seconds: float
+    sample: int = 0
+    rounds: tuple[Round, ...] = ()
+    answered_by: AnsweredBy | None = None
+    chosen: tuple[int, int] | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    correct: bool | None = None
+
+    @property
+    def rollout(self) -> Rollout:
+        """That of the chosen trajectory."""
+        return Rollout() if self.chosen is None else self.rounds[self.chosen[0]].trajectories[self.chosen[1]].rollout
+
+    @property
+    def content(self) -> str:
+        """The answer, without reasoning. If all that there is is reasoning that was cut off, its end."""
+        if self.chosen is None or self.rollout.has_answer:
+            return self.rollout.content
+        number, index = self.chosen
+        return next((each.text for each in self.rounds[number].messages if each.index == index), "")
 
     @property
     def totals(self) -> Totals:
         return Totals.of(each for round_ in self.rounds for each in round_.trajectories)
+
+
+# What observers are told while a problem is worked on: journals, progress, streams, live pages.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundStarted:
+    """
+    Attributes:
+        references: of the prompt; if each call has references of its own, those of the first.
+        width: how many trajectories will be drawn, those known from an earlier run included.
+        seconds: since the problem began.
+    """
+
+    number: int
+    is_final: bool
+    width: int
+    references: tuple[Reference, ...]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryPiece:
+    """A part of a message that is being written."""
+
+    round: int
+    index: int
+    piece: Piece
+
+
+@dataclasses.dataclass(frozen=True)
+class AttemptFailed:
+    """Another attempt may follow."""
+
+    round: int
+    index: int
+    attempt: Attempt
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryEnded:
+    """A trajectory of this run; those of an earlier run are not told again."""
+
+    trajectory: Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundEnded:
+    round: Round
+
+
+Event = RoundStarted | TrajectoryPiece | AttemptFailed | TrajectoryEnded | RoundEnded
+Notify = Callable[[Event], None]
+Pieces = Literal["none", "final", "all"]  # the rounds whose messages observers see while they are written
+
+
+def ignore(event: Event) -> None:
+    pass

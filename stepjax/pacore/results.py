@@ -1,165 +1,264 @@
-"""A row of results.jsonl, and the file that rows wait in until all are there.
+"""What a batch run's outcomes are written as: a row of results.jsonl each, and their sums in summary.json.
 
-Rows have the names of the released batch code's output and of the released training data, so that results can be the
-problems of another run. Nothing in them depends on time, on the order in which calls ended, or on caches; but for
-an answer that takes so long to compare that it is not judged.
+Rows have the names of the released batch code's output and of the released training data: results can be the problems
+of another run. Nothing in rows and summary depends on time, on the order in which calls ended, or on caches, except for
+an answer that takes so long to compare that it is not judged. How long things took is in timing.json.
+
+The accuracy is the mean over problems of the mean over their samples (mean@n); an answer that failed is a wrong one.
+Its 95 % interval is Wilson's for one sample a problem. For several, which are not independent of each other, it is the
+normal one over the problems' means, and needs two problems. An answer that could not be compared with the known one is
+counted apart, neither right nor wrong.
 """
 
-import json
-import os
-import tempfile
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
-from stepjax.pacore.answers import Matching, judge
-from stepjax.pacore.journal import replace_file
-from stepjax.pacore.records import Message, Outcome, Problem, Round, Totals, Trajectory
-from stepjax.pacore.template import CUT_MARK
+from stepjax.figures import NORMAL_QUANTILE, human_number, wilson_interval
+from stepjax.pacore.compaction import CUT_MARK
+from stepjax.pacore.journal import without_bytes
+from stepjax.pacore.records import Outcome, Trajectory
 
 
-def row(
-    problem: Problem,
-    sample: int,
-    rounds: Sequence[Round],
-    outcome: Outcome | None,
-    error: str | None,
-    matching: Matching,
-) -> dict[str, Any]:
-    """
-    Args:
-        rounds: that ended, of a problem that failed too.
-        outcome: None where it failed; `error` then says why.
-    """
-    known = problem.ground_truth is not None
-    # A problem that failed is wrong; None: not known, or it cannot be told.
-    right = judge(outcome.content if outcome else "", problem.ground_truth, matching) if known else None
+def row(outcome: Outcome) -> dict[str, Any]:
+    problem, rounds, totals = outcome.problem, outcome.rounds, outcome.totals
+    has_failed, tool_calls = outcome.chosen is None, outcome.rollout.tool_calls
     return {
         "id": problem.id,
-        "conversation": [_without_bytes(message) for message in problem.messages],
+        "conversation": [without_bytes(message) for message in problem.messages],
         **({"tools": list(problem.tools)} if problem.tools else {}),
         "ground_truth": problem.ground_truth,
         "responses": [message.text for message in rounds[0].messages] if rounds else [],
-        "sample": sample,
-        "final_response": outcome.content if outcome else None,
-        "final_reasoning_content": outcome.reasoning if outcome else None,
-        **({"final_tool_calls": list(outcome.tool_calls)} if outcome and outcome.tool_calls else {}),
-        "answered_by": outcome.answered_by if outcome else None,
-        "chosen": list(outcome.chosen) if outcome else None,
-        "correct": right,
-        **({"unjudged": True} if known and right is None else {}),
+        "sample": outcome.sample,
+        "final_response": None if has_failed else outcome.content,
+        "final_reasoning_content": outcome.rollout.reasoning,
+        **({"final_tool_calls": list(tool_calls)} if tool_calls else {}),
+        "answered_by": outcome.answered_by,
+        "chosen": outcome.chosen and list(outcome.chosen),
+        "correct": outcome.correct,
+        **({"unjudged": True} if _is_unjudged(outcome) else {}),
         "round_responses": [[_response(each) for each in round_.trajectories] for round_ in rounds],
-        "references": [_references(problem, rounds, number) for number in range(len(rounds))],
-        "usage": _usage(rounds),
+        "references": _references(outcome),
+        "usage": {
+            "calls": totals.calls,
+            "failed_tries": totals.retries,
+            "prompt_tokens": totals.prompt_tokens,
+            "output_tokens": totals.output_tokens,
+            "lost_tokens": totals.lost_tokens,
+            "finish_reasons": dict(sorted(totals.finish_reasons.items())),
+        },
         "losses": [dict(sorted(round_.losses.items())) for round_ in rounds],
         "cut_references": [round_.cut_references for round_ in rounds],
         "cut_answers": [round_.cut_answers for round_ in rounds],
-        "error": error,
+        "error": outcome.error,
         **({"extra": dict(problem.extra)} if problem.extra else {}),
     }
 
 
-def _references(problem: Problem, rounds: Sequence[Round], number: int) -> list[list[list[int | None]]]:
-    """What a round's prompts listed: one list for all, or one for each trajectory. It has the index of each message
-    and, where that was shortened for this prompt, how many characters of its end are left.
+def _is_unjudged(outcome: Outcome) -> bool:
+    return outcome.problem.ground_truth is not None and outcome.correct is None
+
+
+def _references(outcome: Outcome) -> list[list[list[list[int | None]]]]:
+    """For each round what its prompts listed: one list for all calls, or one for each. It has the index of each message
+    and, if that was shortened for this prompt, how many characters of its end are left.
     """
-    given = [Message(i, text) for i, text in enumerate(problem.responses)]
-    texts = rounds[number - 1].messages if number else given
-    whole = {message.index: message.text for message in texts}
-    each = rounds[number].own_references or (rounds[number].references,)
-    return [
-        [
-            [message.index, None if whole.get(message.index) == message.text else len(message.text) - len(CUT_MARK)]
-            for message in references
-        ]
-        for references in each
-    ]
+    made, sources = [], outcome.problem.given
+    for round_ in outcome.rounds:
+        whole = {message.index: message.text for message in sources}
+        made.append([
+            [
+                [each.index, None if whole.get(each.index) == each.text else len(each.text) - len(CUT_MARK)]
+                for each in references
+            ]
+            for references in round_.own_references or (round_.references,)
+        ])  # fmt: skip
+        sources = round_.messages
+    return made
 
 
 def _response(trajectory: Trajectory) -> dict[str, Any]:
+    rollout = trajectory.rollout
     return {
-        "content": trajectory.content,
-        "reasoning_content": trajectory.reasoning,
-        **({"tool_calls": list(trajectory.tool_calls)} if trajectory.tool_calls else {}),
+        "content": rollout.content,
+        "reasoning_content": rollout.reasoning,
+        **({"tool_calls": list(rollout.tool_calls)} if rollout.tool_calls else {}),
         "finish_reason": trajectory.finish_reason,
         "status": trajectory.status,
         "error": trajectory.error,
-        "seed": trajectory.seed,
-        "prompt_tokens": trajectory.prompt_tokens,
-        "output_tokens": trajectory.output_tokens,
+        "seed": rollout.seed,
+        "prompt_tokens": rollout.num_prompt_tokens,
+        "output_tokens": rollout.num_tokens,
         "lost_tokens": trajectory.lost_tokens,
         "failed_tries": len(trajectory.attempts),
-        "mean_logprob": trajectory.mean_logprob,
+        "mean_logprob": rollout.mean_logprob,
     }
 
 
-def _usage(rounds: Sequence[Round]) -> dict[str, Any]:
-    totals = Totals.of(each for round_ in rounds for each in round_.trajectories)
-    return {
-        "calls": totals.calls,
-        "failed_tries": totals.retries,
-        "prompt_tokens": totals.prompt_tokens,
-        "output_tokens": totals.output_tokens,
-        "lost_tokens": totals.lost_tokens,
-        "finish_reasons": dict(sorted(Counter(totals.finish_reasons).items())),
-    }
+class Tally:
+    """Sums over outcomes, which need not be in memory together."""
 
+    def __init__(self):
+        self._sums: Counter[str] = Counter()
+        self._answered_by: Counter[str] = Counter()
+        self._finish_reasons: Counter[str] = Counter()
+        self._by_problem: dict[str, list[bool]] = defaultdict(list)
+        self._by_sample: dict[int, list[bool]] = defaultdict(list)
+        # Of each round: sums, losses, and seconds of each problem.
+        self._rounds: list[tuple[Counter[str], Counter[str], list[float]]] = []
 
-def _without_bytes(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Images that are neither paths nor URIs are left out: null stands in their place."""
-    content = message.get("content")
-    if not isinstance(content, (list, tuple)):
-        return dict(message)
-    items = [
-        {**item, "image": None} if "image" in item and not isinstance(item["image"], str) else item for item in content
-    ]
-    return {**message, "content": items}
+    def add(self, outcome: Outcome) -> None:
+        totals = outcome.totals
+        self._sums.update(
+            answers=1,
+            failed=outcome.chosen is None,
+            unjudged=_is_unjudged(outcome),
+            calls=totals.calls,
+            failed_tries=totals.retries,
+            prompt_tokens=totals.prompt_tokens,
+            output_tokens=totals.output_tokens,
+            lost_tokens=totals.lost_tokens,
+        )
+        self._finish_reasons.update(totals.finish_reasons)
+        if outcome.answered_by is not None:
+            self._answered_by[outcome.answered_by] += 1
+        if outcome.correct is not None:
+            self._by_problem[outcome.problem.id].append(outcome.correct)
+            self._by_sample[outcome.sample].append(outcome.correct)
+        for number, made in enumerate(outcome.rounds):
+            if number == len(self._rounds):
+                self._rounds.append((Counter(), Counter(), []))
+            sums, losses, seconds = self._rounds[number]
+            sums.update(
+                calls=made.width,
+                output_tokens=made.totals.output_tokens,
+                cut_references=made.cut_references,
+                cut_answers=made.cut_answers,
+                prompt_tokens=made.totals.prompt_tokens,
+                shared_prompt_tokens=made.totals.shared_tokens,
+            )
+            losses.update(made.losses)
+            rollouts = [each.rollout for each in made.trajectories]
+            seconds.append(max(each.start + each.seconds for each in rollouts) - min(each.start for each in rollouts))
 
+    def summary(self, *, method: str, num_problems: int, samples: int, matching: str) -> dict[str, Any]:
+        """The content of summary.json."""
+        sums, count = self._sums, self._sums["answers"]
+        summed = ("calls", "output_tokens", "cut_references", "cut_answers")
+        return {
+            "method": method,
+            "problems": num_problems,
+            "samples": samples,
+            "answers": count,
+            "is_complete": count == num_problems * samples,
+            "failed": sums["failed"],
+            "unjudged": sums["unjudged"],
+            "matching": matching,
+            **self._accuracy(),
+            "calls": sums["calls"],
+            "failed_tries": sums["failed_tries"],
+            "output_tokens": sums["output_tokens"],
+            "output_tokens_per_answer": sums["output_tokens"] / count if count else None,
+            "prompt_tokens": sums["prompt_tokens"],
+            "prompt_tokens_per_answer": sums["prompt_tokens"] / count if count else None,
+            "lost_tokens": sums["lost_tokens"],
+            "answered_by": dict(sorted(self._answered_by.items())),
+            "finish_reasons": dict(sorted(self._finish_reasons.items())),
+            "rounds": [  # a problem that ended early has none of the later ones
+                {"round": i, **{name: sums[name] for name in summed}, "losses": dict(sorted(losses.items()))}
+                for i, (sums, losses, _) in enumerate(self._rounds, start=1)
+            ],
+        }
 
-def to_line(row: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which models write now and then
-        return json.dumps(row).encode() + b"\n"
+    def timing(self, seconds: float) -> dict[str, Any]:
+        """The content of timing.json.
 
-
-class Rows:
-    """Rows that come in any order, on disk: there may be many more of them than fit into memory."""
-
-    def __init__(self, directory: Path):
-        self._file = tempfile.TemporaryFile(dir=directory, prefix="rows.")
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}
-        self._end = self._saved = 0
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def close(self) -> None:
-        with self._lock:
-            self._file.close()
-
-    def add(self, key: tuple[int, int], line: bytes) -> None:
-        """
         Args:
-            key: the problem's place and the sample: what rows are ordered by.
+            seconds: that the run took, in all its processes.
         """
-        self._file.write(line)
-        self._file.flush()
-        self._places[key] = (self._end, len(line))
-        self._end += len(line)
+        calls, tokens = self._sums["calls"], self._sums["output_tokens"]
+        return {
+            "seconds": seconds,
+            "drawn_calls": calls,
+            "drawn_tokens": tokens,
+            "drawn_tokens_per_second": tokens / seconds if seconds else None,
+            "answers_per_hour": 3600 * self._sums["answers"] / seconds if seconds else None,
+            "rounds": [
+                {
+                    "round": i,
+                    "mean_seconds": statistics.fmean(latencies),
+                    "median_seconds": statistics.median(latencies),
+                    "longest_seconds": max(latencies),
+                    "tokens_per_second": sums["output_tokens"] / sum(latencies)
+                    if sum(latencies)
+                    else None,  # a problem
+                    "prompt_tokens": sums["prompt_tokens"],
+                    "shared_prompt_tokens": sums["shared_prompt_tokens"],  # computed once for several calls
+                }
+                for i, (sums, _, latencies) in enumerate(self._rounds, start=1)
+            ],
+        }
 
-    def save(self, path: Path) -> None:
-        """Replaces a file by the rows so far, in order. A thread may do so while rows are added; one that comes late,
-        when more have been saved, does nothing."""
-        places = dict(self._places)
-        with self._lock:
-            if not self._file.closed and len(places) >= self._saved:
-                replace_file(path, self._lines(places))
-                self._saved = len(places)
+    def _accuracy(self) -> dict[str, Any]:
+        if not self._by_problem:
+            return {"scored_problems": 0, "accuracy": None, "interval": None, "interval_by": None, "by_sample": []}
+        means = [sum(each) / len(each) for each in self._by_problem.values()]
+        accuracy, interval, by = statistics.fmean(means), None, None
+        if max(map(len, self._by_problem.values())) == 1:
+            interval, by = wilson_interval(round(sum(means)), len(means)), "Wilson"
+        elif len(means) > 1:
+            radius = NORMAL_QUANTILE * statistics.stdev(means) / math.sqrt(len(means))
+            interval, by = (max(0.0, accuracy - radius), min(1.0, accuracy + radius)), "normal, over problems' means"
+        return {
+            "scored_problems": len(means),
+            "accuracy": accuracy,
+            "interval": interval,
+            "interval_by": by,
+            "by_sample": [sum(each) / len(each) for _, each in sorted(self._by_sample.items())],
+        }
 
-    def _lines(self, places: Mapping[tuple[int, int], tuple[int, int]]) -> Iterator[bytes]:
-        for _, (offset, length) in sorted(places.items()):
-            yield os.pread(self._file.fileno(), length, offset)
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary for reading."""
+    lines = {"method": summary["method"], "answers": f"{summary['answers']} of {summary['problems']} problems"}
+    if summary["samples"] > 1:
+        lines["answers"] += f" x {summary['samples']} samples"
+    if summary["failed"]:
+        lines["failed"] = f"{summary['failed']} (counted as wrong where the answer is known)"
+    if summary["unjudged"]:
+        lines["not judged"] = f"{summary['unjudged']} (neither right nor wrong; the log names the known answers)"
+    if summary["accuracy"] is not None:
+        name = "accuracy" if summary["samples"] == 1 else f"mean@{summary['samples']}"
+        lines[name] = f"{100 * summary['accuracy']:.1f} % of {summary['scored_problems']}"
+        if summary["interval"] is not None:
+            low, high = summary["interval"]
+            lines[name] += f" (95 %: {100 * low:.1f} to {100 * high:.1f}; {summary['interval_by']})"
+    lines["answered by"] = _counts(summary["answered_by"])
+    lines["calls"] = str(summary["calls"])
+    if summary["failed_tries"]:
+        lines["calls"] += f", and {summary['failed_tries']} attempts that failed"
+    for name, tokens in (("TTC", "output_tokens"), ("prompts", "prompt_tokens")):
+        lines[name] = f"{_number(summary[tokens])} tokens"
+        if summary["answers"]:
+            lines[name] += f", {human_number(summary[f'{tokens}_per_answer'])} an answer"
+    if summary["lost_tokens"]:
+        lines["lost"] = f"{_number(summary['lost_tokens'])} tokens, of attempts that failed"
+    lines["ended by"] = _counts(summary["finish_reasons"])
+    for each in summary["rounds"]:
+        cuts = {name: each[name] for name in ("cut_references", "cut_answers") if each[name]}
+        line = f"{each['calls']} calls, {_number(each['output_tokens'])} tokens"
+        lines[f"round {each['round']}"] = line + (
+            f"; lost or cut: {_counts({**each['losses'], **cuts})}" if each["losses"] or cuts else ""
+        )
+    width = max(map(len, lines))
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines.items())
+
+
+def _number(count: int) -> str:
+    return str(count) if count < 1000 else human_number(count)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()) or "none"

@@ -1,24 +1,21 @@
-"""From a conversation and the messages of a round to the conversation that the next round continues.
+"""The synthesis prompt: a conversation whose last message lists the references.
 
 The last message is replaced by a text in the published structure (report, table 6): what is given and what to do; the
 problem; the references, each under a line "Reference <n>:", from 1; and the request for a solution of one's own. Models
-that were trained with PaCoRe speak of "Reference 3", so that the labels should be kept by other templates. The wording
-is ours. A second one is for the result of a tool.
+trained with PaCoRe speak of "Reference 3": other templates should keep the labels. The wording is ours. A second text
+is for the result of a tool.
 
-Everything before the last message stays as it is, and so do its images. Without references nothing is changed.
+Everything before the last message stays as it is, and so do its images. Without references nothing changes.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stepjax.errors import ConfigError, RecordError, TokenError
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.records import Message
+from stepjax.pacore.records import Reference
 from stepjax.processing import templates
-
-CUT_MARK = "[...] "  # in place of what is missing before the end of a message
 
 # White space as published: a blank line before each reference, two before the last sentence.
 _REFERENCES = """{% for reference in references %}
@@ -79,12 +76,12 @@ class Template:
             self._texts = dict.fromkeys(self._texts, text)
             try:  # within limits, once: one that loops for ever does so here
                 for role in self._texts:
-                    templates.render(text, _variables(role, "problem", [Message(0, "reference")]), name=self._name)
+                    templates.render(text, _variables(role, "problem", [Reference(0, "reference")]), name=self._name)
             except TokenError as error:
                 raise ConfigError(f"{error}; it may use problem, references, role and has_tool_calls") from error
 
     def conversation(
-        self, messages: Sequence[dict[str, Any]], references: Sequence[Message]
+        self, messages: Sequence[dict[str, Any]], references: Sequence[Reference]
     ) -> tuple[dict[str, Any], ...]:
         """
         Raises:
@@ -103,7 +100,7 @@ class Template:
             content = [*images, item] if self._images == "before" else [item, *images]
         return (*before, {**last, "content": content})
 
-    def _render(self, role: str, problem: str, references: Sequence[Message]) -> str:
+    def _render(self, role: str, problem: str, references: Sequence[Reference]) -> str:
         try:
             template = templates.compiled(self._texts[role])
             return template.render(**_variables(role, problem, references))
@@ -111,7 +108,7 @@ class Template:
             raise RecordError(f"{self._name} cannot render: {type(error).__name__}: {error}") from error
 
 
-def _variables(role: str, problem: str, references: Sequence[Message]) -> dict[str, Any]:
+def _variables(role: str, problem: str, references: Sequence[Reference]) -> dict[str, Any]:
     texts = [reference.text for reference in references]
     has_tool_calls = any("<tool_call>" in text for text in texts)
     return {"problem": problem, "references": texts, "role": role, "has_tool_calls": has_tool_calls}
@@ -144,8 +141,3 @@ def _text_and_images(content: Any) -> tuple[str, list[dict[str, Any]]]:
         else:
             raise RecordError(f"the last message's content has {item!r:.120}: give a text, or items of text and images")
     return "\n".join(texts), images
-
-
-def with_ends(message: Message, text: str) -> Message:
-    """A message of which only the end is left; it says so."""
-    return dataclasses.replace(message, text=CUT_MARK + text.lstrip(), was_cut=True)

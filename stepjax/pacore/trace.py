@@ -18,7 +18,7 @@ from typing import Any
 
 from stepjax.pacore.answers import Matching
 from stepjax.pacore.records import Outcome
-from stepjax.pacore.trace_data import Failure, shown, trace_data
+from stepjax.pacore.trace_data import shown, trace_data
 
 _PAGE = Path(__file__).parent / "trace_page"
 _SCRIPTS = ("elements.js", "timeline.js", "trace.js")
@@ -28,7 +28,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]+")
 
 
 def trace_html(
-    of: Outcome | Failure,
+    of: Outcome,
     *,
     title: str | None = None,
     correct: bool | None = None,
@@ -50,7 +50,7 @@ def trace_html(
     )
 
 
-def write_trace(of: Outcome | Failure, path: str | os.PathLike[str], **options: Any) -> None:
+def write_trace(of: Outcome, path: str | os.PathLike[str], **options: Any) -> None:
     """Writes `trace_html(of, **options)`; the file is there as a whole or not at all."""
     write_whole(Path(path), trace_html(of, **options))
 

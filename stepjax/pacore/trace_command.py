@@ -1,19 +1,23 @@
 """`stepjax pacore trace`: pages of a batch run, one for each answer, and a table of them."""
 
 import argparse
+import dataclasses
 import hashlib
 import html
+import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stepjax.errors import CheckpointError, ConfigError
-from stepjax.figures import human_number, human_time, printable
-from stepjax.pacore.answers import extract
+from stepjax.figures import human_number, human_time
+from stepjax.pacore.answers import Matching, extract
+from stepjax.pacore.batch import SUMMARY
+from stepjax.pacore.journal import outcomes
+from stepjax.pacore.records import Outcome, Totals
 from stepjax.pacore.trace import fill, write_trace, write_whole
-from stepjax.pacore.trace_run import TracedRun
 
 _DESCRIPTION = """Make a page of every answer of a run: rounds, trajectories, references, tokens and time.
 
@@ -56,39 +60,41 @@ def _parser() -> argparse.ArgumentParser:
 
 def _write(given: argparse.Namespace) -> int:
     directory = given.directory.expanduser()
-    traced = TracedRun(directory)
+    summary = _summary(directory)
+    matching = summary.get("matching", "math")
     out = directory / "traces" if given.out is None else given.out.expanduser()
     wanted, entries = None if given.problem is None else set(given.problem), []
-    for row in traced.rows():
-        if wanted is not None and row["id"] not in wanted:
+    for of in outcomes(directory):
+        problem = of.problem
+        if wanted is not None and problem.id not in wanted:
             continue
-        try:
-            of = traced.outcome(row)
-        except CheckpointError as error:
-            print(f"no page: {printable(error)}", file=sys.stderr)
-            entries.append((row, None, None))
-            continue
-        name = page_name(row["id"], row["sample"])
+        name = page_name(problem.id, of.sample)
         write_trace(
             of,
             out / name,
-            title=row["id"] if not row["sample"] else f"{row['id']}, sample {row['sample']}",
-            correct=row["correct"],
-            matching="math" if traced.matching == "math" and row["ground_truth"] is not None else None,
+            title=problem.id if not of.sample else f"{problem.id}, sample {of.sample}",
+            correct=of.correct,
+            matching="math" if matching == "math" and problem.ground_truth is not None else None,
             thoughts=not given.without_thoughts,
-            notes=traced.notes(),
         )
-        entries.append((row, name, of.seconds))
-    missing = sorted((wanted or set()) - {row["id"] for row, _, _ in entries})
+        entries.append((dataclasses.replace(of, rounds=()), of.totals, of.content, name))
+    missing = sorted((wanted or set()) - {of.problem.id for of, *_ in entries})
     if missing:
         raise ConfigError(f"--problem {missing[0]}: {directory} has no answer to a problem of that id")
-    count = sum(name is not None for _, name, _ in entries)
     if wanted is None:
-        write_whole(out / "index.html", index_html(entries, directory.resolve().name, traced))
-        print(f"{count} pages, and a table of them in {out / 'index.html'}")
+        write_whole(out / "index.html", index_html(entries, directory.resolve().name, summary.get("method"), matching))
+        print(f"{len(entries)} pages, and a table of them in {out / 'index.html'}")
     else:
-        print("\n".join(str(out / name) for _, name, _ in entries if name is not None))
+        print("\n".join(str(out / name) for *_, name in entries))
     return 0
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    path = directory / SUMMARY
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def page_name(problem: str, sample: int) -> str:
@@ -101,21 +107,19 @@ def page_name(problem: str, sample: int) -> str:
 
 # The table.
 
-_Entry = tuple[Mapping[str, Any], str | None, float | None]  # row, page, seconds
+_Entry = tuple[Outcome, Totals, str, str]  # without its rounds, their totals, the answer, the page
 
 
-def index_html(entries: Sequence[_Entry], title: str, traced: TracedRun) -> str:
-    summary = traced.summary
-    facts = [("method", summary.get("method")), ("answers", len(entries))]
-    scored = [row["correct"] for row, _, _ in entries if row["correct"] is not None]
+def index_html(entries: Sequence[_Entry], title: str, method: str | None, matching: Matching) -> str:
+    facts = [("method", method), ("answers", len(entries))]
+    scored = [of.correct for of, *_ in entries if of.correct is not None]
     if scored:
         facts.append(("right", f"{sum(scored)} of {len(scored)}"))
-    failed = sum(row["error"] is not None for row, _, _ in entries)
     facts += [
-        ("failed", failed or None),
-        ("calls", f"{sum(row['usage']['calls'] for row, _, _ in entries):,}"),
-        ("output tokens (TTC)", f"{sum(row['usage']['output_tokens'] for row, _, _ in entries):,}"),
-        ("lost tokens", f"{sum(row['usage']['lost_tokens'] for row, _, _ in entries):,}"),
+        ("failed", sum(of.error is not None for of, *_ in entries) or None),
+        ("calls", f"{sum(totals.calls for _, totals, *_ in entries):,}"),
+        ("output tokens (TTC)", f"{sum(totals.output_tokens for _, totals, *_ in entries):,}"),
+        ("lost tokens", f"{sum(totals.lost_tokens for _, totals, *_ in entries):,}"),
     ]
     return fill(
         "index.html",
@@ -126,31 +130,30 @@ def index_html(entries: Sequence[_Entry], title: str, traced: TracedRun) -> str:
                 for name, value in facts
                 if value is not None
             ),
-            "rows": "\n".join(_row(entry, traced) for entry in entries),
+            "rows": "\n".join(_row(entry, matching) for entry in entries),
         },
     )
 
 
-def _row(entry: _Entry, traced: TracedRun) -> str:
-    row, page, seconds = entry
-    kind, verdict = {True: ("right", "right"), False: ("wrong", "wrong")}.get(row["correct"], ("", "not judged"))
-    if row["error"] is not None:
-        kind, verdict = "wrong", "failed"
-    said = row["error"] or row["final_response"] or ""
-    if row["error"] is None and row["ground_truth"] is not None:
-        said = extract(said, traced.matching)
-    name = f"{row['id']}, sample {row['sample']}" if row["sample"] else row["id"]
-    shown = html.escape(name) if page is None else f'<a href="{html.escape(page)}">{html.escape(name)}</a>'
-    truth = "" if row["ground_truth"] is None else html.escape(_short(str(row["ground_truth"])))
+def _row(entry: _Entry, matching: Matching) -> str:
+    of, totals, said, page = entry
+    problem = of.problem
+    kind, verdict = {True: ("right", "right"), False: ("wrong", "wrong"), None: ("", "not judged")}[of.correct]
+    if of.error is not None:
+        kind, verdict, said = "wrong", "failed", of.error
+    elif problem.ground_truth is not None:
+        said = extract(said, matching)
+    name = f"{problem.id}, sample {of.sample}" if of.sample else problem.id
+    truth = "" if problem.ground_truth is None else html.escape(_short(str(problem.ground_truth)))
     cells = [
-        f'<th scope="row" class="short">{shown}</th>',
+        f'<th scope="row" class="short"><a href="{html.escape(page)}">{html.escape(name)}</a></th>',
         f'<td><span class="pill {kind}">{verdict}</span></td>',
         f'<td class="short">{html.escape(_short(said))}</td>',
         f'<td class="short">{truth}</td>',
-        f"<td>{html.escape(row['answered_by'] or '')}</td>",
-        f'<td class="number">{row["usage"]["calls"]}</td>',
-        f'<td class="number">{human_number(row["usage"]["output_tokens"])}</td>',
-        f'<td class="number">{"" if seconds is None else human_time(seconds)}</td>',
+        f"<td>{html.escape(of.answered_by or '')}</td>",
+        f'<td class="number">{totals.calls}</td>',
+        f'<td class="number">{human_number(totals.output_tokens)}</td>',
+        f'<td class="number">{human_time(of.seconds)}</td>',
     ]
     return f"<tr>{''.join(cells)}</tr>"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from stepjax.errors import ImageError
 from stepjax.pacore.answers import Matching, extract, grouped, judge
-from stepjax.pacore.citations import find_citations
-from stepjax.pacore.records import Message, Outcome, Problem, Round, Totals, Trajectory
+from stepjax.pacore.compaction import find_citations
+from stepjax.pacore.records import Outcome, Problem, Reference, Round, Totals, Trajectory
 from stepjax.processing.image_files import open_image
 
 THUMBNAIL = 512  # pixels, the longer side
@@ -23,24 +23,8 @@ MOST_SHOWN = 1_000_000  # characters of one text
 _CLOSE = "</think>"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A problem without an answer, and how far it came.
-
-    Attributes:
-        rounds: those that have ended; `RoundFailedError.rounds`, where it is that.
-        seconds: None: until the last call ended.
-    """
-
-    problem: Problem
-    error: str
-    rounds: tuple[Round, ...] = ()
-    sample: int = 0
-    seconds: float | None = None
-
-
 def trace_data(
-    of: Outcome | Failure,
+    of: Outcome,
     *,
     correct: bool | None = None,
     matching: Matching | None = None,
@@ -48,16 +32,16 @@ def trace_data(
 ) -> dict[str, Any]:
     """See `trace.trace_html` for the arguments."""
     problem, rounds = of.problem, of.rounds
-    chosen = of.chosen if isinstance(of, Outcome) else None
+    chosen = of.chosen
     return {
         "id": problem.id,
         "sample": of.sample,
         "correct": correct,
-        "error": of.error if isinstance(of, Failure) else None,
-        "answered_by": of.answered_by if isinstance(of, Outcome) else None,
+        "error": of.error,
+        "answered_by": of.answered_by,
         "chosen": chosen,
-        "answer": _answer(of, thoughts) if isinstance(of, Outcome) else None,
-        "seconds": _seconds(of),
+        "answer": None if chosen is None else _answer(of, thoughts),
+        "seconds": of.seconds,
         "has_thoughts": thoughts,
         "totals": _totals(Totals.of(each for round_ in rounds for each in round_.trajectories)),
         "problem": _problem(problem),
@@ -65,25 +49,19 @@ def trace_data(
     }
 
 
-def _seconds(of: Outcome | Failure) -> float:
-    if of.seconds is not None:
-        return of.seconds
-    return max((each.start + each.seconds for round_ in of.rounds for each in round_.trajectories), default=0.0)
-
-
 def _totals(totals: Totals) -> dict[str, Any]:
     return dataclasses.asdict(totals)
 
 
 def _answer(outcome: Outcome, thoughts: bool) -> dict[str, Any]:
-    made = next((each for each in outcome.rounds if each.number == outcome.chosen[0]), None)
-    count = len(_seen(outcome.chosen[1], made)) if made else 0
-    thought, text = _split(outcome.content, outcome.reasoning)
+    number, index = outcome.chosen or (0, 0)
+    count = len(_seen(index, outcome.rounds[number]))
+    thought, text = _split(outcome.content, outcome.rollout.reasoning)
     return {
         "message": _parts(text, count),
         "thought": _parts(thought, count) if thoughts else [],
-        "tool_calls": [_call(call) for call in outcome.tool_calls],
-        "finish_reason": outcome.finish_reason,
+        "tool_calls": [_call(call) for call in outcome.rollout.tool_calls],
+        "finish_reason": outcome.rollout.finish_reason,
     }
 
 
@@ -101,7 +79,7 @@ def _round(
 ) -> dict[str, Any]:
     round_ = rounds[number]
     # The messages that its references were made of.
-    before = rounds[number - 1].messages if number else [Message(i, text) for i, text in enumerate(problem.responses)]
+    before = rounds[number - 1].messages if number else [Reference(i, text) for i, text in enumerate(problem.responses)]
     sources = {message.index: message for message in before}
     references = _all_references(round_)
     shown = {reference.index for reference in references}
@@ -137,14 +115,14 @@ def _round(
     }
 
 
-def _all_references(round_: Round) -> Sequence[Message]:
+def _all_references(round_: Round) -> Sequence[Reference]:
     if not round_.own_references:
         return round_.references
     all_ = {reference.index: reference for own in round_.own_references for reference in own}
     return [all_[index] for index in sorted(all_)]
 
 
-def _seen(index: int, round_: Round) -> Sequence[Message]:
+def _seen(index: int, round_: Round) -> Sequence[Reference]:
     """By a trajectory of the round, in the order of its labels."""
     if not round_.own_references:
         return round_.references
@@ -157,7 +135,7 @@ def _cited_sources(each: Mapping[str, Any], round_: Round) -> set[int]:
     return {seen[int(number) - 1].index for number in each["citations"]}
 
 
-def _reference_state(reference: Message, source: Message | None) -> str:
+def _reference_state(reference: Reference, source: Reference | None) -> str:
     """ "whole"; "shortened" for this prompt; or "tail", the end of a thought that was cut off."""
     if source is not None and source.text != reference.text:
         return "shortened"
@@ -171,10 +149,10 @@ def _trajectory(
     matching: Matching | None,
     thoughts: bool,
 ) -> dict[str, Any]:
-    seen = _seen(each.index, round_)
+    seen, rollout = _seen(each.index, round_), each.rollout
     count = len(seen)
     message = next((message for message in round_.messages if message.index == each.index), None)
-    thought, text = _split(each.content, each.reasoning)
+    thought, text = _split(rollout.content, rollout.reasoning)
     cited: dict[int, list[int]] = {}
     said, thought_of = _parts(text, count), _parts(thought, count)
     for place, parts in enumerate((said, thought_of)):
@@ -192,27 +170,27 @@ def _trajectory(
         # Where it is not what the trajectory says itself.
         "passed_on": message.text if message and message.was_cut else None,
         "thought": thought_of if thoughts else [],
-        "tool_calls": [_call(call) for call in each.tool_calls],
+        "tool_calls": [_call(call) for call in rollout.tool_calls],
         "citations": {str(number): cited[number] for number in sorted(cited)},  # [in the message, in the thought]
         "references": [reference.index for reference in seen],  # sources, by label
         "answer": answer[:200] if answer else None,
         "correct": correct,
         "finish_reason": each.finish_reason,
         "error": each.error,
-        "seed": each.seed,
-        "prompt_tokens": each.prompt_tokens,
-        "cached_tokens": each.cached_tokens,
-        "output_tokens": each.output_tokens,
-        "mean_logprob": each.mean_logprob,
-        "start": each.start,
-        "seconds": each.seconds,
+        "seed": rollout.seed,
+        "prompt_tokens": rollout.num_prompt_tokens,
+        "cached_tokens": rollout.num_cached_tokens,
+        "output_tokens": rollout.num_tokens,
+        "mean_logprob": rollout.mean_logprob,
+        "start": rollout.start,
+        "seconds": rollout.seconds,
         "attempts": [dataclasses.asdict(attempt) for attempt in each.attempts],
         # The last try is among the failed ones, if the call was given up.
         "earlier": len(each.attempts) - (each.status in ("error", "timeout") and bool(each.attempts)),
     }
 
 
-def _state(each: Trajectory, message: Message | None) -> str:
+def _state(each: Trajectory, message: Reference | None) -> str:
     """What became of a call: "ok"; "cut", an answer without its end; "tail", the end of a thought; or its loss."""
     if message is not None:
         return "tail" if message.was_cut else "cut" if each.finish_reason == "length" else "ok"

@@ -11,15 +11,18 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import json
 import logging
 import math
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import tokenizers
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
@@ -31,7 +34,7 @@ from stepjax.rollouts.sampler import Listener, PreparedPrompt, SamplerError, Tok
 
 KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
 
-_log = logging.getLogger("stepjax.pacore")
+_log = logging.getLogger(__name__)
 _TEMPORARY = {408, 409, 425, 429}  # and all from 500 on
 
 _MOST_LINE = 16 << 20  # bytes of one event of a stream
@@ -41,6 +44,25 @@ _MOST_ERROR = 1 << 20  # bytes of an answer that says what is wrong
 _http: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    made = json.loads(text)
+    if not isinstance(made, dict):
+        raise ValueError(f"{text!r:.100} is not an object of JSON")
+    return made
+
+
+_JsonObject = Annotated[
+    Mapping[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda arguments: _json_object(arguments[0]),
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [json.dumps(dict(value))],
+    ),
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
     """
@@ -48,11 +70,14 @@ class EndpointConfig:
         ConfigError: a value cannot work.
     """
 
-    url: str  # such as http://localhost:8000/v1
+    url: str | None = None  # such as http://localhost:8000/v1
     model: str | None = None  # None: the first that the endpoint lists
-    api_key: str | None = dataclasses.field(default=None, repr=False)
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
-    body: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields added to every request
+    # Not for command lines, which other users can see; see KEY_VARIABLES.
+    api_key: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = dataclasses.field(default=None, repr=False)
+    headers: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, str]]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+    body: _JsonObject = dataclasses.field(default_factory=dict)  # fields added to every request
     max_concurrent: int = 256  # calls under way; more wait for their turn
     streams: bool = True  # answers are streamed: a dead connection is noticed, and tokens are seen as they come
     sends_seed: bool = True
@@ -60,16 +85,16 @@ class EndpointConfig:
     silence_seconds: float = 1000.0  # between two parts of an answer
     answer_seconds: float = 6 * 3600.0  # for a whole answer, from when the call is sent
     max_response_bytes: int = 128 << 20  # of a whole answer, with all that is around its text
-    # How many tokens prompt and answer may have together, and a tokenizer.json to count them with: what references are
-    # fitted to. Without them the endpoint's own refusal is what tells.
-    max_context: int | None = None
-    tokenizer: str | None = None
-    # The endpoint leaves thoughts in its content, and its template opens `<think>`. None: not known; then an answer
-    # that is cut off without a `</think>` counts as a thought.
-    opens_thought: bool | None = None
+    max_context: int | None = (
+        None  # tokens of prompt and answer; with `tokenizer`, prompts are fitted before they are sent
+    )
+    tokenizer: str | None = None  # a tokenizer.json to count with
+    # The endpoint's template opens <think> and its content keeps the reasoning. None: not known; then an answer that is
+    # cut off without a </think> counts as reasoning.
+    opens_thinking: bool | None = None
 
     def __post_init__(self):
-        if not self.url.startswith(("http://", "https://")):
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"upstream {self.url!r}: give a URL such as http://localhost:8000/v1")
         if self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent={self.max_concurrent}: must be at least 1")
@@ -103,10 +128,13 @@ class EndpointSampler:
     """Used as `async with EndpointSampler(endpoint) as sampler:`.
 
     Raises:
+        ConfigError: the configuration has no URL.
         TokenError: the tokenizer cannot be read.
     """
 
     def __init__(self, endpoint: EndpointConfig):
+        if endpoint.url is None:
+            raise ConfigError("upstream.url is missing: give a URL such as http://localhost:8000/v1")
         self.endpoint = endpoint
         self.max_context = endpoint.max_context
         self.tokens: TokenCounter | None = None if endpoint.tokenizer is None else FileTokens(endpoint.tokenizer)
@@ -174,7 +202,7 @@ class EndpointSampler:
         body = {**prompt.payload, **self._fields(params), **self.endpoint.body}
         known = {name: body.pop(name) for name in _KNOWN if name in body}
         answer = EndpointAnswer(
-            listener, opens_thought=bool(self.endpoint.opens_thought), has_logprobs=bool(known.get("logprobs"))
+            listener, opens_thinking=bool(self.endpoint.opens_thinking), has_logprobs=bool(known.get("logprobs"))
         )
         model = await self.model()
         async with self._turn:
@@ -249,7 +277,7 @@ class EndpointSampler:
         content, reasoning = whole_text("".join(answer.content)), whole_text("".join(answer.reasoning)) or None
         if reasoning is None:
             is_cut = answer.finish_reason == "length"
-            opens = is_cut if self.endpoint.opens_thought is None else self.endpoint.opens_thought
+            opens = is_cut if self.endpoint.opens_thinking is None else self.endpoint.opens_thinking
             # Where nobody knows, a whole answer without a thought is one; only of a cut one must it be assumed.
             has_thought = "</think>" in content or content.lstrip().startswith("<think>")
             if has_thought or opens:

@@ -22,9 +22,9 @@ class EndpointAnswer:
         SamplerError: the endpoint says that it failed, or writes without end.
     """
 
-    def __init__(self, listener: Listener, *, opens_thought: bool, has_logprobs: bool):
+    def __init__(self, listener: Listener, *, opens_thinking: bool, has_logprobs: bool):
         self._listener, self._has_logprobs = listener, has_logprobs
-        self._parts = ReasoningStream(starts_thinking=opens_thought)  # of a content that holds the thought
+        self._parts = ReasoningStream(starts_thinking=opens_thinking)  # of a content that holds the thought
         self.content: list[str] = []
         self.reasoning: list[str] = []
         self._length = 0

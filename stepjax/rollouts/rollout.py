@@ -6,7 +6,7 @@ score it, RL trains on it, the server answers with it, viewers show it, and file
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 
@@ -15,10 +15,26 @@ from stepjax.errors import RecordError
 VERSION = 1
 
 # A field must already have its type: the string "5" is no seed. Only JSON's lists become tuples.
-_Text = Annotated[str, pydantic.Strict()]
-_Int = Annotated[int, pydantic.Strict()]
-_Count = Annotated[int, pydantic.Strict(), pydantic.Field(ge=0)]
-_Number = Annotated[float, pydantic.Strict(), pydantic.AllowInfNan(False)]
+Text = Annotated[str, pydantic.Strict()]
+Int = Annotated[int, pydantic.Strict()]
+Count = Annotated[int, pydantic.Strict(), pydantic.Field(ge=0)]
+Number = Annotated[float, pydantic.Strict(), pydantic.AllowInfNan(False)]
+
+T = TypeVar("T")
+
+
+def validated(adapter: pydantic.TypeAdapter[T], fields: Mapping[str, Any], what: str) -> T:
+    """A record from its fields.
+
+    Raises:
+        RecordError: a field is missing, unknown or of another type; names it.
+    """
+    try:
+        return adapter.validate_python(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecordError(f"{what} field {where}={first['input']!r:.100}: {first['msg']}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,24 +60,24 @@ class Rollout:
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    content: _Text = ""
-    reasoning: _Text | None = None
+    content: Text = ""
+    reasoning: Text | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
-    finish_reason: _Text = "stop"
-    stop_reason: _Text | _Int | None = None
-    seed: _Int = 0
-    mean_logprob: _Number | None = None
-    start: _Number = 0.0
-    seconds: _Number = 0.0
-    num_prompt_tokens: _Count = 0
-    num_cached_tokens: _Count = 0
-    num_tokens: _Count = 0
-    text: _Text = ""
-    prompt_ids: tuple[_Int, ...] = ()
-    token_ids: tuple[_Int, ...] = ()
-    logprobs: tuple[_Number, ...] = ()
-    sampling_logprobs: tuple[_Number, ...] = ()
-    top_logprobs: tuple[tuple[tuple[_Int, _Number], ...], ...] = ()
+    finish_reason: Text = "stop"
+    stop_reason: Text | Int | None = None
+    seed: Int = 0
+    mean_logprob: Number | None = None
+    start: Number = 0.0
+    seconds: Number = 0.0
+    num_prompt_tokens: Count = 0
+    num_cached_tokens: Count = 0
+    num_tokens: Count = 0
+    text: Text = ""
+    prompt_ids: tuple[Int, ...] = ()
+    token_ids: tuple[Int, ...] = ()
+    logprobs: tuple[Number, ...] = ()
+    sampling_logprobs: tuple[Number, ...] = ()
+    top_logprobs: tuple[tuple[tuple[Int, Number], ...], ...] = ()
 
     @property
     def has_answer(self) -> bool:
@@ -89,12 +105,7 @@ class Rollout:
         version = fields.get("version")
         if version != VERSION:
             raise RecordError(f"rollout version={version!r:.100}: this stepjax reads version {VERSION}")
-        try:
-            return _TYPE.validate_python({name: value for name, value in fields.items() if name != "version"})
-        except pydantic.ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RecordError(f"rollout field {where}={first['input']!r:.100}: {first['msg']}") from None
+        return validated(_ROLLOUT, {name: value for name, value in fields.items() if name != "version"}, "rollout")
 
 
-_TYPE = pydantic.TypeAdapter(Rollout)
+_ROLLOUT = pydantic.TypeAdapter(Rollout)

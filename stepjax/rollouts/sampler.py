@@ -34,7 +34,6 @@ class Listener:
     """Follows a rollout while it is sampled.
 
     Attributes:
-        at: the caller's name for the rollout: in PaCoRe, round and index.
         num_tokens: sampled so far, as far as the sampler knows.
         has_answer: a part of the answer was passed on, not only reasoning.
         began: by `time.monotonic`, when the call was sent; until then it waits for its turn and no time limit runs.
@@ -44,10 +43,8 @@ class Listener:
         self,
         on_piece: Callable[[Piece], None] | None = None,
         *,
-        at: tuple[int, int] = (0, 0),
         on_begin: Callable[[], None] = lambda: None,
     ):
-        self.at = at
         self.num_tokens = 0
         self.has_answer = False
         self.began: float | None = None

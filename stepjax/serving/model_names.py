@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from stepjax.pacore.schedule import PRESETS, Schedule
+from stepjax.pacore.config import PRESETS, Schedule
 from stepjax.serving.errors import ApiError
 
 

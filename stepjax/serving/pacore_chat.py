@@ -12,26 +12,26 @@ from typing import Any
 
 from stepjax.errors import ContextLengthError
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.coordinator import Coordinator, outcome
-from stepjax.pacore.events import (
+from stepjax.pacore.coordinator import Coordinator, ProblemRun, RoundFailedError
+from stepjax.pacore.records import (
     AttemptFailed,
     Event,
     Notify,
+    Outcome,
     Pieces,
+    Problem,
     RoundEnded,
     TrajectoryEnded,
     TrajectoryPiece,
     ignore,
 )
-from stepjax.pacore.records import Message, Outcome, Problem
-from stepjax.pacore.rounds import RoundFailedError
 from stepjax.rollouts.sampler import Piece, Sampler
 from stepjax.serving.context import Context
 from stepjax.serving.errors import ApiError, TooLongError, busy
 from stepjax.serving.generation import Usage
 from stepjax.serving.metrics import Metrics
 from stepjax.serving.pacore_json import Teller
-from stepjax.serving.pacore_sampler import BUSY, Watched
+from stepjax.serving.pacore_sampler import BUSY
 from stepjax.serving.replies import ChatReply
 from stepjax.serving.schemas import ChatRequest, PacoreOptions
 
@@ -58,8 +58,8 @@ class PacoreChat:
         tools = request.tools if request.uses_tools else None
         self._metrics = context.metrics
         self._config = config
-        self._sampler = Watched(sampler)
-        self._coordinator = Coordinator(self._sampler, config)
+        self._coordinator = Coordinator(sampler, config)
+        self._run: ProblemRun | None = None
         self._teller = Teller(config, sampler.tokens, options.include)
         self._reply = ChatReply(request, name)
         self._problem = Problem(
@@ -70,8 +70,8 @@ class PacoreChat:
 
     async def whole(self) -> dict[str, Any]:
         solved = await self._solve(ignore, "none")
-        message = {"role": "assistant", "content": None if solved.tool_calls else "", **_message(solved)}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": solved.finish_reason}
+        message = {"role": "assistant", "content": None if solved.rollout.tool_calls else "", **_message(solved)}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": solved.rollout.finish_reason}
         told = {**self._teller.result(solved), "rounds": self._teller.rounds(solved)}
         return {**self._reply.whole([choice], _usage(solved)), "pacore": told}
 
@@ -93,7 +93,7 @@ class PacoreChat:
                     yield self._chunk({field: value})
                 if calls:
                     yield self._chunk({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-            yield self._chunk({}, {"type": "done", **self._teller.result(solved)}, solved.finish_reason)
+            yield self._chunk({}, {"type": "done", **self._teller.result(solved)}, solved.rollout.finish_reason)
             for chunk in self._reply.usage_chunks(_usage(solved)):
                 yield chunk
         finally:
@@ -112,7 +112,7 @@ class PacoreChat:
                     new = [await events.get()]
             except TimeoutError:
                 due = clock() + PROGRESS_SECONDS
-                counts = self._sampler.counts()
+                counts = self._run.tokens_under_way() if self._run else {}
                 if counts != known:
                     known = counts
                     yield {}, _progress(counts)
@@ -146,10 +146,10 @@ class PacoreChat:
 
         ended = "cancelled"
         try:
-            if self._config.schedule:
-                solved = await self._coordinator.solve(self._problem, notify=tell, pieces=pieces)
-            else:
-                solved = await self._ask_once(tell, pieces)
+            is_single = not self._config.schedule and pieces != "none"
+            run = self._coordinator.begin(self._problem, notify=tell, pieces="all" if is_single else pieces)
+            self._run = run
+            solved = await run.solve() if self._config.schedule else await self._ask_once(run)
             ended = solved.answered_by
             return solved
         except ContextLengthError as error:
@@ -164,18 +164,16 @@ class PacoreChat:
         finally:
             self._metrics.pacore_requests.labels(ended).inc()
 
-    async def _ask_once(self, tell: Notify, pieces: Pieces) -> Outcome:
+    async def _ask_once(self, run: ProblemRun) -> Outcome:
         """Without rounds a request is passed on, and whatever is written is its answer, a thought that was cut off
         included.
         """
-        run = self._coordinator.begin(self._problem, notify=tell, pieces="none" if pieces == "none" else "all")
         try:
-            await run.round(1, is_final=False)
+            await run.round(1)
         except RoundFailedError as error:
             if error.rounds[-1].trajectories[0].status != "ok":
                 raise
-        made = run.rounds[-1]
-        return outcome(run, made, made.messages[0] if made.messages else Message(0, ""), "synthesis")
+        return run.outcome(run.rounds[-1], 0, "synthesis")
 
 
 def _joined(events: Sequence[Event | None]) -> Iterator[Event | None]:
@@ -209,9 +207,9 @@ def _join(first: Piece, second: Piece) -> Piece | None:
 def _message(solved: Outcome) -> dict[str, Any]:
     """The fields of the answer that hold something."""
     fields = {
-        "reasoning_content": solved.reasoning,
+        "reasoning_content": solved.rollout.reasoning,
         "content": solved.content,
-        "tool_calls": list(solved.tool_calls),
+        "tool_calls": list(solved.rollout.tool_calls),
     }
     return {name: value for name, value in fields.items() if value}
 
@@ -236,7 +234,7 @@ def _count(metrics: Metrics, event: Event) -> None:
     if isinstance(event, TrajectoryEnded):
         trajectory = event.trajectory
         metrics.pacore_calls.labels(trajectory.status).inc()
-        metrics.pacore_tokens.inc(trajectory.output_tokens)
+        metrics.pacore_tokens.inc(trajectory.rollout.num_tokens)
     elif isinstance(event, AttemptFailed):
         metrics.pacore_attempts.labels(event.attempt.status).inc()
     elif isinstance(event, RoundEnded):

@@ -10,10 +10,9 @@ from typing import Annotated
 import tyro
 
 from stepjax.errors import ConfigError
-from stepjax.pacore.arguments import RoundArguments, UpstreamArguments
-from stepjax.pacore.schedule import num_calls, parse_schedule
+from stepjax.pacore.config import PacoreConfig, num_calls, show
 from stepjax.pacore.template import Template
-from stepjax.rollouts.endpoint import EndpointSampler
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.command import KEY_VARIABLE, LOOPBACK, api_keys, check_address, check_installed, warn_if_open
 from stepjax.serving.logs import start_log
 from stepjax.serving.settings import Limits, ServerSettings
@@ -26,9 +25,8 @@ class PacoreServeArguments:
     The other server's key, if it wants one, is taken from the environment: STEPJAX_UPSTREAM_API_KEY or OPENAI_API_KEY.
     """
 
-    upstream: str  # such as http://localhost:8001/v1
-    rounds: Annotated[RoundArguments, tyro.conf.arg(name="")] = RoundArguments()  # each request may say otherwise
-    endpoint: Annotated[UpstreamArguments, tyro.conf.arg(name="")] = UpstreamArguments()
+    upstream: EndpointConfig = EndpointConfig()  # the other server
+    pacore: Annotated[PacoreConfig, tyro.conf.arg(name="")] = PacoreConfig()  # each request may say otherwise
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; give an API key then
     port: int = 8000
     api_keys: tuple[str, ...] = ()  # any of them opens this server; better in the environment: STEPJAX_API_KEY=KEY,KEY
@@ -39,9 +37,9 @@ class PacoreServeArguments:
 
     def __post_init__(self):
         check_address(self.port, self.drain_seconds)
-        if num_calls(parse_schedule(self.rounds.schedule)) > self.limits.pacore_calls:
+        if num_calls(self.pacore.schedule) > self.limits.pacore_calls:
             raise ConfigError(
-                f"--schedule {self.rounds.schedule}: takes more calls than --limits.pacore-calls "
+                f"--schedule {show(self.pacore.schedule)}: takes more calls than --limits.pacore-calls "
                 f"{self.limits.pacore_calls}"
             )
 
@@ -56,7 +54,7 @@ class PacoreServeArguments:
             api_keys=keys,
             hosts=LOOPBACK if self.host in LOOPBACK and not keys else (),
             limits=self.limits,
-            pacore=self.rounds.config(),
+            pacore=self.pacore,
             allow_remote_images=self.allow_remote_images,
         )
 
@@ -67,8 +65,10 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         StepjaxError: an argument is not usable.
     """
-    args = tyro.cli(PacoreServeArguments, args=list(arguments), prog="stepjax pacore serve")
-    settings, endpoint = args.settings(os.environ.get(KEY_VARIABLE)), args.endpoint.endpoint(args.upstream)
+    args = tyro.cli(
+        PacoreServeArguments, args=list(arguments), prog="stepjax pacore serve", config=(tyro.conf.AvoidSubcommands,)
+    )
+    settings, endpoint = args.settings(os.environ.get(KEY_VARIABLE)), args.upstream
     check_installed()
     Template(settings.pacore)  # whatever is wrong with it is told now, not to the first client
     start_log()

@@ -8,11 +8,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from stepjax.pacore.citations import citations
+from stepjax.pacore.compaction import citations, compact
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.events import AttemptFailed, Event, RoundEnded, RoundStarted, TrajectoryEnded
-from stepjax.pacore.messages import compact
-from stepjax.pacore.records import Message, Outcome, Round, Totals, Trajectory
+from stepjax.pacore.records import (
+    AttemptFailed,
+    Event,
+    Outcome,
+    Reference,
+    Round,
+    RoundEnded,
+    RoundStarted,
+    Totals,
+    Trajectory,
+    TrajectoryEnded,
+)
 from stepjax.rollouts.sampler import TokenCounter
 
 Include = Literal["summary", "messages", "full"]
@@ -92,40 +101,40 @@ class Teller:
         }
 
     def _trajectory(self, trajectory: Trajectory) -> dict[str, Any]:
-        left = compact(trajectory, self._config, self._tokens)
+        left, rollout = compact(trajectory, self._config, self._tokens), trajectory.rollout
         told = {
             "round": trajectory.round,
             "index": trajectory.index,
             "status": trajectory.status,
-            "loss": None if isinstance(left, Message) else left,
+            "loss": None if isinstance(left, Reference) else left,
             "finish_reason": trajectory.finish_reason,
             "error": trajectory.error,
-            "seed": trajectory.seed,
+            "seed": rollout.seed,
             "retries": len(trajectory.attempts),
-            "prompt_tokens": trajectory.prompt_tokens,
-            "cached_tokens": trajectory.cached_tokens,
-            "output_tokens": trajectory.output_tokens,
-            "start": _rounded(trajectory.start),
-            "seconds": _rounded(trajectory.seconds),
+            "prompt_tokens": rollout.num_prompt_tokens,
+            "cached_tokens": rollout.num_cached_tokens,
+            "output_tokens": rollout.num_tokens,
+            "start": _rounded(rollout.start),
+            "seconds": _rounded(rollout.seconds),
             "cites": self._cites(trajectory.round, trajectory),
         }
         if self._is_final(trajectory.round) or self._include == "summary":
             return told
-        told["message"] = left.text if isinstance(left, Message) else None
+        told["message"] = left.text if isinstance(left, Reference) else None
         if self._include == "full":
-            told["content"] = trajectory.content
-            told["reasoning_content"] = trajectory.reasoning
-            told["tool_calls"] = list(trajectory.tool_calls)
+            told["content"] = rollout.content
+            told["reasoning_content"] = rollout.reasoning
+            told["tool_calls"] = list(rollout.tool_calls)
         return told
 
     def _cites(self, number: int, *trajectories: Trajectory) -> dict[str, int]:
         """How often each reference is spoken of, in thought and answer, by its number in the prompt."""
-        text = "\n".join(f"{each.reasoning or ''}\n{each.content}" for each in trajectories)
+        text = "\n".join(f"{each.rollout.reasoning or ''}\n{each.rollout.content}" for each in trajectories)
         found = citations(text, self._references.get(number, 0))
         return {str(reference): count for reference, count in found.items()}
 
 
-def _references(references: Sequence[Message]) -> list[dict[str, Any]]:
+def _references(references: Sequence[Reference]) -> list[dict[str, Any]]:
     """Which trajectories of the round before they are of; the first is "Reference 1"."""
     return [{"index": reference.index, "was_cut": reference.was_cut} for reference in references]
 

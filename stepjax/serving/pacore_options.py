@@ -4,8 +4,7 @@ import dataclasses
 import secrets
 
 from stepjax.errors import ConfigError
-from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.schedule import Schedule, check_schedule, num_calls, parse_schedule, show
+from stepjax.pacore.config import PacoreConfig, Schedule, check_schedule, num_calls, parse_schedule, show
 from stepjax.serving.errors import ApiError
 from stepjax.serving.model_names import Choice
 from stepjax.serving.schemas import ChatRequest, PacoreOptions
@@ -46,8 +45,7 @@ def pacore_config(
             base,
             **_given(options, ("order", "overflow", "truncated", "images")),
             schedule=schedule,
-            seed=seed,
-            sampling=request.params(),
+            sampling=dataclasses.replace(request.params(), seed=seed),
             answer_tokens=answer_tokens,
             limits=dataclasses.replace(
                 base.limits,

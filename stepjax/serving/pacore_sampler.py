@@ -11,7 +11,7 @@ from stepjax.processing.tokens import Example
 from stepjax.rollouts.endpoint import EndpointSampler
 from stepjax.rollouts.engine import EngineSampler
 from stepjax.rollouts.rollout import Rollout
-from stepjax.rollouts.sampler import Listener, PreparedPrompt, Sampler, SamplerError
+from stepjax.rollouts.sampler import Listener, PreparedPrompt, SamplerError
 from stepjax.serving.context import EngineContext
 from stepjax.serving.errors import TooLongError
 from stepjax.serving.schemas import ChatRequest, Message
@@ -95,29 +95,3 @@ class UpstreamSampler:
             # It may spell a part of the key, which is not the client's.
             _log.error("the upstream refuses the key: %s", error)
             raise SamplerError("the upstream refuses this server's key", is_temporary=False) from None
-
-
-class Watched:
-    """A sampler, and how far its calls are."""
-
-    def __init__(self, sampler: Sampler):
-        self._sampler = sampler
-        self._under_way: dict[tuple[int, int], Listener] = {}
-        self.max_context = sampler.max_context
-        self.tokens = sampler.tokens
-
-    def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int):
-        """See `Sampler.prompt`."""
-        return self._sampler.prompt(messages, tools, answer_tokens=answer_tokens)
-
-    async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
-        """See `Sampler.sample`."""
-        self._under_way[listener.at] = listener
-        try:
-            return await self._sampler.sample(prompt, params, listener)
-        finally:
-            del self._under_way[listener.at]
-
-    def counts(self) -> dict[tuple[int, int], int]:
-        """Tokens of the calls under way, by round and index."""
-        return {at: listener.num_tokens for at, listener in sorted(self._under_way.items())}

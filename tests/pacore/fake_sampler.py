@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ class Asked:
         return content if isinstance(content, str) else "\n".join(item.get("text", "") for item in content)
 
 
-# Gives a text, a reply, an exception to raise, or a number of seconds to wait before "late".
+# Gives a text, a rollout, an exception to raise; or a number of seconds, or something to await, before "late".
 Script = Callable[[Asked], Any]
 
 
@@ -64,8 +65,10 @@ class FakeSampler:
         await asyncio.sleep(0)
         made = self.script(asked)
         if isinstance(made, (int, float)):
+            made = asyncio.sleep(made)
+        if inspect.isawaitable(made):
             try:
-                await asyncio.sleep(made)
+                await made
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise

@@ -1,4 +1,4 @@
-"""Answers found in texts, compared and counted; citations."""
+"""Answers found in texts, compared and counted."""
 
 import asyncio
 import sys
@@ -10,7 +10,6 @@ import pytest
 from stepjax.errors import ConfigError
 from stepjax.pacore import math_judge
 from stepjax.pacore.answers import extract, grouped, in_thread, is_right, judge, plurality
-from stepjax.pacore.citations import citations
 from stepjax.pacore.same_answer import same
 
 
@@ -202,17 +201,3 @@ def test_the_plurality_is_the_first_of_the_most_frequent():
     assert plurality([r"\boxed{1,2}", r"\boxed{12}", r"\boxed{7}"], "math") == (0, 1)
     assert plurality([r"\boxed{\sqrt{8}}", "3", r"\boxed{2\sqrt2}"], "math") == (0, 2)
     assert plurality(["", " "], "math") == (0, 0) and plurality([], "math") == (0, 0)
-
-
-@pytest.mark.parametrize(
-    "text, cited",
-    [
-        ("Reference 3 and ref. 1 agree; Reference 3 is right.", {1: 1, 3: 2}),
-        ("references 1, 2 and 4", {1: 1, 2: 1, 4: 1}),
-        ("\u53c2\u80032\u548c\u53c2\u8003\u7b54\u6848 3", {2: 1, 3: 1}),
-        ("Ref #2", {2: 1}),
-        ("prefer 3 to 4; reference 9 is not there", {}),
-    ],
-)
-def test_citations(text, cited):
-    assert citations(text, 4) == cited

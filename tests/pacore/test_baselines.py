@@ -7,10 +7,9 @@ from fake_sampler import FakeSampler
 
 from stepjax.errors import ConfigError
 from stepjax.pacore.baselines import Method, answer
-from stepjax.pacore.config import Limits, PacoreConfig
-from stepjax.pacore.coordinator import Coordinator
+from stepjax.pacore.config import PacoreConfig, RoundLimits
+from stepjax.pacore.coordinator import Coordinator, RoundFailedError
 from stepjax.pacore.records import Problem
-from stepjax.pacore.rounds import RoundFailedError
 from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import SamplerError
 
@@ -29,12 +28,12 @@ def by_seed(asked):
 
 def solve(method, script=by_seed, problem=QUESTION, **fields):
     sampler = FakeSampler(script)
-    config = method.configured(PacoreConfig(limits=Limits(retries=0), **fields))
+    config = method.configured(PacoreConfig(limits=RoundLimits(retries=0), **fields))
     return sampler, asyncio.run(answer(Coordinator(sampler, config), problem, method))
 
 
 def contents(outcome, number=0):
-    return [each.content for each in outcome.rounds[number].trajectories]
+    return [each.rollout.content for each in outcome.rounds[number].trajectories]
 
 
 def test_all_methods_draw_the_same_first_trajectories():

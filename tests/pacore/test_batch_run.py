@@ -14,8 +14,11 @@ import pytest
 from upstream import Upstream, answering, serving, text_of
 
 from stepjax.cli import main
+from stepjax.errors import ConfigError
+from stepjax.pacore.command import PacoreRun, run
 from stepjax.pacore.journal import CALLS
 
+ENDPOINT = ("--upstream.url", "http://x", "--upstream.model", "m")
 OPTIONS = ("--schedule", "4,2", "--backoff-seconds", "0.005")
 
 
@@ -61,7 +64,7 @@ def problems(tmp_path):
 
 
 def arguments(problems, out, upstream, *options):
-    return ["pacore", "run", str(problems), "--out", str(out), "--upstream", upstream.url, *OPTIONS, *options]
+    return ["pacore", "run", str(problems), "--out", str(out), "--upstream.url", upstream.url, *OPTIONS, *options]
 
 
 def files(out):
@@ -197,22 +200,15 @@ def test_every_method_runs(problems, tmp_path, options, label):
 @pytest.mark.parametrize(
     "options, part",
     [
-        ((), "neither of --model and --upstream"),
-        (("--model", "m", "--upstream", "http://x"), "both of --model and --upstream"),
-        (("--upstream", "ftp://x"), "upstream 'ftp://x'"),
-        (("--upstream", "http://127.0.0.1:9/v1"), "--upstream http://127.0.0.1:9/v1"),
-        (("--upstream", "http://x", "--dtype", "float32"), "--dtype: of no effect with --upstream"),
-        (("--model", "m", "--no-stream"), "--stream: of no effect with --model"),
-        (("--upstream", "http://x", "--schedule", "4,x"), "schedule '4,x'"),
-        (("--upstream", "http://x", "--upstream-body", "[]"), "--upstream-body '[]'"),
-        (("--upstream", "http://x", "--limit", "0"), "--limit 0"),
-        (("--upstream", "http://x", "--samples", "0"), "samples=0"),
-        (("--upstream", "http://x", "--upstream-model", "m", "--template", "none.jinja"), "template 'none.jinja'"),
-        (("--upstream", "http://x", "--upstream-model", "m", "--truncated", "tail"), "needs the sampler to have a tok"),
-        (
-            ("--upstream", "http://x", "--upstream-model", "m", "--method", "best-of-n", "--scorer", "ground-truth"),
-            "'req_5' has no ground_truth",
-        ),
+        ((), "neither of --model and --upstream.url"),
+        (("--model", "m", *ENDPOINT), "both of --model and --upstream.url"),
+        (("--upstream.url", "http://127.0.0.1:9/v1"), "--upstream.url http://127.0.0.1:9/v1"),
+        ((*ENDPOINT, "--dtype", "float32"), "--dtype: of no effect with --upstream.url"),
+        (("--model", "m", "--upstream.no-streams"), "--upstream.streams: of no effect with --model"),
+        ((*ENDPOINT, "--limit", "0"), "--limit 0"),
+        ((*ENDPOINT, "--template", "none.jinja"), "template 'none.jinja'"),
+        ((*ENDPOINT, "--truncated", "tail"), "needs the sampler to have a tokenizer"),
+        ((*ENDPOINT, "--method", "best-of-n", "--scorer", "ground-truth"), "'req_5' has no ground_truth"),
         (("--model", "m", "--schedule", "2000"), "--engine.max-waiting 65536: 64 problems"),
         (("--model", "none"), "none: there is no such directory"),
     ],
@@ -222,6 +218,25 @@ def test_mistakes_are_one_line(problems, tmp_path, capsys, options, part):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("stepjax pacore run: ") and part in lines[-1]
     assert sum("stepjax pacore run: " in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        (("--upstream.url", "ftp://x"), "upstream 'ftp://x'"),
+        (("--schedule", "4,x"), "schedule '4,x'"),
+        (("--upstream.body", "[]"), "'[]' is not an object of JSON"),
+        (("--upstream.api-key", "k"), "Unrecognized options: --upstream.api-key"),
+        (("--samples", "0"), "samples=0"),
+        (("--n", "2"), "n=2: must be 1"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(problems, tmp_path, capsys, options, part):
+    with pytest.raises((SystemExit, ConfigError)) as stop:
+        PacoreRun(problems=problems, out=tmp_path)
+        run([str(problems), "--out", str(tmp_path / "out"), *options])
+    said = " ".join(f"{stop.value} {capsys.readouterr().err}".replace("\u2502", " ").split())
+    assert part in said
 
 
 def test_usage(capsys):
@@ -249,7 +264,7 @@ def test_a_signal_stops_it_in_order(problems, tmp_path, number, status):
         _wait(lambda: out.joinpath(CALLS).exists() and out.joinpath(CALLS).stat().st_size > 4000, process)
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
-        assert process.returncode == status and "the same command goes on" in error and "Traceback" not in error
+        assert process.returncode == status and "Rerun the same command to resume" in error and "Traceback" not in error
         assert json.loads((out / "summary.json").read_text())["is_complete"] is False
         drawn, asked = _journaled(out), len(upstream.bodies)
         assert main(arguments(problems, out, upstream)) == 0
@@ -261,9 +276,9 @@ def test_a_signal_stops_it_in_order(problems, tmp_path, number, status):
 def test_killed_at_twenty_instants_it_ends_the_same(problems, tmp_path):
     """Real processes, killed as the kernel kills. All but two are forked of one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepjax.pacore.run_command", "openai"])
+    context.set_forkserver_preload(["stepjax.pacore.command", "openai"])
     generator = random.Random(0)
-    options = ("--samples", "2", "--max-concurrent", "6", "--concurrent-problems", "3")
+    options = ("--samples", "2", "--upstream.max-concurrent", "6", "--concurrent-problems", "3")
     with serving(Endpoint(delay=0.01, is_good=False, fault_share=0.15)) as upstream:
 
         def command(out):
@@ -331,7 +346,8 @@ def _journaled(out):
     """Seeds of the trajectories whose lines are whole."""
     path = out / CALLS
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return {json.loads(line)["trajectory"]["seed"] for line in lines}
+    records = map(json.loads, lines)
+    return {record["trajectory"]["rollout"]["seed"] for record in records if "trajectory" in record}
 
 
 def _wait(condition, process):

@@ -8,15 +8,21 @@ from fake_sampler import FakeSampler
 
 from stepjax.errors import ConfigError, ContextLengthError, RecordError
 from stepjax.inference.request import SamplingParams
-from stepjax.pacore.config import Limits, PacoreConfig
-from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.events import AttemptFailed, RoundEnded, RoundStarted, TrajectoryEnded, TrajectoryPiece
-from stepjax.pacore.records import Problem, Trajectory
-from stepjax.pacore.rounds import RoundFailedError
+from stepjax.pacore.config import PacoreConfig, RoundLimits
+from stepjax.pacore.coordinator import Coordinator, RoundFailedError
+from stepjax.pacore.records import (
+    AttemptFailed,
+    Problem,
+    RoundEnded,
+    RoundStarted,
+    Trajectory,
+    TrajectoryEnded,
+    TrajectoryPiece,
+)
 from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import PreparedPrompt, SamplerError
 
-QUICK = Limits(backoff_seconds=0.0)
+QUICK = RoundLimits(backoff_seconds=0.0)
 QUESTION = Problem(id="p", messages=({"role": "user", "content": "What is 6 x 7?"},))
 
 
@@ -56,7 +62,7 @@ def test_seeds_depend_on_the_address_alone(solve):
     first = seeds()
     assert first == seeds() and len(set(first)) == 5
     assert seeds(schedule=(6,))[:4] == first[:4], "a wider round begins with the same trajectories"
-    assert set(seeds(seed=1)).isdisjoint(first)
+    assert set(seeds(sampling=SamplingParams(seed=1))).isdisjoint(first)
     assert set(seeds(coordinate={"sample": 1})).isdisjoint(first)
     other = dataclasses.replace(QUESTION, id="q")
     assert set(seeds(problem=other)).isdisjoint(first)
@@ -104,7 +110,7 @@ def test_one_bad_trajectory_never_fails_a_problem(solve):
             "it is 42",
         ][asked.number]
 
-    outcome = solve(FakeSampler(script), (5,), limits=Limits(retries=0))
+    outcome = solve(FakeSampler(script), (5,), limits=RoundLimits(retries=0))
     first = outcome.rounds[0]
     assert outcome.content == "42"
     assert first.losses == {"empty": 1, "error": 2, "truncated": 1}
@@ -133,22 +139,22 @@ def test_temporary_failures_are_tried_again_and_counted(solve):
 
 def test_the_time_of_a_call_is_limited(solve):
     script = lambda asked: 30.0 if asked.number == 0 else "fine"  # noqa: E731
-    outcome = solve(FakeSampler(script), (2,), limits=Limits(call_seconds=0.05, backoff_seconds=0))
+    outcome = solve(FakeSampler(script), (2,), limits=RoundLimits(call_seconds=0.05, backoff_seconds=0))
     assert [attempt.status for attempt in outcome.rounds[0].trajectories[0].attempts] == ["timeout"]
-    outcome = solve(FakeSampler(script), (2,), limits=Limits(call_seconds=0.05, retries=0))
+    outcome = solve(FakeSampler(script), (2,), limits=RoundLimits(call_seconds=0.05, retries=0))
     assert outcome.rounds[0].losses == {"timeout": 1}
 
 
 def test_a_round_goes_on_with_its_quorum(solve):
     sampler = FakeSampler(lambda asked: 30.0 if asked.number in (1, 3) else "fine")
-    outcome = solve(sampler, (4,), limits=Limits(round_seconds=0.1, quorum=0.5))
+    outcome = solve(sampler, (4,), limits=RoundLimits(round_seconds=0.1, quorum=0.5))
     assert outcome.rounds[0].losses == {"cancelled": 2} and sampler.cancelled == 2
     assert [message.index for message in outcome.rounds[0].messages] == [0, 2]
 
 
 def test_without_its_quorum_a_round_waits(solve):
     sampler = FakeSampler(lambda asked: 0.3 if asked.number in (1, 3) and not is_synthesis(asked) else "fine")
-    outcome = solve(sampler, (4,), limits=Limits(round_seconds=0.05, quorum=1.0))
+    outcome = solve(sampler, (4,), limits=RoundLimits(round_seconds=0.05, quorum=1.0))
     assert outcome.rounds[0].losses == {} and sampler.cancelled == 0
 
 
@@ -156,7 +162,7 @@ def test_agreement_ends_it_all_and_is_off_by_default(solve):
     def script(asked):
         return "synthesised" if is_synthesis(asked) else 30.0 if asked.number == 3 else r"\boxed{42}"
 
-    outcome = solve(FakeSampler(script), (4, 4), limits=Limits(agreement=0.75))
+    outcome = solve(FakeSampler(script), (4, 4), limits=RoundLimits(agreement=0.75))
     assert outcome.answered_by == "agreement" and outcome.content == r"\boxed{42}" and len(outcome.rounds) == 1
     assert outcome.rounds[0].losses == {"cancelled": 1}
     assert solve(FakeSampler(lambda asked: "42"), (4,)).answered_by == "synthesis"
@@ -242,7 +248,7 @@ def test_what_is_done_is_not_drawn_again(solve):
     assert len(done) == 6
     for count in range(7):
         told = []
-        sampler = FakeSampler(lambda asked: f"so it is {[d.seed for d in done].index(asked.params.seed)}")
+        sampler = FakeSampler(lambda asked: f"so it is {[d.rollout.seed for d in done].index(asked.params.seed)}")
         outcome = solve(sampler, (3, 2), coordinate={"done": done[:count], "notify": told.append})
         assert len(sampler.asked) == 6 - count == sum(isinstance(event, TrajectoryEnded) for event in told)
         assert outcome.content == expected.content
@@ -251,9 +257,9 @@ def test_what_is_done_is_not_drawn_again(solve):
 
 def test_agreement_among_what_is_done_ends_a_round_at_once(solve):
     """A run that was cut off between the last vote that it needed and the records of the calls it then cancelled."""
-    done = [Trajectory(round=0, index=i, status="ok", content="42", output_tokens=1) for i in range(3)]
+    done = [Trajectory(round=0, index=i, rollout=Rollout(content="42", num_tokens=1)) for i in range(3)]
     sampler = FakeSampler(numbered)
-    outcome = solve(sampler, (4,), limits=Limits(agreement=0.75), coordinate={"done": done})
+    outcome = solve(sampler, (4,), limits=RoundLimits(agreement=0.75), coordinate={"done": done})
     assert outcome.answered_by == "agreement" and not sampler.asked
     assert outcome.rounds[0].losses == {"cancelled": 1}
 

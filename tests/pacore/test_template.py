@@ -4,10 +4,10 @@ import pytest
 
 from stepjax.errors import ConfigError, RecordError
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.records import Message
+from stepjax.pacore.records import Reference
 from stepjax.pacore.template import Template
 
-REFERENCES = [Message(3, "It is 42."), Message(0, "Six times seven\n\nmakes 42.")]
+REFERENCES = [Reference(3, "It is 42."), Reference(0, "Six times seven\n\nmakes 42.")]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
@@ -36,7 +36,7 @@ def test_without_references_nothing_is_changed():
 
 
 def test_text_that_looks_like_a_template_stays_text():
-    [message] = rendered("{{ 7 * 6 }} {% if %}", [Message(0, "{{ references }}")])
+    [message] = rendered("{{ 7 * 6 }} {% if %}", [Reference(0, "{{ references }}")])
     assert "{{ 7 * 6 }} {% if %}" in message["content"] and "{{ references }}" in message["content"]
 
 
@@ -69,14 +69,14 @@ def test_the_result_of_a_tool_is_not_called_a_problem():
 
 def test_proposed_calls_are_said_not_to_have_run():
     [without] = rendered("Weather?")
-    [proposed] = rendered("Weather?", [Message(0, "<tool_call>\n<function=f>\n</function>\n</tool_call>")])
+    [proposed] = rendered("Weather?", [Reference(0, "<tool_call>\n<function=f>\n</function>\n</tool_call>")])
     assert "none of them has been run" in proposed["content"] and "has been run" not in without["content"]
 
 
 def test_a_template_of_ones_own(tmp_path):
     file = tmp_path / "t.jinja"
     file.write_text("{{ role }}: {{ problem }}{% for r in references %} [{{ loop.index }}] {{ r }}{% endfor %}")
-    [message] = rendered("why?", [Message(0, "so"), Message(1, "thus")], template=str(file))
+    [message] = rendered("why?", [Reference(0, "so"), Reference(1, "thus")], template=str(file))
     assert message["content"] == "user: why? [1] so [2] thus"
 
 

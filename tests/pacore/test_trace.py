@@ -11,16 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_sampler import FakeSampler
-from trace_examples import HOSTILE, drawing, outcome, problem
+from trace_examples import HOSTILE, answering, changed, drawing, outcome, problem
 
 from stepjax.pacore.baselines import Method, answer
-from stepjax.pacore.citations import citations, find_citations
-from stepjax.pacore.config import Limits, PacoreConfig
-from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.records import Problem, Trajectory
-from stepjax.pacore.rounds import RoundFailedError
+from stepjax.pacore.compaction import citations, find_citations
+from stepjax.pacore.config import PacoreConfig, RoundLimits
+from stepjax.pacore.coordinator import Coordinator, RoundFailedError
+from stepjax.pacore.records import Outcome, Problem, Trajectory
 from stepjax.pacore.trace import trace_html, write_trace
-from stepjax.pacore.trace_data import MOST_SHOWN, Failure, trace_data
+from stepjax.pacore.trace_data import MOST_SHOWN, trace_data
 from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import SamplerError
 
@@ -56,8 +55,10 @@ def hostile(of=None):
     rounds = []
     for round_ in made.rounds:
         trajectories = tuple(
-            dataclasses.replace(
-                each, content=each.content and f"{each.content} {HOSTILE}", error=each.error and HOSTILE
+            changed(
+                each,
+                content=each.rollout.content and f"{each.rollout.content} {HOSTILE}",
+                error=each.error and HOSTILE,
             )
             for each in round_.trajectories
         )
@@ -74,9 +75,8 @@ def hostile(of=None):
         extra={HOSTILE: HOSTILE},
     )
     call = {"function": {"name": HOSTILE, "arguments": HOSTILE}}
-    return dataclasses.replace(
-        made, problem=asked, content=HOSTILE, reasoning=HOSTILE, tool_calls=(call,), rounds=tuple(rounds)
-    )
+    made = dataclasses.replace(made, problem=asked, rounds=tuple(rounds))
+    return answering(made, content=HOSTILE, reasoning=HOSTILE, tool_calls=(call,))
 
 
 def test_nothing_gets_out_of_the_data():
@@ -94,7 +94,8 @@ def test_nothing_gets_out_of_the_data():
     "text", ["\u2028\u2029", "\ud800 alone", "\U0001f600 \u53c2\u8003", "\\u003c \\", "a\x00b\r\n"]
 )
 def test_any_text_comes_through(text):
-    made = dataclasses.replace(outcome((2,)), content=f"x{text}y", problem=problem(id=text, ground_truth=text))
+    made = answering(outcome((2,)), content=f"x{text}y")
+    made = dataclasses.replace(made, problem=problem(id=text, ground_truth=text))
     page = trace_html(made)
     assert data_of(page)["answer"]["message"] == [f"x{text}y"] and "\u2028" not in Page(page).texts["data"]
     assert data_of(page)["problem"]["ground_truth"] == text
@@ -107,7 +108,7 @@ def test_a_text_without_measure_is_shown_in_part_and_takes_no_time():
     made = outcome((2,))
     for text in ("<" * 20_000_000, '{"a": "' + "x1, " * 5_000_000 + '"}'):
         begin = time.process_time()
-        page = trace_html(dataclasses.replace(made, content=text, tool_calls=(call(text),)), matching="math")
+        page = trace_html(answering(made, content=text, tool_calls=(call(text),)), matching="math")
         assert time.process_time() - begin < 8
         data = data_of(page)["answer"]
         beginning = f"{text[:MOST_SHOWN]} [... {len(text) - MOST_SHOWN:,} more characters]"
@@ -150,9 +151,9 @@ def test_what_the_data_say():
     assert sorted(each["state"] for each in second["references"]) == ["shortened", "tail", *["whole"] * 9]
     for each, trajectory in zip(second["trajectories"], made.rounds[1].trajectories, strict=True):
         counted = {int(label): sum(counts) for label, counts in each["citations"].items()}
-        assert counted and counted == citations(f"{trajectory.content}\n{trajectory.reasoning}", 11)
+        assert counted and counted == citations(f"{trajectory.rollout.content}\n{trajectory.rollout.reasoning}", 11)
         written = "".join(part if isinstance(part, str) else part[1] for part in each["message"])
-        assert written == trajectory.content.strip()
+        assert written == trajectory.rollout.content.strip()
         assert each["references"] == [reference.index for reference in made.rounds[1].references]
     assert final["is_final"] and data["chosen"] == [2, 0]
     assert final["trajectories"][0]["answer"] == "18" and final["trajectories"][0]["correct"] is True
@@ -169,11 +170,7 @@ def test_without_thoughts_and_without_answers():
 
 def test_thoughts_in_the_content_are_parted():
     made = outcome((2,), troubled=False)
-    last = dataclasses.replace(
-        made.rounds[1].trajectories[0], content="<think>hm, Reference 1</think>\n\n42", reasoning=None
-    )
-    rounds = (made.rounds[0], dataclasses.replace(made.rounds[1], trajectories=(last,)))
-    data = trace_data(dataclasses.replace(made, rounds=rounds, content=last.content, reasoning=None))
+    data = trace_data(answering(made, content="<think>hm, Reference 1</think>\n\n42", reasoning=None))
     for each in (data["answer"], data["rounds"][1]["trajectories"][0]):
         assert each["message"] == ["42"] and each["thought"] == ["hm, ", [1, "Reference 1"]]
     assert data["rounds"][1]["trajectories"][0]["citations"] == {"1": [0, 1]}
@@ -207,7 +204,7 @@ def test_images_are_shown_small_and_never_fetched(tmp_path):
 
 def test_numbers_that_are_none():
     made = outcome((2,))
-    odd = dataclasses.replace(made.rounds[0].trajectories[0], mean_logprob=float("nan"))
+    odd = changed(made.rounds[0].trajectories[0], mean_logprob=float("nan"))
     rounds = (dataclasses.replace(made.rounds[0], trajectories=(odd, made.rounds[0].trajectories[1])), made.rounds[1])
     data = data_of(trace_html(dataclasses.replace(made, rounds=rounds)))
     assert data["rounds"][0]["trajectories"][0]["mean_logprob"] is None
@@ -216,7 +213,7 @@ def test_numbers_that_are_none():
 def test_a_page_is_not_much_larger_than_what_it_shows():
     made = outcome((32, 4))
     page = len(trace_html(made))
-    code = len(trace_html(Failure(problem=Problem(id="p", messages=()), error="none")))
+    code = len(trace_html(Outcome(problem=Problem(id="p", messages=()), error="none")))
     shown = sum(len(json.dumps(each.to_json())) for round_ in made.rounds for each in round_.trajectories)
     assert code < 50_000 and page < code + 2.5 * shown + 100_000
 
@@ -225,10 +222,10 @@ def test_a_problem_that_failed(solve):
     sampler = FakeSampler(lambda asked: SamplerError(HOSTILE, is_temporary=False))
     with pytest.raises(RoundFailedError) as caught:
         solve(sampler, (4,))
-    failure = Failure(problem=problem(), rounds=caught.value.rounds, error=str(caught.value))
+    failure = Outcome(problem=problem(), rounds=caught.value.rounds, error=str(caught.value))
     data = data_of(trace_html(failure))
     assert HOSTILE in data["error"] and data["answer"] is None and len(data["rounds"]) == 1
-    assert data_of(trace_html(Failure(problem=problem(), error="too long")))["rounds"] == []
+    assert data_of(trace_html(Outcome(problem=problem(), error="too long")))["rounds"] == []
 
 
 def aggregated():
@@ -241,7 +238,7 @@ def aggregated():
         first = next(text for text in texts if f"Reference 1:\n{text}" in asked.text)
         return Rollout(content=f"Reference 1 says: {first}", num_tokens=5, finish_reason="stop")
 
-    coordinator = Coordinator(FakeSampler(script), PacoreConfig(schedule=(), limits=Limits(retries=0)))
+    coordinator = Coordinator(FakeSampler(script), PacoreConfig(schedule=(), limits=RoundLimits(retries=0)))
     asked = Problem(id="p", messages=({"role": "user", "content": "?"},))
     method = Method(name="rsa", width=4, references=2, loops=2)
     # In a thread: playwright keeps an event loop in this one.
@@ -339,7 +336,7 @@ def test_a_trace(opened, widths, size, scheme):
         return [(bar.left - track.left) / track.width, bar.width / track.width, row.querySelectorAll(".try").length];
     })""")
     calls = [each for round_ in made.rounds for each in round_.trajectories]
-    end = max(made.seconds, *(each.start + each.seconds for each in calls))
+    end = max(made.seconds, *(each.rollout.start + each.rollout.seconds for each in calls))
     for (left, width, tries), call in zip(boxes, calls, strict=True):
         assert left == pytest.approx(call.start / end, abs=0.01)
         assert width == pytest.approx(call.seconds / end, abs=0.02), "the shortest is a few pixels wide"
@@ -406,7 +403,7 @@ def test_thoughts_unfold(opened):
     page.click("#t0-2 summary >> text=1 failed try")
     assert "status 400: no such model" in page.inner_text("#t0-2 .more li")
     page.click("#t0-0 summary >> text=Details")
-    assert str(outcome((16,)).rounds[0].trajectories[0].seed) in page.inner_text("#t0-0 .more")
+    assert str(outcome((16,)).rounds[0].trajectories[0].rollout.seed) in page.inner_text("#t0-0 .more")
     assert is_sound(page)
 
 
@@ -423,10 +420,10 @@ def test_hostile_texts_are_text(opened):
 
 def test_a_failure_and_references_of_each_call(opened):
     made = outcome((16,))
-    page = opened(Failure(problem=problem(), rounds=made.rounds[:1], error=f"nothing came of it: {HOSTILE}"), "phone")
+    page = opened(Outcome(problem=problem(), rounds=made.rounds[:1], error=f"nothing came of it: {HOSTILE}"), "phone")
     assert page.inner_text("#top .pill") == "failed" and HOSTILE in page.inner_text("#answer .error")
     assert page.locator("article.card").count() == 16 and is_sound(page)
-    page = opened(Failure(problem=problem(), error="the problem is too long"))
+    page = opened(Outcome(problem=problem(), error="the problem is too long"))
     assert page.locator("section").count() == 2 and is_sound(page)
 
     _, rsa = aggregated()
@@ -441,7 +438,7 @@ def test_a_failure_and_references_of_each_call(opened):
 
 def test_long_messages_and_addresses(opened):
     made = outcome((2, 2), troubled=False)
-    long = dataclasses.replace(made.rounds[1].trajectories[0], content="a line\n" * 200)
+    long = changed(made.rounds[1].trajectories[0], content="a line\n" * 200)
     second = dataclasses.replace(made.rounds[1], trajectories=(long, made.rounds[1].trajectories[1]))
     rounds = (made.rounds[0], second, made.rounds[2])
     page = opened(dataclasses.replace(made, rounds=rounds), scheme="dark", hash="#round2")

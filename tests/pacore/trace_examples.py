@@ -6,7 +6,8 @@ import random
 
 from PIL import Image, ImageDraw
 
-from stepjax.pacore.records import Attempt, Message, Outcome, Problem, Round, Trajectory
+from stepjax.pacore.records import Attempt, Outcome, Problem, Reference, Round, Trajectory
+from stepjax.rollouts.rollout import Rollout
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script><!-- {{data}}"
@@ -42,21 +43,34 @@ def _answered(round_, index, rng, references, start, answer):
     cites = rng.sample(range(1, references + 1), min(references, 3)) if references else []
     said = "".join(f"Reference {n} finds the hypotenuse, and Ref {n} is right about the radius. " for n in cites)
     also = f"References {cites[0]} and {cites[-1]} agree.\n" if cites else ""
-    return Trajectory(
-        round=round_,
-        index=index,
-        status="ok",
+    rollout = Rollout(
         content=f"{said}{_SOLUTION}The answer is \\boxed{{{answer}}}.",
         reasoning=_THOUGHT + also,
-        finish_reason="stop",
         seed=rng.randrange(2**53),
-        prompt_tokens=212 + 900 * references,
-        cached_tokens=0 if index == 0 else 192 + 896 * references,
-        output_tokens=tokens,
+        num_prompt_tokens=212 + 900 * references,
+        num_cached_tokens=0 if index == 0 else 192 + 896 * references,
+        num_tokens=tokens,
         mean_logprob=-rng.random(),
         start=start,
         seconds=tokens / rng.uniform(90, 130),
     )
+    return Trajectory(round=round_, index=index, rollout=rollout)
+
+
+def changed(trajectory, **fields) -> Trajectory:
+    """With other fields, its rollout's or its own."""
+    own = {name: fields.pop(name) for name in ("status", "error", "attempts") if name in fields}
+    return dataclasses.replace(trajectory, rollout=dataclasses.replace(trajectory.rollout, **fields), **own)
+
+
+def answering(made, **fields) -> Outcome:
+    """An outcome whose answer's rollout has other fields."""
+    number, index = made.chosen
+    trajectories = list(made.rounds[number].trajectories)
+    trajectories[index] = changed(trajectories[index], **fields)
+    rounds = list(made.rounds)
+    rounds[number] = dataclasses.replace(rounds[number], trajectories=tuple(trajectories))
+    return dataclasses.replace(made, rounds=tuple(rounds))
 
 
 def outcome(widths=(16,), *, seed=0, troubled=True, **fields) -> Outcome:
@@ -81,11 +95,11 @@ def outcome(widths=(16,), *, seed=0, troubled=True, **fields) -> Outcome:
             made, losses = _with_trouble(made)
         if is_final and troubled:
             failed = Attempt(status="truncated", error="the model wrote no answer", seconds=60.0, output_tokens=8192)
-            made = [dataclasses.replace(made[0], start=made[0].start + 61, attempts=(failed,))]
+            made = [changed(made[0], start=made[0].rollout.start + 61, attempts=(failed,))]
         messages = tuple(
-            Message(each.index, "[...] so 18 remain", True) if not each.content else Message(each.index, each.content)
+            Reference(each.index, each.rollout.content or "[...] so 18 remain", not each.rollout.content)
             for each in made
-            if each.status == "ok" and (each.content or each.index == 5)
+            if each.status == "ok" and (each.rollout.content or each.index == 5)
         )
         if dropped:
             losses["did_not_fit"] = dropped
@@ -101,16 +115,10 @@ def outcome(widths=(16,), *, seed=0, troubled=True, **fields) -> Outcome:
                 cut_answers=int(bool(losses) and not number),
             )
         )
-        clock = max(each.start + each.seconds for each in made) + 0.2
-    last = rounds[-1].trajectories[0]
+        clock = max(each.rollout.start + each.rollout.seconds for each in made) + 0.2
     return Outcome(
         **{
             "problem": problem(),
-            "sample": 0,
-            "content": last.content,
-            "reasoning": last.reasoning,
-            "tool_calls": (),
-            "finish_reason": "stop",
             "answered_by": "synthesis",
             "chosen": (len(rounds) - 1, 0),
             "rounds": tuple(rounds),
@@ -125,23 +133,15 @@ def _with_trouble(made):
     late = Attempt(status="timeout", error="no answer in time", seconds=90.0)
     gone = Attempt(status="error", error="status 400: no such model", seconds=12.0)
     lost = {"content": "", "mean_logprob": None}
+    failed = {"status": "error", "error": gone.error, "finish_reason": "error", "attempts": (gone,)}
     changes = {
-        1: {"start": made[1].start + 133, "attempts": (busy, late)},
-        2: {
-            **lost,
-            "status": "error",
-            "error": gone.error,
-            "reasoning": None,
-            "finish_reason": None,
-            "seconds": 12.0,
-            "output_tokens": 0,
-            "attempts": (gone,),
-        },
+        1: {"start": made[1].rollout.start + 133, "attempts": (busy, late)},
+        2: {**lost, **failed, "reasoning": None, "seconds": 12.0, "num_tokens": 0},
         3: {**lost, "finish_reason": "length"},
-        4: {**lost, "reasoning": None, "finish_reason": "stop", "output_tokens": 1, "seconds": 0.4},
-        5: {**lost, "finish_reason": "length"},  # the end of its thought is passed on
+        4: {**lost, "reasoning": None, "num_tokens": 1, "seconds": 0.4},
+        5: {**lost, "finish_reason": "length"},  # the end of its reasoning is passed on
         6: {"content": _SOLUTION * 2 + "It remains to show that", "finish_reason": "length"},
-        7: {**lost, "status": "cancelled", "reasoning": None, "finish_reason": None},
+        7: {**lost, "status": "cancelled", "reasoning": None, "finish_reason": "cancelled"},
     }
-    made = [dataclasses.replace(each, **changes.get(each.index, {})) for each in made]
+    made = [changed(each, **changes.get(each.index, {})) for each in made]
     return made, {"cancelled": 1, "empty": 1, "error": 1, "truncated": 1}

@@ -11,10 +11,9 @@ from upstream import FAULTS, Upstream, answering, serving
 
 from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
-from stepjax.pacore.config import Limits, PacoreConfig
+from stepjax.pacore.config import PacoreConfig, RoundLimits
 from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.events import AttemptFailed
-from stepjax.pacore.records import Problem
+from stepjax.pacore.records import AttemptFailed, Problem
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler, FileTokens
 from stepjax.rollouts.sampler import Listener, SamplerError
 
@@ -79,7 +78,7 @@ def test_tool_calls(start, streams):
 )
 def test_thoughts_that_a_server_leaves_in_the_content(start, text, finish, opens, content, reasoning):
     upstream = start(lambda body: {"content": text, "finish_reason": finish})
-    reply = ask(upstream, opens_thought=opens, streams=False)
+    reply = ask(upstream, opens_thinking=opens, streams=False)
     assert (reply.content, reply.reasoning) == (content, reasoning)
 
 
@@ -119,7 +118,7 @@ def test_failures_say_whether_to_try_again(start):
 def test_every_problem_is_answered_and_every_loss_accounted(start):
     """Three in ten calls fail, stall, are cut off, are empty or break off."""
     upstream = start(fault_share=0.3)
-    limits = Limits(retries=6, backoff_seconds=0.01, call_seconds=4.0)
+    limits = RoundLimits(retries=6, backoff_seconds=0.01, call_seconds=4.0)
     config = PacoreConfig(schedule=(6, 3), limits=limits)
     failed = []
 
@@ -149,7 +148,7 @@ def test_every_problem_is_answered_and_every_loss_accounted(start):
 def test_calls_that_wait_for_their_turn_do_not_run_out_of_time(start):
     upstream = start(fault_share=1.0, stall_seconds=0.4)
     upstream.fault = lambda body: "stall"
-    limits = Limits(retries=0, call_seconds=1.5)
+    limits = RoundLimits(retries=0, call_seconds=1.5)
 
     async def main():
         async with EndpointSampler(EndpointConfig(url=upstream.url, max_concurrent=1)) as sampler:
@@ -158,9 +157,9 @@ def test_calls_that_wait_for_their_turn_do_not_run_out_of_time(start):
 
     outcome = asyncio.run(main())
     assert all(not round_.losses for round_ in outcome.rounds)
-    starts = [each.start for each in outcome.rounds[0].trajectories]
+    starts = [each.rollout.start for each in outcome.rounds[0].trajectories]
     assert max(starts) - min(starts) > 1.5, "one after the other"
-    assert all(0.3 < each.seconds < 1.5 for each in outcome.rounds[0].trajectories)
+    assert all(0.3 < each.rollout.seconds < 1.5 for each in outcome.rounds[0].trajectories)
 
 
 def test_a_prompt_beyond_the_context_is_refused_by_its_tokens(start, tokenizer_file):

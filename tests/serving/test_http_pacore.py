@@ -10,8 +10,7 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import chat_body, picture, running
 
-from stepjax.pacore.config import Limits as RoundLimits
-from stepjax.pacore.config import PacoreConfig
+from stepjax.pacore.config import PacoreConfig, RoundLimits
 from stepjax.serving.settings import Limits
 
 QUICK = PacoreConfig(limits=RoundLimits(backoff_seconds=0.01))

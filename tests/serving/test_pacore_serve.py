@@ -17,9 +17,7 @@ from running_server import chat_body, picture, running, running_app
 from upstream import Upstream, answering, serving, text_of
 
 from stepjax.errors import ConfigError
-from stepjax.pacore.arguments import RoundArguments
-from stepjax.pacore.config import Limits as RoundLimits
-from stepjax.pacore.config import PacoreConfig
+from stepjax.pacore.config import PacoreConfig, RoundLimits
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.pacore_command import PacoreServeArguments, run
 from stepjax.serving.settings import Limits, ServerSettings
@@ -202,7 +200,7 @@ def test_in_front_of_our_own_server(serve, processor):
 
 def test_thoughts_within_the_content_are_told_apart(serve):
     with serving(Upstream(lambda body: {"content": "hm, let me see </think> 42"})) as upstream:
-        server = serve(upstream.url, schedule=(2,), endpoint={"opens_thought": True})
+        server = serve(upstream.url, schedule=(2,), endpoint={"opens_thinking": True})
         message = server.chat().json()["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("hm, let me see ", " 42 ")
         deltas = [chunk["choices"][0]["delta"] for chunk in stream_of(server)]
@@ -223,7 +221,7 @@ def test_who_is_let_in(serve, upstream):
 
 
 def arguments(*more):
-    return ["--upstream", "http://127.0.0.1:1/v1", *more]
+    return ["--upstream.url", "http://127.0.0.1:1/v1", *more]
 
 
 @pytest.mark.parametrize(
@@ -232,8 +230,8 @@ def arguments(*more):
         (["--schedule", "lots"], "'lots'"),
         (["--schedule", "64"], "--limits.pacore-calls"),
         (["--port", "70000"], "--port 70000"),
-        (["--upstream", "localhost:80"], "upstream 'localhost:80'"),
-        (["--max-context", "100"], "needs a tokenizer"),
+        (["--upstream.url", "localhost:80"], "upstream 'localhost:80'"),
+        (["--upstream.max-context", "100"], "needs a tokenizer"),
         (["--quorum", "0"], "quorum=0"),
         (["--template", "/nowhere/x.jinja"], "cannot be read"),
     ],
@@ -245,8 +243,8 @@ def test_arguments_that_cannot_work(capsys, given, part):
 
 
 def test_arguments():
-    rounds = RoundArguments(schedule="8,2", retries=7)
-    made = PacoreServeArguments(upstream="http://x/v1", rounds=rounds, api_keys=("a",))
+    pacore = PacoreConfig(schedule=(8, 2), limits=RoundLimits(retries=7))
+    made = PacoreServeArguments(upstream=EndpointConfig(url="http://x/v1"), pacore=pacore, api_keys=("a",))
     settings = made.settings("b")
     assert settings.api_keys == ("a", "b") and settings.model_name is None and not settings.hosts
     assert settings.pacore.schedule == (8, 2) and settings.pacore.limits.retries == 7
@@ -258,7 +256,7 @@ def test_the_command_serves_and_ends_in_order(upstream):
         port = free.getsockname()[1]
     program = "import sys; from stepjax.serving.pacore_command import run; code = run(sys.argv[1:]); "
     program += "assert 'jax' not in sys.modules; sys.exit(code)"
-    command = [sys.executable, "-c", program, "--upstream", upstream.url, "--port", str(port), "--schedule", "2"]
+    command = [sys.executable, "-c", program, "--upstream.url", upstream.url, "--port", str(port), "--schedule", "2"]
     environment = {**os.environ, "STEPJAX_API_KEY": "secret", "STEPJAX_UPSTREAM_API_KEY": "inner"}
     with (
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process,

@@ -1,0 +1,219 @@
+"""A batch run: many problems, some at a time, journaled as they go; nothing that is in the journal is drawn again.
+
+Rounds of different problems overlap, so that the engine is busy while one of them waits for its slowest trajectory or
+for its final call. A problem that fails becomes a row that says so, and stops no other.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from stepjax.errors import CheckpointError, ConfigError, StepjaxError
+from stepjax.figures import human_number
+from stepjax.inference.request import EngineFailedError
+from stepjax.pacore.answers import in_thread, judge
+from stepjax.pacore.baselines import Method, answer
+from stepjax.pacore.coordinator import Coordinator, RoundFailedError
+from stepjax.pacore.journal import Journal, json_line, replacing, write_json
+from stepjax.pacore.records import Event, Outcome, Problem, Round, RoundEnded, RoundStarted, TrajectoryEnded
+from stepjax.pacore.results import Tally, row
+from stepjax.progress import progress
+
+RESULTS, SUMMARY, TIMING = "results.jsonl", "summary.json", "timing.json"
+
+_REFRESH_SECONDS = 10.0
+_REFRESH_SHARE = 0.05  # of the time, at most, goes into refreshing the files
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    method: Annotated[Method, tyro.conf.arg(name="")] = Method()
+    samples: int = 1  # independent answers to each problem; the summary has mean@n
+    concurrent_problems: int = 64  # under way at a time, so that rounds of different ones overlap
+
+    def __post_init__(self):
+        for name in ("samples", "concurrent_problems"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+class BatchRun:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        problems: Sequence[Problem],
+        config: BatchConfig,
+        journal: Journal,
+        directory: Path,
+    ):
+        """
+        Args:
+            coordinator: of a configuration that the method has seen; see `Method.configured`.
+            journal: of this directory.
+
+        Raises:
+            ConfigError: the method needs answers that problems lack.
+        """
+        unknown = [problem.id for problem in problems if problem.ground_truth is None]
+        if config.method.needs_truth and unknown:
+            raise ConfigError(f"problem {unknown[0]!r} has no ground_truth: the scorer ground-truth needs it")
+        self._coordinator, self._problems, self._config = coordinator, problems, config
+        self._journal, self._directory = journal, directory
+        self._begin = time.monotonic()
+        self._seconds_before = float(_field(directory / TIMING, "seconds") or 0)
+        self._answers_before = int(_field(directory / SUMMARY, "answers") or 0)
+        self._saving = threading.Lock()  # a refresh may still be writing when all is done
+        self._num_calls = self._num_tokens = self._num_right = self._num_scored = self._num_failed = 0
+        self._progress = progress(len(problems) * config.samples, unit="answer", description="pacore run")
+
+    async def run(self) -> dict[str, Any]:
+        """Answers all; returns the summary. When cancelled, it leaves what it has, and the journal.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+            EngineFailedError: the local engine failed; nothing is journaled of what it broke off.
+        """
+        jobs = iter([(problem, sample) for problem in self._problems for sample in range(self._config.samples)])
+        with self._progress:
+            refreshing = asyncio.create_task(self._refresh())
+            workers = [asyncio.create_task(self._work(jobs)) for _ in range(self._config.concurrent_problems)]
+            tasks = {refreshing, *workers}
+            try:
+                while not all(worker.done() for worker in workers):
+                    pending = {task for task in tasks if not task.done()}
+                    for task in (await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]:
+                        task.result()  # the first failure of any task is raised
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                summary = self._save()
+            return summary
+
+    async def _work(self, jobs: Iterator[tuple[Problem, int]]) -> None:
+        for problem, sample in jobs:
+            await self._answer(problem, sample)
+
+    async def _answer(self, problem: Problem, sample: int) -> None:
+        # What was decided stays, except a failure, and a choice by the known answer, which may have changed.
+        matching = self._coordinator.matching
+        saved = self._journal.outcome(problem, sample, matching=matching)
+        if saved is None or saved.error is not None or self._config.method.needs_truth:
+            outcome = await self._solve(problem, sample)
+        else:
+            outcome = saved
+        correct = None
+        if problem.ground_truth is not None:  # a problem that failed is wrong
+            correct = await in_thread(judge, outcome.content, problem.ground_truth, matching)
+        outcome = dataclasses.replace(outcome, correct=correct)
+        if outcome != saved:
+            self._journal.append_outcome(outcome, matching)
+        self._num_failed += outcome.error is not None
+        self._num_scored += correct is not None
+        self._num_right += bool(correct)
+        self._tell(1)
+
+    async def _solve(self, problem: Problem, sample: int) -> Outcome:
+        """The outcome, of a failure too."""
+        job, rounds, begin = (problem.id, sample), list[Round](), time.monotonic()
+        done = self._journal.done(job)
+        under_way = 0
+
+        def notify(event: Event) -> None:
+            nonlocal under_way
+            if isinstance(event, RoundStarted):
+                under_way = event.width - sum(each.round == event.number for each in done)
+                self._num_calls += under_way
+            elif isinstance(event, TrajectoryEnded):
+                self._journal.append(job, event.trajectory)
+                under_way -= 1
+                self._num_calls -= 1
+                self._num_tokens += event.trajectory.rollout.num_tokens
+            elif isinstance(event, RoundEnded):
+                self._journal.sync()
+                rounds.append(event.round)
+            self._tell()
+
+        try:
+            return await answer(
+                self._coordinator, problem, self._config.method, sample=sample, done=done, notify=notify
+            )
+        except (CheckpointError, EngineFailedError):  # of the journal or the model: no other problem can succeed
+            raise
+        except (StepjaxError, RoundFailedError) as failure:
+            error = str(failure)
+        except Exception as failure:
+            _log.exception("problem %r, sample %d failed unexpectedly", problem.id, sample)
+            error = f"{type(failure).__name__}: {failure}"
+        finally:
+            self._num_calls -= under_way
+        seconds = time.monotonic() - begin
+        return Outcome(problem=problem, sample=sample, rounds=tuple(rounds), seconds=seconds, error=error)
+
+    def _tell(self, num_answers: int = 0) -> None:
+        note = f"{self._num_calls} calls under way, {human_number(self._num_tokens)} tok"
+        if self._num_scored:
+            note = f"{100 * self._num_right / self._num_scored:.1f}% right, {note}"
+        if self._num_failed:
+            note += f", {self._num_failed} failed"
+        self._progress.update(num_answers, note)
+
+    async def _refresh(self) -> None:
+        """Leaves results that can be used if the process is killed."""
+        pause, saved = _REFRESH_SECONDS, 0
+        while True:
+            await asyncio.sleep(pause)
+            if self._progress.n > saved:
+                begin, saved = time.monotonic(), self._progress.n
+                await asyncio.to_thread(self._save)
+                pause = max(_REFRESH_SECONDS, (time.monotonic() - begin) / _REFRESH_SHARE)
+
+    def _save(self) -> dict[str, Any]:
+        """Writes results, summary and timing from the journal; returns the summary.
+
+        Fewer answers do not replace more, as of a run of an older version that has just been resumed.
+        """
+        jobs = [(problem, sample) for problem in self._problems for sample in range(self._config.samples)]
+        answered = [(problem, sample) for problem, sample in jobs if self._journal.has_outcome((problem.id, sample))]
+        if len(answered) < min(len(jobs), self._answers_before):
+            return {}
+        tally = Tally()
+        with self._saving:
+            with replacing(self._directory / RESULTS) as file:
+                for problem, sample in answered:
+                    outcome = self._journal.outcome(problem, sample)
+                    if outcome is not None:
+                        file.write(json_line(row(outcome)))
+                        tally.add(outcome)
+            summary = tally.summary(
+                method=self._config.method.label(self._coordinator.config),
+                num_problems=len(self._problems),
+                samples=self._config.samples,
+                matching=self._coordinator.matching,
+            )
+            write_json(self._directory / SUMMARY, summary)
+            write_json(self._directory / TIMING, tally.timing(self._seconds_before + time.monotonic() - self._begin))
+        return summary
+
+
+def _field(path: Path, name: str) -> Any:
+    """Of a file that an earlier process left; None if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,224 @@
+"""`stepjax pacore run`."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from stepjax.errors import ConfigError
+from stepjax.figures import log_to_stderr, printable
+from stepjax.inference.config import EngineConfig
+from stepjax.inference.request import EngineFailedError
+from stepjax.interop.engines import EngineArguments, load_engines
+from stepjax.pacore.answers import Matching
+from stepjax.pacore.batch import RESULTS, BatchConfig, BatchRun
+from stepjax.pacore.config import PacoreConfig
+from stepjax.pacore.coordinator import Coordinator
+from stepjax.pacore.journal import CALLS, Journal, open_journal
+from stepjax.pacore.problems import ProblemSet, read_problems
+from stepjax.pacore.results import table
+from stepjax.pacore.template import Template
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
+from stepjax.rollouts.sampler import Sampler, SamplerError
+
+_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+# All calls of all problems under way may wait in the engine's queue.
+_LOCAL = EngineArguments(engine=EngineConfig(max_waiting=65_536))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PacoreRun:
+    """Answer a file of problems with PaCoRe, or with a method that it is compared with.
+
+    Everything is kept in --out: after an interruption, rerun the same command to resume. Name either --model or
+    --upstream.url, which answers.
+    """
+
+    # A .jsonl file, or a .json file with a list: messages (or conversation, or problem), id, ground_truth, responses.
+    problems: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PROBLEMS")]
+    out: Path  # the run's directory
+    limit: int | None = None  # take the first N problems only
+    use_responses: bool = False  # the first round sees the problem's `responses`
+    retry_failed: bool = False  # draw again what failed in an earlier start of this run
+    model: str | None = None  # a Hugging Face directory, a converted checkpoint, or a run
+    # Start with reasoning, or close it at once; None: the model's own way. An upstream gets it as chat_template_kwargs.
+    thinking: bool | None = None
+    matching: Matching = "math"  # when two answers are the same, for scores, votes and agreement
+    batch: Annotated[BatchConfig, tyro.conf.arg(name="")] = BatchConfig()
+    config: Annotated[PacoreConfig, tyro.conf.arg(name="")] = PacoreConfig()
+    local: Annotated[EngineArguments, tyro.conf.arg(name="")] = _LOCAL
+    upstream: EndpointConfig = EndpointConfig()  # an OpenAI-compatible endpoint in place of --model
+
+    def run(self) -> int:
+        """Returns the exit status: 0 well, 1 all problems failed, 70 the engine failed, 130 or 143 stopped by a signal.
+
+        Raises:
+            StepjaxError: an option, the file or the model cannot be used, or the directory holds another run.
+        """
+        self._check()
+        log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+        problems = read_problems(self.problems, use_responses=self.use_responses, limit=self.limit)
+        for note in problems.notes:
+            _say(f"note: {note}")
+        config = self.batch.method.configured(self.config)
+        free = {"upstream": self.upstream.url, "problems_file": str(self.problems), "samples": self.batch.samples}
+        try:
+            endpoint = self._endpoint() if self.model is None else None
+            settings = self._settings(config, problems, endpoint)
+            # Before the model is loaded, which takes minutes.
+            with open_journal(self.out, settings, free, problems.problems) as journal:
+                self._prepare(journal)
+                if endpoint is None:
+                    _say(f"loading {self.model}")
+                answering = endpoint or load_engines(str(self.model), self.local)
+                return asyncio.run(self._answer(config, problems, journal, answering))
+        except KeyboardInterrupt:  # while the model was being loaded, or a second time
+            _say("\nStopped. Rerun the same command to resume.")
+            return 130
+
+    def _check(self) -> None:
+        if (self.model is None) == (self.upstream.url is None):
+            given = "neither" if self.model is None else "both"
+            raise ConfigError(f"{given} of --model and --upstream.url given: name exactly one, which answers")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit {self.limit}: must be at least 1")
+        self.local.check()
+        if self.model is None:
+            useless, there = _changed(self.local, _LOCAL, "--"), "--upstream.url"
+        else:
+            useless, there = _changed(self.upstream, EndpointConfig(), "--upstream."), "--model"
+        if useless:
+            raise ConfigError(f"{', '.join(useless)}: of no effect with {there}; leave it out")
+        widest = self.batch.method.widest or max((1, *self.config.schedule))
+        most = widest * min(self.batch.concurrent_problems, self.limit or self.batch.concurrent_problems)
+        if self.model is not None and most > self.local.engine.max_waiting:
+            raise ConfigError(
+                f"--engine.max-waiting {self.local.engine.max_waiting}: {self.batch.concurrent_problems} problems at a "
+                f"time may have {most} calls waiting; raise it, or lower --concurrent-problems"
+            )
+
+    def _endpoint(self) -> EndpointConfig:
+        """The upstream, with the name of its model."""
+        endpoint = self.upstream
+        if self.thinking is not None:
+            kwargs = {**endpoint.body.get("chat_template_kwargs", {}), "enable_thinking": self.thinking}
+            endpoint = dataclasses.replace(endpoint, body={**endpoint.body, "chat_template_kwargs": kwargs})
+
+        async def name() -> str:
+            async with EndpointSampler(endpoint) as sampler:
+                return await sampler.model()
+
+        try:
+            return endpoint if endpoint.model else dataclasses.replace(endpoint, model=asyncio.run(name()))
+        except SamplerError as error:
+            raise ConfigError(f"--upstream.url {endpoint.url}: {error}") from error
+
+    def _settings(self, config: PacoreConfig, problems: ProblemSet, endpoint: EndpointConfig | None) -> dict[str, Any]:
+        """What must be the same for a run to be resumed. Limits, how many problems are under way, and the upstream's
+        URL may change."""
+        fields = {**dataclasses.asdict(config), "seed": config.seed}
+        fields["sampling"]["seed"] = None
+        del fields["limits"]
+        Template(config)  # refuses one that cannot be used
+        if config.template is not None:
+            fields["template"] = hashlib.sha256(Path(config.template).expanduser().read_bytes()).hexdigest()
+        if endpoint is not None:
+            sampler = {"model": endpoint.model, "body": endpoint.body, "sends_seed": endpoint.sends_seed}
+        else:
+            assert self.model is not None
+            path = self.model if "://" in self.model else str(Path(self.model).expanduser().resolve())
+            local = {"dtype": self.local.dtype, "yarn_factor": self.local.yarn_factor}
+            sampler = {"model": path, **local, "thinking": self.thinking}
+        return {
+            "version": 1,
+            "method": self.batch.method.settings(),
+            "config": fields,
+            "problems": {"count": len(problems.problems), "sha256": problems.digest},
+            "sampler": sampler,
+        }
+
+    def _prepare(self, journal: Journal) -> None:
+        if self.retry_failed:
+            _say(f"{journal.forget_failed()} trajectories will be drawn again")
+        elif journal.num_known:
+            _say(f"resuming {self.out}: {journal.num_known} trajectories are there")
+        if journal.num_unsigned:
+            _say(
+                f"note: {journal.num_unsigned} lines of {CALLS} are an older version's, without a digest: changes to "
+                "them go unnoticed"
+            )
+
+    async def _answer(
+        self,
+        config: PacoreConfig,
+        problems: ProblemSet,
+        journal: Journal,
+        answering: EndpointConfig | tuple[Sequence[Any], Any],
+    ) -> int:
+        task, stopped_by = asyncio.current_task(), list[signal.Signals]()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+
+        def stop(number: signal.Signals) -> None:
+            stopped_by.append(number)
+            for each in _STATUS:  # a second one ends the process at once
+                loop.remove_signal_handler(each)
+            task.cancel()
+
+        for each in _STATUS:
+            loop.add_signal_handler(each, stop, each)
+        try:
+            async with self._sampler(answering) as sampler:
+                coordinator = Coordinator(sampler, config, matching=self.matching)
+                summary = await BatchRun(coordinator, problems.problems, self.batch, journal, self.out).run()
+        except asyncio.CancelledError:
+            if not stopped_by:
+                raise
+            task.uncancel()
+            _say(f"Stopped. Rerun the same command to resume from {self.out}.")
+            return _STATUS[stopped_by[0]]
+        except EngineFailedError as error:
+            _say(f"stepjax pacore run: {error}; rerun the same command to resume")
+            return error.exit_status
+        print(f"{printable(table(summary))}\n\nanswers in {self.out / RESULTS}")
+        if summary["failed"]:
+            _say(f"{summary['failed']} answers failed; --retry-failed draws what failed again")
+        return 1 if summary["failed"] == summary["answers"] else 0
+
+    @contextlib.asynccontextmanager
+    async def _sampler(self, answering: EndpointConfig | tuple[Sequence[Any], Any]) -> AsyncIterator[Sampler]:
+        if isinstance(answering, EndpointConfig):
+            async with EndpointSampler(answering) as sampler:
+                yield sampler
+            return
+        from stepjax.inference.replicas import AsyncReplicas
+        from stepjax.rollouts.engine import EngineSampler
+
+        engines, processor = answering
+        async with AsyncReplicas(list(engines)) as engine:
+            yield EngineSampler(engine, processor, enable_thinking=self.thinking)
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr)
+
+
+def _changed(given: Any, usual: Any, prefix: str) -> list[str]:
+    """The options of a group that differ from their defaults."""
+    names = [field.name for field in dataclasses.fields(given)]
+    return [f"{prefix}{name.replace('_', '-')}" for name in names if getattr(given, name) != getattr(usual, name)]
+
+
+def run(arguments: Sequence[str]) -> int:
+    return tyro.cli(
+        PacoreRun, args=list(arguments), prog="stepjax pacore run", config=(tyro.conf.AvoidSubcommands,)
+    ).run()
