@@ -22,7 +22,8 @@ from stepjax.inference.request import EngineFailedError
 from stepjax.pacore.answers import in_thread, judge
 from stepjax.pacore.baselines import Method, answer
 from stepjax.pacore.coordinator import Coordinator, RoundFailedError
-from stepjax.pacore.journal import Journal, json_line, replacing, write_json
+from stepjax.pacore.journal import Journal, replacing, write_json
+from stepjax.pacore.problems import json_line
 from stepjax.pacore.records import Event, Outcome, Problem, Round, RoundEnded, RoundStarted, TrajectoryEnded
 from stepjax.pacore.results import Tally, row
 from stepjax.progress import progress
@@ -79,7 +80,8 @@ class BatchRun:
         self._answers_before = int(_field(directory / SUMMARY, "answers") or 0)
         self._saving = threading.Lock()  # a refresh may still be writing when all is done
         self._num_calls = self._num_tokens = self._num_right = self._num_scored = self._num_failed = 0
-        self._progress = progress(len(problems) * config.samples, unit="answer", description="pacore run")
+        self._jobs = [(problem, sample) for problem in problems for sample in range(config.samples)]
+        self._progress = progress(len(self._jobs), unit="answer", description="pacore run")
 
     async def run(self) -> dict[str, Any]:
         """Answers all; returns the summary. When cancelled, it leaves what it has, and the journal.
@@ -88,7 +90,7 @@ class BatchRun:
             CheckpointError: the directory cannot be written.
             EngineFailedError: the local engine failed; nothing is journaled of what it broke off.
         """
-        jobs = iter([(problem, sample) for problem in self._problems for sample in range(self._config.samples)])
+        jobs = iter(self._jobs)
         with self._progress:
             refreshing = asyncio.create_task(self._refresh())
             workers = [asyncio.create_task(self._work(jobs)) for _ in range(self._config.concurrent_problems)]
@@ -188,9 +190,9 @@ class BatchRun:
 
         Fewer answers do not replace more, as of a run of an older version that has just been resumed.
         """
-        jobs = [(problem, sample) for problem in self._problems for sample in range(self._config.samples)]
-        answered = [(problem, sample) for problem, sample in jobs if self._journal.has_outcome((problem.id, sample))]
-        if len(answered) < min(len(jobs), self._answers_before):
+        known = set(self._journal.answered())  # a copy: this may be a thread beside the one that adds
+        answered = [(problem, sample) for problem, sample in self._jobs if (problem.id, sample) in known]
+        if len(answered) < min(len(self._jobs), self._answers_before):
             return {}
         tally = Tally()
         with self._saving:

@@ -20,12 +20,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError
+from stepjax.pacore.problems import problem_line, saved_problems
 from stepjax.pacore.records import Outcome, Problem, Reference, Round, Trajectory
 
 SETTINGS, PROBLEMS, CALLS = "run.json", "problems.jsonl", "calls.jsonl"
@@ -116,12 +117,9 @@ class Journal:
         calls = sorted(self._calls.get(job, {}).items())
         return [Trajectory.from_json(self._read(call.place)["trajectory"]) for _, call in calls]
 
-    @property
-    def num_outcomes(self) -> int:
-        return len(self._outcomes)
-
-    def has_outcome(self, job: Job) -> bool:
-        return job in self._outcomes
+    def answered(self) -> Collection[Job]:
+        """The jobs that have an outcome."""
+        return self._outcomes.keys()
 
     def outcome(self, problem: Problem, sample: int, *, matching: str | None = None) -> Outcome | None:
         """None if there is none yet, or calls that it speaks of are not here, which is logged. A thread may read while
@@ -138,7 +136,7 @@ class Journal:
         rounds, sources = [], problem.given
         try:
             for number, each in enumerate(fields["rounds"]):
-                made = tuple(trajectories[number, index] for index in range(each["width"]))
+                made = [trajectories[number, index] for index in range(each["width"])]
                 rounds.append(_round(number, each, made, sources))
                 sources = rounds[-1].messages
         except KeyError as error:
@@ -246,48 +244,42 @@ def _digest(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
 
 
-# An outcome's line: what was decided. Trajectories have lines of their own, and a reference that is a whole message of
+# An outcome's line: what was decided. Its trajectories have lines of their own; a reference that is a whole message of
 # the round before is its index.
 
 _OUTCOME_FIELDS = ("answered_by", "chosen", "seconds", "error", "correct")
+_ROUND_FIELDS = ("is_final", "losses", "cut_references", "cut_answers")
 
 
 def _round_json(round_: Round, sources: Sequence[Reference]) -> dict[str, Any]:
     whole = {each.index: each for each in sources}
-    listed = round_.own_references or (round_.references,)
+
+    def listed(references: Sequence[Reference]) -> list[Any]:
+        return [each.index if whole.get(each.index) == each else dataclasses.astuple(each) for each in references]
+
     return {
-        "width": round_.width,
-        "is_final": round_.is_final,
-        "has_own_references": bool(round_.own_references),
-        "references": [
-            [each.index if whole.get(each.index) == each else dataclasses.asdict(each) for each in references]
-            for references in listed
-        ],
-        "messages": [dataclasses.asdict(each) for each in round_.messages],
-        "losses": dict(round_.losses),
-        "cut_references": round_.cut_references,
-        "cut_answers": round_.cut_answers,
+        **{name: getattr(round_, name) for name in ("width", *_ROUND_FIELDS)},
+        "references": listed(round_.references),
+        "own_references": [listed(each) for each in round_.own_references],
+        "messages": [dataclasses.astuple(each) for each in round_.messages],
     }
 
 
 def _round(
-    number: int, fields: Mapping[str, Any], trajectories: tuple[Trajectory, ...], sources: Sequence[Reference]
+    number: int, fields: Mapping[str, Any], trajectories: Iterable[Trajectory], sources: Sequence[Reference]
 ) -> Round:
     whole = {each.index: each for each in sources}
-    listed = tuple(
-        tuple(Reference(**each) if isinstance(each, dict) else whole[each] for each in references)
-        for references in fields["references"]
-    )
+
+    def listed(references: Sequence[Any]) -> tuple[Reference, ...]:
+        return tuple(whole[each] if isinstance(each, int) else Reference(*each) for each in references)
+
     return Round(
         number=number,
-        is_final=fields["is_final"],
-        references=listed[0],
-        own_references=listed if fields["has_own_references"] else (),
-        trajectories=trajectories,
-        messages=tuple(Reference(**each) for each in fields["messages"]),
-        losses=fields["losses"],
-        cut_references=fields["cut_references"],
-        cut_answers=fields["cut_answers"],
+        trajectories=tuple(trajectories),
+        references=listed(fields["references"]),
+        own_references=tuple(listed(each) for each in fields["own_references"]),
+        messages=tuple(Reference(*each) for each in fields["messages"]),
+        **{name: fields[name] for name in _ROUND_FIELDS},
     )
 
 
@@ -310,9 +302,7 @@ def open_journal(
     with locked(directory):
         _claim(directory, json.loads(json.dumps(settings)), free)
         with replacing(directory / PROBLEMS) as file:
-            for problem in problems:
-                messages = [without_bytes(message) for message in problem.messages]
-                file.write(json_line({**vars(problem), "messages": messages}))
+            file.writelines(map(problem_line, problems))
         with contextlib.closing(Journal(directory / CALLS)) as journal:
             yield journal
             journal.sync()
@@ -333,28 +323,14 @@ def outcomes(directory: Path) -> Iterator[Outcome]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / SETTINGS} cannot be read, or is of another version: {error!r}") from error
     with contextlib.closing(Journal(directory / CALLS, read_only=True)) as journal:
-        if not journal.num_outcomes:
+        if not journal.answered():
             hint = "; rerun the command of an older version's run: nothing is drawn again" if journal.num_known else ""
             raise CheckpointError(f"{directory} has no answers yet{hint}")
-        for problem in _problems(directory / PROBLEMS):
+        for problem in saved_problems(directory / PROBLEMS):
             for sample in range(samples):
                 outcome = journal.outcome(problem, sample)
                 if outcome is not None:
                     yield outcome
-
-
-def _problems(path: Path) -> Iterator[Problem]:
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                fields = json.loads(line)
-                yield Problem(
-                    **{**fields, **{name: tuple(fields[name]) for name in ("messages", "tools", "responses")}}
-                )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}; rerun the command of the run, which writes it"
-        ) from error
 
 
 def _claim(directory: Path, settings: dict[str, Any], free: Mapping[str, Any]) -> None:
@@ -381,24 +357,6 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
         inner = ((f"{name}.{key}" if name else key, there.get(key), here.get(key)) for key in names)
         return [each for key, a, b in inner for each in _differences(a, b, key)]
     return [] if there == here else [f"{name} was {there!r}, and is {here!r} now"]
-
-
-def json_line(value: Any) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which models write now and then
-        return json.dumps(value).encode() + b"\n"
-
-
-def without_bytes(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message for JSON: an image that is neither path nor URI becomes null."""
-    content = message.get("content")
-    if not isinstance(content, (list, tuple)):
-        return dict(message)
-    items = [
-        {**item, "image": None} if "image" in item and not isinstance(item["image"], str) else item for item in content
-    ]
-    return {**message, "content": items}
 
 
 def write_json(path: Path, value: Any) -> None:

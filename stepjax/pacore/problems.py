@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepjax.errors import RecordError
+from stepjax.errors import CheckpointError, RecordError
 from stepjax.pacore.records import Problem
 from stepjax.pacore.template import check_conversation
 
@@ -16,12 +16,12 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CONVERSATIONS = ("messages", "conversation", "problem")
 _KNOWN = {*_CONVERSATIONS, "id", "ground_truth", "responses", "tools"}
 
-# What a batch run writes beside these: a file of results can be read again, and its answers are not carried along.
-RESULT_FIELDS = (
+# What a batch run adds: a file of results can be read again, and its answers are not carried along.
+_RESULT_FIELDS = {
     *("sample", "final_response", "final_reasoning_content", "final_tool_calls", "answered_by", "chosen", "correct"),
     *("unjudged", "round_responses", "references", "usage", "losses", "cut_references", "cut_answers"),
     *("error", "extra"),
-)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,25 @@ def read_problems(path: str | Path, *, use_responses: bool = False, limit: int |
         if name in seen:
             raise RecordError(f"{where}: id {name!r} is that of {seen[name]} too; ids must differ")
         seen[name] = where.removeprefix(f"{path}, ")
-        responses, empty = _responses(record, where) if use_responses else ((), 0)
+        responses = _responses(record, where) if use_responses else []
         num_unused += bool(record.get("responses")) and not use_responses
-        num_empty += empty
-        asked = _conversation(record, where)
+        num_empty += responses.count("")
+        asked, earlier = _conversation(record, where), record.get("extra")
+        try:
+            check_conversation(asked)
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from error
+        rest = {name: value for name, value in record.items() if name not in _KNOWN | _RESULT_FIELDS}
         problem = Problem(
             id=name,
             messages=tuple(_located(message, path.parent, where) for message in asked),
             tools=_tools(record, where),
             ground_truth=record.get("ground_truth"),
-            responses=responses,
-            extra=_extra(record),
+            responses=tuple(filter(None, responses)),
+            extra={**(earlier if isinstance(earlier, dict) else {}), **rest},
         )
-        try:
-            check_conversation(problem.messages)
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from error
         problems.append(problem)
-        digest.update(json.dumps([name, asked, problem.tools, responses], sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps([name, asked, problem.tools, problem.responses], sort_keys=True).encode() + b"\n")
     if not problems:
         raise RecordError(f"{path} has no problems" if limit != 0 else "limit=0 leaves no problems")
     if use_responses and not any(problem.responses for problem in problems):
@@ -87,7 +88,7 @@ def read_problems(path: str | Path, *, use_responses: bool = False, limit: int |
     if num_unused:
         notes.append(f"{num_unused} problems have responses; they are used with --use-responses alone")
     if num_empty:
-        notes.append(f"{num_empty} of the responses say nothing after their thought, and are left out")
+        notes.append(f"{num_empty} of the responses say nothing after their reasoning, and are left out")
     return ProblemSet(tuple(problems), digest.hexdigest(), tuple(notes))
 
 
@@ -101,17 +102,13 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise RecordError(f"problems {str(path)!r} cannot be read: {error}") from error
     if path.suffix == ".jsonl":
         # Not splitlines: what JSON may hold unescaped, such as U+2028, is no end of a line.
-        lines = enumerate(text.split("\n"), start=1)
-        parsed = (
-            (f"{path}, line {number}", _parsed(line, f"{path}, line {number}"))
-            for number, line in lines
-            if line.strip()
-        )
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        parsed = ((where, _parsed(line, where)) for where, line in lines)
     else:
         whole = _parsed(text, str(path))
         if not isinstance(whole, list):
             raise RecordError(f"{path}: must hold a list of problems, not {_short(whole)}")
-        parsed = ((f"{path}, problem {number}", each) for number, each in enumerate(whole, start=1))
+        parsed = ((f"{path}, problem {i}", each) for i, each in enumerate(whole, start=1))
     for where, record in parsed:
         if not isinstance(record, dict):
             raise RecordError(f"{where}: {_short(record)} is no problem; give an object with messages")
@@ -157,24 +154,17 @@ def _tools(record: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def _responses(record: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int]:
-    """The messages, without thoughts; and how many had nothing else."""
+def _responses(record: Mapping[str, Any], where: str) -> list[str]:
+    """The messages, without reasoning; some may be empty then."""
     given = record.get("responses") or []
     if not isinstance(given, list):
         raise RecordError(f"{where}: responses is {_short(given)}; give a list")
-    messages = []
-    for place, each in enumerate(given):
-        text = each.get("content") if isinstance(each, dict) else each
+    texts = [each.get("content") if isinstance(each, dict) else each for each in given]
+    for place, text in enumerate(texts):
         if not isinstance(text, str):
-            raise RecordError(f'{where}: responses[{place}] is {_short(each)}; give a text, or {{"content": text}}')
-        messages.append(text.rpartition("</think>")[2].strip())
-    return tuple(message for message in messages if message), messages.count("")
-
-
-def _extra(record: Mapping[str, Any]) -> dict[str, Any]:
-    earlier = record.get("extra")
-    rest = {name: value for name, value in record.items() if name not in _KNOWN and name not in RESULT_FIELDS}
-    return {**(earlier if isinstance(earlier, dict) else {}), **rest}
+            shown = _short(given[place])
+            raise RecordError(f'{where}: responses[{place}] is {shown}; give a text, or {{"content": text}}')
+    return [text.rpartition("</think>")[2].strip() for text in texts]
 
 
 def _located(message: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -207,3 +197,44 @@ def _item(item: Any, folder: Path, where: str) -> Any:
 def _short(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+# As a run keeps them.
+
+
+def problem_line(problem: Problem) -> bytes:
+    return json_line({**vars(problem), "messages": [without_bytes(message) for message in problem.messages]})
+
+
+def saved_problems(path: Path) -> Iterator[Problem]:
+    """
+    Raises:
+        CheckpointError: the file cannot be read, or is another one.
+    """
+    try:
+        with open(path, "rb") as file:
+            for fields in map(json.loads, file):
+                lists = {name: tuple(fields[name]) for name in ("messages", "tools", "responses")}
+                yield Problem(**{**fields, **lists})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; rerun the command of the run, which writes it"
+        ) from error
+
+
+def json_line(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which models write now and then
+        return json.dumps(value).encode() + b"\n"
+
+
+def without_bytes(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message for JSON: an image that is neither path nor URI becomes null."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    items = [
+        {**item, "image": None} if "image" in item and not isinstance(item["image"], str) else item for item in content
+    ]
+    return {**message, "content": items}

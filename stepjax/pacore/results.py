@@ -18,7 +18,7 @@ from typing import Any
 
 from stepjax.figures import NORMAL_QUANTILE, human_number, wilson_interval
 from stepjax.pacore.compaction import CUT_MARK
-from stepjax.pacore.journal import without_bytes
+from stepjax.pacore.problems import without_bytes
 from stepjax.pacore.records import Outcome, Trajectory
 
 

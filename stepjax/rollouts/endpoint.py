@@ -1,8 +1,8 @@
-"""The sampler over any endpoint that speaks OpenAI's chat completions; connections are pooled and TLS is verified.
+"""The sampler over any endpoint that speaks OpenAI's chat completions. Connections are pooled, and TLS is verified.
 
-What an endpoint sends is checked here, before it is kept. Counts in `usage` that are no counts are taken as not said; a
-field of a type that OpenAI's API does not have there fails the call, which is tried again. Answers are bounded in bytes
-and in time, and none is decompressed, for a few bytes could become any number of them.
+What an endpoint sends is checked here, before it is kept. Counts in `usage` that are no counts are ignored; a field of
+a type that OpenAI's API does not have there fails the call, which may be retried. Answers are bounded in bytes and in
+time. None is decompressed: a few bytes could become any number of them.
 """
 
 import asyncio
@@ -22,15 +22,16 @@ from typing import Annotated, Any
 import openai
 import tokenizers
 import tyro
+from PIL import Image
 from tyro.constructors import PrimitiveConstructorSpec
 
-from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
+from stepjax.errors import ConfigError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
 from stepjax.processing.assistant_message import split_reasoning
 from stepjax.processing.image_files import open_image
 from stepjax.rollouts.endpoint_answer import EndpointAnswer, api_string, refuse, whole_text
 from stepjax.rollouts.rollout import Rollout
-from stepjax.rollouts.sampler import Listener, PreparedPrompt, SamplerError, TokenCounter
+from stepjax.rollouts.sampler import Listener, PreparedPrompt, SamplerError, TokenCounter, check_room
 
 KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
 
@@ -147,7 +148,7 @@ class EndpointSampler:
             base_url=endpoint.url,
             api_key=key or "none",
             default_headers={**endpoint.headers, "Accept-Encoding": "identity"},
-            max_retries=0,  # the coordinator's, which counts them
+            max_retries=0,  # callers retry, and count it
             timeout=timeout,
             http_client=openai.DefaultAsyncHttpxClient(
                 limits=connections, timeout=timeout, event_hooks={"response": [self._bound]}
@@ -183,18 +184,12 @@ class EndpointSampler:
     async def prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int
     ) -> AsyncIterator[PreparedPrompt]:
-        """See `Sampler.prompt`. Tokens of images, and those of the chat template, are not known and not counted."""
+        """See `Sampler.prompt`. Tokens of images and of the chat template are not known, and not counted."""
         made = await asyncio.to_thread(lambda: [_message(message) for message in messages])
         count = None
         if self.tokens is not None:
             count = sum(self.tokens.count(_text(message)) for message in made)
-            excess = count + answer_tokens - (self.max_context or count + answer_tokens)
-            if excess > 0:
-                raise ContextLengthError(
-                    f"the prompt has {count} tokens; with {answer_tokens} for the answer that is {excess} more than "
-                    f"max_context={self.max_context}",
-                    excess=excess,
-                )
+            check_room(count, answer_tokens, self.max_context)
         yield PreparedPrompt(count, {"messages": made, **({"tools": list(tools)} if tools else {})})
 
     async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
@@ -214,32 +209,23 @@ class EndpointSampler:
                     )
                     async with contextlib.aclosing(stream.response):
                         async for chunk in stream:
-                            answer.take_chunk(chunk)
+                            answer.take(chunk)
                 else:
-                    answer.take_whole(await self._client.chat.completions.create(model=model, extra_body=body, **known))
+                    answer.take(await self._client.chat.completions.create(model=model, extra_body=body, **known))
         if answer.finish_reason is None:
-            raise SamplerError("the answer broke off", is_temporary=True, num_tokens=listener.num_tokens)
-        return self._reply(answer, prompt)
+            raise SamplerError("the answer has no end", is_temporary=True, num_tokens=listener.num_tokens)
+        return self._rollout(answer, prompt)
 
     @contextlib.asynccontextmanager
     async def _reading(self, listener: Listener, seconds: float) -> AsyncIterator[None]:
-        """Whatever goes wrong while an answer is read, in that time, is the endpoint's failure."""
+        """Whatever goes wrong while an answer is read, within that time, is the endpoint's failure."""
         try:
             async with asyncio.timeout(seconds):
                 yield
-        except openai.OpenAIError as error:
-            raise self._failure(error, listener.num_tokens) from error
         except SamplerError:
             raise
-        except TimeoutError as error:
-            message = f"the answer did not end within {seconds:g} s"
-            raise SamplerError(message, is_temporary=True, num_tokens=listener.num_tokens) from error
-        except Exception as error:  # the library's, of an answer that is none
-            raise SamplerError(
-                f"the endpoint's answer cannot be read: {error} ({type(error).__name__})",
-                is_temporary=True,
-                num_tokens=listener.num_tokens,
-            ) from error
+        except Exception as error:  # of the client, or of the library that parses what is no answer
+            raise _failure(error, seconds, listener.num_tokens) from error
 
     async def _bound(self, response: Any) -> None:
         """Before a byte of the answer is read."""
@@ -273,21 +259,20 @@ class EndpointSampler:
                 fields["stop_token_ids" if name == "stop_ids" else name] = getattr(params, name)
         return fields
 
-    def _reply(self, answer: "EndpointAnswer", prompt: PreparedPrompt) -> Rollout:
+    def _rollout(self, answer: EndpointAnswer, prompt: PreparedPrompt) -> Rollout:
         content, reasoning = whole_text("".join(answer.content)), whole_text("".join(answer.reasoning)) or None
         if reasoning is None:
-            is_cut = answer.finish_reason == "length"
-            opens = is_cut if self.endpoint.opens_thinking is None else self.endpoint.opens_thinking
-            # Where nobody knows, a whole answer without a thought is one; only of a cut one must it be assumed.
-            has_thought = "</think>" in content or content.lstrip().startswith("<think>")
-            if has_thought or opens:
+            opens = self.endpoint.opens_thinking
+            # If nobody knows, a cut answer without </think> is taken for reasoning, a whole one for an answer.
+            opens = answer.finish_reason == "length" if opens is None else opens
+            if opens or "</think>" in content or content.lstrip().startswith("<think>"):
                 content, reasoning = split_reasoning(content, starts_thinking=opens)
         output_tokens = answer.output_tokens
         if output_tokens is None:
             text = content + (reasoning or "")
             output_tokens = answer.num_parts if self.tokens is None else self.tokens.count(text)
             if not self._has_warned:
-                self._has_warned = True  # once, also of what is no count
+                self._has_warned = True
                 how = "parts of the stream" if self.tokens is None else "the tokenizer's"
                 _log.warning("%s does not say how many tokens it used: %s are counted", self.endpoint.url, how)
         return Rollout(
@@ -301,22 +286,26 @@ class EndpointSampler:
             mean_logprob=answer.mean_logprob,
         )
 
-    def _failure(self, error: Exception, tokens: int) -> SamplerError:
-        status = getattr(error, "status_code", None)
-        response = getattr(error, "response", None)
-        after = None if response is None else response.headers.get("retry-after")
-        try:
-            seconds = float(after) if after is not None and math.isfinite(float(after)) else None
-        except ValueError:  # a date
-            seconds = None
-        is_temporary = status is None or status in _TEMPORARY or status >= 500
-        message = f"status {status}: {error}" if status is not None else f"{error} ({type(error).__name__})"
-        cause = error.__cause__
-        if isinstance(cause, SamplerError):  # of `_bound`
-            return SamplerError(str(cause), is_temporary=cause.is_temporary, num_tokens=tokens)
-        if status is None and cause is not None:
-            message += f": {cause}"
-        return SamplerError(message[:2000], is_temporary=is_temporary, retry_after=seconds, num_tokens=tokens)
+
+def _failure(error: Exception, seconds: float, num_tokens: int) -> SamplerError:
+    cause, status, response = error.__cause__, getattr(error, "status_code", None), getattr(error, "response", None)
+    if isinstance(cause, SamplerError):  # of `_bound`
+        return SamplerError(str(cause), is_temporary=cause.is_temporary, num_tokens=num_tokens)
+    if status is not None:
+        message = f"status {status}: {error}"
+    elif isinstance(error, openai.OpenAIError):
+        message = f"{error} ({type(error).__name__})" + (f": {cause}" if cause is not None else "")
+    elif isinstance(error, TimeoutError):
+        message = f"the answer did not end within {seconds:g} s"
+    else:
+        message = f"the endpoint's answer cannot be read: {error} ({type(error).__name__})"
+    retry_after = None
+    with contextlib.suppress(TypeError, ValueError):  # there is none, or it is a date
+        retry_after = float(response.headers.get("retry-after") if response is not None else None)  # type: ignore
+    if retry_after is not None and not math.isfinite(retry_after):
+        retry_after = None
+    is_temporary = status is None or status in _TEMPORARY or status >= 500
+    return SamplerError(message[:2000], is_temporary=is_temporary, retry_after=retry_after, num_tokens=num_tokens)
 
 
 _KNOWN = ("messages", "tools", "temperature", "top_p", "max_tokens", "stop", "seed", "logprobs")
@@ -355,17 +344,11 @@ def _item(item: dict[str, Any]) -> dict[str, Any]:
         file = io.BytesIO()
         open_image(source, frame=item["frame"]).save(file, "PNG")
         source = file.getvalue()
-    return {"type": "image_url", "image_url": {"url": data_uri(source)}}
+    return {"type": "image_url", "image_url": {"url": _data_uri(source)}}
 
 
-def data_uri(source: Any) -> str:
-    """An image file, as a path or its bytes, as a data URI; one that is a URI already stays as it is.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    from PIL import Image
-
+def _data_uri(source: Any) -> str:
+    """An image file, a path or its bytes, as a data URI; a URI stays as it is."""
     if isinstance(source, str) and source.startswith(("data:", "http://", "https://")):
         return source
     try:

@@ -1,4 +1,4 @@
-"""An answer of OpenAI's chat completions put together, whole or of a stream's chunks, each field checked on the way."""
+"""An answer of OpenAI's chat completions, whole or put together from a stream; each field is checked on the way."""
 
 import json
 import math
@@ -15,7 +15,7 @@ _MOST_TOKENS = 1 << 31
 
 
 class EndpointAnswer:
-    """Put together from what the endpoint sends; whatever it leaves out or sends as null.
+    """What the endpoint has sent so far; it may leave fields out, or send them as null.
 
     Raises:
         ValueError: a field is not what it is in OpenAI's API.
@@ -24,7 +24,7 @@ class EndpointAnswer:
 
     def __init__(self, listener: Listener, *, opens_thinking: bool, has_logprobs: bool):
         self._listener, self._has_logprobs = listener, has_logprobs
-        self._parts = ReasoningStream(starts_thinking=opens_thinking)  # of a content that holds the thought
+        self._parts = ReasoningStream(starts_thinking=opens_thinking)  # of content that holds the reasoning
         self.content: list[str] = []
         self.reasoning: list[str] = []
         self._length = 0
@@ -34,24 +34,23 @@ class EndpointAnswer:
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[float] = []
 
-    def take_chunk(self, chunk: Any) -> None:
-        error = getattr(chunk, "error", None)
+    def take(self, answer: Any) -> None:
+        """A whole answer, or a chunk of one."""
+        error = getattr(answer, "error", None)
         if error:
             message = f"the endpoint failed: {error!s:.2000}"
             raise SamplerError(message, is_temporary=True, num_tokens=self._listener.num_tokens)
-        self._take_usage(chunk)
-        for choice in chunk.choices or ():
+        usage = getattr(answer, "usage", None)
+        if usage is not None:
+            self.prompt_tokens = _count(usage, "prompt_tokens") or 0
+            self.output_tokens = _count(usage, "completion_tokens")
+            self.cached_tokens = _count(getattr(usage, "prompt_tokens_details", None), "cached_tokens") or 0
+        for choice in answer.choices or ():
             if not choice.index:
-                self._take_message(choice.delta)
+                message = choice.delta if hasattr(choice, "delta") else choice.message
+                if message is not None:
+                    self._take_message(message)
                 self._take_end(choice)
-
-    def take_whole(self, answer: Any) -> None:
-        error = getattr(answer, "error", None)
-        if error or not getattr(answer, "choices", None):
-            raise SamplerError(f"the endpoint gave no answer: {error or 'no choices'!s:.2000}", is_temporary=True)
-        self._take_usage(answer)
-        self._take_message(answer.choices[0].message)
-        self._take_end(answer.choices[0])
 
     @property
     def mean_logprob(self) -> float | None:
@@ -62,6 +61,48 @@ class EndpointAnswer:
             {**call, "function": {**call["function"], "arguments": "".join(call["function"]["arguments"])}}
             for _, call in sorted(self._calls.items())
         ]
+
+    def _take_message(self, message: Any) -> None:
+        content = api_string("content", message.content)
+        # Some servers say "reasoning".
+        said = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        reasoning = api_string("reasoning_content", said)
+        self._grow(len(content) + len(reasoning))
+        if content or reasoning:
+            self.num_parts += 1
+            self._listener.num_tokens += 1
+        if reasoning:
+            self.reasoning.append(reasoning)
+            self._listener.piece({"reasoning_content": reasoning})
+        if content:
+            self.content.append(content)
+            self._tell([Part("content", content)] if self.reasoning else self._parts.feed(content))
+        given = message.tool_calls or ()
+        if not isinstance(given, (list, tuple)):
+            refuse("tool_calls", given)
+        calls = [self._take_call(call, place) for place, call in enumerate(given)]
+        if calls:
+            self._listener.piece({"tool_calls": calls})
+
+    def _take_call(self, call: Any, place: int) -> dict[str, Any]:
+        index, function = getattr(call, "index", None), getattr(call, "function", None)
+        index = place if index is None else index
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MOST_CALLS or function is None:
+            refuse("tool_calls", call)
+        name, written = api_string("a tool call's name", function.name), function.arguments
+        # Some servers send the object itself.
+        arguments = json.dumps(written) if isinstance(written, dict) else api_string("a tool call's arguments", written)
+        name_of = api_string("a tool call's id", call.id)
+        self._grow(len(name) + len(arguments) + len(name_of))
+        made = self._calls.setdefault(
+            index, {"id": None, "type": "function", "function": {"name": "", "arguments": []}}
+        )
+        made["id"] = name_of or made["id"]
+        made["function"]["name"] += name
+        made["function"]["arguments"].append(arguments)
+        told = {key: value for key, value in (("name", name), ("arguments", arguments)) if value}
+        begun = {"id": name_of, "type": "function"} if name_of else {}
+        return {"index": index, **begun, "function": told}
 
     def _take_end(self, choice: Any) -> None:
         reason = api_string("finish_reason", choice.finish_reason)
@@ -77,31 +118,9 @@ class EndpointAnswer:
                 refuse("logprob", value)
             self._logprobs.append(float(value))
 
-    def _take_message(self, message: Any) -> None:
-        if message is None:
-            return
-        content = api_string("content", message.content)
-        # Some servers say "reasoning".
-        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        reasoning = api_string("reasoning_content", thought)
-        self._grow(len(content) + len(reasoning))
-        if content:
-            self.content.append(content)
-        if reasoning:
-            self.reasoning.append(reasoning)
-            self._listener.piece({"reasoning_content": reasoning})
-        self.num_parts += bool(content or reasoning)
-        self._listener.num_tokens += bool(content or reasoning)
-        if content and self.reasoning:
-            self._listener.piece({"content": content})
-        elif content:
-            self._tell(self._parts.feed(content))
-        given = message.tool_calls or ()
-        if not isinstance(given, (list, tuple)):
-            refuse("tool_calls", given)
-        calls = [self._take_call(call, place) for place, call in enumerate(given)]
-        if calls:
-            self._listener.piece({"tool_calls": calls})
+    def _tell(self, parts: Sequence[Part]) -> None:
+        for kind, text in parts:
+            self._listener.piece({"content" if kind == "content" else "reasoning_content": text})
 
     def _grow(self, count: int) -> None:
         self._length += count
@@ -109,41 +128,8 @@ class EndpointAnswer:
             message = f"the answer has more than {_MOST_TEXT} characters: it is not read on"
             raise SamplerError(message, is_temporary=True, num_tokens=self._listener.num_tokens)
 
-    def _tell(self, parts: Sequence[Part]) -> None:
-        for kind, text in parts:
-            self._listener.piece({"content" if kind == "content" else "reasoning_content": text})
 
-    def _take_call(self, call: Any, place: int) -> dict[str, Any]:
-        index = getattr(call, "index", None)
-        index = place if index is None else index
-        function = getattr(call, "function", None)
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MOST_CALLS or function is None:
-            refuse("tool_calls", call)
-        made = self._calls.setdefault(
-            index, {"id": None, "type": "function", "function": {"name": "", "arguments": []}}
-        )
-        name, written = api_string("a tool call's name", function.name), function.arguments
-        # Some servers send the object itself.
-        arguments = json.dumps(written) if isinstance(written, dict) else api_string("a tool call's arguments", written)
-        name_of = api_string("a tool call's id", call.id)
-        self._grow(len(name) + len(arguments) + len(name_of))
-        made["id"] = name_of or made["id"]
-        made["function"]["name"] += name
-        made["function"]["arguments"].append(arguments)
-        told = {key: value for key, value in (("name", name), ("arguments", arguments)) if value}
-        begun = {"id": name_of, "type": "function"} if name_of else {}
-        return {"index": index, **begun, "function": told}
-
-    def _take_usage(self, answer: Any) -> None:
-        usage = getattr(answer, "usage", None)
-        if usage is None:
-            return
-        self.prompt_tokens = api_count(usage, "prompt_tokens") or 0
-        self.output_tokens = api_count(usage, "completion_tokens")
-        self.cached_tokens = api_count(getattr(usage, "prompt_tokens_details", None), "cached_tokens") or 0
-
-
-def api_count(of: Any, name: str) -> int | None:
+def _count(of: Any, name: str) -> int | None:
     """None for what is no number of tokens."""
     value = getattr(of, name, None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -160,6 +146,5 @@ def refuse(name: str, value: Any) -> NoReturn:
 
 
 def whole_text(text: str) -> str:
-    """Surrogates that came as escapes of JSON: pairs are made characters, and a half that is alone is replaced, since
-    no request could hold it."""
+    """Joins surrogate pairs that came as escapes of JSON, and replaces lone surrogates, which no request could hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

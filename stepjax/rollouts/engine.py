@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from stepjax.errors import BusyError, ContextLengthError, ImageError, RecordError, StepjaxError
+from stepjax.errors import BusyError, ImageError, RecordError, StepjaxError
 from stepjax.inference.request import Delta, EngineFailedError, SamplingParams, TokenLogprob
 from stepjax.interop.any_processor import AnyProcessor, encode, starts_thinking
 from stepjax.processing.answer_stream import AnswerStream, add_piece
 from stepjax.processing.tokens import Example
 from stepjax.rollouts.rollout import Rollout
-from stepjax.rollouts.sampler import Listener, Piece, PreparedPrompt, SamplerError
+from stepjax.rollouts.sampler import Listener, Piece, PreparedPrompt, SamplerError, check_room
 
 Messages = Sequence[dict[str, Any]]
 
@@ -148,16 +148,9 @@ class EngineSampler:
     ) -> AsyncIterator[PreparedPrompt]:
         """See `Sampler.prompt`."""
         async with self._open_example(messages, tools) as example:
-            length = len(example.tokens)
-            excess = length + answer_tokens - self._engine.max_context
-            if excess > 0:
-                raise ContextLengthError(
-                    f"the prompt has {length} tokens; with {answer_tokens} for the answer that is {excess} more than "
-                    f"the context of {self._engine.max_context}",
-                    excess=excess,
-                )
+            check_room(len(example.tokens), answer_tokens, self._engine.max_context)
             prompt = EnginePrompt(example, starts_thinking(self._processor, example), bool(tools))
-            yield PreparedPrompt(length, prompt)
+            yield PreparedPrompt(len(example.tokens), prompt)
 
     async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
         """See `Sampler.sample`."""
@@ -197,18 +190,14 @@ class EngineSampler:
         content = message.get("content")
         if not isinstance(content, list):
             return message
-        parts = [processor_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
+        parts = [_processor_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
         if any(part.get("type") == "image" for part in parts) and not hasattr(self._processor, "image_config"):
             raise RecordError(f"{where} has an image, and the model reads text only")
         return {**message, "content": parts}
 
 
-def processor_item(item: dict[str, Any], where: str) -> dict[str, Any]:
-    """A content item of OpenAI's API as `Processor` takes it.
-
-    Raises:
-        ImageError: an image would have to be fetched.
-    """
+def _processor_item(item: dict[str, Any], where: str) -> dict[str, Any]:
+    """A content item of OpenAI's API as `Processor` takes it."""
     if item.get("type") != "image_url":
         return item
     url = item["image_url"]["url"] if isinstance(item.get("image_url"), dict) else item.get("image_url")

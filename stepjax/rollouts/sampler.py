@@ -1,4 +1,4 @@
-"""What everything that samples needs of a model: one small asynchronous protocol.
+"""The protocol between a model and whatever draws rollouts of it: PaCoRe, evaluation, training, the server.
 
 `EngineSampler` (an engine in this process) and `EndpointSampler` (any OpenAI-compatible server) implement it.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+from stepjax.errors import ContextLengthError
 from stepjax.inference.request import SamplingParams
 from stepjax.rollouts.rollout import Rollout
 
@@ -35,7 +36,7 @@ class Listener:
 
     Attributes:
         num_tokens: sampled so far, as far as the sampler knows.
-        has_answer: a part of the answer was passed on, not only reasoning.
+        has_answer: a part of the answer was passed on, not only reasoning and white space.
         began: by `time.monotonic`, when the call was sent; until then it waits for its turn and no time limit runs.
     """
 
@@ -55,19 +56,10 @@ class Listener:
         self.began = time.monotonic()
         self._on_begin()
 
-    @property
-    def wants_pieces(self) -> bool:
-        return self._on_piece is not None
-
     def piece(self, piece: Piece) -> None:
         if self._on_piece is not None:
-            self.has_answer |= is_answer(piece)
+            self.has_answer |= bool(piece.get("content", "").strip() or piece.get("tool_calls"))
             self._on_piece(piece)
-
-
-def is_answer(piece: Piece) -> bool:
-    """Whether it is a part of the answer: neither reasoning nor white space alone."""
-    return bool(piece.get("content", "").strip() or piece.get("tool_calls"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +73,20 @@ class PreparedPrompt:
 
     num_tokens: int | None
     payload: Any
+
+
+def check_room(num_tokens: int, answer_tokens: int, max_context: int | None) -> None:
+    """
+    Raises:
+        ContextLengthError: prompt and answer have more tokens than the context.
+    """
+    excess = 0 if max_context is None else num_tokens + answer_tokens - max_context
+    if excess > 0:
+        raise ContextLengthError(
+            f"the prompt has {num_tokens} tokens; with {answer_tokens} for the answer that is {excess} more than the "
+            f"context of {max_context}",
+            excess=excess,
+        )
 
 
 class TokenCounter(Protocol):

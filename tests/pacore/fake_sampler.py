@@ -78,7 +78,6 @@ class FakeSampler:
         if isinstance(made, str):
             made = Rollout(content=made, num_tokens=len(made.split()), num_prompt_tokens=prompt.num_tokens or 0)
         listener.num_tokens += made.num_tokens
-        if listener.wants_pieces and made.content:
-            for word in made.content.split(" "):
-                listener.piece({"content": word + " "})
+        for word in made.content.split(" ") if made.content else ():
+            listener.piece({"content": word + " "})
         return made
