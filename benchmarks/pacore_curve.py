@@ -40,9 +40,8 @@ from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.answers import Matching, is_right, plurality
 from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.coordinator import Coordinator
+from stepjax.pacore.coordinator import Coordinator, RoundFailedError
 from stepjax.pacore.records import Problem, Totals, Trajectory
-from stepjax.pacore.rounds import RoundFailedError
 from stepjax.rollouts.engine import EngineSampler
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +86,7 @@ async def measure(task: Task) -> dict[str, list[Point]]:
         async def pool_of(problem: Problem) -> tuple[Trajectory, ...]:
             run = coordinator((POOL,)).begin(problem)
             try:
-                return (await run.round(POOL, is_final=False)).trajectories
+                return (await run.round(POOL)).trajectories
             except RoundFailedError as error:
                 return error.rounds[-1].trajectories
 
@@ -120,8 +119,8 @@ def vote(task: Task, pools: Iterable[tuple[Trajectory, ...]], width: int) -> Poi
     ended = []
     for problem, pool in zip(task.problems, pools, strict=True):
         some = pool[:width]
-        index, _ = plurality([each.content for each in some], task.matching)
-        right = is_right(some[index].content, problem.ground_truth, task.matching)
+        index, _ = plurality([each.rollout.content for each in some], task.matching)
+        right = is_right(some[index].rollout.content, problem.ground_truth, task.matching)
         ended.append((right, Totals.of(some).output_tokens))
     return point(f"@{width}", ended)
 
@@ -143,7 +142,7 @@ async def chain(
     run, ended, tokens, right = solver.begin(problem, done=done), [], 0, False
     for _ in range(POOL + 1):
         try:
-            made = await run.round(1, is_final=False)
+            made = await run.round(1)
             right = is_right(made.messages[0].text, problem.ground_truth, matching)
         except RoundFailedError:
             made = run.rounds.pop()  # the next one sees what this one saw

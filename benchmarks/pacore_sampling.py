@@ -73,8 +73,8 @@ async def run(engine: Engine, processor, asked: list[Problem], answer: int) -> M
         coordinator = Coordinator(EngineSampler(running, processor), PacoreConfig(schedule=(), sampling=sampling))
 
         async def one_round(problem: Problem) -> None:
-            made = await coordinator.begin(problem).round(WIDTH, is_final=False)
-            assert all(each.output_tokens == answer for each in made.trajectories), made.losses
+            made = await coordinator.begin(problem).round(WIDTH)
+            assert all(each.rollout.num_tokens == answer for each in made.trajectories), made.losses
 
         pages, is_done = 0, asyncio.Event()
 

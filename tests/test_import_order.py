@@ -50,8 +50,7 @@ ALLOWED = {
     },
     "rollouts": {"errors", "processing", "inference", "interop"},
     "pacore": {
-        *("rollouts", "errors", "figures", "directory_lock", "config", "sharding", "processing", "inference"),
-        *("interop", "progress"),
+        *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
     },
     "serving": {"rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
     "cli": None,  # the top: may import all

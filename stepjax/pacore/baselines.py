@@ -16,10 +16,11 @@ PaCoRe with [16] is that of majority@16.
 import dataclasses
 import random
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
+from stepjax.checks import require
 from stepjax.errors import ConfigError
 from stepjax.pacore.answers import in_thread, is_right
 from stepjax.pacore.compaction import answers
@@ -30,6 +31,8 @@ from stepjax.pacore.records import Outcome, Problem, Trajectory
 MethodName = Literal["pacore", "single", "majority", "best-of-n", "sequential", "rsa"]
 ScorerName = Literal["mean-logprob", "shortest", "longest", "ground-truth"]
 Scorer = Callable[[Problem, Trajectory], float]  # the trajectory with the highest score is taken, of equals the first
+
+_NAMED: Any = tyro.conf.arg(constructor=cast(Any, ScorerName))  # on the command line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +45,13 @@ class Method:
     name: Annotated[MethodName, tyro.conf.arg(name="method")] = "pacore"
     width: int = 16  # majority, best-of-n: trajectories; sequential: rounds; rsa: population
     # best-of-n. shortest and longest count all tokens, reasoning included; ground-truth is an oracle: pass@n.
-    scorer: Annotated[ScorerName | Scorer, tyro.conf.arg(constructor=ScorerName)] = "mean-logprob"
+    scorer: Annotated[ScorerName | Scorer, _NAMED] = "mean-logprob"
     references: int = 4  # rsa: how many members of the population a new one sees (K)
     loops: int = 10  # rsa: populations, the first included (T)
 
     def __post_init__(self):
-        for field in ("width", "references", "loops"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}={getattr(self, field)}: must be at least 1")
+        for name in ("width", "references", "loops"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
     @property
     def needs_truth(self) -> bool:

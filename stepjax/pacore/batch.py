@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from stepjax.checks import require
 from stepjax.errors import CheckpointError, ConfigError, StepjaxError
 from stepjax.figures import human_number
 from stepjax.inference.request import EngineFailedError
@@ -49,8 +50,7 @@ class BatchConfig:
 
     def __post_init__(self):
         for name in ("samples", "concurrent_problems"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 
 class BatchRun:
@@ -132,9 +132,8 @@ class BatchRun:
 
     async def _solve(self, problem: Problem, sample: int) -> Outcome:
         """The outcome, of a failure too."""
-        job, rounds, begin = (problem.id, sample), list[Round](), time.monotonic()
+        job, rounds, under_way = (problem.id, sample), list[Round](), 0
         done = self._journal.done(job)
-        under_way = 0
 
         def notify(event: Event) -> None:
             nonlocal under_way
@@ -164,8 +163,10 @@ class BatchRun:
             error = f"{type(failure).__name__}: {failure}"
         finally:
             self._num_calls -= under_way
-        seconds = time.monotonic() - begin
-        return Outcome(problem=problem, sample=sample, rounds=tuple(rounds), seconds=seconds, error=error)
+        ends = (each.rollout.start + each.rollout.seconds for round_ in rounds for each in round_.trajectories)
+        return Outcome(
+            problem=problem, sample=sample, rounds=tuple(rounds), seconds=max(ends, default=0.0), error=error
+        )
 
     def _tell(self, num_answers: int = 0) -> None:
         note = f"{self._num_calls} calls under way, {human_number(self._num_tokens)} tok"

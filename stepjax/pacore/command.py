@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,11 +77,15 @@ class PacoreRun:
             settings = self._settings(config, problems, endpoint)
             # Before the model is loaded, which takes minutes.
             with open_journal(self.out, settings, free, problems.problems) as journal:
-                self._prepare(journal)
-                if endpoint is None:
-                    _say(f"loading {self.model}")
-                answering = endpoint or load_engines(str(self.model), self.local)
-                return asyncio.run(self._answer(config, problems, journal, answering))
+                if self.retry_failed:
+                    _say(f"{journal.forget_failed()} trajectories will be drawn again")
+                elif journal.num_known:
+                    _say(f"resuming {self.out}: {journal.num_known} trajectories are there")
+                if journal.num_unsigned:
+                    lines = f"{journal.num_unsigned} lines of {CALLS}"
+                    _say(f"note: {lines} are an older version's, without a digest: changes to them go unnoticed")
+                sampler = self._engine_sampler() if endpoint is None else EndpointSampler(endpoint)
+                return asyncio.run(self._answer(config, problems, journal, sampler))
         except KeyboardInterrupt:  # while the model was being loaded, or a second time
             _say("\nStopped. Rerun the same command to resume.")
             return 130
@@ -146,23 +151,26 @@ class PacoreRun:
             "sampler": sampler,
         }
 
-    def _prepare(self, journal: Journal) -> None:
-        if self.retry_failed:
-            _say(f"{journal.forget_failed()} trajectories will be drawn again")
-        elif journal.num_known:
-            _say(f"resuming {self.out}: {journal.num_known} trajectories are there")
-        if journal.num_unsigned:
-            _say(
-                f"note: {journal.num_unsigned} lines of {CALLS} are an older version's, without a digest: changes to "
-                "them go unnoticed"
-            )
+    def _engine_sampler(self) -> AbstractAsyncContextManager[Sampler]:
+        _say(f"loading {self.model}")
+        engines, processor = load_engines(str(self.model), self.local)
+
+        @contextlib.asynccontextmanager
+        async def running() -> AsyncIterator[Sampler]:
+            from stepjax.inference.replicas import AsyncReplicas
+            from stepjax.rollouts.engine import EngineSampler
+
+            async with AsyncReplicas(engines) as engine:
+                yield EngineSampler(engine, processor, enable_thinking=self.thinking)
+
+        return running()
 
     async def _answer(
         self,
         config: PacoreConfig,
         problems: ProblemSet,
         journal: Journal,
-        answering: EndpointConfig | tuple[Sequence[Any], Any],
+        sampler: AbstractAsyncContextManager[Sampler],
     ) -> int:
         task, stopped_by = asyncio.current_task(), list[signal.Signals]()
         assert task is not None
@@ -177,8 +185,8 @@ class PacoreRun:
         for each in _STATUS:
             loop.add_signal_handler(each, stop, each)
         try:
-            async with self._sampler(answering) as sampler:
-                coordinator = Coordinator(sampler, config, matching=self.matching)
+            async with sampler as opened:
+                coordinator = Coordinator(opened, config, matching=self.matching)
                 summary = await BatchRun(coordinator, problems.problems, self.batch, journal, self.out).run()
         except asyncio.CancelledError:
             if not stopped_by:
@@ -193,19 +201,6 @@ class PacoreRun:
         if summary["failed"]:
             _say(f"{summary['failed']} answers failed; --retry-failed draws what failed again")
         return 1 if summary["failed"] == summary["answers"] else 0
-
-    @contextlib.asynccontextmanager
-    async def _sampler(self, answering: EndpointConfig | tuple[Sequence[Any], Any]) -> AsyncIterator[Sampler]:
-        if isinstance(answering, EndpointConfig):
-            async with EndpointSampler(answering) as sampler:
-                yield sampler
-            return
-        from stepjax.inference.replicas import AsyncReplicas
-        from stepjax.rollouts.engine import EngineSampler
-
-        engines, processor = answering
-        async with AsyncReplicas(list(engines)) as engine:
-            yield EngineSampler(engine, processor, enable_thinking=self.thinking)
 
 
 def _say(text: str) -> None:

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from stepjax.checks import require
 from stepjax.errors import ConfigError
 from stepjax.inference.request import SamplingParams
 
@@ -82,20 +83,16 @@ class RoundLimits:
     agreement: float | None = None  # share of a round whose answers agree that ends a problem
 
     def __post_init__(self):
-        def require(condition: bool, name: str, remedy: str) -> None:
-            if not condition:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: {remedy}")
-
-        require(self.retries >= 0, "retries", "must not be negative")
+        require(self.retries >= 0, "retries", self.retries, "must not be negative")
         for name in ("backoff_seconds", "max_backoff_seconds"):
-            require(0 <= getattr(self, name) < math.inf, name, "must be a number of seconds, not negative")
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "must be a number of seconds, not negative")
         for name in ("call_seconds", "round_seconds"):
-            seconds = getattr(self, name)
-            require(seconds is None or seconds > 0, name, "must be positive, or None for no limit")
-        require(0 < self.quorum <= 1, "quorum", "must be above 0 and at most 1")
-        require(
-            self.agreement is None or 0 < self.agreement <= 1, "agreement", "must be above 0 and at most 1, or None"
-        )
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive, or None for no limit")
+        require(0 < self.quorum <= 1, "quorum", self.quorum, "must be above 0 and at most 1")
+        share = self.agreement
+        require(share is None or 0 < share <= 1, "agreement", share, "must be above 0 and at most 1, or None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,20 +120,18 @@ class PacoreConfig:
 
     def __post_init__(self):
         check_schedule(self.schedule)
-        choices: dict[str, tuple[Any, ...]] = {
-            "order": ("shuffle", "length"),
-            "truncated": ("drop", "tail"),
-            "overflow": ("shorten", "drop", "fail"),
-            "images": ("before", "after"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for name, choices in (
+            ("order", ("shuffle", "length")),
+            ("truncated", ("drop", "tail")),
+            ("overflow", ("shorten", "drop", "fail")),
+            ("images", ("before", "after")),
+        ):
+            value = getattr(self, name)
+            require(value in choices, name, value, f"must be one of {', '.join(choices)}")
         for name in ("tail_tokens", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be at least 1")
-        if self.sampling.n != 1:
-            raise ConfigError(f"n={self.sampling.n}: must be 1; the schedule says how many trajectories there are")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        how_many = "the schedule says how many trajectories there are"
+        require(self.sampling.n == 1, "n", self.sampling.n, f"must be 1; {how_many}")
 
     @property
     def seed(self) -> int:

@@ -159,12 +159,13 @@ def _responses(record: Mapping[str, Any], where: str) -> list[str]:
     given = record.get("responses") or []
     if not isinstance(given, list):
         raise RecordError(f"{where}: responses is {_short(given)}; give a list")
-    texts = [each.get("content") if isinstance(each, dict) else each for each in given]
-    for place, text in enumerate(texts):
+    texts = []
+    for place, each in enumerate(given):
+        text = each.get("content") if isinstance(each, dict) else each
         if not isinstance(text, str):
-            shown = _short(given[place])
-            raise RecordError(f'{where}: responses[{place}] is {shown}; give a text, or {{"content": text}}')
-    return [text.rpartition("</think>")[2].strip() for text in texts]
+            raise RecordError(f'{where}: responses[{place}] is {_short(each)}; give a text, or {{"content": text}}')
+        texts.append(text.rpartition("</think>")[2].strip())
+    return texts
 
 
 def _located(message: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -217,9 +218,7 @@ def saved_problems(path: Path) -> Iterator[Problem]:
                 lists = {name: tuple(fields[name]) for name in ("messages", "tools", "responses")}
                 yield Problem(**{**fields, **lists})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}; rerun the command of the run, which writes it"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: {error}; rerun the run's command, which writes it") from error
 
 
 def json_line(value: Any) -> bytes:

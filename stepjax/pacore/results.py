@@ -19,7 +19,7 @@ from typing import Any
 from stepjax.figures import NORMAL_QUANTILE, human_number, wilson_interval
 from stepjax.pacore.compaction import CUT_MARK
 from stepjax.pacore.problems import without_bytes
-from stepjax.pacore.records import Outcome, Trajectory
+from stepjax.pacore.records import Outcome, Totals, Trajectory
 
 
 def row(outcome: Outcome) -> dict[str, Any]:
@@ -41,19 +41,22 @@ def row(outcome: Outcome) -> dict[str, Any]:
         **({"unjudged": True} if _is_unjudged(outcome) else {}),
         "round_responses": [[_response(each) for each in round_.trajectories] for round_ in rounds],
         "references": _references(outcome),
-        "usage": {
-            "calls": totals.calls,
-            "failed_tries": totals.retries,
-            "prompt_tokens": totals.prompt_tokens,
-            "output_tokens": totals.output_tokens,
-            "lost_tokens": totals.lost_tokens,
-            "finish_reasons": dict(sorted(totals.finish_reasons.items())),
-        },
+        "usage": {**_usage(totals), "finish_reasons": dict(sorted(totals.finish_reasons.items()))},
         "losses": [dict(sorted(round_.losses.items())) for round_ in rounds],
         "cut_references": [round_.cut_references for round_ in rounds],
         "cut_answers": [round_.cut_answers for round_ in rounds],
         "error": outcome.error,
         **({"extra": dict(problem.extra)} if problem.extra else {}),
+    }
+
+
+def _usage(totals: Totals) -> dict[str, int]:
+    return {
+        "calls": totals.calls,
+        "failed_tries": totals.retries,
+        "prompt_tokens": totals.prompt_tokens,
+        "output_tokens": totals.output_tokens,
+        "lost_tokens": totals.lost_tokens,
     }
 
 
@@ -115,11 +118,7 @@ class Tally:
             answers=1,
             failed=outcome.chosen is None,
             unjudged=_is_unjudged(outcome),
-            calls=totals.calls,
-            failed_tries=totals.retries,
-            prompt_tokens=totals.prompt_tokens,
-            output_tokens=totals.output_tokens,
-            lost_tokens=totals.lost_tokens,
+            **_usage(totals),
         )
         self._finish_reasons.update(totals.finish_reasons)
         if outcome.answered_by is not None:
@@ -157,13 +156,9 @@ class Tally:
             "unjudged": sums["unjudged"],
             "matching": matching,
             **self._accuracy(),
-            "calls": sums["calls"],
-            "failed_tries": sums["failed_tries"],
-            "output_tokens": sums["output_tokens"],
+            **{name: sums[name] for name in _usage(Totals())},
             "output_tokens_per_answer": sums["output_tokens"] / count if count else None,
-            "prompt_tokens": sums["prompt_tokens"],
             "prompt_tokens_per_answer": sums["prompt_tokens"] / count if count else None,
-            "lost_tokens": sums["lost_tokens"],
             "answered_by": dict(sorted(self._answered_by.items())),
             "finish_reasons": dict(sorted(self._finish_reasons.items())),
             "rounds": [  # a problem that ended early has none of the later ones

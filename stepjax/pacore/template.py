@@ -2,8 +2,8 @@
 
 The last message is replaced by a text in the published structure (report, table 6): what is given and what to do; the
 problem; the references, each under a line "Reference <n>:", from 1; and the request for a solution of one's own. Models
-trained with PaCoRe speak of "Reference 3": other templates should keep the labels. The wording is ours. A second text
-is for the result of a tool.
+trained with PaCoRe speak of "Reference 3": other templates should keep the labels. The wording is ours. It is
+another one for the result of a tool.
 
 Everything before the last message stays as it is, and so do its images. Without references nothing changes.
 """
@@ -18,65 +18,41 @@ from stepjax.pacore.records import Reference
 from stepjax.processing import templates
 
 # White space as published: a blank line before each reference, two before the last sentence.
-_REFERENCES = """{% for reference in references %}
+TEMPLATE = """{% set is_tool = role == "tool" -%}
+Below are {{ "the result of a tool call" if is_tool else "a problem" }} and several reference answers to it. Examine \
+them critically, then {{ "decide on the next step yourself" if is_tool else "work out your own answer" }}.
+
+{{ "Tool result" if is_tool else "Problem" }}:
+{{ problem }}
+
+Reference answers:{% if has_tool_calls %}
+(Tool calls inside a reference were proposed only: none of them has been run.){% endif %}{% for reference in references %}
 
 Reference {{ loop.index }}:
 {{ reference }}{% endfor %}
 
 
-"""
-
-_CALLS = "\n(Tool calls inside a reference were proposed only: none of them has been run.)"
-
-USER_TEMPLATE = (
-    "Below are a problem and several reference answers to it. Examine them critically, then work out your own answer."
-    """
-
-Problem:
-{{ problem }}
-
-Reference answers:{% if has_tool_calls %}"""
-    + _CALLS
-    + "{% endif %}"
-    + _REFERENCES
-    + "Drawing on the problem and the references above, give your own complete solution."
-)
-
-TOOL_TEMPLATE = (
-    "Below are the result of a tool call and several reference answers to it. Examine them critically, then decide on "
-    """the next step yourself.
-
-Tool result:
-{{ problem }}
-
-Reference answers:{% if has_tool_calls %}"""
-    + _CALLS
-    + "{% endif %}"
-    + _REFERENCES
-    + "Drawing on the tool result and the references above, give your own analysis and the next steps."
-)
+Drawing on the {{ "tool result" if is_tool else "problem" }} and the references above, give your own \
+{{ "analysis and the next steps" if is_tool else "complete solution" }}."""
 
 
 class Template:
-    """The texts, compiled.
-
+    """
     Raises:
         ConfigError: the file cannot be read, or is no Jinja template that can be used.
     """
 
     def __init__(self, config: PacoreConfig):
-        self._images = config.images
-        self._name = f"template {config.template!r}"
-        self._texts = {"user": USER_TEMPLATE, "tool": TOOL_TEMPLATE}
+        self._images, self._name, self._text = config.images, f"template {config.template!r}", TEMPLATE
         if config.template is not None:
             try:
-                text = Path(config.template).expanduser().read_text(encoding="utf-8")
+                self._text = Path(config.template).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"template {config.template!r} cannot be read: {error}") from error
-            self._texts = dict.fromkeys(self._texts, text)
+                raise ConfigError(f"{self._name} cannot be read: {error}") from error
             try:  # within limits, once: one that loops for ever does so here
-                for role in self._texts:
-                    templates.render(text, _variables(role, "problem", [Reference(0, "reference")]), name=self._name)
+                for role in ("user", "tool"):
+                    variables = _variables(role, "problem", [Reference(0, "reference")])
+                    templates.render(self._text, variables, name=self._name)
             except TokenError as error:
                 raise ConfigError(f"{error}; it may use problem, references, role and has_tool_calls") from error
 
@@ -102,7 +78,7 @@ class Template:
 
     def _render(self, role: str, problem: str, references: Sequence[Reference]) -> str:
         try:
-            template = templates.compiled(self._texts[role])
+            template = templates.compiled(self._text)
             return template.render(**_variables(role, problem, references))
         except Exception as error:
             raise RecordError(f"{self._name} cannot render: {type(error).__name__}: {error}") from error

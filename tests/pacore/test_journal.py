@@ -260,7 +260,7 @@ def test_a_directory_that_holds_no_outcomes_says_why(tmp_path):
     refused("is not the directory of a run")
     write_run(tmp_path, decided())
     (tmp_path / PROBLEMS).write_text("{")
-    refused(f"{PROBLEMS} cannot be read.*rerun the command")
+    refused(f"{PROBLEMS} cannot be read.*rerun the run's command")
     (tmp_path / SETTINGS).write_text("{}")
     refused(f"{SETTINGS} cannot be read, or is of another version")
     (tmp_path / SETTINGS).write_text('{"samples": 1}')
