@@ -20,8 +20,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from stepjax.checks import require
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, require_positive
 from stepjax.pacore.answers import in_thread, is_right
 from stepjax.pacore.compaction import answers
 from stepjax.pacore.config import PacoreConfig
@@ -50,8 +49,7 @@ class Method:
     loops: int = 10  # rsa: populations, the first included (T)
 
     def __post_init__(self):
-        for name in ("width", "references", "loops"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require_positive("", self, "width", "references", "loops")
 
     @property
     def needs_truth(self) -> bool:

@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from stepjax.checks import require
-from stepjax.errors import CheckpointError, ConfigError, StepjaxError
+from stepjax.errors import CheckpointError, ConfigError, StepjaxError, require_positive
 from stepjax.figures import human_number
 from stepjax.inference.request import EngineFailedError
 from stepjax.pacore.answers import in_thread, judge
@@ -49,8 +48,7 @@ class BatchConfig:
     concurrent_problems: int = 64  # under way at a time, so that rounds of different ones overlap
 
     def __post_init__(self):
-        for name in ("samples", "concurrent_problems"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require_positive("", self, "samples", "concurrent_problems")
 
 
 class BatchRun:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,7 +66,7 @@ class PacoreRun:
             StepjaxError: an option, the file or the model cannot be used, or the directory holds another run.
         """
         self._check()
-        log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+        log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")  # clients log each request
         problems = read_problems(self.problems, use_responses=self.use_responses, limit=self.limit)
         for note in problems.notes:
             _say(f"note: {note}")
@@ -211,9 +211,3 @@ def _changed(given: Any, usual: Any, prefix: str) -> list[str]:
     """The options of a group that differ from their defaults."""
     names = [field.name for field in dataclasses.fields(given)]
     return [f"{prefix}{name.replace('_', '-')}" for name in names if getattr(given, name) != getattr(usual, name)]
-
-
-def run(arguments: Sequence[str]) -> int:
-    return tyro.cli(
-        PacoreRun, args=list(arguments), prog="stepjax pacore run", config=(tyro.conf.AvoidSubcommands,)
-    ).run()

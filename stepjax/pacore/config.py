@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from stepjax.checks import require
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, require, require_positive
 from stepjax.inference.request import SamplingParams
 
 PRESETS: dict[str, tuple[int, ...]] = {"low": (4,), "medium": (16,), "high": (32, 4)}  # section 3.2 of the report
@@ -83,16 +82,19 @@ class RoundLimits:
     agreement: float | None = None  # share of a round whose answers agree that ends a problem
 
     def __post_init__(self):
-        require(self.retries >= 0, "retries", self.retries, "must not be negative")
-        for name in ("backoff_seconds", "max_backoff_seconds"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, name, value, "must be a number of seconds, not negative")
-        for name in ("call_seconds", "round_seconds"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "must be positive, or None for no limit")
-        require(0 < self.quorum <= 1, "quorum", self.quorum, "must be above 0 and at most 1")
-        share = self.agreement
-        require(share is None or 0 < share <= 1, "agreement", share, "must be above 0 and at most 1, or None")
+        call, round_, share = self.call_seconds, self.round_seconds, self.agreement
+        finite, positive = "must be a number of seconds, not negative", "must be positive, or None for no limit"
+        require(
+            "",
+            self,
+            retries=(self.retries >= 0, "must not be negative"),
+            backoff_seconds=(0 <= self.backoff_seconds < math.inf, finite),
+            max_backoff_seconds=(0 <= self.max_backoff_seconds < math.inf, finite),
+            call_seconds=(call is None or call > 0, positive),
+            round_seconds=(round_ is None or round_ > 0, positive),
+            quorum=(0 < self.quorum <= 1, "must be above 0 and at most 1"),
+            agreement=(share is None or 0 < share <= 1, "must be above 0 and at most 1, or None"),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,18 +122,17 @@ class PacoreConfig:
 
     def __post_init__(self):
         check_schedule(self.schedule)
-        for name, choices in (
-            ("order", ("shuffle", "length")),
-            ("truncated", ("drop", "tail")),
-            ("overflow", ("shorten", "drop", "fail")),
-            ("images", ("before", "after")),
-        ):
-            value = getattr(self, name)
-            require(value in choices, name, value, f"must be one of {', '.join(choices)}")
-        for name in ("tail_tokens", "answer_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        how_many = "the schedule says how many trajectories there are"
-        require(self.sampling.n == 1, "n", self.sampling.n, f"must be 1; {how_many}")
+        choices = {
+            "order": ("shuffle", "length"),
+            "truncated": ("drop", "tail"),
+            "overflow": ("shorten", "drop", "fail"),
+            "images": ("before", "after"),
+        }
+        named = {name: f"must be one of {', '.join(values)}" for name, values in choices.items()}
+        require("", self, **{name: (getattr(self, name) in choices[name], named[name]) for name in choices})
+        require_positive("", self, "tail_tokens", "answer_tokens")
+        if self.sampling.n != 1:
+            raise ConfigError(f"n={self.sampling.n}: must be 1; the schedule says how many trajectories there are")
 
     @property
     def seed(self) -> int:

@@ -26,7 +26,8 @@ them critically, then {{ "decide on the next step yourself" if is_tool else "wor
 {{ problem }}
 
 Reference answers:{% if has_tool_calls %}
-(Tool calls inside a reference were proposed only: none of them has been run.){% endif %}{% for reference in references %}
+(Tool calls inside a reference were proposed only: none of them has been run.){% endif %}{%
+for reference in references %}
 
 Reference {{ loop.index }}:
 {{ reference }}{% endfor %}

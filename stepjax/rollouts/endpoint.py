@@ -25,7 +25,7 @@ import tyro
 from PIL import Image
 from tyro.constructors import PrimitiveConstructorSpec
 
-from stepjax.errors import ConfigError, ImageError, TokenError
+from stepjax.errors import ConfigError, ImageError, TokenError, require_positive
 from stepjax.inference.request import SamplingParams
 from stepjax.processing.assistant_message import split_reasoning
 from stepjax.processing.image_files import open_image
@@ -97,11 +97,8 @@ class EndpointConfig:
     def __post_init__(self):
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"upstream {self.url!r}: give a URL such as http://localhost:8000/v1")
-        if self.max_concurrent < 1:
-            raise ConfigError(f"max_concurrent={self.max_concurrent}: must be at least 1")
-        for name in ("connect_seconds", "silence_seconds", "answer_seconds", "max_response_bytes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+        require_positive("upstream", self, "max_concurrent", "connect_seconds", "silence_seconds", "answer_seconds")
+        require_positive("upstream", self, "max_response_bytes")
         if self.max_context is not None and self.tokenizer is None:
             raise ConfigError(f"max_context={self.max_context}: needs a tokenizer to count with; name a tokenizer.json")
 
