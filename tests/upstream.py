@@ -46,7 +46,7 @@ class Upstream:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/models", self._models),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False)
+        config = uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False, timeout_keep_alive=600)
         self.server = uvicorn.Server(config)
 
     def fault(self, body) -> str | None:
