@@ -338,8 +338,8 @@ def test_a_trace(opened, widths, size, scheme):
     calls = [each for round_ in made.rounds for each in round_.trajectories]
     end = max(made.seconds, *(each.rollout.start + each.rollout.seconds for each in calls))
     for (left, width, tries), call in zip(boxes, calls, strict=True):
-        assert left == pytest.approx(call.start / end, abs=0.01)
-        assert width == pytest.approx(call.seconds / end, abs=0.02), "the shortest is a few pixels wide"
+        assert left == pytest.approx(call.rollout.start / end, abs=0.01)
+        assert width == pytest.approx(call.rollout.seconds / end, abs=0.02), "the shortest is a few pixels wide"
         assert tries == len(call.attempts) - (call.status == "error")
     assert is_sound(page)
 
