@@ -66,7 +66,7 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
     results, items = [], []
     opened = [open_source(source, seed) for source in config.sources]
     counts = [min(config.examples, len(records)) for records in opened]
-    with progress(sum(counts), description="evaluating", shown=jax.process_index() == 0) as bar:
+    with progress(sum(counts), unit=" records", description="evaluating", shown=jax.process_index() == 0) as bar:
         for source, all_records, count in zip(config.sources, opened, counts, strict=True):
             records = [all_records[i] for i in range(count)]
             questions = [record for record in records if is_question(record)]
