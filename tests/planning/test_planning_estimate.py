@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from stepjax.planning import hlo
-from stepjax.planning.estimate import estimate
-from stepjax.planning.kernel_rates import flop_per_bundle
-from stepjax.planning.links import HOP_SECONDS, Network
-from stepjax.planning.parts import COLLECTIVES, COPIES
+from stepjax.planning.core_time import flop_per_bundle
+from stepjax.planning.estimate import EXPOSED_COLLECTIVES, EXPOSED_COPIES, estimate
+from stepjax.planning.network import HOP_SECONDS, Network
 from stepjax.planning.topologies import find
 
 US = 1e-6
@@ -74,7 +73,7 @@ def test_a_gather_hides_behind_as_much_work():
 def test_what_does_not_hide_is_exposed():
     found = play([START, work("a", 0.5), DONE, work("b", 1)])
     assert found.seconds == pytest.approx(GATHER + 1 * US)
-    assert found.seconds_by("part")[COLLECTIVES,] == pytest.approx(GATHER - 0.5 * US)
+    assert found.seconds_by("part")[EXPOSED_COLLECTIVES,] == pytest.approx(GATHER - 0.5 * US)
 
 
 def test_transfers_queue_on_the_wires():
@@ -243,7 +242,7 @@ def test_copies_run_beside_and_wait_if_they_must():
     assert play([copy, work("a", 3), done]).seconds == pytest.approx(3 * US)
     found = play([copy, work("a", 0.25), done])
     assert found.seconds == pytest.approx(1 * US)
-    assert found.seconds_by("part")[COPIES,] == pytest.approx(0.75 * US)
+    assert found.seconds_by("part")[EXPOSED_COPIES,] == pytest.approx(0.75 * US)
 
 
 def test_operations_without_an_estimate_cost_their_bytes():
