@@ -40,7 +40,7 @@ from stepjax.models.step_vl import abstract_model
 from stepjax.planning import StepKind
 from stepjax.planning.program_text import program_text
 from stepjax.planning.topologies import Topology
-from stepjax.sharding import check_heads_only, make_mesh, num_parts, shardings, spec, target_platform
+from stepjax.sharding import check_batch, check_heads_only, make_mesh, shardings, spec, target_platform
 from stepjax.training.footprint import step_flops
 from stepjax.training.losses import next_tokens, token_scores
 from stepjax.training.optimizer import learning_rate, make_optimizer
@@ -215,7 +215,7 @@ def compile_step(
             the topology or an option.
     """
     mesh = make_mesh(config.mesh, topology.devices())
-    check_rows(config, mesh)
+    check_batch(config.batch, mesh)
     began = time.monotonic()
     with jax.set_mesh(mesh), _without_xla_flags():
         step = make_step(kind, config, mesh)
@@ -240,22 +240,6 @@ def compile_step(
             found["text"] = program_text(compiled, f"jit_{step.function.__name__}")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     return CompiledStep(mesh, **found, seconds=time.monotonic() - began, host_gib=usage)
-
-
-def check_rows(config: PretrainConfig, mesh: Mesh) -> None:
-    """
-    Raises:
-        ConfigError: the rows of a micro-batch do not divide over the devices that share the batch, or their tokens
-            over those that share a row.
-    """
-    batch, parts = config.batch, num_parts("batch", mesh)
-    if batch.rows // batch.accumulation % parts:
-        raise ConfigError(
-            f"batch.rows={batch.rows} with batch.accumulation={batch.accumulation}: each micro-batch of "
-            f"{batch.rows // batch.accumulation} rows must divide over {parts} parts (mesh.slice x data x fsdp)"
-        )
-    if batch.tokens % num_parts("length", mesh):
-        raise ConfigError(f"batch.tokens={batch.tokens}: must divide over mesh.context={num_parts('length', mesh)}")
 
 
 def read_shortage(message: str) -> Shortage:

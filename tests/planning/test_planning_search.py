@@ -16,7 +16,7 @@ from stepjax.planning.plan import StepPlan
 from stepjax.planning.search import Search, candidates, overrides, search, write_recipe
 from stepjax.planning.steps import CompiledStep, Shortage
 from stepjax.planning.topologies import find
-from stepjax.sharding import num_parts
+from stepjax.sharding import axis_size
 from stepjax.training.footprint import predict_memory
 
 CHIP = find("v5e-16")
@@ -180,4 +180,4 @@ def test_a_search_with_the_compiler(tiny, tmp_path):
     found = search(tiny, find("v5e-4"), budget_seconds=1, say=said.append)
     assert len(found.plans) == 1 and found.best is not None
     assert "tokens/s a chip" in said[1]
-    assert num_parts("batch", found.best.step.mesh) >= 1
+    assert axis_size("batch", found.best.step.mesh) >= 1
