@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from attention_schedules import Shape, cost
 
 from pallas_kernels import schedule
 from pallas_kernels.chips import compile_only_mesh
-from stepjax.planning.core_time import PASSES, Kernel, Pass
+from stepjax.planning.core_time import Pass
 
+Kernel = Literal["ours", "tokamax", "jax_splash"]
+PASSES: tuple[Pass, ...] = ("forward", "backward")
 HEADS, KV_HEADS = 8, 2  # 4 query heads a key-value head, as Qwen3-8B has
 
 

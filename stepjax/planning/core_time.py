@@ -15,10 +15,7 @@ from stepjax.planning.hlo import Array, Operation, Program, arrays
 
 CostKind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
 Pass = Literal["forward", "backward"]
-PASSES: tuple[Pass, ...] = ("forward", "backward")
-Kernel = Literal["ours", "tokamax", "jax_splash"]
-# Useful FLOPs a bundle of an attention kernel: (chip, pass, head size, keys, kernel).
-AttentionRate = Callable[[str, Pass, int, int, Kernel], float]
+AttentionRate = Callable[[str, Pass, int, int], float]  # useful FLOPs a bundle: chip, pass, head size, keys
 
 # Custom calls that only rename or reserve memory.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
@@ -26,50 +23,43 @@ _FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "Pin
 _FREE_CALLS |= {"SliceId"}
 _SHARE_OF_PEAK = 0.5  # reached by kernels whose schedule we have not read
 
-# Useful floating-point operations a bundle (an instruction word; a core issues one a cycle) of the forward and the
-# backward pass, by (chip, head size, sequence length). Useful are pairs that are attended to: of causal ones the
-# triangle. Sequences without segments; stalls on memory are not included. From
-# benchmarks/results/attention_schedules.json (libtpu 0.0.52), which `python benchmarks/attention_schedules.py` writes.
-_RATES: dict[tuple[str, int, int], dict[Kernel, tuple[int, int]]] = {
-    ("v5e", 96, 1296): {"ours": (83795, 83360), "tokamax": (66767, 80783), "jax_splash": (59036, 78701)},
-    ("v5e", 96, 2704): {"ours": (94591, 94058), "tokamax": (65128, 88253), "jax_splash": (67713, 87309)},
-    ("v5e", 128, 4096): {"ours": (107519, 112793), "tokamax": (81098, 101083), "jax_splash": (72947, 99273)},
-    ("v5e", 128, 8192): {"ours": (115608, 119872), "tokamax": (90261, 112448), "jax_splash": (83633, 111366)},
-    ("v5e", 128, 32768): {"ours": (122522, 125793), "tokamax": (98617, 122803), "jax_splash": (93956, 122562)},
-    ("v5p", 96, 1296): {"ours": (83546, 82825), "tokamax": (65686, 80324), "jax_splash": (58179, 77971)},
-    ("v5p", 96, 2704): {"ours": (92963, 92870), "tokamax": (64284, 87707), "jax_splash": (66482, 86551)},
-    ("v5p", 128, 4096): {"ours": (105530, 109557), "tokamax": (80629, 100705), "jax_splash": (72325, 98393)},
-    ("v5p", 128, 8192): {"ours": (114507, 117874), "tokamax": (90500, 112425), "jax_splash": (83307, 110983)},
-    ("v5p", 128, 32768): {"ours": (122309, 124992), "tokamax": (99650, 123177), "jax_splash": (94013, 122765)},
-    ("v6e", 96, 1296): {"ours": (169819, 166815), "tokamax": (116211, 153902), "jax_splash": (105733, 151388)},
-    ("v6e", 96, 2704): {"ours": (203660, 196395), "tokamax": (121407, 168851), "jax_splash": (118367, 167258)},
-    ("v6e", 128, 4096): {"ours": (231447, 247954), "tokamax": (138538, 186161), "jax_splash": (108530, 175168)},
-    ("v6e", 128, 8192): {"ours": (268645, 277238), "tokamax": (154980, 207852), "jax_splash": (123507, 196667)},
-    ("v6e", 128, 32768): {"ours": (305466, 304180), "tokamax": (173667, 233280), "jax_splash": (141911, 225096)},
-    ("tpu7x", 96, 1296): {"ours": (160003, 144704), "tokamax": (78103, 149743), "jax_splash": (72323, 147267)},
-    ("tpu7x", 96, 2704): {"ours": (195220, 172190), "tokamax": (82153, 163716), "jax_splash": (80237, 162646)},
-    ("tpu7x", 128, 4096): {"ours": (229371, 243838), "tokamax": (136331, 189821), "jax_splash": (111211, 175248)},
-    ("tpu7x", 128, 8192): {"ours": (269861, 274288), "tokamax": (151231, 213319), "jax_splash": (125591, 197180)},
-    ("tpu7x", 128, 32768): {"ours": (311041, 302632), "tokamax": (174491, 240250), "jax_splash": (143388, 217604)},
+# Useful floating-point operations of our kernel in a bundle (an instruction word; a core issues one a cycle), for these
+# (head size, sequence length). Useful are pairs that are attended to: of causal ones the triangle. Sequences without
+# segments; stalls on memory are not included. From benchmarks/results/attention_schedules.json (libtpu 0.0.52), which
+# `python benchmarks/attention_schedules.py` writes.
+_SHAPES = ((96, 1296), (96, 2704), (128, 4096), (128, 8192), (128, 32768))
+_RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
+    ("v5e", "forward"): (83_795, 94_591, 107_519, 115_608, 122_522),
+    ("v5e", "backward"): (83_360, 94_058, 112_793, 119_872, 125_793),
+    ("v5p", "forward"): (83_546, 92_963, 105_530, 114_507, 122_309),
+    ("v5p", "backward"): (82_825, 92_870, 109_557, 117_874, 124_992),
+    ("v6e", "forward"): (169_819, 203_660, 231_447, 268_645, 305_466),
+    ("v6e", "backward"): (166_815, 196_395, 247_954, 277_238, 304_180),
+    ("tpu7x", "forward"): (160_003, 195_220, 229_371, 269_861, 311_041),
+    ("tpu7x", "backward"): (144_704, 172_190, 243_838, 274_288, 302_632),
 }
-# The same of our kernel at head size 128 with segment ids, by tokens of a segment: smaller tiles, and masks on the
-# diagonal (benchmarks/packed_attention_rates.py).
-_PACKED_RATES: dict[str, dict[int, tuple[int, int]]] = {
-    "v5e": {4096: (93_568, 109_313), 32768: (114_800, 123_890)},
-    "v5p": {4096: (91_761, 106_968), 32768: (115_566, 124_149)},
-    "v6e": {4096: (157_152, 210_595), 32768: (241_162, 271_346)},
-    "tpu7x": {4096: (161_041, 196_074), 32768: (248_494, 264_835)},
+# The same with segment ids at head size 128, for these tokens of a segment: smaller tiles, and masks on the diagonal
+# (benchmarks/packed_attention_rates.py).
+_SEGMENTS = (4096, 32768)
+_PACKED_RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
+    ("v5e", "forward"): (93_568, 114_800),
+    ("v5e", "backward"): (109_313, 123_890),
+    ("v5p", "forward"): (91_761, 115_566),
+    ("v5p", "backward"): (106_968, 124_149),
+    ("v6e", "forward"): (157_152, 241_162),
+    ("v6e", "backward"): (210_595, 271_346),
+    ("tpu7x", "forward"): (161_041, 248_494),
+    ("tpu7x", "backward"): (196_074, 264_835),
 }
 
 
-def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int, kernel: Kernel = "ours") -> float:
+def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int) -> float:
     """The rate at the nearest head size, and there the nearest length; tiny sequences are slower than that."""
 
-    def distance(entry: tuple[str, int, int]) -> tuple[float, float]:
-        return abs(math.log(entry[1] / head_dim)), abs(math.log(entry[2] / max(length, 1)))
+    def distance(shape: tuple[int, int]) -> tuple[float, float]:
+        return abs(math.log(shape[0] / head_dim)), abs(math.log(shape[1] / max(length, 1)))
 
-    nearest = min((entry for entry in _RATES if entry[0] == chip), key=distance)
-    return float(_RATES[nearest][kernel][PASSES.index(direction)])
+    return float(_RATES[chip, direction][_SHAPES.index(min(_SHAPES, key=distance))])
 
 
 def attention_rate(config: PretrainConfig) -> AttentionRate:
@@ -81,13 +71,12 @@ def attention_rate(config: PretrainConfig) -> AttentionRate:
     batch = config.batch
     share = batch.attention_pairs / (batch.tokens * (batch.tokens + 1) / 2)
     segment = batch.example_tokens or batch.tokens
+    nearest = min(range(len(_SEGMENTS)), key=lambda i: abs(math.log(_SEGMENTS[i] / segment)))
 
-    def rate(chip: str, direction: Pass, head_dim: int, length: int, kernel: Kernel) -> float:
-        if kernel != "ours" or head_dim != config.model.decoder.head_dim or length != batch.tokens:
-            return flop_per_bundle(chip, direction, head_dim, length, kernel)
-        rates = _PACKED_RATES[chip]
-        nearest = min(rates, key=lambda tokens: abs(math.log(tokens / segment)))
-        return float(rates[nearest][PASSES.index(direction)]) / share
+    def rate(chip: str, direction: Pass, head_dim: int, length: int) -> float:
+        if head_dim != config.model.decoder.head_dim or length != batch.tokens:
+            return flop_per_bundle(chip, direction, head_dim, length)
+        return _PACKED_RATES[chip, direction][nearest] / share
 
     return rate
 
@@ -113,8 +102,8 @@ class CoreTime:
 
     def _kernel(self, operation: Operation, read: list[Array]) -> tuple[CostKind, float]:
         if attention := attention_call(operation, read):
-            direction, head_dim, length, flops, kernel = attention
-            rate = self.rate(self.facts.chip, direction, head_dim, length, kernel)
+            direction, head_dim, length, flops = attention
+            rate = self.rate(self.facts.chip, direction, head_dim, length)
             return "attention kernel", flops / (rate * self.facts.clock_hz * self.facts.cores)
         stated = operation.cost_estimate
         if not stated:
@@ -143,28 +132,24 @@ class CoreTime:
         return operation.opcode == opcode or bool(fused)
 
 
-def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float, Kernel] | None:
-    """Direction, head size, keys, useful FLOPs and kernel of an attention call; None for any other kernel.
+def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float] | None:
+    """Direction, head size, keys and useful FLOPs of an attention kernel's call; None for any other kernel.
 
     The first operands of rank 4 are the queries, [B, N, T, H] or [B, N, H, T], and the keys. Our kernel states the
-    FLOPs of the pairs it computes, including the padding of the queries, which we take off. Splash attention states
-    none (JAX's) or those of other pairs than it computes (tokamax's); we assume causal attention, as in decoders.
+    FLOPs of the pairs it computes, including the padding of the queries, which we take off. Splash attention (in
+    MaxText's programs: benchmarks/plan_vs_maxtext.py) states none, or those of other pairs than it computes; we assume
+    causal attention, as in decoders.
     """
-    names = f"{operation.name} {operation.op_name}"
-    stated = operation.cost_estimate.get("flops")
-    kernel: Kernel | None = "ours" if "flash_attention" in names else None
-    if "splash" in names:
-        # Only tokamax's states a cost; the name of the package is at best in the path of the source.
-        kernel = "tokamax" if "tokamax" in names or stated else "jax_splash"
+    names, stated = f"{operation.name} {operation.op_name}", operation.cost_estimate.get("flops")
+    is_splash = "splash" in names
     operands = [array for array in read if len(array.dims) == 4 and array.dtype in ("bf16", "f32", "f16")]
-    if kernel is None or len(operands) < 2 or (kernel == "ours" and not stated):
+    if not (is_splash or ("flash_attention" in names and stated)) or len(operands) < 2:
         return None
     direction = "backward" if any(word in operation.name for word in ("backward", "bwd", "dq", "dkv")) else "forward"
     (rows, heads, *query), (_, _, *key) = operands[0].dims, operands[1].dims
     (head_dim, queries), keys = sorted(query), max(key)
-    if kernel == "ours":
-        assert stated is not None
-        flops = stated * (min(1.0, keys / queries) if queries < 2 * keys else 1.0)
-    else:
+    if is_splash or not stated:
         flops = (10 if direction == "backward" else 4) * rows * heads * head_dim * queries * keys / 2
-    return direction, head_dim, keys, flops, kernel
+    else:
+        flops = stated * (min(1.0, keys / queries) if queries < 2 * keys else 1.0)
+    return direction, head_dim, keys, flops

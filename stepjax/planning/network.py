@@ -14,11 +14,10 @@ tpu7x chip share the chip's links. Groups that span slices reduce within the sli
 data-centre network.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,20 +26,12 @@ from stepjax.planning.topologies import Topology
 
 HOP_SECONDS = 1e-6  # to the next chip; a transfer takes at least as long as its first byte
 
-# How often the bytes pass through the ring.
-COLLECTIVES = {
-    "all-gather": 1.0,
-    "reduce-scatter": 1.0,
-    "all-reduce": 2.0,
-    "all-to-all": 1.0,
-    "ragged-all-to-all": 1.0,
-    "collective-permute": 1.0,
-    "collective-broadcast": 1.0,
-}
+# How often the bytes pass around the ring.
+COLLECTIVES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 1.0, "ragged-all-to-all": 1.0}
+COLLECTIVES |= {"collective-permute": 1.0, "collective-broadcast": 1.0}
 
 
-@dataclasses.dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One collective, as one device sees it."""
 
     ici_seconds: float  # between chips of a slice

@@ -1,30 +1,18 @@
 """A plan: what one step of a configuration needs, and how long it takes on a topology."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 from stepjax.config import PretrainConfig
 from stepjax.planning import StepKind, hlo
 from stepjax.planning.core_time import attention_rate
-from stepjax.planning.estimate import Cost, Estimate, estimate
+from stepjax.planning.estimate import Estimate, estimate
 from stepjax.planning.network import Network
 from stepjax.planning.steps import CompiledStep, compile_step, model_flops, rows_at_once, tokens_at_once
 from stepjax.planning.topologies import Topology
 from stepjax.sharding import MESH_AXES
-from stepjax.training.footprint import GIB, Memory, parameter_count, predict_memory
+from stepjax.training.footprint import GIB, Memory, predict_memory
 from stepjax.xla_flags import compiler_options
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One of the largest costs: the operations of one part that a line of source made."""
-
-    source: str  # "stepjax/models/qwen3.py:84", or the compiler's name if it gives no line
-    part: str
-    kind: str
-    what: str  # the JAX primitive or the collective
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +45,6 @@ class StepPlan:
         return self.step.shortage.needed_gib or self.memory.total
 
     @property
-    def parameters(self) -> int:
-        return parameter_count(self.config.model)
-
-    @property
     def flops(self) -> float:
         return model_flops(self.kind, self.config)
 
@@ -83,25 +67,6 @@ class StepPlan:
         if self.estimate is None or self.kind in ("prefill", "decode"):
             return None
         return rows_at_once(self.kind, self.config) * self.config.batch.global_views / self.estimate.seconds
-
-    def largest_costs(self, count: int = 10) -> list[Item]:
-        lines: dict[tuple[str, str, str], dict[str, float]] = {}  # seconds by what each line does
-        for cost in self.estimate.costs if self.estimate else ():
-            seconds = lines.setdefault((_place(cost), cost.part, cost.kind), {})
-            collective = cost.kind == "collective"
-            what = cost.operation.opcode.removesuffix("-done") if collective else cost.scope.rpartition("/")[2]
-            what = what or cost.operation.opcode
-            seconds[what] = seconds.get(what, 0.0) + cost.seconds
-        largest = sorted(lines.items(), key=lambda line: -sum(line[1].values()))[:count]
-        return [Item(*key, max(seconds, key=lambda w: seconds[w]), sum(seconds.values())) for key, seconds in largest]
-
-
-def _place(cost: Cost) -> str:
-    source = cost.operation.source
-    if source is None:
-        return f"({cost.operation.name})"
-    path = os.path.relpath(source.file)
-    return f"{source.file if path.startswith('..') else path}:{source.line}"
 
 
 def make_plan(

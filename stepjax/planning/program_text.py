@@ -73,20 +73,26 @@ def _with_one_operand(module: Any) -> bytes:
 @functools.cache
 def _module_class() -> Any:
     """HloModuleProto with the fields that we need; protobuf carries the others along."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-    def repeated(name: str, number: int, message: str) -> dict[str, Any]:
-        kind = {"type": "TYPE_MESSAGE", "typeName": message}
-        return {"name": name, "number": number, "label": "LABEL_REPEATED", **kind}
-
-    opcode = {"name": "opcode", "number": 2, "label": "LABEL_OPTIONAL", "type": "TYPE_BYTES"}
-    operands = {"name": "operand_ids", "number": 36, "label": "LABEL_REPEATED", "type": "TYPE_INT64"}
-    messages = [
-        {"name": "Module", "field": [repeated("computations", 3, "Computation")]},
-        {"name": "Computation", "field": [repeated("instructions", 2, "Instruction")]},
-        {"name": "Instruction", "field": [opcode, operands]},
-    ]
-    schema = {"name": "stepjax_hlo.proto", "package": "stepjax_hlo", "messageType": messages}
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(json_format.ParseDict(schema, descriptor_pb2.FileDescriptorProto()))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("stepjax_hlo.Module"))
+    pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Module"))
+
+
+_SCHEMA = """
+name: "hlo"
+message_type {
+  name: "Module"
+  field { name: "computations" number: 3 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Computation" }
+}
+message_type {
+  name: "Computation"
+  field { name: "instructions" number: 2 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Instruction" }
+}
+message_type {
+  name: "Instruction"
+  field { name: "opcode" number: 2 label: LABEL_OPTIONAL type: TYPE_BYTES }
+  field { name: "operand_ids" number: 36 label: LABEL_REPEATED type: TYPE_INT64 }
+}
+"""

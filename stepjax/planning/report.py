@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from stepjax.config import NumericsConfig, PretrainConfig
 from stepjax.figures import human_number
 from stepjax.planning.estimate import EXPOSED_COLLECTIVES, PARTS, Estimate
+from stepjax.planning.hlo import Operation
 from stepjax.planning.plan import StepPlan
 from stepjax.planning.steps import rows_at_once
-from stepjax.training.footprint import predict_memory
+from stepjax.training.footprint import parameter_count, predict_memory
 
 _REFERENCE_TOKENS = 1.2e12  # STEP3-VL-10B's pretraining
 _DAY = 86_400
@@ -40,7 +42,7 @@ def to_json(plan: StepPlan) -> dict[str, Any]:
         "remat": config.numerics.remat,
         "encoder_remat": config.numerics.policy_of_encoder,
         "batch": dataclasses.asdict(config.batch),
-        "parameters": plan.parameters,
+        "parameters": parameter_count(config.model),
         "fits": plan.fits,
         "hbm_gib": round(plan.hbm_gib, 3),
         "hbm_limit_gib": plan.limit_gib,
@@ -63,7 +65,7 @@ def to_json(plan: StepPlan) -> dict[str, Any]:
             "seconds_by_part": _by_part(plan.estimate),
             "seconds_by_source_of_estimate": {key[0]: s for key, s in plan.estimate.seconds_by("kind").items()},
             "collectives": _collectives(plan.estimate),
-            "largest_costs": [dataclasses.asdict(item) for item in plan.largest_costs()],
+            "largest_costs": _largest_costs(plan.estimate),
             "not_understood": dict(plan.estimate.unknown),
         }
     assert step.shortage is not None
@@ -82,7 +84,7 @@ def to_text(plan: StepPlan) -> str:
         f"{topology.chips} chips, {topology.num_devices} devices",
         f"  {plan.kind}; mesh {axes}; {_shape(plan)}",
         "",
-        f"parameters   {plan.parameters:,}",
+        f"parameters   {parameter_count(plan.config.model):,}",
         f"model FLOPs  {plan.flops:.3g} a step with all slots full",
         "",
         f"HBM          {plan.hbm_gib:.2f} GiB of {plan.limit_gib:.2f} on each device{mark}",
@@ -137,8 +139,8 @@ def _time_lines(plan: StepPlan, estimate: Estimate) -> Iterator[str]:
             f"{scale * row['seconds']:9.4f} {scale * row['exposed_seconds']:9.4f}"
         )
     yield from ("", "  largest costs")
-    for item in plan.largest_costs():
-        yield f"  {scale * item.seconds:9.4f}  {item.part:<20.20} {item.what:<28.28} {item.source}"
+    for row in _largest_costs(estimate):
+        yield f"  {scale * row['seconds']:9.4f}  {row['part']:<20.20} {row['what']:<28.28} {row['source']}"
     by_kind = {key[0]: spent for key, spent in estimate.seconds_by("kind").items()}
     shares = [f"{_RESTS_ON[kind]} {spent / seconds:.1%}" for kind, spent in by_kind.items() if spent]
     yield from ("", f"rests on: {', '.join(shares)}")
@@ -168,6 +170,30 @@ def _collectives(estimate: Estimate) -> dict[str, dict[str, float]]:
         row["seconds"] += traffic.seconds
         row["exposed_seconds"] += traffic.exposed
     return dict(sorted(rows.items(), key=lambda entry: -entry[1]["seconds"]))
+
+
+def _largest_costs(estimate: Estimate, count: int = 10) -> list[dict[str, Any]]:
+    """The operations that one line of source made, in one part: JAX's primitive, or the collective."""
+    lines: dict[tuple[str, str, str], dict[str, float]] = {}
+    for cost in estimate.costs:
+        operation = cost.operation
+        what = operation.opcode.removesuffix("-done") if cost.kind == "collective" else cost.scope.rpartition("/")[2]
+        seconds = lines.setdefault((_place(operation), cost.part, cost.kind), {})
+        seconds[what or operation.opcode] = seconds.get(what or operation.opcode, 0.0) + cost.seconds
+    rows = []
+    for (source, part, kind), seconds in sorted(lines.items(), key=lambda line: -sum(line[1].values()))[:count]:
+        what = max(seconds, key=lambda name: seconds[name])
+        rows.append({"source": source, "part": part, "kind": kind, "what": what, "seconds": sum(seconds.values())})
+    return rows
+
+
+def _place(operation: Operation) -> str:
+    """ "stepjax/models/qwen3.py:84", or the compiler's name if it gives no line."""
+    if operation.source is None:
+        return f"({operation.name})"
+    file, line = operation.source
+    relative = os.path.relpath(file)
+    return f"{file if relative.startswith('..') else relative}:{line}"
 
 
 def _shortage_lines(plan: StepPlan) -> list[str]:

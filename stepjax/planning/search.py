@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ class Search:
         """A summary; layouts are shown as overrides of `preset`."""
 
         def layout(plan: StepPlan) -> str:
-            return " ".join(overrides(plan.config, preset)) or "as the recipe"
+            return shlex.join(overrides(plan.config, preset)) or "as the recipe"
 
         lines = [
             f"{len(self.plans)} compiled in {self.seconds / 60:.1f} min, {len(self.dropped)} dropped by arithmetic, "

@@ -19,7 +19,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -52,14 +52,14 @@ _UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}  # GiB
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A function and its arguments: arrays of the whole mesh, without values."""
+    """A jitted function and its arguments: arrays of the whole mesh, without values."""
 
-    function: Callable[..., Any]
+    function: Any
     arguments: tuple[Any, ...]
-    donated: tuple[int, ...]
     parameters: Any
     optimizer: Any
     batch: Any  # with the cache, where there is one
+    static: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments by name
 
 
 def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh) -> Step:
@@ -81,7 +81,7 @@ def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh) -> Step:
         with jax.named_scope("loss"):
             return token_scores(hidden_BTD, model.decoder.head(), targets_BT, chunk=numerics.loss_chunk).log_probs_BT
 
-    return Step(score, (model, batch), (), model, (), batch)
+    return Step(jax.jit(score), (model, batch), model, (), batch)
 
 
 def _train(config: PretrainConfig, mesh: Mesh) -> Step:
@@ -89,8 +89,8 @@ def _train(config: PretrainConfig, mesh: Mesh) -> Step:
     optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
     state = _on_mesh(abstract_state(config, optimizer), mesh)
     batch = abstract_batch(config, mesh, config.batch.rows)
-    function = make_train_step(config, optimizer, schedule)
-    return Step(function, (state, batch), (0,), state.model, state.opt_state, batch)
+    train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
+    return Step(train_step, (state, batch), state.model, state.opt_state, batch)
 
 
 def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh) -> Step:
@@ -108,22 +108,15 @@ def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh) -
 
     if kind == "decode":
         empty = Batch.empty(rows, 1, row_pages, 0)
+        function, static = programs.decode, {"steps": 1, "num_top": 0}
         batch = replicated((empty.tables, empty.rows))
-
-        def decode(model, pool_S2KTW, tables, sequences):
-            return programs.decode(model, pool_S2KTW, tables, sequences, steps=1, num_top=0)
-
-        return Step(decode, (model, pool_S2KTW, *batch), (1,), model, (), (pool_S2KTW, batch))
-
-    store_RD = jax.ShapeDtypeStruct((EngineConfig().feature_cache_tokens, decoder.width), dtype)
-    tokens_C = jax.ShapeDtypeStruct((length,), jnp.int32)
-    chunk = Chunk(np.zeros(row_pages, np.int32), np.int32(0), np.int32(0))
-    batch = replicated((store_RD, tokens_C, tokens_C, chunk))
-
-    def prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk):
-        return programs.prefill(model, pool_S2KTW, store_RD, tokens_C, feature_rows_C, chunk)
-
-    return Step(prefill, (model, pool_S2KTW, *batch), (1,), model, (), (pool_S2KTW, batch))
+    else:
+        store_RD = jax.ShapeDtypeStruct((EngineConfig().feature_cache_tokens, decoder.width), dtype)
+        tokens_C = jax.ShapeDtypeStruct((length,), jnp.int32)
+        chunk = Chunk(np.zeros(row_pages, np.int32), np.int32(0), np.int32(0))
+        function, static = programs.prefill, {}
+        batch = replicated((store_RD, tokens_C, tokens_C, chunk))
+    return Step(function, (model, pool_S2KTW, *batch), model, (), (pool_S2KTW, batch), static)
 
 
 def abstract_batch(config: PretrainConfig, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -222,7 +215,7 @@ def compile_step(
         sizes = map(_num_bytes, (step.parameters, step.optimizer, step.batch))
         found: dict[str, Any] = dict(zip(("parameter_bytes", "optimizer_bytes", "batch_bytes"), sizes, strict=True))
         try:
-            lowered = jax.jit(step.function, donate_argnums=step.donated).lower(*step.arguments)
+            lowered = step.function.lower(*step.arguments, **step.static)
         except ArgumentError as error:
             raise ConfigError(f"the step cannot be built for {topology.name}: {error}") from error
         try:

@@ -1,6 +1,7 @@
 """The search, with plans that are made up where the compiler is not the point."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_the_summary_shows_layouts_as_overrides_of_the_recipe(wide, tiny):
     found = search(wide, find("v5e-4"), budget_seconds=60, say=lambda _: None, plan=plan)
     text, fields = found.to_text(tiny), found.to_json()
     best = next(line for line in text.splitlines() if line.startswith("best: "))
-    assert override(tiny, best.removeprefix("best: ").split(), prog="test") == found.best.config
+    assert override(tiny, shlex.split(best.removeprefix("best: ")), prog="test") == found.best.config
     assert fields["best"]["fits"] and len(fields["tried"]) == len(found.plans) and fields["untried"] == 0
 
 

@@ -69,7 +69,7 @@ def test_scores_are_log_probabilities_of_the_next_tokens(tiny):
         scoring = make_step("score", float32, mesh)
     batch = filled(scoring.batch, float32)
     with jax.set_mesh(mesh):
-        log_probs_BT = jax.jit(scoring.function)(model, batch)
+        log_probs_BT = scoring.function(model, batch)
         inputs = {name: batch[name] for name in batch if name not in ("loss_weights_BT", "group_BT")}
         logits_BTV = jax.jit(lambda model: model.decoder.logits(model(**inputs)))(model)
     wanted_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
