@@ -6,7 +6,6 @@ chip's two cores. The shape is the usual one for that size; libtpu's own names a
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from typing import Any
@@ -84,17 +83,17 @@ class Topology:
         return list(description.devices)
 
 
-def _named_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
-    names: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for chip in TPUS:
-        shapes = (_SHAPES_3D if chip in _THREE_AXES else _SHAPES_2D).split()
-        for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
-            shape = tuple(map(int, text.split("x")))
-            names.setdefault(f"{chip}-{math.prod(shape) * (2 if chip in _THREE_AXES else 1)}", (chip, shape))
-    return names
+def _sizes(chip: str) -> dict[int, tuple[int, ...]]:
+    """The usual shapes of a generation, by the number in their names."""
+    shapes = (_SHAPES_3D if chip in _THREE_AXES else _SHAPES_2D).split()
+    found: dict[int, tuple[int, ...]] = {}
+    for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
+        shape = tuple(map(int, text.split("x")))
+        found.setdefault(math.prod(shape) * (2 if chip in _THREE_AXES else 1), shape)
+    return found
 
 
-NAMES = _named_shapes()
+SIZES = {chip: _sizes(chip) for chip in TPUS}
 
 
 def find(name: str, slices: int = 1) -> Topology:
@@ -107,27 +106,22 @@ def find(name: str, slices: int = 1) -> Topology:
         raise ConfigError(f"--slices {slices}: must be at least 1")
     generation, mark, size = name.strip().lower().partition(":" if ":" in name else "-")
     generation = _ALIASES.get(generation, generation)
-    if mark == "-" and f"{generation}-{size}" in NAMES:
-        chip, shape = NAMES[f"{generation}-{size}"]
-        return Topology(name, TPUS[chip], shape, slices)
-    if mark == ":" and generation in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
-        shape = tuple(map(int, size.split("x")))
-        if len(shape) == (3 if generation in _THREE_AXES else 2) and all(shape):
-            return Topology(name, TPUS[generation], shape, slices)
-    raise ConfigError(f"--topology {name!r}: no such TPU topology; {_suggestion(generation, size)}")
-
-
-def _suggestion(generation: str, size: str) -> str:
     if generation not in TPUS:
-        return f"name one of {', '.join(TPUS)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
-    sizes = [known.partition("-")[2] for known in NAMES if known.startswith(f"{generation}-")]
-    if size.isdigit():
-        near = sorted(sizes, key=lambda known: abs(math.log(int(known) / max(int(size), 1))))[:3]
-    else:
-        near = difflib.get_close_matches(size, sizes, cutoff=0.0, n=3)
+        remedy = f"name one of {', '.join(TPUS)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
+        raise ConfigError(f"--topology {name!r}: no such TPU topology; {remedy}")
+    number = int(size) if size.isdecimal() else 0
+    shape = SIZES[generation].get(number) if mark == "-" else None
+    if mark == ":" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size):
+        shape = tuple(map(int, size.split("x")))
+        shape = shape if len(shape) == (3 if generation in _THREE_AXES else 2) else None
+    if shape is not None:
+        return Topology(name, TPUS[generation], shape, slices)
+    near = sorted(SIZES[generation], key=lambda known: abs(math.log(known / max(number, 1))))[:3]
+    all_sizes = list(map(str, SIZES[generation]))
+    known = ", ".join(all_sizes if len(all_sizes) < 12 else [*all_sizes[:10], "...", all_sizes[-1]])
     counted, own = ("TensorCores", "4x4x8") if generation in _THREE_AXES else ("chips", "4x8")
-    known = ", ".join(sizes if len(sizes) < 12 else [*sizes[:10], "...", sizes[-1]])
-    return (
-        f"sizes of {generation} count {counted}, and the nearest are {', '.join(f'{generation}-{n}' for n in near)}; "
-        f"all are {known}; a shape of your own is written {generation}:{own}"
+    raise ConfigError(
+        f"--topology {name!r}: no such TPU topology; sizes of {generation} count {counted}, and the nearest are "
+        f"{', '.join(f'{generation}-{n}' for n in near)}; all are {known}; a shape of your own is written "
+        f"{generation}:{own}"
     )
