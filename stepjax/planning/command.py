@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Compile a step of a recipe ahead of time for a TPU topology: memory, time by part, MFU. No TPU needed.
+    """Compile a step ahead of time for a TPU topology: its memory, time and MFU.
 
-    The exit status is 0 if the step fits, 1 if it does not.
+    No TPU is needed. The fields of the recipe are options too, as in `stepjax pretrain`.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # a file, configs/digits/pretrain.py
@@ -34,12 +34,11 @@ class Plan:
     search: bool = False  # try meshes, micro-batches and rematerialisation policies
     budget_minutes: float = 60.0  # time for --search
     write: Path | None = None  # file for the best of --search, as a recipe
-    config: Annotated[
-        PretrainConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff
-    ]  # the recipe's, with overrides
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        """
+        """Returns 0 if the step fits, 1 if it does not.
+
         Raises:
             ConfigError: the recipe, the topology or their combination cannot work.
         """
@@ -88,16 +87,3 @@ class Plan:
             write_recipe(self.write, Path(self.recipe), best.config, headline)
             say(f"\nwritten to {self.write}; train it with: stepjax pretrain {self.write}")
         return 0
-
-
-def run(arguments: Sequence[str]) -> int:
-    recipe = next((argument for argument in arguments if argument.endswith(".py")), None)
-    if recipe is None:
-        print("usage: stepjax plan RECIPE --topology NAME [--section.field VALUE ...]")
-        return 0 if "--help" in arguments else 2
-    try:
-        default = Plan(recipe=tyro.MISSING, topology=tyro.MISSING, config=load_recipe(recipe))
-        command = tyro.cli(Plan, default=default, args=list(arguments), prog="stepjax plan")
-    except SystemExit as error:  # the message is printed
-        return error.code if isinstance(error.code, int) else 2
-    return command.run()
