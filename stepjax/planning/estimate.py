@@ -170,7 +170,7 @@ class _Walk:
                 self.unknown[f"loop of unknown length at {scope}"] += 1
             self._include(self._called(self.program.loop(operation)[1], scope), 1 if trips is None else trips)
         elif opcode in ("call", "conditional"):  # of branches the longest counts
-            self._include(max((self._called(n, scope) for n in operation.called), key=lambda walk: walk.seconds), 1)
+            self._include(max((self._called(n, scope) for n in operation.called), key=lambda walk: walk.seconds))
         elif opcode in ("send", "recv"):
             self._between_slices(operation)
         elif opcode == "send-done":
@@ -179,21 +179,17 @@ class _Walk:
             received = self.program.operation(self.computation, operation.operands[0])
             self._wait(None if received is None else _rendezvous(received), operation, scope)
         elif opcode.endswith("-start"):
-            self.pending[operation.name] = handle = self._begin(operation)
             late = self.results.get(operation.name)
-            if late is None or not late.opcode.endswith("-update"):  # else it starts when its operands arrive
-                self._start(handle)
+            waits = late is not None and late.opcode.endswith("-update")  # for operands that arrive later
+            self._start(operation.name, self._begin(operation), waits=waits)
         elif opcode.endswith("-update"):
-            self.pending[operation.name] = handle = self.pending.pop(operation.operands[0])
-            if handle.finish is None:
-                self._start(handle)
+            self._start(operation.name, self.pending.pop(operation.operands[0]))
         elif opcode.endswith("-done"):
             self._wait(next(iter(operation.operands), None), operation, scope)
         elif opcode == "fusion" and (found := self.program.inside(operation, _is_collective)) is not None:
             self._fused_collective(operation, *found, scope)
         elif opcode in COLLECTIVES:
-            self.pending[operation.name] = handle = self._transfer(operation, self._bytes(self.computation, operation))
-            self._start(handle)
+            self._start(operation.name, self._transfer(operation, self._bytes(self.computation, operation)))
             self._wait(operation.name, operation, scope)
         else:
             if _LIKE_COLLECTIVES.match(opcode):
@@ -203,7 +199,7 @@ class _Walk:
     def _called(self, computation: str, scope: str) -> "_Walk":
         return _Walk(self.core, self.network, computation, scope)
 
-    def _include(self, walk: "_Walk", times: int) -> None:
+    def _include(self, walk: "_Walk", times: int = 1) -> None:
         def scaled(record, *fields: str):
             return dataclasses.replace(record, **{name: getattr(record, name) * times for name in fields})
 
@@ -242,9 +238,11 @@ class _Walk:
 
     # What runs beside the core
 
-    def _start(self, handle: _Pending) -> None:
-        begin = max(self.seconds, self.queues.get(handle.queue, 0.0))
-        handle.finish = self.queues[handle.queue] = begin + handle.seconds
+    def _start(self, key: str, handle: _Pending, *, waits: bool = False) -> None:
+        self.pending[key] = handle
+        if handle.finish is None and not waits:
+            begin = max(self.seconds, self.queues.get(handle.queue, 0.0))
+            handle.finish = self.queues[handle.queue] = begin + handle.seconds
 
     def _begin(self, operation: Operation) -> _Pending:
         base = operation.opcode.removesuffix("-start")
@@ -299,8 +297,7 @@ class _Walk:
             share = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1}.get(kind, (slices - 1) / slices)
             seconds = share * sent / self.facts.dcn_bandwidth
             traffic = Traffic(operation, f"{kind} of slices", slices, share * sent, seconds)
-            self.pending[meeting] = handle = _Pending("dcn", seconds, traffic)
-            self._start(handle)
+            self._start(meeting, _Pending("dcn", seconds, traffic))
 
     def _fused_collective(self, fusion: Operation, home: str, inner: Operation, scope: str) -> None:
         """A collective that libtpu fused with computation: in pieces over several fusions, or whole in one."""
@@ -316,8 +313,7 @@ class _Walk:
             # An all-reduce fused with the slice that each device keeps is a reduce-scatter.
             kind = "reduce-scatter" if "scatter" in fusion.name and inner.opcode == "all-reduce" else None
             # Bytes of the inner operation: the fusion has other arrays besides.
-            self.pending[channel] = handle = self._transfer(inner, self._bytes(home, inner), kind)
-            self._start(handle)
+            self._start(channel, self._transfer(inner, self._bytes(home, inner), kind))
             ends = ends or not starts
         if ends:
             self._wait(channel, fusion, scope)
