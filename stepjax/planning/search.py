@@ -134,7 +134,7 @@ def search(
     """Compile candidates until the budget is used up; the first is always compiled.
 
     Args:
-        say: is told of every candidate as it is done.
+        say: gets a line for every candidate as it is done.
         plan: makes the plan of a candidate.
     """
     waiting, dropped = candidates(config, topology)

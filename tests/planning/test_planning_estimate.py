@@ -229,7 +229,7 @@ def test_what_crosses_slices_goes_through_the_hosts():
     assert play([line.replace("_xla_megascale", "_other") for line in lines]).unknown["collective send"] == 1
 
 
-def test_an_unknown_collective_is_told():
+def test_an_unknown_collective_is_reported():
     found = play(["%c = bf16[8]{0} collective-shuffle(%x), channel_id=1, replica_groups={{0,1}}"])
     assert found.unknown["collective collective-shuffle"] == 1
     found = play([SYNC.replace("{{0,1}}", "pairs of neighbours")])
@@ -261,7 +261,7 @@ def test_gathers_and_scatters_move_their_rows_and_not_the_table():
     assert found.seconds == pytest.approx(3 * US, rel=1e-2)
 
 
-def test_unknown_custom_calls_are_told_and_known_ones_are_free():
+def test_unknown_custom_calls_are_reported_and_known_ones_are_free():
     found = play(
         [
             '%a = f32[204750]{0} custom-call(), custom_call_target="AllocateBuffer"',

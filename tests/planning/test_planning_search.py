@@ -91,7 +91,7 @@ def test_the_search_keeps_its_budget_and_finds_the_fastest(wide):
     found = search(wide, CHIP, budget_seconds=3600, say=said.append, plan=plan)
     assert found.untried == 0 and found.best is not None
     assert found.best.config.numerics.remat == found.best.config.numerics.encoder_remat == "none"
-    assert len(said) == 1 + len(found.plans), "every candidate is told of as it is done"
+    assert len(said) == 1 + len(found.plans), "every candidate is reported as it is done"
     short = search(wide, CHIP, budget_seconds=0, say=said.append, plan=plan)
     assert len(short.plans) == 1, "one is compiled in any case"
     assert short.untried == len(found.plans) - 1
