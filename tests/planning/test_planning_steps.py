@@ -162,7 +162,7 @@ def test_what_a_kernel_refuses_is_a_users_error(tiny):
 def test_an_unknown_compiler_option_is_a_users_error(tiny):
     pytest.importorskip("libtpu")
     with pytest.raises(ConfigError, match="xla_tpu_no_such_option"):
-        compile_step(tiny, find("v5e-4"), compiler_options={"xla_tpu_no_such_option": "true"})
+        compile_step(tiny, find("v5e-4"), kind="score", compiler_options={"xla_tpu_no_such_option": "true"})
 
 
 @pytest.mark.slow
