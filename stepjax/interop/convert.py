@@ -14,14 +14,14 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial as bind
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tensorstore as ts
 
 from stepjax.errors import CheckpointError
 from stepjax.interop import export_files
-from stepjax.interop.bounded import run_bounded
+from stepjax.interop.bounds import run_bounded
 from stepjax.interop.hf_directory import INDEX, HFDirectory
 from stepjax.interop.hf_match import Place, check_copy, match, places
 from stepjax.interop.model_spec import ModelSpec
@@ -256,9 +256,7 @@ def _layer_order(place: Place) -> tuple[str, int]:
     return ("", 0) if place.layer is None else (place.tensor.key.partition("{layer}")[0], place.layer)
 
 
-def _blocks(
-    wanted: list[Place], source: OrbaxDirectory, prefix: str
-) -> Iterable[tuple[ts.TensorStore, list[Place]]]:
+def _blocks(wanted: list[Place], source: OrbaxDirectory, prefix: str) -> Iterable[tuple[ts.TensorStore, list[Place]]]:
     """The places in groups that are read together: layers that lie in one chunk of the stored array."""
     blocks: list[tuple[ts.TensorStore, list[Place]]] = []
     arrays: dict[str, ts.TensorStore] = {}

@@ -40,8 +40,9 @@ def write_side_files(
         make(target, spec, source.run.tokenizer, dtype, others)
         return
     fields = source.kept_config()
-    if source.side_files is None or fields is None:
+    if fields is None:
         return
+    assert source.side_files is not None
     text_only = spec != source.spec
     copy_kept(source.side_files, target, text_only=text_only)
     changed = text_config(fields, spec) if text_only else json.loads(json.dumps(fields))

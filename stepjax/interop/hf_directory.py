@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.bounded import read_json
+from stepjax.interop.bounds import read_json
 from stepjax.interop.model_spec import spec_from_hf
 from stepjax.interop.safetensors_file import Entry, check_size, parse_header, read_header, read_tensor
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.bounded import packed
+from stepjax.interop.bounds import packed
 from stepjax.interop.hf_layout import Tensor, disk_key
 from stepjax.sharding import named_leaves, shardings
 

@@ -34,7 +34,7 @@ import stepjax
 from stepjax.config import NumericsConfig, PretrainConfig
 from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
-from stepjax.interop.bounded import PIECE_BYTES, packed, read_json
+from stepjax.interop.bounds import PIECE_BYTES, packed, read_json
 from stepjax.interop.hf_directory import CONFIG, is_weights_name
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf, spec_from_json
 from stepjax.interop.safetensors_file import MAX_HEADER
@@ -122,8 +122,8 @@ class OrbaxDirectory:
         return headers
 
     def kept_config(self) -> dict[str, Any] | None:
-        """The config.json among the side files, checked, since it is exported as it is."""
-        if self.side_files is None or not (self.side_files / CONFIG).exists():
+        """The config.json among the side files, checked, since it is exported as it is; None without side files."""
+        if self.side_files is None:
             return None
         fields = read_json(self.side_files / CONFIG)
         spec_from_hf(fields)
@@ -239,7 +239,7 @@ def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
         "versions": {"stepjax": stepjax.__version__},
         "arrays": {MODEL + name: digest for name, digest in digests.items()},
     }
-    types = _TYPES.create_type_handler_registry((_Array, _MovesIntoPlace()))
+    types = _TYPES.create_type_handler_registry((_Array, _MovesIntoPlace()), (jax.Array, _TYPES.ArrayHandler()))
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add(
         "state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=types)
@@ -268,7 +268,7 @@ class _MovesIntoPlace(_TYPES.NumpyHandler):
         return []
 
 
-def _array(name: str, directory: Path, **options: Any) -> Any:
+def _array(name: str, directory: Any, **options: Any) -> Any:
     """Orbax's description of a parameter's array."""
     context = _TYPES.get_ts_context(use_ocdbt=bool(options.get("is_ocdbt_checkpoint")))
     return _TYPES.ParamInfo(name=MODEL + name, parent_dir=directory, ts_context=context, **options)

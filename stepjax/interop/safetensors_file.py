@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.bounded import file_size, packed, parse_json, pieces
+from stepjax.interop.bounds import file_size, packed, parse_json, pieces
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,14 +1,13 @@
 """Conversations and text for a model that sees no images: any tokenizer, and the chat template that came with it.
 
 `stepjax.processing` keeps text and control tokens apart, and knows the markup of STEP3-VL. Other text models have
-control tokens and templates of their own; here, as in the software that they were made for, a conversation is rendered
-to one string, and text that spells a control token becomes it.
+control tokens and templates of their own. As in the software that they were made for, a conversation is rendered to one
+string here, and text that spells a control token becomes that token.
 """
 
 import contextlib
 import functools
 import json
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ from typing import Any
 import tokenizers
 
 from stepjax.errors import CheckpointError, TokenError
+from stepjax.interop.bounds import read_text
 from stepjax.processing import templates
-from stepjax.processing.tokenizer import encode, longest_token
+from stepjax.processing.processor import Processor
+from stepjax.processing.tokenizer import encode as ids_of
+from stepjax.processing.tokenizer import longest_token
 from stepjax.processing.tokens import Example, check_length, least_tokens, text_example
 
 TOKENIZER = "tokenizer.json"
@@ -53,15 +55,16 @@ class TextProcessor:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextProcessor":
-        """Reads the tokenizer and, where they are, its configuration, templates and stop tokens.
+        """Reads the tokenizer and, where present, its configuration, templates and stop tokens.
 
-        Every file that names a stop token is right: each is the only one that some model has filled in.
+        Stop tokens are those of all files, since each file is the only one that some model fills in.
 
         Raises:
             CheckpointError: there is no usable tokenizer.json, or another file is broken.
         """
+        text = read_text(directory / TOKENIZER, _MAX_BYTES)
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(_text(directory / TOKENIZER) or "")
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare ones
             raise CheckpointError(f"{directory / TOKENIZER} cannot be read: {error}") from error
         tokenizer.no_truncation()
@@ -94,7 +97,7 @@ class TextProcessor:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with those around it that the model was trained with, such as a first token."""
-        return encode(self.tokenizer, text, add_special_tokens=add_special_tokens)
+        return ids_of(self.tokenizer, text, add_special_tokens=add_special_tokens)
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -216,7 +219,7 @@ def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
     files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).exists() else {}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if files:
-        return {name: _text(path) or "" for name, path in files.items()}
+        return {name: read_text(path, _MAX_BYTES) for name, path in files.items()}
     given = _json(directory / "chat_template.json").get("chat_template", given)
     if given is None or isinstance(given, str):
         return {} if given is None else {"default": given}
@@ -239,23 +242,11 @@ def _ids(fields: Any, path: Path) -> list[int]:
     return ids
 
 
-def _text(path: Path) -> str | None:
-    """None where there is no such file."""
-    try:
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_BYTES:  # a pipe may never end
-            return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    raise CheckpointError(f"{path} is no file of at most {_MAX_BYTES} bytes: put the model's own there")
-
-
 def _json(path: Path) -> dict[str, Any]:
-    text = _text(path)
+    """Empty where there is no such file, or no JSON object in it."""
+    text = read_text(path, _MAX_BYTES) if path.exists() else "{}"
     try:
-        fields = {} if text is None else json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return fields if isinstance(fields, dict) else {}
@@ -265,3 +256,35 @@ def _spelling(value: Any) -> str | None:
     """Of a token that is given by its text, or by a dict with it."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
+
+
+# Any processor -------------------------------------------------------------------------------------------------------
+
+AnyProcessor = Processor | TextProcessor  # servers and samplers take either
+
+_TAIL = 16  # tokens at the end of a prompt, enough for `<think>` however it is spelled
+
+
+def encode(processor: AnyProcessor, text: str, *, max_tokens: int | None = None, name: str = "prompt") -> list[int]:
+    """Ids of a text to continue. STEP3-VL's are never those of control tokens.
+
+    Raises:
+        ContextLengthError: the length of the text alone tells that it has more than `max_tokens`.
+    """
+    encoder = processor if isinstance(processor, TextProcessor) else processor.tokenizer
+    check_length(least_tokens(text, encoder.longest_token), max_tokens, name, at_least=True)
+    return encoder.encode(text)
+
+
+def vocab_size(processor: AnyProcessor) -> int:
+    return processor.vocab_size if isinstance(processor, TextProcessor) else processor.tokenizer.vocab_size
+
+
+def image_token(processor: AnyProcessor) -> int | None:
+    """The id that stands for an image's features."""
+    return None if isinstance(processor, TextProcessor) else processor.tokenizer.special_tokens.image_patch
+
+
+def starts_thinking(processor: AnyProcessor, prompt: Example) -> bool:
+    """Whether the prompt has opened `<think>` for the model."""
+    return processor.decode(prompt.tokens[-_TAIL:].tolist(), False).rstrip().endswith("<think>")

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import HFDirectory, read_json, side_files
+from stepjax.interop.bounds import read_json
+from stepjax.interop.hf_directory import HFDirectory, side_files
 from stepjax.interop.hf_match import match, places
 from stepjax.interop.safetensors_file import parse_header
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepjax.interop.jinja_template import jinja_template
+from stepjax.interop.export_files import chat_template
 from stepjax.processing import templates
 from stepjax.processing.chat_template import ImageSegment, SpecialSegment, generation_prompt, render
 
@@ -45,7 +45,7 @@ def text_of(segments):
 
 
 def rendered(messages, *, starts_thinking=True, **variables):
-    template = jinja_template(starts_thinking=starts_thinking)
+    template = chat_template(starts_thinking=starts_thinking)
     return templates.render(template, {"messages": messages, **variables}, name="the template", is_chat=True)
 
 

@@ -15,7 +15,7 @@ import stepjax
 from stepjax.cli import main
 from stepjax.config import ImageConfig, MeshConfig, NumericsConfig
 from stepjax.errors import CheckpointError, ContextLengthError, TokenError
-from stepjax.interop.hf_config import config_json, image_fields
+from stepjax.interop.export_files import config_json, image_fields
 from stepjax.interop.load import load_model, load_processor, load_run, open_checkpoint
 from stepjax.interop.model_spec import ModelSpec, spec_from_hf
 from stepjax.interop.text_processor import TextProcessor

@@ -190,7 +190,7 @@ def test_special_tokens_by_name(directory):
 def test_pipes_are_not_waited_for(directory, name):
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name)
-    with pytest.raises(CheckpointError, match=f"{name} is no file"):
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is not a regular file"):
         TextProcessor.from_directory(directory)
 
 
