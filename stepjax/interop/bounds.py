@@ -3,7 +3,7 @@
 import concurrent.futures
 import json
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,3 @@ def packed(view: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
             copy[..., column : column + step] = bits[..., column : column + step]
         view = copy.view(view.dtype)
     return view if dtype in (None, view.dtype) else view.astype(dtype)
-
-
-def pieces(view: np.ndarray) -> Iterator[np.ndarray]:
-    """The array cut along its first dimension into parts of about `PIECE_BYTES`, in order."""
-    if view.ndim == 0:
-        yield view
-        return
-    rows = max(1, PIECE_BYTES // max(1, view[:1].nbytes))
-    for first in range(0, view.shape[0], rows):
-        yield view[first : first + rows]

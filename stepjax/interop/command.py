@@ -44,8 +44,6 @@ class Convert:
         if isinstance(source, HFDirectory):
             self._refuse_side_files("a Hugging Face directory brings its own")
             written = to_orbax(source, destination, dtype=self.dtype, part=self.part, overwrite=self.overwrite)
-            if written.left_out:
-                print(printable(f"left out of {source.path}: {', '.join(written.left_out)}"), file=sys.stderr)
             print(f"{destination}: an Orbax checkpoint of {written}; `stepjax.load` reads it")
             return 0
         if source.run is None:

@@ -5,17 +5,20 @@ PyTorch files and the chat template in `assets/pytorch` are copied, unless `--si
 the remote code of another directory, such as the public checkpoint.
 """
 
+import copy
 import dataclasses
 import importlib.resources
 import json
-import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, TokenizerConfig, VisionConfig
+import numpy as np
+
+from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, TokenizerConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_config import IMAGE_FIELDS, STARTS_THINKING, config_from_hf
+from stepjax.interop.hf_config import IMAGE_FIELDS, STARTS_THINKING, config_from_hf, text_fields, vision_fields
 from stepjax.interop.hf_directory import CONFIG, INDEX, side_files
 from stepjax.interop.model_spec import ModelSpec
 from stepjax.interop.orbax_directory import OrbaxDirectory
@@ -26,26 +29,33 @@ _VISION_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def write_side_files(
-    target: Path, source: OrbaxDirectory, spec: ModelSpec, *, dtype: str | None, is_cast: bool, others: Path | None
+    target: Path,
+    source: OrbaxDirectory,
+    spec: ModelSpec,
+    dtypes: Mapping[str, np.dtype],
+    *,
+    is_cast: bool,
+    others: Path | None,
 ) -> None:
     """Write the side files of an exported checkpoint.
 
     Args:
         spec: of what is exported, the whole model or its text part.
-        dtype: of the tensors; None where it varies.
-        is_cast: it is not the type that they are stored in.
+        dtypes: of the tensors; configurations name the type where it is one.
+        is_cast: these are not the types that are stored.
         others: a directory whose files come before ours; for training runs.
     """
+    names = {dtype.name for dtype in dtypes.values()}
+    dtype = names.pop() if len(names) == 1 else None
     if source.run is not None:
         make(target, spec, source.run.tokenizer, dtype, others)
         return
     fields = source.kept_config()
-    if fields is None:
+    if fields is None or source.side_files is None:
         return
-    assert source.side_files is not None
     text_only = spec != source.spec
     copy_kept(source.side_files, target, text_only=text_only)
-    changed = text_config(fields, spec) if text_only else json.loads(json.dumps(fields))
+    changed = text_config(fields, spec) if text_only else copy.deepcopy(fields)
     if is_cast and dtype is not None:
         for part in (changed, changed.get("text_config") or {}, changed.get("vision_config") or {}):
             part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
@@ -183,7 +193,7 @@ def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None
     if isinstance(spec.model, DecoderConfig):
         return _text_fields(spec.model, tokens, dtype)
     assert isinstance(spec.model, ModelConfig) and spec.images is not None
-    vision, images = spec.model.vision, spec.images
+    images = spec.images
     fields: dict[str, Any] = {
         "architectures": ["StepVLForConditionalGeneration"],
         "model_type": "step_robotics",
@@ -202,20 +212,11 @@ def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None
         "projector_bias": spec.model.projector_bias,
         "tie_word_embeddings": spec.decoder.tie_embeddings,
         "vision_config": {
-            "image_size": images.global_size,
-            "patch_size": vision.patch_size,
-            "width": vision.width,
-            "layers": vision.num_layers,
-            "heads": vision.num_heads,
-            "mlp_ratio": _mlp_ratio(vision),
-            "layer_norm_eps": vision.norm_eps,
-            "rope_theta": vision.rope_theta,
+            **vision_fields(spec.model.vision, images.global_size),
             "pool_type": "none",
             "output_dim": None,
             "use_cls_token": False,
-            "ls_init_value": vision.layer_scale_init,
             "use_ln_post": False,
-            "hidden_act": vision.activation,
         },
         "text_config": _text_fields(spec.decoder, tokens, dtype),
     }
@@ -228,29 +229,13 @@ def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None
     return fields | ({IMAGE_FIELDS: differing} if differing else {})
 
 
-def _mlp_ratio(vision: VisionConfig) -> float:
-    """The ratio of which readers take int(width * ratio): the quotient, rounded up where that would be one less."""
-    ratio = vision.mlp_dim / vision.width
-    return ratio if int(vision.width * ratio) == vision.mlp_dim else math.nextafter(ratio, math.inf)
-
-
 def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_dim,
+        **text_fields(config),
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
         "rope_scaling": None,
-        "max_position_embeddings": config.max_positions,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,

@@ -35,23 +35,27 @@ TokenId = Annotated[int, Field(ge=0, le=100_000_000)]
 
 
 class _Fields(pydantic.BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
+    """Fields by our names; where the file has another one, it is the alias."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, validate_by_name=True)
 
 
-class _VisionFields(_Fields):
+class _Vision(_Fields):
+    """Of `vision_config`: those of `VisionConfig`, with two that others follow from."""
+
     image_size: Pixels
     patch_size: Pixels
     width: Width
-    layers: Layers
-    heads: Heads
+    num_layers: Layers = Field(alias="layers")
+    num_heads: Heads = Field(alias="heads")
     mlp_ratio: Factor = 8960 / 1536
-    layer_norm_eps: Epsilon = 1e-5
+    norm_eps: Epsilon = Field(1e-5, alias="layer_norm_eps")
     rope_theta: Theta = 10_000.0
-    ls_init_value: Annotated[float, Field(ge=0, le=100)] = 0.1
-    hidden_act: Activation = "quick_gelu"
+    layer_scale_init: Annotated[float, Field(ge=0, le=100)] = Field(0.1, alias="ls_init_value")
+    activation: Activation = Field("quick_gelu", alias="hidden_act")
 
 
-class _RopeFields(_Fields):
+class _Rope(_Fields):
     """Of `rope_scaling`, or `rope_parameters` as Transformers 5 writes it; no others are known."""
 
     model_config = ConfigDict(extra="forbid")
@@ -73,26 +77,33 @@ class _RopeFields(_Fields):
         return {name: x for name, x in fields.items() if x is not None} if isinstance(fields, dict) else fields
 
 
-class _TextFields(_Fields):
+class _Text(_Fields):
+    """Of a text model: those of `DecoderConfig`."""
+
+    width: Width = Field(alias="hidden_size")
+    num_layers: Layers = Field(alias="num_hidden_layers")
+    num_heads: Heads = Field(alias="num_attention_heads")
+    num_kv_heads: Heads | None = Field(None, alias="num_key_value_heads")
+    head_dim: Heads | None = None
+    mlp_dim: Width = Field(alias="intermediate_size")
+    norm_eps: Epsilon = Field(1e-6, alias="rms_norm_eps")
+    rope_theta: Theta | None = None
+    max_positions: Positions = Field(65_536, alias="max_position_embeddings")
+    vocab_size: Rows
+    tie_embeddings: bool | None = Field(None, alias="tie_word_embeddings")
+
+
+class _TextFile(_Text):
+    """And what else is checked."""
+
     model_type: str | None = None
     architectures: list[str] | None = None
-    vocab_size: Rows
-    hidden_size: Width
-    num_hidden_layers: Layers
-    num_attention_heads: Heads
-    num_key_value_heads: Heads | None = None
-    head_dim: Annotated[int, Field(gt=0, le=10_000)] | None = None
-    intermediate_size: Width
-    rms_norm_eps: Epsilon = 1e-6
-    rope_theta: Theta | None = None
-    rope_parameters: _RopeFields | None = None
-    rope_scaling: _RopeFields | None = None
-    max_position_embeddings: Positions = 65_536
-    tie_word_embeddings: bool | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
 
 
-class _StepFields(_Fields):
+class _StepFile(_Fields):
     """Beside the two parts of a STEP3-VL configuration."""
 
     vision_config: dict[str, Any]
@@ -144,25 +155,18 @@ def config_from_hf(config: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
         CheckpointError: the file describes a variant that this model does not cover, or has an unusable value.
     """
     _check_variant(config, _STEP, "")
-    fields = _parsed(_StepFields, config, "")
+    fields = _parsed(_StepFile, config, "")
     _check_variant(fields.vision_config, _VISION, "vision_config.")
-    vision = _parsed(_VisionFields, fields.vision_config, "vision_config.")
+    vision = _parsed(_Vision, fields.vision_config, "vision_config.")
     # The file has the crop's token count and not its size: a square of a grid that is down-sampled four-fold.
     crop_size = 4 * round((fields.patch_token_len or 81) ** 0.5) * vision.patch_size
     implied = {"global_size": vision.image_size, "crop_size": crop_size, "patch_size": vision.patch_size}
     try:
         model = ModelConfig(
             vision=VisionConfig(
-                width=vision.width,
-                num_layers=vision.layers,
-                num_heads=vision.heads,
+                **vision.model_dump(exclude={"image_size", "mlp_ratio"}),
                 mlp_dim=int(vision.width * vision.mlp_ratio),
-                patch_size=vision.patch_size,
                 position_grid=vision.image_size // vision.patch_size,
-                norm_eps=vision.layer_norm_eps,
-                rope_theta=vision.rope_theta,
-                layer_scale_init=vision.ls_init_value,
-                activation=vision.hidden_act,
             ),
             decoder=decoder_config_from_hf(fields.text_config),
             projector_bias=bool(fields.projector_bias),
@@ -219,36 +223,29 @@ def decoder_config_from_hf(text: dict[str, Any]) -> DecoderConfig:
     qwen = text_family(text) != "llama"
     fields = _checked_text(text, is_qwen=qwen)
     ropes = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None]
-    rope = ropes[0] if ropes else _RopeFields()  # Transformers 5 writes the first
+    rope = ropes[0] if ropes else _Rope()  # Transformers 5 writes the first
     if any(other != rope for other in ropes):
         raise CheckpointError(f"config.json has rope_parameters={rope!r} and another rope_scaling: remove one of them")
     if fields.rope_theta not in (None, rope.rope_theta or fields.rope_theta):
         raise CheckpointError(
             f"config.json has rope_theta={fields.rope_theta}, and {rope.rope_theta} beside its scaling"
         )
-    yarn = _yarn_fields(rope, fields.max_position_embeddings)
+    yarn = _yarn_fields(rope, fields.max_positions)
     stretched = int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))
+    given = fields.model_dump(include=set(_Text.model_fields)) | {
+        "num_kv_heads": fields.num_kv_heads or fields.num_heads,
+        "head_dim": fields.head_dim or fields.width // fields.num_heads,
+        "rope_theta": rope.rope_theta or fields.rope_theta or (1e6 if qwen else 1e4),
+        "tie_embeddings": bool(fields.tie_embeddings),
+        "max_positions": max(fields.max_positions, stretched),
+    }
     try:
-        return DecoderConfig(
-            vocab_size=fields.vocab_size,
-            width=fields.hidden_size,
-            num_layers=fields.num_hidden_layers,
-            num_heads=fields.num_attention_heads,
-            num_kv_heads=fields.num_key_value_heads or fields.num_attention_heads,
-            head_dim=fields.head_dim or fields.hidden_size // fields.num_attention_heads,
-            mlp_dim=fields.intermediate_size,
-            norm_eps=fields.rms_norm_eps,
-            rope_theta=rope.rope_theta or fields.rope_theta or (1e6 if qwen else 1e4),
-            qk_norm=qwen,
-            tie_embeddings=bool(fields.tie_word_embeddings),
-            max_positions=max(fields.max_position_embeddings, stretched),
-            **yarn,
-        )
+        return DecoderConfig(**given, qk_norm=qwen, **yarn)
     except ConfigError as error:
         raise CheckpointError(f"config.json does not describe a model: {error}") from error
 
 
-def _yarn_fields(rope: _RopeFields, max_positions: int) -> dict[str, Any]:
+def _yarn_fields(rope: _Rope, max_positions: int) -> dict[str, Any]:
     """The fields of `DecoderConfig` for scaled rotary positions; empty for plain ones."""
     kind = rope.rope_type or rope.type or "default"
     if kind == "default" and rope.factor in (None, 1) and rope.attention_factor in (None, 1):
@@ -264,10 +261,24 @@ def _yarn_fields(rope: _RopeFields, max_positions: int) -> dict[str, Any]:
     }
 
 
+def vision_fields(config: VisionConfig, image_size: int) -> dict[str, Any]:
+    """The fields of a `vision_config` that are read."""
+    ratio = config.mlp_dim / config.width
+    if int(config.width * ratio) < config.mlp_dim:  # what readers take
+        ratio = math.nextafter(ratio, math.inf)
+    known = {name: getattr(config, name) for name in _Vision.model_fields if hasattr(config, name)}
+    return _Vision(**known, image_size=image_size, mlp_ratio=ratio).model_dump(by_alias=True)
+
+
+def text_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a text model's `config.json` that are read, but for its family and its scaling of positions."""
+    return _Text(**{name: getattr(config, name) for name in _Text.model_fields}).model_dump(by_alias=True)
+
+
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFields:
+def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFile:
     for rope in ("rope_parameters", "rope_scaling"):  # first, since each kind has fields of its own
         given = text.get(rope)
         kind = (given.get("rope_type") or given.get("type")) if isinstance(given, dict) else None
@@ -275,7 +286,7 @@ def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFields:
             raise CheckpointError(
                 f"config.json has {rope}.rope_type={reprlib.repr(kind)}: only default and yarn are supported"
             )
-    fields = _parsed(_TextFields, text, "")
+    fields = _parsed(_TextFile, text, "")
     patterns = {name: off for part, off in _TEXT_PATTERNS.items() for name in text if part in name.lower()}
     _check_variant(text, {**_TEXT, **patterns}, "")
     for rope in ("rope_parameters", "rope_scaling"):
@@ -284,7 +295,7 @@ def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFields:
     # the layers below `max_window_layers` never use it.
     window, first = text.get("sliding_window"), text.get("max_window_layers")
     used = window is not None and text.get("use_sliding_window", not is_qwen)
-    if used and text.get("layer_types") is None and not (type(first) is int and first >= fields.num_hidden_layers):
+    if used and text.get("layer_types") is None and not (type(first) is int and first >= fields.num_layers):
         raise CheckpointError(
             f"config.json has sliding_window={reprlib.repr(window)}: only full attention is supported, and "
             "use_sliding_window does not turn the window off"

@@ -10,7 +10,7 @@ from stepjax.interop.bounds import read_json
 from stepjax.interop.hf_config import STARTS_THINKING
 from stepjax.interop.hf_directory import CONFIG, HFDirectory
 from stepjax.interop.hf_match import abstract_parameters, fill
-from stepjax.interop.orbax_directory import OrbaxDirectory, is_orbax
+from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.interop.text_processor import TOKENIZER, TextProcessor
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL
@@ -72,7 +72,7 @@ def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:
         raise CheckpointError(f"{path}: there is no such directory")
     if (directory / CONFIG).exists():
         return HFDirectory(directory)
-    if is_orbax(directory):
+    if any(any(directory.glob(pattern)) for pattern in ("checkpoints", "state", "[0-9]*/state")):
         return OrbaxDirectory(directory)
     raise CheckpointError(
         f"{path} is neither a Hugging Face directory (no {CONFIG}) nor a checkpoint of Orbax or a run (no STEP/state)"
@@ -88,7 +88,7 @@ def load_model(
     """The model alone; see `load`."""
     if isinstance(source, HFDirectory):
         return fill(source.spec.abstract(numerics), source.spec.tensors(), source.read, source.entries, mesh)
-    abstract = source.spec.abstract(numerics or source.numerics)
+    abstract = source.spec.abstract(numerics or (source.run.numerics if source.run else None))
     if mesh is not None:
         placed = abstract_parameters(abstract, mesh)
         abstract = jax.tree.unflatten(jax.tree.structure(abstract), placed.values())

@@ -10,14 +10,15 @@ A converted checkpoint:
 Step 0 is a step like any other for `stepjax.training.checkpoint.restore_model`.
 
 Orbax saves arrays that are whole in memory, and a conversion never holds a model. So `create_array` and `write_part`
-fill the arrays by TensorStore, a layer at a time, as Orbax describes them; then Orbax saves a step (`save_step`), for
-which a type handler of ours moves each finished array into place. Arrays are uncompressed (bfloat16 weights shrink by
+fill the arrays by TensorStore, a layer at a time, as Orbax specifies them; then Orbax saves the step (`save_step`),
+with a type handler that moves each finished array into place. Arrays are uncompressed (bfloat16 weights shrink by
 little) and cut at the layers of a stacked parameter, so that each layer can be written, and read, alone.
 """
 
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ import tensorstore as ts
 from etils import epath
 
 import stepjax
-from stepjax.config import NumericsConfig, PretrainConfig
+from stepjax.config import PretrainConfig
 from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
 from stepjax.interop.bounds import PIECE_BYTES, packed, read_json
@@ -44,7 +45,6 @@ from stepjax.training.digests import add_up, part_digest
 SIDE_FILES = "hf"
 HEADERS = "hf_headers.json"
 _UNFINISHED = "arrays"  # in a directory that is being written
-_TYPES = ocp.type_handlers
 _ANOTHER = "use another step or copy"
 
 
@@ -64,24 +64,15 @@ class OrbaxDirectory:
     def __init__(self, path: str | Path):
         self.path: Any = _opened(path)
         directory = self.path / "checkpoints" if (self.path / "checkpoints").is_dir() else self.path
-        self.meta: dict[str, Any] = read_meta(directory)
+        self.meta = read_meta(directory)
         is_step = directory.name.isdigit() and (directory / "state").exists()
         self.step = directory if is_step else directory / str(self.meta["step"])
         config = self.meta.get("config")
         config = config if isinstance(config, dict) else {}
-        self.run: PretrainConfig | None = None
-        if "kind" in config:
-            self.spec = spec_from_json(config)
-        else:
-            self.run = from_json(config)
-            self.spec = ModelSpec(self.run.model, self.run.images)
+        self.run: PretrainConfig | None = None if "kind" in config else from_json(config)
+        self.spec = spec_from_json(config) if self.run is None else ModelSpec(self.run.model, self.run.images)
         side_files = self.step.parent / SIDE_FILES
         self.side_files: Path | None = side_files if side_files.is_dir() else None
-
-    @property
-    def numerics(self) -> NumericsConfig | None:
-        """What the run computed with."""
-        return None if self.run is None else self.run.numerics
 
     @functools.cached_property
     def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,19 +97,18 @@ class OrbaxDirectory:
             raise CheckpointError(f"{self.step} does not fit its configuration; " + "; ".join(problems))
         return {name: array.dtype for name, array in stored.items()}
 
-    def digest(self, name: str) -> int | None:
-        """Of a stored parameter; None where an older version wrote the checkpoint."""
-        return self.meta["arrays"].get(MODEL + name, -1) if "arrays" in self.meta else None
+    def changed(self, digests: Mapping[str, int]) -> list[str]:
+        """The parameters whose digests are not those that were saved; older versions saved none."""
+        saved = self.meta.get("arrays")
+        return [] if saved is None else [name for name, digest in digests.items() if saved.get(MODEL + name) != digest]
 
     def headers(self) -> dict[str, str]:
         """Text of the safetensors headers that the checkpoint was converted from, by file name; of a run, none."""
         path = self.step.parent / HEADERS
-        if not path.exists():
-            return {}
-        headers = read_json(path, MAX_HEADER)
-        unusable = [name for name, text in headers.items() if not is_weights_name(name) or not isinstance(text, str)]
-        if unusable:
-            raise CheckpointError(f"{path} names no safetensors file in a directory: {unusable[0]!r}")
+        headers = read_json(path, MAX_HEADER) if path.exists() else {}
+        for name, text in headers.items():
+            if not is_weights_name(name) or not isinstance(text, str):
+                raise CheckpointError(f"{path} names no safetensors file in a directory: {name!r}")
         return headers
 
     def kept_config(self) -> dict[str, Any] | None:
@@ -136,21 +126,13 @@ class OrbaxDirectory:
             CheckpointError: it is missing or damaged.
         """
         state = self.step / "state"
-        info = _array(name, state, is_ocdbt_checkpoint=_TYPES.is_ocdbt_checkpoint(state))
+        is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(state)
+        info = _array_info(name, state, is_ocdbt)
+        spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=is_ocdbt)
         try:
-            spec = _TYPES.get_json_tspec_read(info, use_ocdbt=bool(info.is_ocdbt_checkpoint))
             return ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context).result()
         except ValueError as error:
             raise CheckpointError(f"{state}: {MODEL}{name} is missing or damaged, {_ANOTHER}: {error}") from error
-
-
-def is_orbax(path: Path) -> bool:
-    """Whether this looks like anything that `OrbaxDirectory` opens."""
-    if (path / "checkpoints").is_dir():
-        return True
-    return (path / "state").is_dir() or any(
-        step.name.isdigit() and (step / "state").is_dir() for step in path.glob("*")
-    )
 
 
 def _opened(path: str | Path) -> Path | epath.Path:
@@ -195,9 +177,11 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, *, stacked: bool) -> tupl
 
 def create_array(work: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, *, stacked: bool) -> ts.TensorStore:
     """A parameter of the checkpoint that is written in `work`; one that exists is opened as it is."""
-    info = _array(name, work / _UNFINISHED, use_compression=False)
+    info = _array_info(name, work / _UNFINISHED)
     chunk = chunk_shape(shape, dtype.itemsize, stacked=stacked)
-    spec = _TYPES.get_json_tspec_write(info, use_ocdbt=False, global_shape=shape, local_shape=chunk, dtype=dtype)
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info, use_ocdbt=False, global_shape=shape, local_shape=chunk, dtype=dtype
+    )
     try:
         return ts.open(ts.Spec(spec), open=True, create=True, context=info.ts_context).result()
     except ValueError as error:
@@ -209,19 +193,19 @@ def write_part(array: ts.TensorStore, layer: int | None, values: np.ndarray) -> 
 
     Returns what they add to the array's digest (`stepjax.training.digests`).
     """
-    target = array if layer is None else array[layer]
-    chunk = tuple(size or 1 for size in array.chunk_layout.write_chunk.shape or ())[0 if layer is None else 1 :]
+    if layer is not None:
+        values = values[None]
     digests = []
-    for first in itertools.product(*(range(0, size, step) for size, step in zip(values.shape, chunk, strict=True))):
-        part = tuple(slice(start, start + step) for start, step in zip(first, chunk, strict=True))
+    steps = [size or 1 for size in array.chunk_layout.write_chunk.shape or ()]
+    for first in itertools.product(*(range(0, size, step) for size, step in zip(values.shape, steps, strict=True))):
+        part = tuple(slice(start, start + step) for start, step in zip(first, steps, strict=True))
         piece = packed(values[part], array.dtype.numpy_dtype)
-        inside = tuple(slice(start, start + size) for start, size in zip(first, piece.shape, strict=True))
+        first = first if layer is None else (layer, *first[1:])
+        place = tuple(slice(start, start + size) for start, size in zip(first, piece.shape, strict=True))
         try:
-            target[inside].write(piece).result()
+            array[place].write(piece).result()
         except ValueError as error:  # a full disk, for example
             raise CheckpointError(f"an array cannot be written: {error}") from error
-        if layer is not None:
-            piece, first = piece[None], (layer, *first)
         digests.append(part_digest(piece, first, array.shape))
     return add_up(digests)
 
@@ -231,7 +215,6 @@ def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
 
     Once begun, this cannot be resumed: the arrays have moved.
     """
-    arrays = {MODEL + name: _Array(work / _UNFINISHED / (MODEL + name)) for name in digests}
     meta = {
         "format": FORMAT,
         "step": 0,
@@ -239,25 +222,33 @@ def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
         "versions": {"stepjax": stepjax.__version__},
         "arrays": {MODEL + name: digest for name, digest in digests.items()},
     }
-    types = _TYPES.create_type_handler_registry((_Array, _MovesIntoPlace()), (jax.Array, _TYPES.ArrayHandler()))
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handlers.add(
-        "state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=types)
+    arrays = {name: _Finished(work / _UNFINISHED / name) for name in meta["arrays"]}
+    types = ocp.type_handlers.create_type_handler_registry(
+        (_Finished, _MovesIntoPlace()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=types)
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add("state", ocp.args.PyTreeSave, state)
     handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(sealed(meta)))
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(work, options=options, handler_registry=handlers) as manager:
-        manager.save(0, args=items)
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that there is no database of arrays to merge
+    try:
+        with ocp.CheckpointManager(work, options=options, handler_registry=handlers) as manager:
+            items = {"state": ocp.args.PyTreeSave(arrays), "meta": ocp.args.JsonSave(sealed(meta))}
+            manager.save(0, args=ocp.args.Composite(**items))
+    finally:
+        log.setLevel(level)
     shutil.rmtree(work / _UNFINISHED)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Array:
-    directory: Path
+class _Finished:
+    directory: Path  # of an array
 
 
-class _MovesIntoPlace(_TYPES.NumpyHandler):
+class _MovesIntoPlace(ocp.type_handlers.NumpyHandler):
     """Saves an array that has been written in another directory."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
@@ -268,7 +259,12 @@ class _MovesIntoPlace(_TYPES.NumpyHandler):
         return []
 
 
-def _array(name: str, directory: Any, **options: Any) -> Any:
+def _array_info(name: str, directory: Any, is_ocdbt: bool = False) -> Any:
     """Orbax's description of a parameter's array."""
-    context = _TYPES.get_ts_context(use_ocdbt=bool(options.get("is_ocdbt_checkpoint")))
-    return _TYPES.ParamInfo(name=MODEL + name, parent_dir=directory, ts_context=context, **options)
+    return ocp.type_handlers.ParamInfo(
+        name=MODEL + name,
+        parent_dir=directory,
+        is_ocdbt_checkpoint=is_ocdbt,
+        use_compression=False,
+        ts_context=ocp.type_handlers.get_ts_context(use_ocdbt=is_ocdbt),
+    )

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.bounds import file_size, packed, parse_json, pieces
+from stepjax.interop.bounds import PIECE_BYTES, file_size, packed, parse_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -181,7 +181,8 @@ def write_tensor(entry: Entry, values: np.ndarray) -> None:
     assert values.shape == entry.shape, (values.shape, entry)
     with entry.path.open("r+b", buffering=0) as file:
         file.seek(entry.start)
-        for piece in pieces(values):
+        rows = np.atleast_1d(values)
+        for piece in np.array_split(rows, max(1, values.nbytes // PIECE_BYTES)):
             packed(piece, DTYPES[entry.dtype_name]).reshape(-1).view(np.uint8).tofile(file)
         os.fdatasync(file.fileno())
         _drop_from_cache(file, entry)
