@@ -1,7 +1,9 @@
 """What a checkpoint holds: STEP3-VL, or a text decoder alone."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,12 +57,17 @@ class ModelSpec:
 
         return jax.eval_shape(make)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every parameter, by name."""
-        return {name: leaf.shape for name, leaf in named_leaves(self.abstract()).items()}
+        return _shapes(self)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps({"kind": type(self.model).__name__, **dataclasses.asdict(self)}))
+
+
+@functools.lru_cache(maxsize=16)  # tracing a model takes a while
+def _shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in named_leaves(spec.abstract()).items()}
 
 
 def spec_from_hf(config: dict[str, Any]) -> ModelSpec:
