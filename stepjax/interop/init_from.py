@@ -33,7 +33,6 @@ from stepjax.interop.model_spec import ModelSpec
 from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.interop.safetensors_file import check_size, parse_header, read_header, read_tensor
 from stepjax.models.step_vl import StepVL, abstract_model, init_model, make_model
-from stepjax.sharding import named_leaves
 from stepjax.training.checkpoint import restore_parameters
 
 Shapes = dict[str, tuple[int, ...]]
@@ -47,16 +46,16 @@ _UNSEEN = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "tie_embeddings")
 _UNTOLD = ("layer_scale_init", "position_grid", "vocab_size", "width", "num_layers", "mlp_dim", "patch_size")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """An opened source: its headers have been read, its weights have not."""
 
     path: str
     kind: str
-    configs: Mapping[str, Any]  # by part: a VisionConfig, a DecoderConfig; None for the projector
     stored: Mapping[str, Mapping[str, Shaped]]  # tensors by part and key
     tensors: Callable[[ModelConfig], Iterable[Tensor]]  # what fills the parameters of a model
     read: Callable[[Abstract, list[Tensor], Mapping[str, Shaped]], dict[str, jax.Array]]
+    configs: Mapping[str, Any]  # by part: a VisionConfig, a DecoderConfig; None for the projector
     pixels: Mapping[str, Any]  # `mean` and `std` of the images, where known
 
 
@@ -118,12 +117,12 @@ def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartS
     """
     if not any(config.init_from.sources.values()):
         return []
-    leaves = named_leaves(abstract_model(config.model, config.numerics))
+    all_shapes = ModelSpec(config.model).shapes()
     opened: dict[str | None, Source | None] = {None: None}
     starts = []
     for part, path in config.init_from.sources.items():
         field = f"init_from.{part if getattr(config.init_from, part) is not None else 'path'}"
-        shapes = {name: leaf.shape for name, leaf in leaves.items() if name.startswith(f"{part}/")}
+        shapes = {name: shape for name, shape in all_shapes.items() if name.startswith(f"{part}/")}
         if path is not None and path not in opened:
             opened[path] = _open(path, field, config.model.vision, must_exist)
         start = PartStart(part, path, opened[path], shapes)
@@ -320,8 +319,15 @@ def _open_timm(file: Path, vision: VisionConfig) -> Source:
     made = dataclasses.replace(vision, position_grid=grid, activation="gelu", norm_eps=1e-5, rope_theta=1e4)
     # Not by `replace`, which would refuse heads that do not divide the recipe's width, and not say whose they are.
     configs = {"vision": types.SimpleNamespace(**vars(made) | {"num_heads": known.get("num_heads", vision.num_heads)})}
-    read = _reader(lambda key: read_tensor(key, entries[key]))
-    return Source(str(file), "timm", configs, {"vision": entries}, lambda m: timm_tensors(m.vision), read, pixels)
+    return Source(
+        path=str(file),
+        kind="timm",
+        stored={"vision": entries},
+        tensors=lambda model: timm_tensors(model.vision),
+        read=_reader(lambda key: read_tensor(key, entries[key])),
+        configs=configs,
+        pixels=pixels,
+    )
 
 
 def _open_hf(directory: HFDirectory) -> Source:
@@ -333,8 +339,14 @@ def _open_hf(directory: HFDirectory) -> Source:
     stored: dict[str, dict[str, Shaped]] = {}
     for key, entry in directory.entries.items():
         stored.setdefault(part_of(disk_key(key)), {})[key] = entry
-    facts = _configs(directory.spec), stored, step_vl_tensors, _reader(directory.read), _pixels(directory.spec)
-    return Source(str(directory.path), "Hugging Face", *facts)
+    return Source(
+        path=str(directory.path),
+        kind="Hugging Face",
+        stored=stored,
+        tensors=step_vl_tensors,
+        read=_reader(directory.read),
+        **_facts(directory.spec),
+    )
 
 
 def _open_checkpoint(source: OrbaxDirectory) -> Source:
@@ -347,11 +359,14 @@ def _open_checkpoint(source: OrbaxDirectory) -> Source:
         found = restore_parameters(source.step, {name.removeprefix(prefix): leaf for name, leaf in wanted.items()})
         return {f"{prefix}{name}": array for name, array in found.items()}
 
-    def tensors(model: ModelConfig) -> list[Tensor]:  # under our own names
-        return [Tensor(name, name) for name in named_leaves(abstract_model(model))]
-
-    kind = "converted checkpoint" if source.run is None else "run"
-    return Source(str(source.step), kind, _configs(source.spec), stored, tensors, read, _pixels(source.spec))
+    return Source(
+        path=str(source.step),
+        kind="converted checkpoint" if source.run is None else "run",
+        stored=stored,
+        tensors=lambda model: [Tensor(name, name) for name in ModelSpec(model).shapes()],  # stored by our own names
+        read=read,
+        **_facts(source.spec),
+    )
 
 
 def _reader(read: Callable[[str], np.ndarray]) -> Callable[..., dict[str, jax.Array]]:
@@ -359,11 +374,9 @@ def _reader(read: Callable[[str], np.ndarray]) -> Callable[..., dict[str, jax.Ar
     return lambda wanted, tensors, stored: read_parameters(wanted, tensors, read, stored)
 
 
-def _configs(spec: ModelSpec) -> dict[str, Any]:
-    if isinstance(spec.model, ModelConfig):
-        return {"vision": spec.model.vision, "projector": None, "decoder": spec.model.decoder}
-    return {"decoder": spec.model}
-
-
-def _pixels(spec: ModelSpec) -> dict[str, Any]:
-    return {} if spec.images is None else {"mean": spec.images.mean, "std": spec.images.std}
+def _facts(spec: ModelSpec) -> dict[str, Any]:
+    """What the fields `configs` and `pixels` of a source hold."""
+    if isinstance(spec.model, ModelConfig) and spec.images is not None:
+        configs = {"vision": spec.model.vision, "projector": None, "decoder": spec.model.decoder}
+        return {"configs": configs, "pixels": {"mean": spec.images.mean, "std": spec.images.std}}
+    return {"configs": {"decoder": spec.decoder}, "pixels": {}}

@@ -47,9 +47,8 @@ class TextProcessor:
         special: dict[str, str] | None = None,
     ):
         self.tokenizer = tokenizer
-        self.chat_templates = (
-            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
-        )
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        self.chat_templates = dict(named or {})
         self.stop_ids = stop_ids
         self.special = special or {}
 
@@ -74,13 +73,11 @@ class TextProcessor:
             fields |= _json(directory / "special_tokens_map.json")
         names = {name: _spelling(value) for name, value in fields.items() if name.endswith("_token")}
         special = {name: value for name, value in names.items() if value is not None}
-        config = _json(directory / "config.json")
-        stop_ids = [
-            *_ids(_json(directory / "generation_config.json"), directory / "generation_config.json"),
-            *_ids(config, directory / "config.json"),
-            *_ids(config.get("text_config"), directory / "config.json"),
-        ]
-        # One that the tokenizer does not have cannot be generated either.
+        stop_ids = []
+        for path in (directory / "generation_config.json", directory / "config.json"):
+            config = _json(path)
+            stop_ids += [*_stop_ids(path, config), *_stop_ids(path, config.get("text_config"))]
+        # A token that the tokenizer lacks cannot be generated either.
         end = tokenizer.token_to_id(special.get("eos_token", ""))
         stop_ids += [] if end is None else [end]
         return cls(
@@ -215,16 +212,16 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
-    """By name; files win over what stands in the tokenizer's configuration."""
+    """By name; files win over the tokenizer's configuration."""
     files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).exists() else {}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if files:
         return {name: read_text(path, _MAX_BYTES) for name, path in files.items()}
     given = _json(directory / "chat_template.json").get("chat_template", given)
-    if given is None or isinstance(given, str):
-        return {} if given is None else {"default": given}
+    if isinstance(given, str):
+        return {"default": given}
     try:
-        named = {each["name"]: each["template"] for each in given}
+        named = {each["name"]: each["template"] for each in given or ()}
         if all(isinstance(text, str) for item in named.items() for text in item):
             return named
     except (TypeError, KeyError):
@@ -232,10 +229,10 @@ def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
     raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a text, or a list of name and template")
 
 
-def _ids(fields: Any, path: Path) -> list[int]:
-    """Stop tokens of a configuration."""
-    ids = fields.get("eos_token_id") if isinstance(fields, dict) else None
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+def _stop_ids(path: Path, fields: Any) -> list[int]:
+    """Those of a configuration that was read from `path`."""
+    given = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
     for index in ids:
         if not isinstance(index, int) or isinstance(index, bool):
             raise CheckpointError(f"{path}: eos_token_id={index!r:.120}: give a whole number, or a list of them")

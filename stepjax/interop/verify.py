@@ -14,7 +14,7 @@ The file is safetensors, with any of
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -111,16 +111,20 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
         if key in recorded
     }
     encode = jax.jit(lambda model, views_MHWC: model.vision(views_MHWC))
-    project = jax.jit(lambda model, views_BMHWC: model.encode_views(views_BMHWC))
-    table = jax.jit(lambda model, *views: model.feature_table(*views))
+    project = jax.jit(lambda model, patches_MPE: model.projector(patches_MPE))
+
+    @cache
+    def trunk(kind: str) -> jax.Array:
+        return encode(model, views[kind])
+
+    @cache
+    def features(kind: str) -> jax.Array:
+        return project(model, trunk(kind))
 
     @cache
     def features_1FD() -> jax.Array:
-        return table(model, views["global"][None], views["crop"][None])
-
-    def features(kind: str) -> jax.Array:
-        per_view = recorded[f"features_{kind}"].shape[1:]
-        return project(model, views[kind][None]).reshape(-1, *per_view)
+        tables = [features(kind) for kind in ("crop", "global") if len(views[kind])]
+        return jnp.concatenate([table_MQD.reshape(1, -1, table_MQD.shape[-1]) for table_MQD in tables], axis=1)
 
     def logits(tokens_1T: np.ndarray) -> jax.Array:
         index_T = _feature_index(tokens_1T[0], recorded["num_patches"], images, image_token)
@@ -136,10 +140,10 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
         return tokens_1T[0, len(prompt_T) :]
 
     return {
-        "trunk_global": lambda: encode(model, views["global"]),
-        "trunk_crop": lambda: encode(model, views["crop"]),
-        "features_global": partial(features, "global"),
-        "features_crop": partial(features, "crop"),
+        "trunk_global": lambda: trunk("global"),
+        "trunk_crop": lambda: trunk("crop"),
+        "features_global": lambda: features("global"),
+        "features_crop": lambda: features("crop"),
         "logits": lambda: logits(recorded["input_ids"]),
         "greedy_tokens": greedy,
     }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -227,6 +228,25 @@ def test_a_killed_conversion_leaves_nothing_finished_and_is_resumed(tmp_path, so
     if direction == "there":
         convert(end, tmp_path / "back")
     assert all_files(tmp_path / "back") == all_files(directory)
+
+
+def test_a_conversion_that_is_killed_while_orbax_saves_starts_anew(tmp_path, tiny_dir, monkeypatch):
+    """Some arrays have moved then."""
+    rename, moved = Path.rename, []
+
+    def rename_some(self, target):
+        moved.append(self)
+        if len(moved) > 5:
+            raise OSError("killed")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_some)
+    assert convert(tiny_dir, tmp_path / "orbax") == 1
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["orbax.partial"]
+    assert convert(tiny_dir, tmp_path / "orbax") == 0
+    assert convert(tmp_path / "orbax", tmp_path / "back") == 0
+    assert all_files(tmp_path / "back") == all_files(tiny_dir)
 
 
 def test_work_of_a_source_that_has_changed_is_not_gone_on_with(tmp_path, source, public, capsys):
