@@ -111,6 +111,7 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
         if key in recorded
     }
     encode = jax.jit(lambda model, views_MHWC: model.vision(views_MHWC))
+    embed = jax.jit(lambda model, *inputs: model.embed(*inputs))
     project = jax.jit(lambda model, patches_MPE: model.projector(patches_MPE))
 
     @cache
@@ -128,8 +129,7 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
 
     def logits(tokens_1T: np.ndarray) -> jax.Array:
         index_T = _feature_index(tokens_1T[0], recorded["num_patches"], images, image_token)
-        embedded_BTD = model.embed(jnp.asarray(tokens_1T), features_1FD(), jnp.asarray(index_T)[None])
-        return _logits(model.decoder, embedded_BTD)
+        return _logits(model.decoder, embed(model, tokens_1T, features_1FD(), index_T[None]))
 
     def greedy() -> np.ndarray:
         prompt_T, count = recorded["input_ids"][0], recorded["greedy_tokens"].size
