@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -105,14 +104,3 @@ def _local(path: str) -> Path:
             f"{path}: conversions read and write local directories; copy it with the store's own tool"
         )
     return Path(path).expanduser().absolute()
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Parses and runs, as `stepjax.cli` will."""
-    verifies = bool(arguments) and arguments[0] == "verify"
-    try:
-        if verifies:
-            return tyro.cli(Verify, args=arguments[1:], prog="stepjax convert verify").run()
-        return tyro.cli(Convert, args=arguments, prog="stepjax convert").run()
-    except SystemExit as error:  # the message is printed
-        return error.code if isinstance(error.code, int) else 2

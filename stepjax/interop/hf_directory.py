@@ -79,8 +79,8 @@ class HFDirectory:
             if names and not absent:
                 return names, chosen
             if not (self.path / WHOLE).exists():
-                raise CheckpointError(f"{index} names files that are not there: {', '.join(absent[:10])}")
-            _log.warning("%s names files that are not there, and is passed over: %s is read", index, WHOLE)
+                raise CheckpointError(f"{index} names missing files: {', '.join(absent[:10])}")
+            _log.warning("%s names missing files and is ignored: %s is read", index, WHOLE)
         if (self.path / WHOLE).exists():
             return [WHOLE], {}
         found = sorted(path.name for path in self.path.glob("*.safetensors"))

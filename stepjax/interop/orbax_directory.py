@@ -233,7 +233,7 @@ def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns that there is no database of arrays to merge
+    log.setLevel(logging.ERROR)  # Orbax warns that it finds no OCDBT database to merge
     try:
         with ocp.CheckpointManager(work, options=options, handler_registry=handlers) as manager:
             items = {"state": ocp.args.PyTreeSave(arrays), "meta": ocp.args.JsonSave(sealed(meta))}

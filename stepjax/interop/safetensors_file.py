@@ -168,7 +168,7 @@ def read_tensor(key: str, entry: Entry) -> np.ndarray:
 
 
 def create(path: Path, header: str) -> None:
-    """Make the file in its full size, without the tensors; leave one that is there already."""
+    """Make the file in its full size, without the tensors; keep one that exists."""
     data = header.encode()
     size = max((entry.stop for entry in parse_header(path, header).values()), default=8 + len(data))
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:

@@ -128,9 +128,7 @@ class TextProcessor:
             raise TokenError("the checkpoint has no chat template: encode a text instead")
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
-            raise TokenError(
-                f"none of the chat templates {', '.join(self.chat_templates)} is named {name!r}: rename one"
-            )
+            raise TokenError(f"no chat template is named {name!r}, only {', '.join(self.chat_templates)}: rename one")
         variables = {
             **self.special,
             **variables,

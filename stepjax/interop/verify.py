@@ -72,7 +72,7 @@ def verify(path: str | Path, golden: str | Path) -> tuple[list[Difference], list
     known = ["text_logits"] if isinstance(model, Qwen3) else list(_NEEDS)
     names = [name for name in known if name in recorded]
     if not names:
-        raise CheckpointError(f"{golden} records none of {', '.join(known)}: there is nothing to compare")
+        raise CheckpointError(f"{golden} has nothing to compare; it may record {', '.join(known)}")
     lacking = [f"{name} needs {key}" for name in names for key in _NEEDS[name] if key not in recorded]
     if lacking:
         raise CheckpointError(f"{golden} lacks inputs: {'; '.join(lacking)}")

@@ -359,7 +359,7 @@ def test_truncated_and_absent_files_are_named(tmp_path, source, capsys):
     assert "model-00002.safetensors is damaged" in capsys.readouterr().err
     file.unlink()
     assert convert(directory, tmp_path / "orbax") == 1
-    assert "names files that are not there: model-00002.safetensors" in capsys.readouterr().err
+    assert "names missing files: model-00002.safetensors" in capsys.readouterr().err
 
 
 def test_files_that_others_named_stay_in_the_directory(tmp_path, converted, capsys):
@@ -472,10 +472,11 @@ def test_a_full_disk_is_told_beforehand(tmp_path, source, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_bad_usage(capsys):
-    assert convert() == 2
-    assert convert("one") == 2
-    assert convert("one", "two", "--dtype", "int8") == 2
+@pytest.mark.parametrize("arguments", [[], ["one"], ["one", "two", "--dtype", "int8"]])
+def test_bad_usage(arguments):
+    with pytest.raises(SystemExit) as error:
+        convert(*arguments)
+    assert error.value.code == 2
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
