@@ -24,3 +24,11 @@ def exported(run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("exported") / "hf"
     assert main(["convert", str(run[0]), str(directory)]) == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def reconverted(exported, tmp_path_factory):
+    """What is exported, as a checkpoint that Orbax restores."""
+    directory = tmp_path_factory.mktemp("reconverted") / "orbax"
+    assert main(["convert", str(exported), str(directory)]) == 0
+    return directory

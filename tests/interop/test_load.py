@@ -37,11 +37,10 @@ def test_a_run_by_any_of_its_directories(run, part):
     assert model.numerics == RECIPE.numerics and processor.image_config == RECIPE.images
 
 
-def test_an_exported_run_loads_to_the_same_model_and_prompts(run, exported, tmp_path):
-    main(["convert", str(exported), str(tmp_path / "orbax")])
+def test_an_exported_run_loads_to_the_same_model_and_prompts(run, exported, reconverted):
     messages = [{"role": "user", "content": "1 + 1?"}]
     expected = stepjax.load(run[0])[1].process_prompt(messages).tokens
-    for directory in (exported, tmp_path / "orbax"):
+    for directory in (exported, reconverted):
         model, processor = stepjax.load(directory, numerics=RECIPE.numerics)
         assert_same(model, run[1])
         assert isinstance(processor, Processor) and processor.image_config == RECIPE.images
@@ -64,12 +63,13 @@ def test_a_text_model_loads_to_a_decoder_and_a_text_processor(run, text_director
             np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("kind", ["hf", "orbax", "run"])
-def test_parameters_go_straight_to_their_shardings(run, exported, tmp_path, kind):
-    directory = run[0] if kind == "run" else exported
-    if kind == "orbax":
-        main(["convert", str(exported), str(tmp_path / "orbax")])
-        directory = tmp_path / "orbax"
+@pytest.fixture(params=["hf", "orbax", "run"])
+def directory(request, run, exported, reconverted):
+    """One of every kind."""
+    return {"hf": exported, "orbax": reconverted, "run": run[0]}[request.param]
+
+
+def test_parameters_go_straight_to_their_shardings(run, directory):
     mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     model, _ = stepjax.load(directory, numerics=RECIPE.numerics, mesh=mesh)
     assert_same(model, run[1])
@@ -79,12 +79,7 @@ def test_parameters_go_straight_to_their_shardings(run, exported, tmp_path, kind
     assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 2
 
 
-@pytest.mark.parametrize("kind", ["hf", "orbax", "run"])
-def test_types_are_cast_as_they_are_read(run, exported, tmp_path, kind):
-    directory = run[0] if kind == "run" else exported
-    if kind == "orbax":
-        main(["convert", str(exported), str(tmp_path / "orbax")])
-        directory = tmp_path / "orbax"
+def test_types_are_cast_as_they_are_read(run, directory):
     model = load_model(open_checkpoint(directory), numerics=NumericsConfig(param_dtype="bfloat16"))
     for ours, whole in zip(jax.tree.leaves(model), jax.tree.leaves(run[1]), strict=True):
         np.testing.assert_array_equal(ours, whole.astype("bfloat16"))
@@ -120,16 +115,15 @@ def test_a_run_is_loaded_with_its_configuration(run):
         assert config == RECIPE and processor.image_config == RECIPE.images
 
 
-def test_urls_are_of_runs(run, exported, tmp_path, capsys):
+def test_urls_are_of_runs(reconverted, capsys):
     """A URL goes to `load_run`, which names the stores that cannot be reached from here."""
     for read in (stepjax.load, load_run):
         with pytest.raises(CheckpointError, match="nowhere://bucket/run cannot be opened .*: give a local path, or"):
             read("nowhere://bucket/run")
     assert main(["generate", "nowhere://bucket/run", "--prompt", "?"]) == 1
     assert "nowhere://bucket/run cannot be opened" in capsys.readouterr().err
-    main(["convert", str(exported), str(tmp_path / "orbax")])
     with pytest.raises(CheckpointError, match="is a converted checkpoint and no run"):
-        load_run(tmp_path / "orbax")
+        load_run(reconverted)
 
 
 # Text processors -----------------------------------------------------------------------------------------------------
