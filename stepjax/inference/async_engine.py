@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from stepjax.errors import BusyError
-from stepjax.inference.collect import collected
 from stepjax.inference.engine import Engine
+from stepjax.inference.output import completions
 from stepjax.inference.request import Completion, Delta, EngineError, EngineFailedError, EngineStats, SamplingParams
 from stepjax.processing.tokens import Example
 
@@ -88,7 +88,7 @@ class AsyncEngine:
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> list[Completion]:
         """All samples of a request, in order. Raises as `stream`."""
-        return await collected(self.stream(prompt, params, request_id=request_id))
+        return completions([delta async for delta in self.stream(prompt, params, request_id=request_id)])
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
         """Calls a function with the engine between two steps, as `engine.update_weights`; gives what it returns.

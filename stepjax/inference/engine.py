@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 
 from stepjax.errors import BusyError, ContextLengthError, RequestError
 from stepjax.inference import programs
-from stepjax.inference.advance import advance, make_delta
-from stepjax.inference.collect import Collector
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore
+from stepjax.inference.output import advance, completions, make_delta
 from stepjax.inference.pages import Pages
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.inference.runner import Runner
@@ -146,20 +145,24 @@ class Engine:
             )
         if not isinstance(params, Iterable):
             params = _numbered(params or SamplingParams())
-        collector, ids = Collector(), []
+        deltas: dict[str, list[Delta]] = {}
+
+        def step() -> None:
+            for delta in self.step():
+                deltas[delta.request_id].append(delta)
 
         try:
             for prompt, wish in zip(prompts, params, strict=False):
-                ids.append(self.submit(prompt, wish))
+                deltas[self.submit(prompt, wish)] = []
                 while self._scheduler.num_waiting > self.config.max_sequences:
-                    collector.add(self.step())
+                    step()
             while self.has_work:
-                collector.add(self.step())
+                step()
         except BaseException:
-            for request_id in ids:
+            for request_id in deltas:
                 self.cancel(request_id)
             raise
-        return [collector.completions(request_id) for request_id in ids]
+        return [completions(of_request) for of_request in deltas.values()]
 
     @property
     def has_work(self) -> bool:

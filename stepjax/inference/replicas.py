@@ -13,9 +13,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from stepjax.inference.async_engine import AsyncEngine
-from stepjax.inference.collect import collected
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine, TextDecoder
+from stepjax.inference.output import completions
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL
@@ -68,7 +68,7 @@ class AsyncReplicas:
     async def complete(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> list[Completion]:
-        return await collected(self.stream(prompt, params, request_id=request_id))
+        return completions([delta async for delta in self.stream(prompt, params, request_id=request_id)])
 
     async def call(self, function: Callable[[Engine], Any]) -> list[Any]:
         """What a function returns for each engine, called between two of its steps."""

@@ -1,11 +1,15 @@
-"""What the engine is asked for and what it answers: plain data, which servers and samplers share."""
+"""What the engine is asked and what it answers, as servers and samplers see it: plain data, and its protocol."""
 
 import dataclasses
 import numbers
 import reprlib
-from typing import Literal
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from stepjax.errors import RequestError
+
+if TYPE_CHECKING:
+    from stepjax.processing.tokens import Example
 
 # "error": the logits are not finite, or the sample could not be built; the stop_reason says more.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -147,3 +151,30 @@ class EngineStats:
     images_cached: int = 0  # views that were found
     steps: int = 0
     compilations: int = 0
+
+
+class EngineClient(Protocol):
+    """An engine behind asyncio: `async_engine.AsyncEngine`, and `replicas.AsyncReplicas` for several."""
+
+    @property
+    def max_context(self) -> int: ...  # tokens of prompt and answer
+
+    @property
+    def healthy(self) -> bool: ...  # whether it takes requests
+
+    def stream(
+        self, prompt: "Example", params: SamplingParams, *, request_id: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of a request, of all its samples as they are drawn.
+
+        Closing the stream, or cancelling the task that waits for it, cancels the request.
+
+        Raises:
+            RequestError: the request can never be served.
+            BusyError: too many wait, or the engine is being stopped.
+            EngineError: a sample failed, or the engine was stopped.
+            EngineFailedError: the engine failed.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...

@@ -13,9 +13,9 @@ import numpy as np
 
 from stepjax.config import ImageConfig
 from stepjax.inference.feature_store import ViewFeatures, view_digests
+from stepjax.inference.output import TextStream
 from stepjax.inference.pages import Key, page_keys
 from stepjax.inference.request import SamplingParams
-from stepjax.inference.text_stream import TextStream
 from stepjax.models.step_vl import NO_FEATURE
 from stepjax.processing.tokens import Example
 

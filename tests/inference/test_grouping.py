@@ -5,10 +5,11 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepjax.inference.grouping import Group, group_by_prefix
+from stepjax.inference.batch import PrefixGroup as Group
+from stepjax.inference.batch import group_by_prefix
 
 
-def test_samples_of_two_problems_under_one_system_prompt():
+def test_samples_of_two_prompts_under_one_system_prompt():
     pages = [[1, 2, 3, 10], [1, 2, 3, 11], [1, 4, 12], [1, 4, 13], [9], []]
     assert group_by_prefix(pages, 8) == [Group((0, 1), 3), Group((2, 3), 2)]
     # A long common beginning outweighs what the branches would save.
