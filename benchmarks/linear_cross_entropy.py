@@ -14,7 +14,7 @@ vocabulary 151,936, parameters and sums in float32, products of bfloat16), and r
              (not for `vocabulary`, whose operations each read a slice of the kernel)
   temporary  memory that the program allocates besides its arguments and results
 
-The ways: `sum` and `scores` are token_loss_sum and token_scores of stepjax.training.linear_cross_entropy; `checkpointed scan` is autodiff of a
+The ways: `sum` and `scores` are token_loss_sum and token_scores; `checkpointed scan` is autodiff of a
 scan over chunks of tokens; `vocabulary` makes chunks of the vocabulary, with the normalizer carried along. tokamax's
 Mosaic kernels, where tokamax is installed (Python 3.12), are counted from their static schedule: the shorter of the
 bodies that a grid step may run, as often as the grid has steps, without stalls on memory and without the cast: no less
@@ -46,6 +46,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pallas_kernels.chips import CHIPS, compile_only_mesh
+from stepjax.config import MeshConfig
+from stepjax.sharding import make_mesh
 from stepjax.training.linear_cross_entropy import token_loss_sum, token_scores
 
 WIDTH, VOCAB = 4096, 151_936
@@ -211,7 +213,7 @@ def product_ms(chip: str, tokens: int) -> float:
 
 
 def compiled_figures(chip: str, tokens: int, way: Callable[..., Any], chunk: int) -> dict[str, Any]:
-    mesh = compile_only_mesh(chip)
+    mesh = make_mesh(MeshConfig(fsdp=1), compile_only_mesh(chip).devices.ravel())
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) for x in arguments(tokens)]

@@ -183,7 +183,8 @@ def _collect(logits_ref: Any, x_ref: Any, vocab_size: int) -> tuple[jax.Array, j
 
     # The last chunk may be cut short by the vocabulary's end: there the copy differs.
     whole = vocab_size // CHUNK
-    jax.lax.fori_loop(0, whole, lambda chunk, _: collect(chunk, logits_ref[:, _lanes(chunk)]), None)
+    if whole > 0:
+        jax.lax.fori_loop(0, whole, lambda chunk, _: collect(chunk, logits_ref[:, _lanes(chunk)]), None)
     if whole * CHUNK < vocab_size:
         x_ref[:, _lanes(whole)] = jnp.full((ROWS, CHUNK), -jnp.inf)
         x_ref[:, whole * CHUNK : vocab_size] = logits_ref[:, whole * CHUNK :]

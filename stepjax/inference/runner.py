@@ -167,9 +167,7 @@ class Runner:
                 yield f"encoder, {kind} views"
                 self.encode(kind, [])
         for rows in self.batch_sizes:
-            for groups in (
-                (1, self.config.max_prefix_groups) if rows > 1 and self.config.max_prefix_groups > 1 else (1,)
-            ):
+            for groups in sorted({1, self.config.max_prefix_groups}) if rows > 1 else (1,):
                 for num_top in (0, MAX_TOP_LOGPROBS) if top_logprobs else (0,):
                     yield f"decoding of {rows} rows, {groups} prefix groups, {num_top} top log-probabilities"
                     self._decode(Batch.empty(rows, groups, self.row_pages, num_top))

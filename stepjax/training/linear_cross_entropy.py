@@ -319,10 +319,12 @@ def _cut(
 
 
 def _axes(*logical_axes: str) -> tuple[str, ...]:
-    """The mesh axes over which these logical axes are spread; none without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """The mesh axes of more than one device over which these logical axes are spread; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return ()
-    return tuple(itertools.chain.from_iterable((a,) if isinstance(a, str) else a for a in spec(*logical_axes) if a))
+    spread = ((axes,) if isinstance(axes, str) else axes or () for axes in spec(*logical_axes))
+    return tuple(axis for axis in itertools.chain.from_iterable(spread) if mesh.shape[axis] > 1)
 
 
 def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

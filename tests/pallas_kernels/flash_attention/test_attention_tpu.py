@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.checks import ArgumentError
 from pallas_kernels.flash_attention import flash_attention, tpu_backward
-from pallas_kernels.flash_attention.block_sizes import BlockSizes, choose
+from pallas_kernels.flash_attention.tpu import BlockSizes, choose_block_sizes
 from tests.pallas_kernels.aot import compile_for, every_chip, needs_libtpu
 
 BLOCKS = BlockSizes(256, 256, 256, 256, diagonal=128)
@@ -97,7 +97,7 @@ def test_gradients_do_not_depend_on_how_queries_are_chunked(monkeypatch):
 @pytest.mark.parametrize("length", [1296, 400, 389])
 def test_one_block_of_ragged_length(length):
     """All of a view in one tile, as in the encoder: a multiple of 16, whatever the registers."""
-    blocks = choose(length, length, 96, causal=False, segmented=False, itemsize=2)
+    blocks = choose_block_sizes(length, length, 96, causal=False, segmented=False, itemsize=2)
     assert {blocks.q, blocks.kv, blocks.q_backward, blocks.kv_backward} == {-(-length // 16) * 16}
     if length < 1000:
         assert_close(*results(*inputs(T=length, N=1, H=96), blocks=blocks), 2e-6)
@@ -137,7 +137,7 @@ def test_results_are_the_same_bits_again():
 @pytest.mark.parametrize("causal, segmented", [(True, False), (True, True), (False, False), (False, True)])
 @pytest.mark.parametrize("head_dim, itemsize", [(96, 2), (128, 2), (128, 4), (256, 2)])
 def test_chosen_blocks_suit_the_registers(length, causal, segmented, head_dim, itemsize):
-    blocks = choose(length, length, head_dim, causal=causal, segmented=segmented, itemsize=itemsize)
+    blocks = choose_block_sizes(length, length, head_dim, causal=causal, segmented=segmented, itemsize=itemsize)
     for size in (blocks.q, blocks.q_backward):
         assert size - 128 < max(length, 1)
     for size in (blocks.q, blocks.q_backward, blocks.kv, blocks.kv_backward):
