@@ -213,7 +213,7 @@ def product_ms(chip: str, tokens: int) -> float:
 
 
 def compiled_figures(chip: str, tokens: int, way: Callable[..., Any], chunk: int) -> dict[str, Any]:
-    mesh = make_mesh(MeshConfig(fsdp=1), compile_only_mesh(chip).devices.ravel())
+    mesh = make_mesh(MeshConfig(fsdp=1), list(compile_only_mesh(chip).devices.flat))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) for x in arguments(tokens)]

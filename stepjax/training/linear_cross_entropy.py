@@ -151,7 +151,8 @@ def _scores_backward(chunk, inputs, cotangents: TokenScores):
         return log_probs * log_probs_grad + log_normalizers * log_normalizers_grad
 
     args_BT = cotangents.log_probs_BT, cotangents.log_normalizers_BT
-    _, _, gradients = _loss_and_gradients(inner_product, chunk, *inputs, args_BT)
+    hidden_BTD, head_DV, targets_BT = inputs
+    _, _, gradients = _loss_and_gradients(inner_product, chunk, hidden_BTD, head_DV, targets_BT, args_BT)
     return gradients.hidden_BTD, gradients.head_DV, None
 
 
@@ -160,7 +161,7 @@ _scores.defvjp(_scores_forward, _scores_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(token_loss, chunk, hidden_BTD, head_DV, targets_BT, args_BT):
-    scores = _scores(chunk, hidden_BTD, head_DV, targets_BT)
+    scores: Any = _scores(chunk, hidden_BTD, head_DV, targets_BT)
     return jnp.sum(token_loss(scores.log_probs_BT, scores.log_normalizers_BT, *args_BT), dtype=jnp.float32), scores
 
 

@@ -142,7 +142,7 @@ def compiled_for_tpu(chip: str, tokens: int, width: int, vocab: int, chunk: int)
         jax.ShapeDtypeStruct((1, tokens), jnp.int32),
         jax.ShapeDtypeStruct((1, tokens), jnp.float32),
     )
-    mesh = make_mesh(MeshConfig(fsdp=1), chips.compile_only_mesh(chip).devices.ravel())
+    mesh = make_mesh(MeshConfig(fsdp=1), list(chips.compile_only_mesh(chip).devices.flat))
     return compile_for(chip, step(by_sum, chunk), *args, mesh=mesh)
 
 
