@@ -84,7 +84,7 @@ def flash_attention(
     """softmax(scale * q k^T) v over the keys that each query sees; differentiable in q, k and v.
 
     Query head n reads key-value head n // (N / K). With `causal`, query t sees the keys s <= t + q_offset. With segment
-    ids, a query sees the keys of an equal id. A negative id marks padding: as a key it is seen by nobody and may hold
+    ids, a query sees the keys of an equal id. A negative id marks padding: as a key it is never seen and may hold
     anything, NaN included; as a query its output is zero, and no gradient passes. A query that sees no key gives zero
     with a log-sum-exp of -inf, and passes no gradient.
 

@@ -11,8 +11,8 @@ The pool, kv_pages_S2KTW: page, keys or values, key/value head, token of the pag
   - a head's [T, W] is what the matrix unit takes, with no transposition: T fills the sublanes, W the lanes;
   - the heads are an axis of their own: to spread them over devices, shard q's N and the pool's K alike in shard_map.
 A TPU stores 128 lanes to a row, so there W is H rounded up to a multiple of 128, the features past H zeros: H = 96 and
-64 take the room and the time of 128 in any case, and a narrower pool XLA may store transposed, to copy all of it at
-every step. Layers can share one pool: let layer i own the pages from i S_layer on, and add i S_layer to the page
+64 take the room and the time of 128 anyway, and XLA may store a narrower pool transposed and copy all of it at every
+step. Layers can share one pool: let layer i own the pages from i S_layer on, and add i S_layer to the page
 numbers. (A pool with a layer axis would be sliced, and so copied, at every layer of a scan.)
 
 Axes: B sequences, P prefix groups, N query heads, K key/value heads (query head n reads n // (N / K)), H head width,

@@ -76,7 +76,7 @@ def attend_pages(
 
     Args:
       buckets: the numbers of tiles the kernel has a body for, ascending; `work.buckets_J` picks one that holds the
-        item's. It may run over the tiles after the item's, which their own item writes later, or which are nobody's.
+        item's. It may run over the tiles after the item's, which their own item writes later, or which are padding.
       block, chunk, split, fold: as in tpu.Tiling.
 
     Raises:

@@ -3,7 +3,7 @@
 The prefixes' run meets each with all the queries of a subgroup, the suffixes' run each with one sequence's; the two
 results are merged by log-sum-exp. The kernel is in paged_kernel.py; its sizes are chosen here, and its work laid out:
 items in order, and queries in tiles. A tile is what a head's queries are addressed by: TILE_ROWS rows (sequence,
-repeat) of a subgroup, its last tile filled up with nobody's rows; or in the suffix the R rows of one sequence.
+repeat) of a subgroup, the last tile padded; or in the suffix the R rows of one sequence.
 
 Axes: B sequences, P prefix groups, G subgroups, N query heads, K key/value heads, R = N / K, H head width (of the
 pool), S pages, T tokens of a page, M pages of a table's row, J items, L query tiles, X rows of a tile.
@@ -100,7 +100,7 @@ def shared_prefix_attention(
         name="shared_prefix_attention_suffix",
     )
 
-    # Rows that belonged to no item are memory that nobody wrote.
+    # Rows that belong to no item are uninitialised memory.
     empty_G = tables.prefix_lengths_P[subgroups.group_of_G] <= 0
     no_prefix_B = empty_G.at[subgroups.subgroup_of_B].get(mode="fill", fill_value=True)[:, None, None]
     no_suffix_B = (tables.suffix_lengths_B <= 0)[:, None, None]
@@ -150,7 +150,7 @@ def prefix_work(
 
 
 def to_tiles(q_BKRH: jax.Array, row_B: jax.Array, tiles: int) -> jax.Array:
-    """Each sequence's queries at its row of [L, K, X, H]; rows of nobody are zeros."""
+    """Each sequence's queries at its row of [L, K, X, H]; padding rows are zeros."""
     batch, num_kv_heads, repeats, width = q_BKRH.shape
     source = jnp.full(tiles * TILE_ROWS, batch * repeats, jnp.int32)
     row_BR = jnp.where(row_B[:, None] < source.shape[0], row_B[:, None] + jnp.arange(repeats), source.shape[0])

@@ -66,8 +66,8 @@ def attend_pages(
     """
     num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
     num_groups, members, _, repeats, _ = q_GIKRH.shape
-    # What is gathered beyond the end of a row is for nothing, so chunks of many rows are short; but the loop over them
-    # should not take more than 64 rounds.
+    # Gathering past the end of a row is wasted, so chunks of many rows are short; but the loop over them should not
+    # take more than 64 rounds.
     most = pages_GM.shape[1] * page_size
     chunk_tokens = min(max(512 // num_groups, most // 64, MIN_CHUNK), MAX_CHUNK)
     step = min(max(1, chunk_tokens // page_size), pages_GM.shape[1])

@@ -137,14 +137,9 @@ def completions(deltas: Iterable[Delta]) -> list[Completion]:
 def _joined(deltas: list[Delta]) -> Completion:
     last = deltas[-1]
     assert last.finish_reason is not None, f"sample {last.sample} of {last.request_id} has not ended"
-    return Completion(
-        sample=last.sample,
-        tokens=tuple(token for delta in deltas for token in delta.tokens),
-        text="".join(delta.text for delta in deltas),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
-        seed=last.seed,
-        num_prompt_tokens=last.num_prompt_tokens,
-        num_cached_tokens=last.num_cached_tokens,
-    )
+    whole = {
+        "tokens": tuple(token for delta in deltas for token in delta.tokens),
+        "text": "".join(delta.text for delta in deltas),
+        "logprobs": tuple(logprob for delta in deltas for logprob in delta.logprobs),
+    }
+    return Completion(**vars(last) | whole)

@@ -79,10 +79,10 @@ class Runner:
                 )
 
     def prefill(self, sequence: Sequence, start: int, end: int) -> int:
-        """Computes the tokens from `start` to `end`; how many the device was given.
+        """Computes the tokens from `start` to `end`; returns how many the device computed, padding included.
 
         Raises:
-            SequenceError: the sequence does not make the arrays.
+            SequenceError: the arrays could not be made.
         """
         size, pages = bucket(end - start, self.chunk_sizes), -(-end // self.config.page_size)
         tokens_C, rows_C = np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32)
@@ -115,10 +115,10 @@ class Runner:
             self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
 
     def decode(self, sequences: list[Sequence]) -> programs.Drawn:
-        """The next tokens of all, on the host; row i is of sequence i.
+        """The next tokens of all sequences, on the host; row i is of sequence i.
 
         Raises:
-            SequenceError: a sequence does not make its row.
+            SequenceError: a row could not be made.
         """
         batch = make_batch(
             sequences,
@@ -131,8 +131,8 @@ class Runner:
         return jax.device_get(self._decode(batch))
 
     def _groups_of(self, sequences: list[Sequence]) -> list[PrefixGroup]:
-        """The groups that share pages, found anew when a sequence comes or goes: the pages that it fills meanwhile are
-        its own. At each admission it is given another list of pages.
+        """The prefix groups, found anew when a sequence comes or goes: the pages that it fills meanwhile are its own,
+        and each admission gives it another list.
         """
         of_rows = [sequence.pages for sequence in sequences]
         before, groups = self._grouped
@@ -155,7 +155,7 @@ class Runner:
         return drawn
 
     def warm_up(self, top_logprobs: bool) -> Iterator[str]:
-        """Calls every program in every shape, with nothing in it; yields what comes next."""
+        """Calls every program in every shape, on empty arrays; yields the name of what comes next."""
         yield "page copies"
         self.copy([])
         for size in self.chunk_sizes:

@@ -504,7 +504,7 @@ def test_weights_of_another_shape_are_refused(make_engine, small_model):
 
 
 def test_after_warm_up_nothing_compiles(make_engine, prompts, make_example):
-    engine = make_engine(max_sequences=3, prefill_tokens=64)
+    engine = make_engine(prefill_tokens=64)
     assert engine.warm_up() > 0
     before = programs.num_compiled()
     wishes = [dataclasses.replace(SAMPLED, n=1 + i % 3, logprobs=[None, 0, 3][i % 3], top_k=i) for i in range(12)]

@@ -1,4 +1,4 @@
-"""Compile for a TPU that is not here: the half of a kernel's test that interpret mode cannot give."""
+"""Ahead-of-time compilation for TPUs: the half of a kernel's test that interpret mode cannot give."""
 
 import importlib
 import importlib.util
