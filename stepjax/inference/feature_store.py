@@ -60,7 +60,7 @@ class FeatureStore:
         """
         sizes: dict[ViewKind, int] = {"crop": self.images.crop_tokens, "global": self.images.global_tokens}
         views: list[tuple[ViewKind, np.ndarray]] = [("crop", view) for view in example.crops]
-        views += [("global", view) for view in example.global_views]
+        views.extend(("global", view) for view in example.global_views)
         wanted = dict(zip(digests, views, strict=True))
         missing = {digest: view for digest, view in wanted.items() if digest not in self._views}
         needed = sum(sizes[kind] for kind, _ in missing.values())
