@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check, check_dtype, check_shape
-from stepjax.sharding import gather, part_index, parts_of, spec
+from stepjax.sharding import all_gather, axis_index, axis_size, spec
 
 # (log_probs, log_normalizers, *args) -> losses, elementwise
 TokenLoss = Callable[..., jax.Array]
@@ -118,7 +118,7 @@ def _check(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chu
     check(isinstance(chunk, int) and chunk > 0, f"chunk is {chunk!r}; it must be a positive number of tokens")
     sizes = {"batch": rows, "length": length, "embed": width, "vocab": head_DV.shape[1]}
     for axis, size in sizes.items():
-        parts = parts_of(axis)
+        parts = axis_size(axis)
         check(size % parts == 0, f"the mesh divides {axis!r} over {parts} devices, which do not divide {size}")
 
 
@@ -204,7 +204,7 @@ class _Row(NamedTuple):
 
 def _scores_here(chunk: int, hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> TokenScores:
     """One product of N x D x V."""
-    head_DV = gather(head_DV.astype(hidden_BTD.dtype), "embed", 0)
+    head_DV = all_gather(head_DV.astype(hidden_BTD.dtype), "embed", 0)
 
     def score(_, hidden_and_targets):
         hidden_CD, targets_C = hidden_and_targets
@@ -226,7 +226,7 @@ def _loss_and_gradients_here(
 ) -> tuple[jax.Array, TokenScores, _Gradients]:
     """Sum of the token losses over all devices, scores and gradients; three products of N x D x V."""
     dtype = hidden_BTD.dtype
-    whole_head_DV = gather(head_DV.astype(dtype), "embed", 0)
+    whole_head_DV = all_gather(head_DV.astype(dtype), "embed", 0)
     count, chunks, join = _cut(targets_BT.shape, chunk)
 
     def step(head_grad_DV, x):
@@ -274,7 +274,7 @@ def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _exponentials(hidden_CD: jax.Array, head_DV: jax.Array, targets_C: jax.Array) -> _Row:
     logits_CV = _dot("CD,DV->CV", hidden_CD, head_DV)
-    first_id = part_index("vocab") * logits_CV.shape[1]  # of this device's part of the vocabulary
+    first_id = axis_index("vocab") * logits_CV.shape[1]  # of this device's part of the vocabulary
     ids_CV = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
     # Compared and summed, not gathered: this joins the pass that sums the exponentials.
     is_target_CV = ids_CV == (targets_C - first_id)[:, None]
@@ -290,7 +290,7 @@ def _normalize(row: _Row, targets_C: jax.Array, vocab_here: int) -> tuple[TokenS
     top_C = jax.lax.pmax(row.top, vocab) if vocab else row.top
     total_C, target_C = _psum(jnp.stack([row.total * jnp.exp(row.top - top_C), row.target]), vocab)
     log_normalizers_C = top_C + jnp.log(total_C)
-    in_vocab_C = (targets_C >= 0) & (targets_C < vocab_here * parts_of("vocab"))
+    in_vocab_C = (targets_C >= 0) & (targets_C < vocab_here * axis_size("vocab"))
     target_C = jnp.where(in_vocab_C, target_C, jnp.nan)
     correct_C = (target_C >= top_C).astype(jnp.float32)
     return TokenScores(target_C - log_normalizers_C, log_normalizers_C, correct_C), jnp.exp(row.top - log_normalizers_C)
