@@ -5,7 +5,7 @@ from functools import partial
 
 from starlette.applications import Starlette
 
-from stepjax.interop.any_processor import AnyProcessor
+from stepjax.interop.text_processor import AnyProcessor
 from stepjax.serving.admission import Admission
 from stepjax.serving.chat import chat_completions
 from stepjax.serving.completions import completions

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from stepjax.inference.request import Delta, TokenLogprob
-from stepjax.interop.any_processor import starts_thinking
+from stepjax.interop.text_processor import starts_thinking
 from stepjax.processing.answer_stream import AnswerStream, add_piece
 from stepjax.serving.context import EngineContext
 from stepjax.serving.generation import Usage, generate

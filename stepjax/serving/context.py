@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from stepjax.interop.any_processor import AnyProcessor
+from stepjax.interop.text_processor import AnyProcessor
 from stepjax.serving.admission import Admission
 from stepjax.serving.engine import AsyncEngine
 from stepjax.serving.errors import ApiError

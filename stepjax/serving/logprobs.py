@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stepjax.inference.request import TokenLogprob
-from stepjax.interop.any_processor import AnyProcessor
+from stepjax.interop.text_processor import AnyProcessor
 
 _LEAST = -9999.0  # JSON has no infinity
 

@@ -1,8 +1,7 @@
 """What the server asks of a processor that may be asked of those with eyes only."""
 
 from stepjax.config import ImageConfig
-from stepjax.interop.any_processor import AnyProcessor
-from stepjax.interop.text_processor import TextProcessor
+from stepjax.interop.text_processor import AnyProcessor, TextProcessor
 from stepjax.serving.errors import ApiError
 
 
