@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stepjax.errors import ConfigError
-from stepjax.pacore import math_judge
+from stepjax.pacore import answers, math_judge
 from stepjax.pacore.answers import extract, grouped, in_thread, is_right, judge, plurality
 from stepjax.pacore.same_answer import same
 
@@ -147,6 +147,7 @@ def test_other_answers(one, other):
 
 
 def test_what_cannot_be_told_is_neither_right_nor_wrong_and_named_once(caplog):
+    answers._tell.cache_clear()  # of other tests
     for _ in range(2):
         assert judge("It is 3.", r"\frac{", "math") is None and not is_right("It is 3.", r"\frac{", "math")
     assert judge("It is 3.", [r"\frac{", "3"], "math") is True and judge("", r"\frac{", "math") is False
