@@ -213,8 +213,7 @@ class PacoreTrace:
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # --out of `stepjax pacore run`
-    # Only this problem; may be given several times.
-    problem: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()
+    problem: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()  # only this one
     out: Path | None = None  # where pages go; by default DIR/traces
     reasoning: bool = True  # include the reasoning, most of a page's size
 
