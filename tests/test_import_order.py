@@ -27,6 +27,7 @@ ALLOWED = {
     "chips": {"pallas_kernels"},
     "distributed": {"errors"},
     "xla_flags": {"errors"},
+    "web": set(),
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
     "models": {"errors", "config", "sharding", "pallas_kernels"},
@@ -51,8 +52,11 @@ ALLOWED = {
     "rollouts": {"errors", "processing", "inference", "interop"},
     "pacore": {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
+        "web",
     },
-    "serving": {"rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore"},
+    "serving": {
+        *("rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore", "web"),
+    },
     "cli": None,  # the top: may import all
 }
 

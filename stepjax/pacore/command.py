@@ -1,9 +1,10 @@
-"""`stepjax pacore run`."""
+"""`stepjax pacore run` and `stepjax pacore trace`."""
 
 import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import signal
 import sys
@@ -14,19 +15,20 @@ from typing import Annotated, Any
 
 import tyro
 
-from stepjax.errors import ConfigError
+from stepjax.errors import CheckpointError, ConfigError
 from stepjax.figures import log_to_stderr, printable
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.request import EngineFailedError
 from stepjax.interop.engines import EngineArguments, load_engines
 from stepjax.pacore.answers import Matching
-from stepjax.pacore.batch import RESULTS, BatchConfig, BatchRun
+from stepjax.pacore.batch import RESULTS, SUMMARY, BatchConfig, BatchRun
 from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.coordinator import Coordinator
-from stepjax.pacore.journal import CALLS, Journal, open_journal
+from stepjax.pacore.journal import CALLS, Journal, open_journal, outcomes
 from stepjax.pacore.problems import ProblemSet, read_problems
 from stepjax.pacore.results import table
 from stepjax.pacore.template import Template
+from stepjax.pacore.trace import page_name, table_entry, write_table, write_trace
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.rollouts.sampler import Sampler, SamplerError
 
@@ -201,6 +203,54 @@ class PacoreRun:
         if summary["failed"]:
             _say(f"{summary['failed']} answers failed; --retry-failed draws what failed again")
         return 1 if summary["failed"] == summary["answers"] else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PacoreTrace:
+    """Make a page of every answer of a PaCoRe run: rounds, trajectories, references, tokens and time.
+
+    Pages need no server and no network. The run may still be going on.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # --out of `stepjax pacore run`
+    problem: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()  # only this one
+    out: Path | None = None  # where pages go; by default DIR/traces
+    reasoning: bool = True  # include the reasoning, most of a page's size
+
+    def run(self) -> int:
+        """
+        Raises:
+            CheckpointError: the directory is not that of a run, or a page cannot be written.
+            ConfigError: no problem of the run has an id that was asked for.
+        """
+        directory = self.directory.expanduser()
+        out = directory / "traces" if self.out is None else self.out.expanduser()
+        summary = _summary(directory / SUMMARY)
+        matching, entries, wanted = summary.get("matching", "math"), [], set(self.problem)
+        for of in outcomes(directory):
+            if self.problem and of.problem.id not in self.problem:
+                continue
+            wanted.discard(of.problem.id)
+            name = page_name(of.problem.id, of.sample)
+            has_short_answers = matching == "math" and of.problem.ground_truth is not None
+            write_trace(of, out / name, matching="math" if has_short_answers else None, reasoning=self.reasoning)
+            entries.append(table_entry(of, name, matching))
+        if wanted:
+            raise ConfigError(f"--problem {min(wanted)}: {directory} has no answer to a problem of that id")
+        if self.problem:
+            print("\n".join(str(out / each["page"]) for each in entries))
+        else:
+            write_table(entries, out / "index.html", title=directory.resolve().name, method=summary.get("method"))
+            print(f"{len(entries)} pages, and a table of them in {out / 'index.html'}")
+        return 0
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Empty if there is none yet."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _say(text: str) -> None:

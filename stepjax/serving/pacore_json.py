@@ -68,6 +68,7 @@ class Teller:
             "schedule": list(self._config.schedule),
             "seed": self._config.seed,
             "answered_by": outcome.answered_by,
+            "chosen": list(outcome.chosen),
             "seconds": _rounded(outcome.seconds),
             "totals": _totals(outcome.totals),
         }

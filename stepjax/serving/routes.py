@@ -1,7 +1,6 @@
 """The routes that every server has, and what stands around them: the page, names, health and metrics."""
 
 import contextlib
-import importlib.resources
 from collections.abc import AsyncIterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,13 +15,8 @@ from stepjax.serving.context import Context
 from stepjax.serving.endpoint import Endpoint, Handle
 from stepjax.serving.errors import ApiError, answer_exception, answer_http_exception
 from stepjax.serving.middleware import Authentication, HostCheck, Measurement
+from stepjax.web import PAGE
 
-_SCRIPTS = ("page.js", "answer.js", "elements.js", "rounds.js", "server.js")
-_PAGE = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    **{f"/{name}": (name, "text/javascript") for name in _SCRIPTS},
-}
 _PAGE_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data: blob:; "
@@ -70,14 +64,14 @@ def assemble(
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
         Route("/metrics", exposition),
-        *(Route(path, _page(*file)) for path, file in _PAGE.items()),
+        *(Route(path, _page(*file)) for path, file in PAGE.items()),
     ]
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(Measurement, metrics=metrics, paths=[*endpoints, *_PAGE, "/v1/models", "/health", "/metrics"]),
+            Middleware(Measurement, metrics=metrics, paths=[*endpoints, *PAGE, "/v1/models", "/health", "/metrics"]),
             *([Middleware(HostCheck, hosts=settings.hosts)] if settings.hosts else []),
-            Middleware(Authentication, keys=settings.api_keys, open_paths=[*_PAGE, "/health"]),
+            Middleware(Authentication, keys=settings.api_keys, open_paths=[*PAGE, "/health"]),
         ],
         exception_handlers={
             HTTPException: answer_http_exception,
@@ -91,9 +85,7 @@ def assemble(
     return app
 
 
-def _page(name: str, media_type: str):
-    content = importlib.resources.files("stepjax.serving").joinpath("page", name).read_bytes()
-
+def _page(content: bytes, media_type: str):
     async def page(request: Request) -> Response:
         return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 

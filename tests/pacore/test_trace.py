@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -13,13 +14,13 @@ import pytest
 from fake_sampler import FakeSampler
 from trace_examples import HOSTILE, answering, changed, drawing, outcome, problem
 
+from stepjax.errors import CheckpointError
 from stepjax.pacore.baselines import Method, answer
 from stepjax.pacore.compaction import citations, find_citations
 from stepjax.pacore.config import PacoreConfig, RoundLimits
 from stepjax.pacore.coordinator import Coordinator, RoundFailedError
 from stepjax.pacore.records import Outcome, Problem, Trajectory
-from stepjax.pacore.trace import trace_html, write_trace
-from stepjax.pacore.trace_data import MOST_SHOWN, trace_data
+from stepjax.pacore.trace import MOST_SHOWN, table_entry, trace_data, trace_html, write_table, write_trace
 from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import SamplerError
 
@@ -50,14 +51,16 @@ def data_of(text):
     return json.loads(Page(text).texts["data"])
 
 
-def hostile(of=None):
-    made = of or outcome((8, 2))
+def hostile():
+    made = outcome((8, 2))
     rounds = []
     for round_ in made.rounds:
         trajectories = tuple(
             changed(
                 each,
                 content=each.rollout.content and f"{each.rollout.content} {HOSTILE}",
+                reasoning=HOSTILE,
+                tool_calls=({"function": {"name": HOSTILE, "arguments": HOSTILE}},),
                 error=each.error and HOSTILE,
             )
             for each in round_.trajectories
@@ -74,19 +77,22 @@ def hostile(of=None):
         ground_truth=[HOSTILE],
         extra={HOSTILE: HOSTILE},
     )
-    call = {"function": {"name": HOSTILE, "arguments": HOSTILE}}
-    made = dataclasses.replace(made, problem=asked, rounds=tuple(rounds))
-    return answering(made, content=HOSTILE, reasoning=HOSTILE, tool_calls=(call,))
+    return dataclasses.replace(made, problem=asked, rounds=tuple(rounds))
+
+
+def answer_in(data):
+    number, index = data["chosen"]
+    return data["rounds"][number]["trajectories"][index]
 
 
 def test_nothing_gets_out_of_the_data():
-    text = trace_html(hostile(), title=HOSTILE, correct=False)
+    text = trace_html(hostile(), title=HOSTILE)
     page, plain = Page(text), Page(trace_html(outcome((8, 2))))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
     assert page.texts["style"] == plain.texts["style"] and page.texts["script"] == plain.texts["script"]
     assert page.texts["title"].strip() == HOSTILE
     data = data_of(text)
-    assert data["id"] == HOSTILE and data["answer"]["message"] == [HOSTILE]
+    assert data["id"] == HOSTILE and answer_in(data)["message"][-1].endswith(HOSTILE)
     assert data["problem"]["messages"][0]["role"] == HOSTILE
 
 
@@ -94,10 +100,9 @@ def test_nothing_gets_out_of_the_data():
     "text", ["\u2028\u2029", "\ud800 alone", "\U0001f600 \u53c2\u8003", "\\u003c \\", "a\x00b\r\n"]
 )
 def test_any_text_comes_through(text):
-    made = answering(outcome((2,)), content=f"x{text}y")
-    made = dataclasses.replace(made, problem=problem(id=text, ground_truth=text))
-    page = trace_html(made)
-    assert data_of(page)["answer"]["message"] == [f"x{text}y"] and "\u2028" not in Page(page).texts["data"]
+    made = dataclasses.replace(outcome((2,)), problem=problem(id=text, ground_truth=text))
+    page = trace_html(answering(made, content=f"x{text}y"))
+    assert answer_in(data_of(page))["message"] == [f"x{text}y"] and "\u2028" not in Page(page).texts["data"]
     assert data_of(page)["problem"]["ground_truth"] == text
 
 
@@ -110,7 +115,7 @@ def test_a_text_without_measure_is_shown_in_part_and_takes_no_time():
         begin = time.process_time()
         page = trace_html(answering(made, content=text, tool_calls=(call(text),)), matching="math")
         assert time.process_time() - begin < 8
-        data = data_of(page)["answer"]
+        data = answer_in(data_of(page))
         beginning = f"{text[:MOST_SHOWN]} [... {len(text) - MOST_SHOWN:,} more characters]"
         assert data["tool_calls"][0]["arguments"] == beginning and data["message"] == [beginning]
 
@@ -130,50 +135,47 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "trace.html"
     path.write_text("before")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(CheckpointError, match="trace.html cannot be written"):
         write_trace(outcome((2,)), path)
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "before"
 
 
 def test_what_the_data_say():
     made = outcome((16, 4))
-    data = data_of(trace_html(made, correct=True, matching="math"))
+    data = data_of(trace_html(made, matching="math"))
     assert data["totals"]["output_tokens"] == made.totals.output_tokens and data["totals"]["calls"] == 21
     first, second, final = data["rounds"]
     states = [each["state"] for each in first["trajectories"]]
     assert states[:9] == ["ok", "ok", "error", "truncated", "empty", "tail", "cut", "cancelled", "ok"]
     assert first["references"] == [] and first["losses"] == {"cancelled": 1, "empty": 1, "error": 1, "truncated": 1}
-    assert [each["earlier"] for each in first["trajectories"]][:3] == [0, 2, 0], (
-        "the last try of a lost call is its bar"
-    )
-    # 12 left a message; one of them did not fit, one was shortened, and one is the end of a thought.
+    # 12 left a message; one of them did not fit, one was shortened, and one is the end of reasoning.
     assert len(second["references"]) == 11 and len(second["left_out"]) == 1
+    assert [each["index"] for each in second["references"]] == [each.index for each in made.rounds[1].references]
     assert sorted(each["state"] for each in second["references"]) == ["shortened", "tail", *["whole"] * 9]
     for each, trajectory in zip(second["trajectories"], made.rounds[1].trajectories, strict=True):
-        counted = {int(label): sum(counts) for label, counts in each["citations"].items()}
+        counted = {int(label): times for label, (times, _) in each["citations"].items()}
         assert counted and counted == citations(f"{trajectory.rollout.content}\n{trajectory.rollout.reasoning}", 11)
         written = "".join(part if isinstance(part, str) else part[1] for part in each["message"])
         assert written == trajectory.rollout.content.strip()
-        assert each["references"] == [reference.index for reference in made.rounds[1].references]
     assert final["is_final"] and data["chosen"] == [2, 0]
     assert final["trajectories"][0]["answer"] == "18" and final["trajectories"][0]["correct"] is True
-    assert sum(count for _, count in first["answers"]) == 11, "the end of a thought has no answer"
+    assert sum(count for _, count in first["answers"]) == 11, "the end of reasoning has no answer"
 
 
-def test_without_thoughts_and_without_answers():
-    text = trace_html(outcome((16,)), thoughts=False)
+def test_without_reasoning_and_without_answers():
+    text = trace_html(outcome((16,)), reasoning=False)
     assert "legs seem to be" not in text
     data = data_of(text)
-    assert all(not each["thought"] and each["answer"] is None for each in data["rounds"][0]["trajectories"])
-    assert data["rounds"][1]["trajectories"][0]["citations"], "citations in thoughts are counted all the same"
+    assert all(not each["reasoning"] and each["answer"] is None for each in data["rounds"][0]["trajectories"])
+    assert data["rounds"][1]["trajectories"][0]["citations"], "citations in the reasoning are counted all the same"
 
 
-def test_thoughts_in_the_content_are_parted():
+def test_reasoning_in_the_content_is_parted():
     made = outcome((2,), troubled=False)
-    data = trace_data(answering(made, content="<think>hm, Reference 1</think>\n\n42", reasoning=None))
-    for each in (data["answer"], data["rounds"][1]["trajectories"][0]):
-        assert each["message"] == ["42"] and each["thought"] == ["hm, ", [1, "Reference 1"]]
-    assert data["rounds"][1]["trajectories"][0]["citations"] == {"1": [0, 1]}
+    made = answering(made, content="<think>hm, Reference 1</think>\n\n42", reasoning=None)
+    answer = answer_in(trace_data(made))
+    assert answer["message"] == ["42"] and answer["reasoning"] == ["hm, ", [1, "Reference 1"]]
+    assert answer["citations"] == {"1": [1, 1]}
 
 
 def test_places_of_citations():
@@ -224,7 +226,7 @@ def test_a_problem_that_failed(solve):
         solve(sampler, (4,))
     failure = Outcome(problem=problem(), rounds=caught.value.rounds, error=str(caught.value))
     data = data_of(trace_html(failure))
-    assert HOSTILE in data["error"] and data["answer"] is None and len(data["rounds"]) == 1
+    assert HOSTILE in data["error"] and data["chosen"] is None and len(data["rounds"]) == 1
     assert data_of(trace_html(Outcome(problem=problem(), error="too long")))["rounds"] == []
 
 
@@ -259,9 +261,7 @@ def test_references_of_each_call():
     assert [each["index"] for each in second["references"]] == sorted(
         {i for e in second["trajectories"] for i in e["references"]}
     )
-    assert {each["index"]: each["cited_by"] for each in second["references"] if each["cited_by"]} == {
-        index: cited.count(index) for index in cited
-    }
+    assert [each["citations"] for each in second["trajectories"]] == [{"1": [1, 0]}] * 4
 
 
 def test_trajectories_come_back_from_their_json():
@@ -272,17 +272,15 @@ def test_trajectories_come_back_from_their_json():
 
 # In a browser.
 
-SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
+SIZES = {"desktop": (1440, 900), "phone": (360, 740)}
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """A function that opens the page of an outcome, and notes every error and every request."""
+def opened_file(browser):
+    """A function that opens a page, and notes every error and every request."""
     made = []
 
-    def open_page(of, size="desktop", scheme="light", hash="", **options):
-        path = tmp_path / f"{len(made)}.html"
-        write_trace(of, path, **options)
+    def open_page(path, size="desktop", scheme="light", hash=""):
         width, height = SIZES[size]
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         made.append(page)
@@ -296,6 +294,19 @@ def opened(browser, tmp_path):
     yield open_page
     for page in made:
         page.close()
+
+
+@pytest.fixture
+def opened(opened_file, tmp_path):
+    """A function that opens the page of an outcome."""
+    numbers = itertools.count()
+
+    def open_page(of, size="desktop", scheme="light", hash="", **options):
+        path = tmp_path / f"{next(numbers)}.html"
+        write_trace(of, path, **options)
+        return opened_file(path, size, scheme, hash)
+
+    return open_page
 
 
 def leave_picture(page, name, **options):
@@ -320,8 +331,8 @@ def lit(page):
 @pytest.mark.parametrize("widths", [(16,), (32, 4)], ids=str)
 def test_a_trace(opened, widths, size, scheme):
     made = outcome(widths)
-    page = opened(made, size, scheme, correct=True, matching="math")
-    assert page.locator("article.card").count() == sum(widths) + 1 == page.locator("a.row").count()
+    page = opened(dataclasses.replace(made, correct=True), size, scheme, matching="math")
+    assert page.locator("article.card").count() == sum(widths) + 1 == page.locator("button.row").count()
     assert page.locator("section[id^=round]").count() == len(widths) + 1
     assert page.inner_text("#top .pill") == "right"
     assert f"{made.totals.output_tokens:,}" in page.inner_text("#top")
@@ -330,17 +341,19 @@ def test_a_trace(opened, widths, size, scheme):
     assert "1 not waited for" in page.inner_text("#round0 .warning")
     leave_picture(page, f"{size}-{scheme}-{sum(widths)}", full_page=True)
     # Bars lie where and when their calls did.
-    boxes = page.evaluate("""[...document.querySelectorAll("a.row")].map((row) => {
+    boxes = page.evaluate("""[...document.querySelectorAll("button.row")].map((row) => {
         const boxOf = (part) => row.querySelector(part).getBoundingClientRect();
-        const [track, bar] = [boxOf(".track"), boxOf(".bar:not(.try)")];
-        return [(bar.left - track.left) / track.width, bar.width / track.width, row.querySelectorAll(".try").length];
+        const [track, bar] = [boxOf(".track"), boxOf(".bar:not(.attempt)")];
+        const attempts = row.querySelectorAll(".attempt").length;
+        return [(bar.left - track.left) / track.width, bar.width / track.width, attempts];
     })""")
     calls = [each for round_ in made.rounds for each in round_.trajectories]
-    end = max(made.seconds, *(each.rollout.start + each.rollout.seconds for each in calls))
-    for (left, width, tries), call in zip(boxes, calls, strict=True):
-        assert left == pytest.approx(call.rollout.start / end, abs=0.01)
-        assert width == pytest.approx(call.rollout.seconds / end, abs=0.02), "the shortest is a few pixels wide"
-        assert tries == len(call.attempts) - (call.status == "error")
+    times = [(each.rollout.start, each.rollout.seconds) for each in calls]
+    end = max(made.seconds, *map(sum, times))
+    for (left, width, attempts), call, (start, seconds) in zip(boxes, calls, times, strict=True):
+        assert left == pytest.approx(start / end, abs=0.01)
+        assert width == pytest.approx(seconds / end, abs=0.02), "the shortest is a few pixels wide"
+        assert attempts == len(call.attempts) - (call.status == "error")
     assert is_sound(page)
 
 
@@ -352,7 +365,7 @@ def test_citations_are_followed(opened):
     page.click(f"#t1-0 .cites .cite >> text=/^{label}( |$)/")
     assert lit(page) == sorted([f"bar-t0-{source}", f"r1-{source}", f"t0-{source}"])
     assert f"Reference {label} of round 2 is trajectory 1.{source + 1}" in page.inner_text("#lit")
-    assert page.locator("#t1-0 .text .cite.lit").count() and page.locator(".matrix th.lit").count()
+    assert page.locator("#t1-0 .text .cite.lit").count() and page.locator("tr.reference.lit td.lit").count()
     page.click("#lit >> text=Show trajectory")
     assert page.evaluate("document.activeElement.id") == f"t0-{source}"
     assert page.evaluate(
@@ -364,46 +377,48 @@ def test_citations_are_followed(opened):
     page.click("#answer .cite >> nth=0")
     assert lit(page) and "of final synthesis is trajectory 2." in page.inner_text("#lit")
     page.click("#lit >> text=Close")
-    page.click("#round1 .matrix th .cite >> nth=2")
+    page.click("#round1 tr.reference .cite >> nth=2")
     assert f"r1-{made.rounds[1].references[2].index}" in lit(page)
     assert page.inner_text("#round1 .dropped .pill") == "left out: did not fit the prompt"
     rows = page.evaluate(
-        "[...document.querySelectorAll('#round1 .matrix tbody tr')]"
+        "[...document.querySelectorAll('#round1 tr.reference')]"
         ".map((row) => [...row.cells].slice(1).map((cell) => +cell.textContent || 0))"
     )
-    for row, each in zip(rows, trace_data(made)["rounds"][1]["trajectories"], strict=True):
-        assert row == [sum(each["citations"].get(str(i), [0])) for i in range(1, 12)]
+    trajectories = trace_data(made)["rounds"][1]["trajectories"]
+    for label, row in enumerate(rows, start=1):
+        assert row == [each["citations"].get(str(label), [0])[0] for each in trajectories]
     assert is_sound(page)
 
 
 def test_the_timeline_by_keyboard(opened):
     page = opened(outcome((16,)), matching="math")
-    page.focus("a.row >> nth=0")
+    page.focus("button.row >> nth=0")
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement.id") == "bar-t0-1"
-    said = page.inner_text("#readout")
-    assert "1.2: answered" in said and "2 failed tries before" in said and "tokens/s" in said and "stop" in said
-    assert page.locator("a.row[tabindex='0']").count() == 1, "one stop for the Tab key, not one a call"
+    said = page.get_attribute("#bar-t0-1", "aria-label")
+    assert said in page.evaluate("getComputedStyle(document.activeElement, '::after').content"), "shown as well"
+    assert "1.2: answered" in said and "2 failed attempts before" in said and "tokens/s" in said and "stop" in said
+    assert page.locator("button.row[tabindex='0']").count() == 1, "one stop for the Tab key, not one a call"
     page.keyboard.press("End")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "t1-0"
     page.hover("#bar-t0-2")
-    assert "1.3: error" in page.inner_text("#readout")
+    assert "1.3: error" in page.evaluate("getComputedStyle(document.getElementById('bar-t0-2'), '::after').content")
     unnamed = page.evaluate("""[...document.querySelectorAll("button, a")].filter(
         (e) => !e.getAttribute("aria-label") && !e.textContent.trim()).length""")
     assert unnamed == 0 and is_sound(page)
 
 
-def test_thoughts_unfold(opened):
+def test_reasoning_unfolds(opened):
     page = opened(outcome((16,)), "phone")
-    assert not page.locator("#t0-0 .thought .text").count(), "laid out when it is opened"
-    page.click("#t0-0 .thought summary")
-    page.wait_for_selector("#t0-0 .thought .text")
-    assert "The legs seem to be 5 and 12" in page.inner_text("#t0-0 .thought .text")
-    page.click("#t0-2 summary >> text=1 failed try")
+    assert not page.locator("#t0-0 .reasoning .text").count(), "laid out when it is opened"
+    page.click("#t0-0 .reasoning summary")
+    page.wait_for_selector("#t0-0 .reasoning .text")
+    assert "The legs seem to be 5 and 12" in page.inner_text("#t0-0 .reasoning .text")
+    page.click("#t0-2 summary >> text=1 failed attempt")
     assert "status 400: no such model" in page.inner_text("#t0-2 .more li")
     page.click("#t0-0 summary >> text=Details")
-    assert str(outcome((16,)).rounds[0].trajectories[0].rollout.seed) in page.inner_text("#t0-0 .more")
+    assert str(outcome((16,)).rounds[0].trajectories[0].rollout.seed) in page.inner_text("#t0-0 .more >> nth=-1")
     assert is_sound(page)
 
 
@@ -431,7 +446,7 @@ def test_a_failure_and_references_of_each_call(opened):
     source = trace_data(rsa)["rounds"][1]["trajectories"][2]["references"][0]
     page.click("#t1-2 .text .cite")
     assert lit(page) == sorted([f"bar-t0-{source}", f"r1-{source}", f"t0-{source}"])
-    assert page.locator("#round1 .matrix td.some").count() == 4
+    assert page.locator("#round1 td.some").count() == 4
     leave_picture(page, "rsa", full_page=True)
     assert is_sound(page)
 
@@ -445,9 +460,36 @@ def test_long_messages_and_addresses(opened):
     assert page.evaluate("scrollY") > 0
     height = "document.querySelector('#t1-0 > .text').clientHeight"
     assert page.evaluate(height) < 400
-    page.click("#t1-0 >> text=Show all")
+    page.click("text=Show messages whole")
     assert page.evaluate(height) > 2000
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.querySelector('.scrolling')).maxHeight") == "none"
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 29, 27)", "paper is white"
+    assert is_sound(page)
+
+
+def test_the_table_of_a_run(opened_file, tmp_path):
+    def answered(name, text, **fields):
+        made = answering(outcome((16,)), content=text)
+        fields = {"ground_truth": None, **fields}
+        asked = problem(id=name, ground_truth=fields.pop("ground_truth"))
+        return dataclasses.replace(made, problem=asked, **fields)
+
+    outcomes = [
+        answered("a", f"so\n\\boxed{{18}}, {HOSTILE}", correct=True, ground_truth="18"),
+        answered(HOSTILE, HOSTILE * 3, sample=1),
+        dataclasses.replace(Outcome(problem=problem(id="c"), error=HOSTILE), correct=False),
+    ]
+    entries = [table_entry(each, f"{i}.html", "math") for i, each in enumerate(outcomes)]
+    path = tmp_path / "index.html"
+    write_table(entries, path, title=HOSTILE, method="PaCoRe [16]")
+    page = opened_file(path, "phone")
+    assert page.inner_text("h1") == HOSTILE and "34" in page.inner_text("dl") and "1 of 2" in page.inner_text("dl")
+    rows = [[cell.strip() for cell in row.inner_text().split("\t")] for row in page.locator("tbody tr").all()]
+    names = [["a", "right"], [f"{HOSTILE}, sample 1", "not judged"], ["c", "failed"]]
+    assert [row[:2] for row in rows] == names and rows[2][2].startswith("</script>")
+    assert rows[0][2:] == ["18", "18", "synthesis", "17", "619k", "13 min 35 s"]
+    links = [link.get_attribute("href") for link in page.locator("tbody a").all()]
+    assert links == ["0.html", "1.html", "2.html"]
+    leave_picture(page, "table")
     assert is_sound(page)

@@ -9,7 +9,7 @@ from upstream import Upstream, serving, text_of
 
 from stepjax.cli import main
 from stepjax.pacore.journal import Journal, outcomes
-from stepjax.pacore.trace_command import page_name
+from stepjax.pacore.trace import page_name
 
 
 class Endpoint(Upstream):
@@ -118,15 +118,15 @@ def test_pages_and_their_table(problems, tmp_path, capsys):
     files = {file.name for file in (out / "traces").iterdir()}
     assert len(files) == 11 and len({name.lower() for name in files}) == 11
     table = (out / "traces" / "index.html").read_text()
-    links = re.findall(r'href="([^"]+\.html)"', table)
-    assert set(links) == files - {"index.html"} and "a/b &lt;c&gt;" in table and "<c>" not in table
-    assert "<script" not in table and "default-src 'none'" in table
+    links = re.findall(r'"page":"([^"]+\.html)"', table)
+    assert set(links) == files - {"index.html"} and r"a/b \u003cc\u003e" in table and "<c>" not in table
+    assert "default-src 'none'" in table
     page = (out / "traces" / page_name("a/b <c>", 1)).read_text()
     assert "a/b &lt;c&gt;, sample 1" in page and "By " in page
 
     assert main(["pacore", "trace", str(out), "--problem", "last", "--out", str(tmp_path / "one")]) == 0
     assert {file.name for file in (tmp_path / "one").iterdir()} == {"last.html", "last.sample-1.html"}
-    assert main(["pacore", "trace", str(out), "--problem", "last", "--without-thoughts"]) == 0
+    assert main(["pacore", "trace", str(out), "--problem", "last", "--no-reasoning"]) == 0
     small = (out / "traces" / "last.html").read_text()
     assert "hm, " not in small and "hm, " in (tmp_path / "one" / "last.html").read_text()
 
@@ -153,11 +153,13 @@ def test_a_problem_that_failed_has_a_page(problems, tmp_path, monkeypatch):
     assert run(problems, tmp_path / "run", "--schedule", "2", "--retries", "0") == 1
     assert main(["pacore", "trace", str(tmp_path / "run")]) == 0
     assert "nothing came of round 1 (2 empty)" in (tmp_path / "run" / "traces" / "req_0.html").read_text()
-    assert (tmp_path / "run" / "traces" / "index.html").read_text().count("failed</span>") == 5
+    assert (tmp_path / "run" / "traces" / "index.html").read_text().count('"error":true') == 5
 
 
 def test_mistakes_are_named(problems, tmp_path, capsys):
-    assert main(["pacore", "trace"]) == 2 and "usage" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pacore", "trace"])
+    assert "DIR" in capsys.readouterr().err
     assert main(["pacore", "trace", str(tmp_path)]) == 1
     assert "is not the directory of a run" in capsys.readouterr().err
     assert run(problems, tmp_path / "run", "--schedule", "none") == 0

@@ -17,7 +17,7 @@ from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.settings import ServerSettings
 from stepjax.serving.upstream import make_upstream_app
 
-SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+SIZES = {"desktop": (1440, 900), "phone": (360, 780)}
 PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
@@ -105,16 +105,16 @@ def test_a_conversation(opened, size, scheme):
     leave_picture(page, f"{size}-{scheme}-1-views")
     page.fill("#text", "How many shapes are there?")
     page.press("#text", "Enter") if size == "desktop" else page.click("#send")
-    page.wait_for_selector(".thought[open]")
+    page.wait_for_selector(".reasoning[open]")
     leave_picture(page, f"{size}-{scheme}-2-thinking")
     page.wait_for_selector(".answer[aria-busy=false]")
     assert "tokens/s" in page.inner_text("#status")
     text = page.inner_text(".answer > .text")
     assert "There are 3 shapes:\n\n  1. a square" in text and HOSTILE in text
     assert page.title() == "Step3-VL-10B"
-    assert not page.locator(".thought[open]").count() and "Thought for" in page.inner_text(".thought summary")
-    page.click(".thought summary")
-    assert "I count them" in page.inner_text(".thought .text")
+    assert not page.locator(".reasoning[open]").count() and "Reasoned for" in page.inner_text(".reasoning summary")
+    page.click(".reasoning summary")
+    assert "I count them" in page.inner_text(".reasoning .text")
     assert fits(page)
     leave_picture(page, f"{size}-{scheme}-3-answer")
     prompt, _ = server.engine.served[-1]
@@ -214,62 +214,142 @@ def test_rounds_of_pacore(opened, size, scheme):
     server, page = opened(FakeEngine(trajectories(), step_seconds=0.07), size, scheme)
     until(page, "document.title === 'Step3-VL-10B'")
     page.click("#settings-toggle")
-    page.select_option("#pacore", "custom")
-    assert page.is_visible("#schedule") and page.is_disabled("#samples")
-    page.fill("#schedule", "many")
+    page.fill("#pacore", "many")
+    assert page.is_disabled("#samples")
     page.fill("#text", "What is 6 x 7?")
     page.click("#send")
     assert not page.locator(".answer").count(), "a schedule must be numbers"
-    page.fill("#schedule", "8")
+    page.fill("#pacore", "8")
     leave_picture(page, f"{size}-{scheme}-pacore-0-settings")
     page.click("#settings-toggle")
     page.click("#send")
-    page.wait_for_selector(".cell.running >> nth=3")
+    page.wait_for_selector(".bar.running >> nth=3")
     leave_picture(page, f"{size}-{scheme}-pacore-1-running")
-    page.wait_for_selector(".cell.done")
-    page.wait_for_selector(".cell.lost")
-    page.click(".cell.done >> nth=0")
+    page.wait_for_selector(".bar.ok")
+    page.wait_for_selector(".row.lost")
+    page.click(".row:has(.bar.ok) >> nth=0")
     assert HOSTILE in page.inner_text(".reading .text")
-    page.wait_for_selector(".thought[open]")
+    page.click(".reading .reasoning summary")
+    assert "so so so" in page.inner_text(".reading .reasoning .text")
+    page.wait_for_selector(".reasoning[open]")
     leave_picture(page, f"{size}-{scheme}-pacore-2-synthesis")
     page.wait_for_selector(".answer[aria-busy=false]")
     assert page.title() == "Step3-VL-10B"
     assert page.inner_text(".answer > .text").startswith("Following Reference 5, the answer is 42.")
-    assert page.locator(".cell.cited").count() == 3 and page.locator(".cell").count() == 8
-    heads = page.locator(".round .head").all_inner_texts()
-    assert "of 8 done" in heads[0] and "lost" in heads[0] and "cites references 1, 2, 5" in heads[1]
+    assert page.locator(".pill.cited").count() == 3 and page.locator("button.row").count() == 9
+    assert page.inner_text(".row .pill.chosen") == "the answer"
+    heads = page.locator(".group h3").all_inner_texts()
+    assert "6 of 8 answered" in heads[0] and "2 lost" in heads[0] and "cites references 1, 2, 5" in heads[1]
     assert fits(page) and not page.errors, page.errors
     leave_picture(page, f"{size}-{scheme}-pacore-3-answer")
 
-    # By keyboard: one stop of Tab for a row, arrows within it, Enter to read.
-    page.click(".cell >> nth=0")
+    # By keyboard: one stop of Tab for the chart, arrows within it, Enter to read.
+    page.click("button.row >> nth=0")
     page.keyboard.press("End")
-    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
     page.keyboard.press("Enter")
-    assert page.inner_text(".reading p").startswith("Trajectory 7: ")
-    assert page.get_attribute(".cell >> nth=6", "aria-expanded") == "true"
-    assert page.locator(".cell[tabindex='0']").count() == 1
+    assert page.inner_text(".reading h4") == "1.8"
+    assert page.get_attribute("button.row >> nth=7", "aria-expanded") == "true"
+    assert page.locator("button.row[tabindex='0']").count() == 1
     page.keyboard.press("Enter")
-    assert not page.is_visible(".reading")
+    assert not page.locator(".reading").count()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.click(".reading .cites .cite >> nth=0")
+    assert page.inner_text(".reading .cites") == "is\nReference 1\nin the next round", (
+        "a citation leads to its trajectory"
+    )
+
+
+def ended(round_, index, **fields):
+    """What the server says of a trajectory; see docs/serving.md."""
+    told = {"type": "trajectory_ended", "round": round_, "index": index, "status": "ok", "loss": None, "error": None}
+    told |= {"finish_reason": "stop", "seed": 7, "retries": 0, "prompt_tokens": 9, "cached_tokens": 4, "cites": {}}
+    told |= {"output_tokens": 30, "start": 0.5, "seconds": 1.5, "content": "so 42", "message": "so 42"}
+    return {**told, "reasoning_content": "hm", "tool_calls": [], **fields}
+
+
+def test_events_build_up_the_rounds(opened):
+    """Attempts, ends of reasoning, shortened references and a fallback, which the fake engine does not bring about."""
+    _, page = opened(FakeEngine(script), "phone")
+    page.evaluate("""async () => {
+        const { LiveRounds } = await import("./live.js");
+        globalThis.live = new LiveRounds();
+        document.getElementById("chat").append(live.element);
+    }""")
+
+    def take(*events):
+        page.evaluate("(events) => events.forEach((event) => live.take(event))", list(events))
+        return [row.get_attribute("aria-label") for row in page.locator("button.row").all()]
+
+    started = {"type": "round_started", "is_final": False, "width": 4, "references": [], "seconds": 0.1}
+    rows = take({**started, "round": 0}, {"type": "progress", "round": 0, "tokens": {"0": 40, "1": 1, "2": 0}})
+    assert rows[0] == "1.1: writing \u00b7 40 tokens \u00b7 from 0.1 s" and rows[1].startswith(
+        "1.2: writing \u00b7 1 token "
+    )
+    assert rows[2].startswith("1.3: waiting")
+    failed = {"type": "attempt_failed", "index": 1, "status": "timeout", "error": HOSTILE, "output_tokens": 12}
+    rows = take({**failed, "round": 0, "is_final": False, "seconds": 0.05})
+    assert rows[1].startswith("1.2: waiting \u00b7 0 tokens \u00b7 1 failed attempt before \u00b7 from ")
+    assert page.locator(".bar.attempt").count() == 1
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+    rows = take(
+        ended(0, 0, finish_reason="length", content="", message="[...] so", reasoning_content="and so"),
+        ended(0, 1, content="<think>a</think>b", reasoning_content=None, tool_calls=[call]),
+        ended(0, 2, loss="truncated", finish_reason="length", content="", message=None),
+        ended(0, 3, status="error", loss="error", finish_reason=None, error="no", content="", message=None),
+        {
+            **started,
+            "round": 1,
+            "width": 2,
+            "references": [{"index": 1, "was_cut": True}, {"index": 0, "was_cut": True}],
+        },
+        ended(1, 0, cites={"1": 3}, finish_reason="length"),
+    )
+    assert rows[0].startswith("1.1: end of its reasoning only \u00b7 30 tokens \u00b7 1.5 s \u00b7 20 tokens/s")
+    assert rows[0].endswith("Reference 2 of the next round")
+    assert rows[1].endswith("from 0.5 s \u00b7 Reference 1 of the next round, shortened, cited 3 times")
+    assert "cut off in its reasoning" in rows[2] and "error" in rows[3] and "answer cut off" in rows[4]
+    assert page.inner_text(".group h3 >> nth=0").startswith("Round 1 2 of 4 answered \u00b7 2 lost \u00b7 120 tokens")
+    page.click("button.row >> nth=1")
+    card = page.inner_text(".reading .card")
+    assert (
+        "calls look" in card
+        and '{"at": 1}' in card
+        and "Reasoning, 1 character\n" in card
+        and "1 failed attempt" in card
+    )
+    page.click(".reading >> text=1 failed attempt")
+    assert f"timed out after 0.1 s, 12 tokens lost: {HOSTILE}" in page.inner_text(".reading li")
+    page.click(".reading .cite")
+    page.click("button.row >> nth=4")
+    page.click(".reading .cites .cite")
+    assert page.evaluate("document.activeElement.id").endswith("bar-t0-1"), "a citation leads to its trajectory"
+    take({"type": "done", "answered_by": "fallback", "chosen": [1, 0], "seconds": 9.0})
+    assert page.inner_text("button.row:has(.pill.chosen) .name") == "2.1"
+    assert "Answered by fallback" in page.inner_text(".rounds > p")
+    page.evaluate("live.stop()")
+    assert page.get_attribute("button.row >> nth=5", "aria-label").startswith("2.2: stopped")
+    assert fits(page) and not page.errors, page.errors
 
 
 def test_stopping_and_failing_rounds(opened):
     server, page = opened(FakeEngine(lambda *_: ["</think>", *["on and "] * 5000], step_seconds=0.01))
     page.click("#settings-toggle")
-    page.select_option("#pacore", "low")
+    page.fill("#pacore", "low")
     page.fill("#text", "go on")
     page.click("#send")
-    page.wait_for_selector(".cell.running")
+    page.wait_for_selector(".bar.running")
     page.click("#stop")
     page.wait_for_selector("text=Stopped.")
     server.wait_until(lambda: not server.engine.requests)
-    assert page.locator(".cell.lost").count() == 4 and "stopped" in page.inner_text(".cell >> nth=0")
+    assert page.locator(".row.lost").count() == 4 and "stopped" in page.inner_text("button.row >> nth=0")
     server.engine.script = lambda *_: ["nothing but thought"]
     page.fill("#text", "again")
     page.click("#send")
     page.wait_for_selector(".error")
     assert "nothing came of round 1 of 4 (4 empty)" in page.inner_text(".error")
-    assert page.input_value("#text") == "again" and page.locator(".cell.lost").count() == 8
+    assert page.input_value("#text") == "again" and page.locator(".row.lost").count() == 8
 
 
 def test_the_page_in_front_of_another_server(browser, large_views):
@@ -286,16 +366,16 @@ def test_the_page_in_front_of_another_server(browser, large_views):
         stack.callback(page.close)
         page.goto(front.url)
         until(page, "document.title === 'tiny'")
-        assert page.input_value("#pacore") == "custom" and page.input_value("#schedule") == "3, 2"
+        assert page.input_value("#pacore") == "3, 2"
         page.set_input_files("#file", drawing())
         page.wait_for_selector("#images >> text=shapes.png")
         page.fill("#text", "What is it?")
         page.click("#send")
         page.wait_for_selector(".answer[aria-busy=false]")
-        assert page.locator(".cell.done").count() == 5 and page.inner_text(".answer > .text") == "fine"
+        assert page.locator(".bar.ok").count() == 6 and page.inner_text(".answer > .text") == "fine"
         assert [len(prompt.global_views) for prompt, _ in behind.engine.served] == [1] * 6
         page.click("#settings-toggle")
-        page.select_option("#pacore", "")
+        page.fill("#pacore", "")
         page.fill("#text", "And now?")
         page.click("#send")
         until(page, "document.querySelectorAll('.answer[aria-busy=false]').length === 2")

@@ -1,62 +1,50 @@
+// The server's page: a conversation with images.
+
 import { Answer } from "./answer.js";
-import { make, viewsOf } from "./elements.js";
-import { KeyError, call, events } from "./server.js";
+import { make } from "./elements.js";
+import { call, events } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 let messages = []; // of the conversation, as the server takes them
 let pending = []; // images of the next message: {name, uri, views}
+let hasSchedule = false; // the server answers in rounds unless told otherwise
 let running = null; // the AbortController of the answer that is being written
 
 async function request(path, body, signal) {
   try {
     return await call(path, body, { key: $("key").value, signal });
   } catch (error) {
-    if (error instanceof KeyError) askForKey();
+    if (error.status === 401) {
+      $("key-field").hidden = false;
+      showSettings(true);
+      $("key").focus();
+    }
     throw error;
   }
 }
 
-function askForKey() {
-  $("key-field").hidden = false;
-  showSettings(true);
-  $("key").focus();
-}
-
 async function loadModel() {
   try {
-    const list = await (await request("v1/models")).json();
-    $("model").textContent = document.title = list.data[0].id;
-    choosePacore(list.data[0].pacore?.schedule ?? []);
+    const [model] = (await (await request("v1/models")).json()).data;
+    $("model").textContent = document.title = model.id;
     $("status").textContent = "";
+    const schedule = model.pacore?.schedule ?? [];
+    hasSchedule = schedule.length > 0;
+    $("pacore").value = schedule.join(", ");
+    fitSettings();
   } catch (error) {
     $("status").textContent = error.message;
   }
 }
 
-// PaCoRe -------------------------------------------------------------------------------------------------------------
-
-const PRESETS = { low: "4", medium: "16", high: "32,4" };
-let isUnasked = false; // the server goes about in rounds even where nobody asks for them
-
-function choosePacore(schedule) {
-  const text = schedule.join(",");
-  isUnasked = Boolean(text);
-  $("pacore").value = text && (Object.keys(PRESETS).find((name) => PRESETS[name] === text) ?? "custom");
-  if ($("pacore").value === "custom") $("schedule").value = schedule.join(", ");
-  fitSettings();
-}
-
-// What does not apply is out of the way.
 function fitSettings() {
-  const chosen = $("pacore").value;
-  $("schedule-field").hidden = $("schedule").disabled = chosen !== "custom";
-  $("samples").disabled = Boolean(chosen);
+  $("samples").disabled = Boolean($("pacore").value.trim());
 }
 
 function pacore() {
-  const chosen = $("pacore").value;
-  if (!chosen) return isUnasked ? { schedule: [] } : undefined;
-  return { schedule: chosen === "custom" ? $("schedule").value : chosen };
+  const schedule = $("pacore").value.trim();
+  if (schedule) return { schedule, include: "full" };
+  return hasSchedule ? { schedule: [] } : undefined;
 }
 
 // Images -------------------------------------------------------------------------------------------------------------
@@ -65,7 +53,7 @@ function read(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error(`${file.name} cannot be read.`));
+    reader.onerror = () => reject(new Error("the file cannot be read."));
     reader.readAsDataURL(file);
   });
 }
@@ -77,10 +65,10 @@ async function addFiles(files) {
       image = { name: file.name, uri: await read(file), views: null };
       item = showPending(image);
       image.views = await (await request("stepjax/views", { image: image.uri })).json();
-      item.querySelector(".note").replaceWith(viewsOf(image.views, true));
+      item.querySelector(".caption").replaceWith(viewsOf(image.views, true));
     } catch (error) {
       if (item && error.status === 404) {
-        item.querySelector(".note").textContent = image.name; // the model is elsewhere, and so are its views
+        item.querySelector(".caption").textContent = image.name; // of an upstream's model nobody knows the crops
         continue;
       }
       pending = pending.filter((each) => each !== image);
@@ -92,7 +80,8 @@ async function addFiles(files) {
 
 function showPending(image) {
   const remove = make("button", { type: "button", "aria-label": `Remove ${image.name}`, text: "Remove" });
-  const note = image.views ? viewsOf(image.views, false) : make("p", { class: "note quiet", text: "Cutting views\u2026" });
+  const waiting = make("p", { class: "caption quiet", text: "Cutting crops\u2026" });
+  const note = image.views ? viewsOf(image.views, false) : waiting;
   const item = make("li", {}, make("img", { src: image.uri, alt: image.name }), note, remove);
   remove.onclick = () => {
     pending = pending.filter((each) => each !== image);
@@ -102,6 +91,23 @@ function showPending(image) {
   $("images").append(item);
   pending.push(image);
   return item;
+}
+
+// What the model sees of an image, as the server cuts it.
+function viewsOf({ columns, rows, crops, width, height, tokens, global_view: whole }, isOpen) {
+  const count = crops.length ? `${columns} \u00d7 ${rows} crops and the whole` : "the whole, no crops";
+  const figure = (kind, text, ...content) => make("figure", { class: kind }, make("figcaption", { text }), content);
+  const alt = `The whole image of ${width} by ${height} pixels, squared`;
+  const grid = crops.map(({ image, row, column }) =>
+    make("img", { src: image, alt: `Crop in row ${row + 1}, column ${column + 1}` }));
+  return make("details", { class: "views", open: isOpen, "--columns": columns },
+    make("summary", { text: `What the model sees: ${count}, ${tokens} tokens` }),
+    make("div", { class: "both" },
+      figure("whole", `whole: ${whole.tokens} tokens`, make("img", { src: whole.image, alt })),
+      crops.length > 0
+        && figure("crops", `crops: ${crops[0].tokens} tokens each`, make("div", { class: "grid" }, grid)),
+    ),
+  );
 }
 
 // The conversation ---------------------------------------------------------------------------------------------------
@@ -120,15 +126,10 @@ function scrollDown(always = false) {
 
 function showQuestion(text, images) {
   $("empty").hidden = true;
-  const pictures = make("div", { class: "pictures" });
-  for (const image of images) {
-    const picture = make("div", { class: "picture" }, make("img", { src: image.uri, alt: "Your image" }));
-    if (image.views) picture.append(viewsOf(image.views, false));
-    pictures.append(picture);
-  }
-  const article = make("article", { class: "own", "aria-label": "You" });
-  if (images.length) article.append(pictures);
-  article.append(make("div", { class: "text", text }));
+  const pictures = images.map(({ uri, views }) =>
+    make("div", { class: "picture" }, make("img", { src: uri, alt: "Your image" }), views && viewsOf(views, false)));
+  const article = make("article", { class: "own", "aria-label": "You" },
+    pictures.length > 0 && make("div", { class: "pictures" }, pictures), make("div", { class: "text", text }));
   $("chat").append(article);
   return article;
 }
@@ -139,7 +140,8 @@ function numberOf(id) {
 }
 
 function requestBody() {
-  const body = {
+  const thinking = $("thinking").value;
+  return {
     messages,
     stream: true,
     stream_options: { include_usage: true },
@@ -148,9 +150,8 @@ function requestBody() {
     max_tokens: numberOf("max-tokens"),
     n: $("samples").disabled ? 1 : (numberOf("samples") ?? 1),
     pacore: pacore(),
+    chat_template_kwargs: thinking ? { enable_thinking: thinking === "on" } : undefined,
   };
-  if ($("thinking").value) body.chat_template_kwargs = { enable_thinking: $("thinking").value === "on" };
-  return body;
 }
 
 async function ask(text, images) {
@@ -162,44 +163,10 @@ async function ask(text, images) {
 
   const body = requestBody();
   const answers = Array.from({ length: body.n }, (_, index) => new Answer(index, body.n));
-  const group = make("div", { class: "answers" }, ...answers.map((answer) => answer.element));
+  const group = make("div", { class: "answers" }, answers.map((answer) => answer.element));
   $("chat").append(group);
   scrollDown(true);
-  const begin = performance.now();
-  let first = null;
-  running = new AbortController();
-  setRunning(true);
-  const clock = setInterval(() => {
-    $("status").textContent = `${((performance.now() - begin) / 1000).toFixed(0)} s`;
-  }, 1000);
-  try {
-    for await (const event of events(await request("v1/chat/completions", body, running.signal))) {
-      if (event.pacore) answers[0].take(event.pacore);
-      else first ??= performance.now();
-      for (const choice of event.choices) {
-        answers[choice.index].add(choice.delta);
-        if (choice.finish_reason) answers[choice.index].end(choice.finish_reason);
-      }
-      if (event.usage) {
-        // With PaCoRe the tokens are those of all calls.
-        const seconds = (performance.now() - (answers[0].rounds ? begin : first)) / 1000;
-        const { completion_tokens: tokens, prompt_tokens: prompt } = event.usage;
-        $("status").textContent =
-          `${tokens} tokens, ${(tokens / Math.max(seconds, 0.001)).toFixed(1)} tokens/s, first after ` +
-          `${((first - begin) / 1000).toFixed(2)} s; ${answers[0].rounds ? "prompts" : "prompt"} of ${prompt} tokens`;
-      }
-      scrollDown();
-    }
-  } catch (error) {
-    const isStopped = error.name === "AbortError";
-    answers.forEach((answer) => answer.end(isStopped ? "stopped" : ""));
-    $("status").textContent = isStopped ? "Stopped." : "";
-    if (!isStopped) showError(error.message);
-  } finally {
-    clearInterval(clock);
-    running = null;
-    setRunning(false);
-  }
+  await draw(body, answers);
   if (conversation !== messages) return; // another chat has begun
   if (answers.every((answer) => !answer.content && !answer.reasoning)) {
     // Nothing came: the question goes back, to be sent again.
@@ -216,11 +183,49 @@ async function ask(text, images) {
   if (answers.length > 1) offerChoice(answers, messages[messages.length - 1]);
 }
 
+async function draw(body, answers) {
+  const begun = performance.now();
+  const since = (moment) => (performance.now() - moment) / 1000;
+  let first = null;
+  running = new AbortController();
+  setRunning(true);
+  const clock = setInterval(() => {
+    $("status").textContent = `${since(begun).toFixed(0)} s`;
+    answers[0].rounds?.refresh();
+  }, 1000);
+  try {
+    for await (const event of events(await request("v1/chat/completions", body, running.signal))) {
+      if (event.pacore) answers[0].take(event.pacore);
+      else first ??= performance.now();
+      for (const { index, delta, finish_reason: reason } of event.choices) {
+        answers[index].add(delta);
+        if (reason) answers[index].end(reason);
+      }
+      if (event.usage) {
+        // With PaCoRe the tokens are those of all calls.
+        const [from, prompt] = answers[0].rounds ? [begun, "prompts"] : [first, "prompt"];
+        const tokens = event.usage.completion_tokens;
+        $("status").textContent =
+          `${tokens} tokens, ${(tokens / Math.max(since(from), 0.001)).toFixed(1)} tokens/s, first after ` +
+          `${((first - begun) / 1000).toFixed(2)} s; ${prompt} of ${event.usage.prompt_tokens} tokens`;
+      }
+      scrollDown();
+    }
+  } catch (error) {
+    const isStopped = error.name === "AbortError";
+    answers.forEach((answer) => answer.end(isStopped ? "stopped" : ""));
+    $("status").textContent = isStopped ? "Stopped." : "";
+    if (!isStopped) showError(error.message);
+  } finally {
+    clearInterval(clock);
+    running = null;
+    setRunning(false);
+  }
+}
+
 function offerChoice(answers, message) {
-  const name = `choice-${messages.length}`;
   answers.forEach((answer, index) => {
-    const radio = make("input", { type: "radio", name });
-    radio.checked = index === 0;
+    const radio = make("input", { type: "radio", name: `choice-${messages.length}`, checked: index === 0 });
     radio.onchange = () => (message.content = answer.content);
     answer.footer.append(make("label", {}, radio, " go on with this one"));
   });
@@ -239,21 +244,13 @@ function showSettings(isOpen) {
   $("settings-toggle").setAttribute("aria-expanded", String(isOpen));
 }
 
-function fitText() {
-  const text = $("text");
-  text.style.height = "auto";
-  text.style.height = `${text.scrollHeight + 2}px`;
-}
-
 $("settings-toggle").onclick = () => showSettings($("settings").hidden);
 $("settings").onsubmit = (event) => event.preventDefault();
 $("key").onchange = loadModel;
-$("pacore").onchange = fitSettings;
+$("pacore").oninput = fitSettings;
 $("stop").onclick = () => running?.abort();
-$("text").oninput = fitText;
 $("text").onkeydown = (event) => {
-  // On a phone the Enter key makes lines.
-  const isPhone = matchMedia("(pointer: coarse)").matches;
+  const isPhone = matchMedia("(pointer: coarse)").matches; // there the Enter key makes lines
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || isPhone) return;
   event.preventDefault();
   $("composer").requestSubmit();
@@ -271,7 +268,7 @@ $("composer").onsubmit = (event) => {
   const text = $("text").value.trim();
   if (running || (!text && !pending.length)) return;
   if (!$("settings").checkValidity()) {
-    showSettings(true); // what is hidden cannot be complained about
+    showSettings(true); // a hidden field cannot complain
     $("settings").reportValidity();
     return;
   }
@@ -279,7 +276,6 @@ $("composer").onsubmit = (event) => {
   pending = [];
   $("images").replaceChildren();
   $("text").value = "";
-  fitText();
   ask(text, images);
 };
 $("file").onchange = () => {
@@ -287,8 +283,7 @@ $("file").onchange = () => {
   $("file").value = "";
 };
 addEventListener("paste", (event) => {
-  const files = [...event.clipboardData.files];
-  if (files.length) addFiles(files);
+  addFiles([...event.clipboardData.files]);
 });
 addEventListener("dragover", (event) => {
   event.preventDefault();

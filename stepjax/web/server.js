@@ -1,29 +1,16 @@
 // Requests to the server, and the events of its streams.
 
-export class KeyError extends Error {}
-
-export class StatusError extends Error {
-  constructor(message, status) {
-    super(message);
-    this.status = status;
-  }
-}
-
 export async function call(path, body, { key, signal } = {}) {
-  const headers = { "content-type": "application/json" };
-  if (key) headers.authorization = `Bearer ${key}`;
+  const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
   const method = body === undefined ? "GET" : "POST";
-  let response;
-  try {
-    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
-  } catch (error) {
+  const response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) }).catch((error) => {
     throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
-  }
+  });
   if (response.ok) return response;
-  if (response.status === 401) throw new KeyError("This server asks for an API key: enter it above.");
   const answer = await response.json().catch(() => null);
-  const message = answer?.error?.message ?? `The server answered with status ${response.status}.`;
-  throw new StatusError(message, response.status);
+  const said = answer?.error?.message ?? `The server answered with status ${response.status}.`;
+  const message = response.status === 401 ? "This server asks for an API key: enter it above." : said;
+  throw Object.assign(new Error(message), { status: response.status });
 }
 
 export async function* events(response) {
@@ -35,8 +22,7 @@ export async function* events(response) {
       throw error.name === "AbortError" ? error : broken;
     });
     if (done) throw broken;
-    text += value;
-    const parts = text.split("\n\n");
+    const parts = (text + value).split("\n\n");
     text = parts.pop();
     for (const part of parts) {
       const data = part.replace(/^data: /, "");
