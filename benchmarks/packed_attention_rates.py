@@ -1,6 +1,6 @@
 """How fast the attention kernels of two packed decoders are: useful floating-point operations a bundle, with segments.
 
-A part of plan_vs_maxtext.py. The rates of stepjax.planning.kernel_rates are of sequences without segments, each kernel
+A part of plan_vs_maxtext.py. The rates of stepjax.planning.core_time are of sequences without segments, each kernel
 at the best of several block sizes. Both trainers pack: their kernels take segment ids, and run with the block sizes of
 their settings. So the instrument reads those very kernels (grouped heads, segments, these blocks). A row is taken to be
 one segment, which is the most work: neither side skips anything but what lies above the diagonal.
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from attention_schedules import Shape, cost
 
 from pallas_kernels import schedule
 from pallas_kernels.chips import compile_only_mesh
-from stepjax.planning.kernel_rates import Kernel, Pass
+from stepjax.planning.core_time import Pass
 
-HEADS, KV_HEADS = 8, 2  # 4 query heads a key-value head, as Qwen3-8B has
+Kernel = Literal["ours", "tokamax", "jax_splash"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
+HEADS, KV_HEADS = 8, 2  # 4 query heads a key-value head, as Qwen3-8B has
 
 
 def splash_target(

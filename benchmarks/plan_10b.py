@@ -24,14 +24,15 @@ import machine
 from stepjax.config import PretrainConfig
 from stepjax.config_file import load_recipe, override
 from stepjax.planning import hlo
-from stepjax.planning.compile import GIB, CompiledStep
+from stepjax.planning.core_time import attention_rate
 from stepjax.planning.estimate import estimate
-from stepjax.planning.links import Network
-from stepjax.planning.memory import Memory
-from stepjax.planning.plan import Plan, attention_rate, make_plan
+from stepjax.planning.network import Network
+from stepjax.planning.plan import StepPlan, make_plan
 from stepjax.planning.report import to_json
+from stepjax.planning.steps import CompiledStep
 from stepjax.planning.topologies import Topology, find
 from stepjax.sharding import make_mesh
+from stepjax.training.footprint import GIB, Memory
 
 PRETRAIN, SFT = "configs/step3_vl_10b/pretrain.py", "configs/step3_vl_10b/sft.py"
 
@@ -60,7 +61,7 @@ STEPS = {
 }
 
 
-def plan(name: str, step: Step, cache: Path) -> Plan:
+def plan(name: str, step: Step, cache: Path) -> StepPlan:
     """From the cached program, or compiled."""
     config = override(load_recipe(step.recipe), ["--tokenizer.path", "demo", *step.overrides], prog="plan_10b")
     topology = find(step.topology)
@@ -74,24 +75,24 @@ def plan(name: str, step: Step, cache: Path) -> Plan:
     return made
 
 
-def read(config: PretrainConfig, topology: Topology, text: str, facts: dict) -> Plan:
+def read(config: PretrainConfig, topology: Topology, text: str, facts: dict) -> StepPlan:
     """A plan from a program and what was written of it when it was compiled."""
     mesh = make_mesh(config.mesh, topology.devices())
     step = CompiledStep(
         mesh,
-        peak_bytes=round(facts["hbm_gib"] * GIB),
+        total_bytes=round(facts["hbm_gib"] * GIB),
         seconds=facts["compile_seconds"],
         host_gib=facts["host_memory_gib"],
     )
     network = Network(topology, list(mesh.devices.flat))
     estimated = estimate(hlo.read(text), network, attention_rate=attention_rate(config))
-    return Plan(config, topology, step, Memory(**facts["hbm_gib_by_kind"]), estimated)
+    return StepPlan(config, topology, step, Memory(**facts["hbm_gib_by_kind"]), estimated)
 
 
 HEAD = f"{'step':<18} {'HBM, GiB':>15} {'s':>8} {'MFU':>7} {'tokens/s/chip':>14} {'compile s':>9} {'host GiB':>9}"
 
 
-def line(name: str, made: Plan) -> str:
+def line(name: str, made: StepPlan) -> str:
     if made.estimate is None or made.mfu is None or made.tokens_per_second is None:
         return f"{name:<18} does not fit: {made.hbm_gib:.1f} of {made.limit_gib:.1f} GiB"
     return (

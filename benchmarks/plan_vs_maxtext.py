@@ -1,4 +1,4 @@
-"""The train step of a text-only Qwen3-8B, ours and MaxText's, compiled for TPUs that are not here and read by one rule.
+"""The train step of a text-only Qwen3-8B, ours and MaxText's, compiled ahead of time for TPUs and read by one rule.
 
     python3.12 -m venv VENV && VENV/bin/pip install "maxtext[tpu]==0.2.5" tyro
     PYTHONPATH=. VENV/bin/python benchmarks/plan_vs_maxtext.py [--topologies v5p-128 v6e-256] [--cache FOLDER]
@@ -43,12 +43,10 @@ from plan_vs_maxtext_settings import ROWS, SETTINGS, SIDES, TOKENS, Setting, Sid
 from stepjax import config as c
 from stepjax.models.flops import decoder_flops
 from stepjax.planning import hlo
-from stepjax.planning.compile import compile_step
-from stepjax.planning.estimate import estimate
-from stepjax.planning.links import Network
-from stepjax.planning.parts import COLLECTIVES
+from stepjax.planning.estimate import EXPOSED_COLLECTIVES, Cost, Estimate, estimate
+from stepjax.planning.network import Network
+from stepjax.planning.steps import compile_step
 from stepjax.planning.topologies import Topology, find
-from stepjax.planning.trace import Cost, Estimate
 from stepjax.xla_flags import compiler_options
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +185,7 @@ def read(side: Side, topology: Topology, setting: Setting, compiled: dict[str, A
         peak_flops=topology.facts.peak_flops * topology.facts.devices_per_chip,
         seconds=estimated.seconds,
         hbm_gib=compiled["hbm_bytes"] / 2**30,
-        exposed_seconds=sum(cost.seconds for cost in estimated.costs if cost.part == COLLECTIVES),
+        exposed_seconds=sum(cost.seconds for cost in estimated.costs if cost.part == EXPOSED_COLLECTIVES),
         attention_flop_per_bundle=rates,
         seconds_by_part=by_part(program, estimated),
         not_understood=dict(estimated.unknown),

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from stepjax.planning.kernel_rates import Kernel
+from packed_attention_rates import Kernel
 
 TOKENS = 4096
 Side = Literal["stepjax", "maxtext"]

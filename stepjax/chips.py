@@ -1,11 +1,11 @@
-"""What accelerators can do: one table of devices, from which plans and measurements take the same figures.
+"""What accelerators can do: one table of devices for plans and measurements.
 
 Where the figures come from
 
-    peak FLOP/s, clock      dense bfloat16, as the makers state them. TPU cores that kernels are built for stand in
-                            pallas_kernels.chips; a CPU has no stated figure, so its peak is measured
+    peak FLOP/s, clock      dense bfloat16, as the makers state them; those of TPU cores are in pallas_kernels.chips. A
+                            CPU has no stated figure, so its peak is measured
     HBM limit               what the compiler offers a program: `available HBM (15.75G)` in its refusal of one that is
-                            too large, libtpu 0.0.52 (tests/planning/test_planning_compile.py asks again)
+                            too large, libtpu 0.0.52 (tests/planning/test_planning_steps.py asks again)
     HBM bandwidth           cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x
     ICI bandwidth           one way of one link, as measured by jax-ml.github.io/scaling-book/tpus; tpu7x has v5p's
                             nominal figure (1,200 GB/s over six links, both ways), and is given v5p's measured one
@@ -56,7 +56,7 @@ TPUS = {
     )
 }
 
-# Dense bfloat16 FLOP/s by the beginning of `jax.Device.device_kind`.
+# Dense bfloat16 FLOP/s by the beginning of `jax.Device.device_kind`; the longest match counts.
 _PEAK_BF16 = {
     "TPU v4": 275e12,
     "NVIDIA A100": 312e12,
@@ -70,12 +70,11 @@ _PEAK_BF16 = {
 
 
 def peak_flops(device: Any) -> float | None:
-    """FLOP/s of a JAX device, the denominator of MFU: by its kind, measured on CPUs, None where unknown."""
-    if device.platform == "cpu":
-        # Simulated devices share the one processor.
+    """FLOP/s of a JAX device, the denominator of MFU: by its kind, measured on CPUs, None if unknown."""
+    if device.platform == "cpu":  # simulated devices share the one processor
         return _measured_cpu_peak() / jax.local_device_count()
-    kinds = sorted((kind for kind in _PEAK_BF16 if device.device_kind.startswith(kind)), key=len)
-    return _PEAK_BF16[kinds[-1]] if kinds else None
+    kind = max((kind for kind in _PEAK_BF16 if device.device_kind.startswith(kind)), key=len, default=None)
+    return None if kind is None else _PEAK_BF16[kind]
 
 
 def _measured_cpu_peak(size: int = 1024) -> float:

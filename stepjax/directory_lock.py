@@ -1,29 +1,29 @@
 """A directory that one process writes in: a second start is refused, and harms nothing.
 
-    DIR/lock     held (flock) while the process lives, whatever ends it; says which process that is
+    DIR/lock     held (flock) while the process lives, however it ends; names the process
 
-On a file system without locks, and between machines that share a bucket or a mount that keeps locks to itself, it
-guards against a second start on the same machine at most.
+It guards against a second start on the same machine; between machines only where the file system passes locks on.
 """
 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from stepjax.errors import CheckpointError
 
 LOCK = "lock"
+_log = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes the directory, and keeps other processes from it until the block ends.
+    """Makes the directory, and keeps other processes out of it until the block ends.
 
     Raises:
         CheckpointError: it cannot be made or written, or another process has it; names that one.
@@ -45,7 +45,7 @@ def locked(directory: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
-            print(f"{path}: {error.strerror}; see that no other process writes there", file=sys.stderr)
+            _log.warning("%s: %s; make sure that no other process writes there", path, error.strerror)
         yield
     finally:
         os.close(file)

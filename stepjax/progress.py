@@ -27,6 +27,9 @@ class Progress(tqdm):
         if not self._is_live:  # short tasks print nothing
             options |= {"mininterval": SECONDS, "delay": SECONDS, "bar_format": _LINE, "leave": False}
         super().__init__(file=stream, dynamic_ncols=self._is_live, miniters=0, **options)
+        if not self._is_live:
+            # tqdm would draw it again behind every message that is logged.
+            self._instances.discard(self)  # pyright: ignore[reportAttributeAccessIssue]
 
     def update(self, n: float = 1, note: str | None = None) -> bool | None:
         """

@@ -1,8 +1,8 @@
 """The one table from logical axes to mesh axes. No other file names a mesh axis.
 
 Every parameter carries the logical axes of its own dimensions (`nnx.Param(..., axes=("embed", "mlp"))`); dimensions in
-front of them are layer stacks. Activations are pinned where it matters with `constrain`. The same code runs on one CPU
-device and on a pod: on one device the mesh has one device and every rule still applies.
+front of them are layer stacks. `constrain` pins activations where it matters. The same code runs on one CPU device and
+on a pod: a single device is a mesh of one, to which every rule applies.
 """
 
 import math
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from stepjax.config import MeshConfig
+from stepjax.config import BatchConfig, MeshConfig
 from stepjax.errors import ConfigError
 
 MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
@@ -24,7 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("slice", "data", "fsdp"),  # rows of the batch, and with them their pixels
     "length": "context",
     "row_views": "context",  # of one row
-    "views": ("slice", "data", "fsdp", "context"),  # of all rows: devices that share a row share its views
+    "views": ("slice", "data", "fsdp", "context"),  # of all rows: devices that share a row divide its views
     "act_embed": None,
     # Parameters: one dimension over fsdp (gathered layer by layer), one over tensor
     "layers": None,
@@ -42,10 +42,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh that `config` asks for, over all devices by default.
+    """The device mesh of `config`, over all devices by default.
 
-    Neighbours along an axis are near each other in the hardware, the last axis the nearest; the slice axis goes over
-    the slices of a multi-slice job.
+    Neighbours along an axis are close in the hardware, closest along the last one; the slice axis spans the slices of a
+    multi-slice job.
 
     Raises:
         ConfigError: the axes do not multiply to the number of devices, or `slice` is not the number of slices.
@@ -54,51 +54,53 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = config.shape(len(devices))
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if devices[0].platform == "tpu" and len(slices) != shape[0]:
-        raise ConfigError(f"mesh.slice={shape[0]}: the devices are of {len(slices)} slice(s); set mesh.slice to that")
+        raise ConfigError(
+            f"mesh.slice={shape[0]}: the devices belong to {len(slices)} slice(s); set mesh.slice to that"
+        )
     if len(slices) > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
             (1, *shape[1:]), (shape[0], 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     else:
-        # Where there is one slice, or a simulation of several, the axes share its wires.
+        # Within one slice (or a simulation of several) all axes share its wires.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
-    """Partition of an array whose dimensions have these logical axes (None: not partitioned)."""
+    """The partition of an array whose dimensions have these logical axes (None: not partitioned)."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in logical_axes))
 
 
 def target_platform() -> str:
-    """What the computation in scope is compiled for, "cpu", "gpu" or "tpu": by the mesh, without one JAX's default."""
+    """ "cpu", "gpu" or "tpu": the platform of the current mesh, or JAX's default without one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def parts_of(axis: str) -> int:
-    """Into how many parts the mesh in scope cuts a logical axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else num_parts(axis, mesh)
+def axis_size(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Number of shards of a logical axis on a mesh: by default the current one, 1 without any."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
 
 
-def part_index(axis: str) -> int | jax.Array:
-    """Inside `jax.shard_map`: which part of a logical axis this device has."""
-    return jax.lax.axis_index(_mesh_axes(axis)) if parts_of(axis) > 1 else 0
+def axis_index(axis: str) -> int | jax.Array:
+    """Inside `jax.shard_map`: which shard of a logical axis this device has."""
+    return jax.lax.axis_index(_mesh_axes(axis)) if axis_size(axis) > 1 else 0
 
 
-def exchange(x: jax.Array, axis: str, destinations: Sequence[int]) -> jax.Array:
-    """Inside `jax.shard_map`: part i of a logical axis goes to part destinations[i]."""
+def ppermute(x: jax.Array, axis: str, destinations: Sequence[int]) -> jax.Array:
+    """Inside `jax.shard_map`: shard i of a logical axis goes to shard destinations[i]."""
     return jax.lax.ppermute(x, _mesh_axes(axis), list(enumerate(destinations)))
 
 
-def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Inside `jax.shard_map`: all parts of a logical axis, joined along `dim`; gradients are summed and given back."""
-    return jax.lax.all_gather(x, _mesh_axes(axis), axis=dim, tiled=True) if parts_of(axis) > 1 else x
+def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Inside `jax.shard_map`: all shards of a logical axis, joined along `dim`. The backward pass reduce-scatters."""
+    return jax.lax.all_gather(x, _mesh_axes(axis), axis=dim, tiled=True) if axis_size(axis) > 1 else x
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pin the layout of an activation to the mesh in scope; without a mesh (plain use) return it as it is."""
+    """Pin the layout of an activation on the current mesh; without a mesh return it unchanged."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
@@ -109,13 +111,13 @@ def is_param(node: Any) -> bool:
 
 
 def param_axes(param: nnx.Variable) -> tuple[str, ...]:
-    """Logical axes of a parameter, the layer stack included."""
+    """Logical axes of a parameter, including the layer stack."""
     axes = param.get_metadata()["axes"]
     return ("layers",) * (len(param.shape) - len(axes)) + tuple(axes)
 
 
 def parameter_name(path: tuple) -> str:
-    """`decoder/blocks/mlp/up_kernel`: of a parameter's path in a tree, or of its array's, which ends in `value`."""
+    """`decoder/blocks/mlp/up_kernel`, from the path of a parameter in a tree or of its array (".../value")."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
@@ -129,12 +131,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of a model, a train state, or the abstract form of one, in a tree of its structure.
+    """Shardings of a model or a train state (abstract or not), as a tree of the same structure.
 
-    Parameters, and optimizer moments that keep their parameter's axes, go by the table; other arrays are replicated.
+    Parameters, and optimizer moments that keep their parameter's axes, follow the table; other arrays are replicated.
 
     Raises:
-        ConfigError: a dimension is not divisible by the mesh axes it is spread over; the parameter is named.
+        ConfigError: the mesh axes of a parameter's dimension do not divide it.
     """
 
     def sharding(path, node):
@@ -153,16 +155,37 @@ def _mesh_axes(axis: str) -> tuple[str, ...]:
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
-def num_parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a mesh cuts a logical axis."""
-    return math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
+def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
+    parts = axis_size(axis, mesh)
+    if dim % parts:
+        raise ConfigError(
+            f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of "
+            f"mesh axes {_mesh_axes(axis)}; make those mesh axes smaller"
+        )
+
+
+def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
+    """
+    Raises:
+        ConfigError: the rows of a micro-batch do not divide over the devices that share the batch, or the tokens of a
+            row over those that share the row.
+    """
+    parts = axis_size("batch", mesh)
+    if batch.rows // batch.accumulation % parts:
+        raise ConfigError(
+            f"batch.rows={batch.rows}: the rows of each of batch.accumulation={batch.accumulation} micro-batches must "
+            f"divide over {parts} devices (mesh.slice x mesh.data x mesh.fsdp)"
+        )
+    parts = axis_size("length", mesh)
+    if batch.tokens % parts:
+        raise ConfigError(f"batch.tokens={batch.tokens}: must divide over {parts} devices (mesh.context)")
 
 
 def check_heads_only(mesh: Mesh) -> None:
     """
     Raises:
-        ConfigError: the mesh has devices along another axis than that of the heads. An engine decodes one batch, which
-            all its devices share; for more batches, make an engine on a part of the devices each.
+        ConfigError: the mesh has several devices along an axis other than that of the heads. All devices of an engine
+            share one batch; for more batches, run an engine on each part of the devices.
     """
     other = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in _mesh_axes("heads")}
     if other:
@@ -170,27 +193,18 @@ def check_heads_only(mesh: Mesh) -> None:
 
 
 def data_parts(mesh: Mesh) -> list[Mesh]:
-    """The parts of a mesh along its axes for rows of the batch, each a mesh of all the other axes."""
+    """The mesh, cut along its axes for rows of the batch: meshes of all the other axes."""
     rows = MESH_AXES.index("context")
     grids = mesh.devices.reshape(-1, *[1] * rows, *mesh.devices.shape[rows:])
     return [Mesh(grid, mesh.axis_names, axis_types=(AxisType.Auto,) * len(MESH_AXES)) for grid in grids]
 
 
 def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
-    """The rows of the global batch that this process's devices hold: what it has to feed them, in this order.
+    """The rows of the global batch that this process feeds to its devices, in this order.
 
-    Processes whose devices share rows (context and tensor axes that cross hosts) each feed the same ones.
+    Processes whose devices share rows (context and tensor axes that span hosts) each feed the same ones.
     """
     layout = NamedSharding(mesh, spec("batch"))
     indices = layout.addressable_devices_indices_map((num_rows,)).values()
     parts = {index[0].indices(num_rows) for index in indices if index is not None}
     return [row for part in sorted(parts) for row in range(*part)]
-
-
-def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
-    parts = num_parts(axis, mesh)
-    if dim % parts:
-        raise ConfigError(
-            f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of "
-            f"mesh axes {_mesh_axes(axis)}; make those mesh axes smaller"
-        )

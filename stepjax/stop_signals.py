@@ -1,12 +1,12 @@
 """Ctrl-C and SIGTERM at any moment of a command: one line and the status 130 or 143, at once.
 
-Python runs a signal's handler between two bytecodes of the main thread. While that compiles, or reads an array, this
-is seconds to minutes later; an exception raised there unwinds through callbacks of C++, or is lost in one, and an
-interpreter that ends while native threads work crashes. So the signal wakes a thread (`signal.set_wakeup_fd`), which
-ends the process as a kill would: whatever stepjax writes survives one.
+Python runs a signal's handler between two bytecodes of the main thread, which comes seconds to minutes late while that
+thread compiles or reads an array. An exception raised there unwinds through C++ callbacks or is lost in one, and an
+interpreter that exits while native threads work crashes. So the signal wakes a thread (`signal.set_wakeup_fd`) that
+ends the process as a kill would: all that stepjax writes survives a kill.
 
-What stops in an orderly way of its own (training, a batch run, a server) installs its handlers for that while; then
-the thread leaves signals to them.
+Training, a batch run and a server stop in order: while they run, their own handlers are installed, and the thread
+leaves signals to them.
 """
 
 import contextlib

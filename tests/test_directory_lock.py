@@ -44,10 +44,10 @@ def test_a_directory_that_cannot_be_made_or_written(tmp_path):
             pass
 
 
-def test_a_file_system_without_locks_is_used_with_a_remark(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locked(tmp_path):
-        assert "lock: No locks available; see that no other process writes there" in capsys.readouterr().err
+        assert "lock: No locks available; make sure that no other process writes there" in caplog.text

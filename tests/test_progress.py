@@ -30,10 +30,12 @@ def test_a_log_gets_lines_at_an_interval(monkeypatch):
     with progress(4, description="answers", stream=(log := io.StringIO())) as bar:
         bar.update(2, note="1 right")
         bar.print("a message")
+        bar.write("logged", file=bar.fp)  # as logging does
         bar.update(0, note="2 right")
-    first, message, second = log.getvalue().splitlines()
+    assert "\r" not in log.getvalue()
+    first, message, logged, second = log.getvalue().splitlines()
     assert first.startswith("answers:  50%  2/4 [") and first.endswith("1 right]")
-    assert message == "a message" and second.endswith("2 right]")
+    assert (message, logged) == ("a message", "logged") and second.endswith("2 right]")
 
 
 def test_a_log_hears_nothing_of_what_is_done_within_the_interval():

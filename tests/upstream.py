@@ -21,12 +21,10 @@ def text_of(messages):
 
 
 def honest(body):
-    """Answers 42 of a problem, and of references the most frequent answer."""
+    """Answers 42, and cites the first reference."""
     text = text_of(body["messages"])
-    return {
-        "reasoning": "hm, let me see",
-        "content": r"It is \boxed{42}." + (" As in Reference 1." * ("Reference 1:" in text)),
-    }  # noqa: E501
+    cites = " As in Reference 1." if "Reference 1:" in text else ""
+    return {"reasoning": "hm, let me see", "content": r"It is \boxed{42}." + cites}
 
 
 class Upstream:
@@ -46,8 +44,9 @@ class Upstream:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/models", self._models),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False)
-        self.server = uvicorn.Server(config)
+        # Connections are kept for long: on a busy machine a client would find one closed in the moment of its call.
+        options = {"port": 0, "log_config": None, "access_log": False, "timeout_keep_alive": 600}
+        self.server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), **options))
 
     def fault(self, body) -> str | None:
         """By the seed, so that it does not depend on who comes first."""

@@ -1,12 +1,12 @@
 """Records composed on the fly from real scans of handwritten digits: a vision-language data set of any size, offline.
 
-| task       | image                          | prompt                                   | answer   |
-|------------|--------------------------------|------------------------------------------|----------|
+| task       | image                          | prompt                                    | answer   |
+|------------|--------------------------------|-------------------------------------------|----------|
 | transcribe | 1 to 5 digits in a strip       | Transcribe the digits from left to right. | 407      |
-| count      | 1 to 6 digits scattered        | How many digits are in the image?        | 4        |
-| add        | 2 or 3 digits in a strip       | Add up the digits.                       | 13       |
-| point      | 2 to 4 distinct ones scattered | Point at the digit 7.                    | (62, 30) |
-| arithmetic | none                           | What is 12 + 7?                          | 19       |
+| count      | 1 to 6 digits scattered        | How many digits are in the image?         | 4        |
+| add        | 2 or 3 digits in a strip       | Add up the digits.                        | 13       |
+| point      | 2 to 4 distinct ones scattered | Point at the digit 7.                     | (62, 30) |
+| arithmetic | none                           | What is 12 + 7?                           | 19       |
 
 A point is the centre of the digit's ink in hundredths of the image's width and height, 0..99 from the top left corner.
 Unconfirmed: the technical report does not state the coordinate format it trains grounding with.
@@ -25,7 +25,6 @@ from PIL import Image
 
 from stepjax.config import DigitsSource, DigitsTask, Split
 from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
-from stepjax.errors import ConfigError
 
 NUM_RECORDS = 10_000_000  # of every source; more than a run reads
 
@@ -35,15 +34,10 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "count": {n: 1 / 6 for n in range(1, 7)},
     "add": {2: 0.5, 3: 0.5},
     "point": {n: 1 / 3 for n in range(2, 5)},
+    "arithmetic": {},
 }
 HELD_OUT_TRANSCRIBE = 3  # digits of every held-out transcription, so that its accuracy reads as one number
 MAX_OPERAND = 20
-
-_PROMPTS = {
-    "transcribe": "Transcribe the digits from left to right.",
-    "count": "How many digits are in the image?",
-    "add": "Add up the digits.",
-}
 
 Problem = tuple[int, str, int]  # left operand, "+" or "-", right operand
 
@@ -55,19 +49,8 @@ class DigitsRecords:
     digit's ink (left, top, right, bottom, in hundredths of the image); and `scan_ids`, the scans in the picture.
     """
 
-    def __init__(self, source: DigitsSource, seed: int, num_digits: int | None = None):
-        """
-        Args:
-            num_digits: digits in every picture. None draws them from `NUM_DIGITS`, except for held-out transcriptions,
-                which have three.
-
-        Raises:
-            ConfigError: the task has no pictures with `num_digits` digits.
-        """
-        self.source = source
-        self.seed = seed
-        self.num_digits = num_digits
-        self._distribution = num_digits_distribution(source, num_digits)
+    def __init__(self, source: DigitsSource, seed: int):
+        self.source, self.seed = source, seed
         key = f"{source.name}/{source.task}/{source.split}".encode()
         self._source_key = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
@@ -75,7 +58,7 @@ class DigitsRecords:
         return NUM_RECORDS
 
     def __repr__(self) -> str:
-        return f"DigitsRecords({self.source!r}, seed={self.seed}, num_digits={self.num_digits})"
+        return f"DigitsRecords({self.source!r}, seed={self.seed})"
 
     def files(self) -> list[dict[str, Any]]:
         return []
@@ -93,7 +76,7 @@ class DigitsRecords:
             content: Any = f"What is {left} {sign} {right}?"
             answer: dict[str, Any] = {"text": str(solve((left, sign, right)))}
         else:
-            image, prompt, answer, scan_ids = self._picture(rng, task)
+            image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
         return {
             "id": f"digits/{task}/{split}/{index}",
@@ -103,44 +86,35 @@ class DigitsRecords:
             "scan_ids": scan_ids,
         }
 
-    def _picture(
-        self, rng: np.random.Generator, task: DigitsTask
-    ) -> tuple[Image.Image, str, dict[str, Any], list[int]]:
-        num_digits = _draw(rng, self._distribution)
+    def _picture(self, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, Any], list[int]]:
+        """Image, prompt, answer and scans."""
+        task = self.source.task
+        num_digits = _draw(rng, num_digits_distribution(self.source))
         # Classes first, then a scan of each: every class is equally likely though they differ in their number of scans.
-        if task == "point":
-            digits = rng.permutation(10)[:num_digits].tolist()
-        else:
-            digits = rng.integers(10, size=num_digits).tolist()
+        digits = rng.permutation(10)[:num_digits] if task == "point" else rng.integers(10, size=num_digits)
         by_class = load_scans().by_class[self.source.split]
         scan_ids = [by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits]
-
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
         image, boxes = compose(rng, scan_ids, layout, augment=self.source.split == "train")
+        match task:
+            case "transcribe":
+                prompt, text = "Transcribe the digits from left to right.", "".join(map(str, digits))
+            case "count":
+                prompt, text = "How many digits are in the image?", str(num_digits)
+            case "add":
+                prompt, text = "Add up the digits.", str(sum(digits))
+            case _:
+                return image, f"Point at the digit {digits[0]}.", _point_answer(boxes[0], layout), scan_ids
+        return image, prompt, {"text": text}, scan_ids
 
-        if task == "point":
-            return image, f"Point at the digit {digits[0]}.", _point_answer(boxes[0], layout), scan_ids
-        texts = {
-            "transcribe": "".join(map(str, digits)),
-            "count": str(num_digits),
-            "add": str(sum(digits)),
-        }
-        return image, _PROMPTS[task], {"text": texts[task]}, scan_ids
 
-
-def num_digits_distribution(source: DigitsSource, num_digits: int | None = None) -> dict[int, float]:
-    """Probability of each number of digits in a source's pictures; empty for arithmetic. See `DigitsRecords`."""
-    distribution = NUM_DIGITS.get(source.task, {})
-    if num_digits is None:
-        is_fixed = source.task == "transcribe" and source.split == "held_out"
-        return {HELD_OUT_TRANSCRIBE: 1.0} if is_fixed else distribution
-    if num_digits not in distribution:
-        allowed = f"one of {list(distribution)}" if distribution else "None: the task has no pictures"
-        raise ConfigError(f"num_digits={num_digits} for the task {source.task!r} of {source.name}: must be {allowed}")
-    return {num_digits: 1.0}
+def num_digits_distribution(source: DigitsSource) -> dict[int, float]:
+    """Probability of each number of digits in a source's pictures; empty for arithmetic."""
+    is_fixed = source.task == "transcribe" and source.split == "held_out"
+    return {HELD_OUT_TRANSCRIBE: 1.0} if is_fixed else NUM_DIGITS[source.task]
 
 
 def arithmetic_problems(split: Split) -> tuple[Problem, ...]:
@@ -153,23 +127,17 @@ def solve(problem: Problem) -> int:
     return left + right if sign == "+" else left - right
 
 
-def _is_held_out(problem: Problem) -> bool:
+def _split_of(problem: Problem) -> Split:
     left, sign, right = problem
     if sign == "+":
         left, right = sorted((left, right))  # 7 + 12 would give 12 + 7 away
-    return zlib.crc32(f"{left}{sign}{right}".encode()) % 5 == 0
+    return "held_out" if zlib.crc32(f"{left}{sign}{right}".encode()) % 5 == 0 else "train"
 
 
-def _all_problems() -> dict[Split, tuple[Problem, ...]]:
-    operands = range(MAX_OPERAND + 1)
-    problems = [(a, sign, b) for sign in "+-" for a in operands for b in operands if sign == "+" or b <= a]
-    return {
-        "train": tuple(problem for problem in problems if not _is_held_out(problem)),
-        "held_out": tuple(problem for problem in problems if _is_held_out(problem)),
-    }
-
-
-_PROBLEMS = _all_problems()
+_OPERANDS = range(MAX_OPERAND + 1)
+_ALL = [(a, sign, b) for sign in "+-" for a in _OPERANDS for b in _OPERANDS if sign == "+" or b <= a]
+_SPLITS: tuple[Split, ...] = ("train", "held_out")
+_PROBLEMS = {split: tuple(problem for problem in _ALL if _split_of(problem) == split) for split in _SPLITS}
 
 
 def _point_answer(box: Box, layout: Layout) -> dict[str, Any]:

@@ -4,8 +4,7 @@ The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels with ink 
 digits that 43 people wrote (UCI "Optical Recognition of Handwritten Digits", Alpaydin and Kaynak, 1998). They are
 divided by source before anything is composed, so that a held-out image shows no scan that training has seen.
 
-All lengths are pixels unless said otherwise; boxes are (left, top, right,
-bottom) with right and bottom exclusive.
+Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom exclusive.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
 from stepjax.progress import progress
-from stepjax.sharding import num_parts
+from stepjax.sharding import axis_size
 from stepjax.training.losses import token_scores
 from stepjax.training.step import Batch, forward
 
@@ -66,7 +66,7 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
     results, items = [], []
     opened = [open_source(source, seed) for source in config.sources]
     counts = [min(config.examples, len(records)) for records in opened]
-    with progress(sum(counts), description="evaluating", shown=jax.process_index() == 0) as bar:
+    with progress(sum(counts), unit=" records", description="evaluating", shown=jax.process_index() == 0) as bar:
         for source, all_records, count in zip(config.sources, opened, counts, strict=True):
             records = [all_records[i] for i in range(count)]
             questions = [record for record in records if is_question(record)]
@@ -101,7 +101,7 @@ def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig, 
         RecordError: an example is longer than the model's positions.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else num_parts("batch", mesh)
+    rows = 1 if mesh.empty else axis_size("batch", mesh)
     longest, total, weight = model.config.decoder.max_positions, 0.0, 0.0
     # Neighbours in a source are of like size; one call more costs less than sorting them all.
     examples = iter(examples)

@@ -72,18 +72,15 @@ def parse_point(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def chance_level(source: DigitsSource, num_digits: int | None = None) -> float:
+def chance_level(source: DigitsSource) -> float:
     """The accuracy that needs no look at the image or the question; computed from the task's distribution.
 
     - transcribe, count, add, arithmetic: the best constant guess. All strings of n digits are equally likely, so for
       three-digit transcriptions that is 1 in 1000; for sums it is the most frequent sum.
     - point: the centre of one of the n digits in the image, at random: the mean of 1 / n. (It does take a look, to see
       where ink is, but none at which digit it is. No constant point does as well.)
-
-    Args:
-        num_digits: as given to `DigitsRecords`.
     """
-    distribution = num_digits_distribution(source, num_digits)
+    distribution = num_digits_distribution(source)
     match source.task:
         case "transcribe":
             return max(probability / 10**n for n, probability in distribution.items())
@@ -132,26 +129,16 @@ class TaskResult:
 
 def summary_table(results: Sequence[TaskResult]) -> str:
     """An aligned text table, one line a result under a header line; percentages, and a loss where one was measured."""
-    rows = [["task", "right", "accuracy", "95 % interval", "chance"]]
+    rows = [["task", "right", "accuracy", "95 % interval", "chance", "loss"]]
     for result in results:
         low, high = result.interval
-        rows.append(
-            [
-                result.name,
-                f"{result.correct}/{result.total}" if result.total else "-",
-                f"{100 * result.accuracy:.1f} %" if result.total else "-",
-                f"{100 * low:.1f} to {100 * high:.1f} %" if result.total else "-",
-                "-" if result.chance is None else f"{100 * result.chance:.1f} %",
-            ]
-        )
-    if any(result.loss is not None for result in results):
-        rows[0].append("loss")
-        for row, result in zip(rows[1:], results, strict=True):
-            row.append("-" if result.loss is None else f"{result.loss:.4f}")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    )
+        chance = "-" if result.chance is None else f"{100 * result.chance:.1f} %"
+        loss = "-" if result.loss is None else f"{result.loss:.4f}"
+        scores = [f"{result.correct}/{result.total}", f"{100 * result.accuracy:.1f} %"]
+        scores += [f"{100 * low:.1f} to {100 * high:.1f} %"]
+        rows.append([result.name, *(scores if result.total else "---"), chance, loss])
+    if all(result.loss is None for result in results):
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join(map("  ".join, lines))

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.flash_attention import Implementation, flash_attention
 from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
-from stepjax.sharding import gather, spec, target_platform
+from stepjax.sharding import all_gather, spec, target_platform
 
 INPUT_NAME = "attention_input"  # of q, k and v, for rematerialisation policies
 
@@ -69,7 +69,7 @@ def attend(
 
     def of_device(q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=None):
         if length_axis is not None:
-            k_BSKH, v_BSKH = (gather(x, length_axis, 1) for x in (k_BSKH, v_BSKH))
+            k_BSKH, v_BSKH = (all_gather(x, length_axis, 1) for x in (k_BSKH, v_BSKH))
 
         def part(q_BTNH, first, q_ids_BT):
             return flash_attention(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from stepjax.sharding import exchange, part_index, parts_of
+from stepjax.sharding import axis_index, axis_size, ppermute
 
 # (queries of a chunk, index of the first one in the row, their segment ids) -> their attention
 PartAttention = Callable[[jax.Array, int | jax.Array, jax.Array | None], jax.Array]
@@ -21,12 +21,12 @@ PartAttention = Callable[[jax.Array, int | jax.Array, jax.Array | None], jax.Arr
 
 def balanced(attend: PartAttention, q_BTNH: jax.Array, ids_BT: jax.Array | None, axis: str) -> jax.Array:
     """Inside `jax.shard_map` over a divided logical axis: attention of this device's queries; [B, T, N, H]."""
-    parts, length = parts_of(axis), q_BTNH.shape[1]
+    parts, length = axis_size(axis), q_BTNH.shape[1]
     if parts % 2 or length % 2:
         # No two permutations bring every device one early and one late chunk.
-        return attend(q_BTNH, part_index(axis) * length, ids_BT)
+        return attend(q_BTNH, axis_index(axis) * length, ids_BT)
 
-    half, me = length // 2, part_index(axis)
+    half, me = length // 2, axis_index(axis)
     early, late = me, 2 * parts - 1 - me
     # First halves are the even chunks: those in the first half of the row go to even devices, the others to odd ones.
     results = []
@@ -34,9 +34,9 @@ def balanced(attend: PartAttention, q_BTNH: jax.Array, ids_BT: jax.Array | None,
         there = [_place(2 * device + which, parts) for device in range(parts)]
         back = [there.index(device) for device in range(parts)]
         own = slice(which * half, (which + 1) * half)
-        q_BCNH = exchange(q_BTNH[:, own], axis, there)
-        ids_BC = None if ids_BT is None else exchange(ids_BT[:, own], axis, there)
-        results.append(exchange(attend(q_BCNH, chunk * half, ids_BC), axis, back))
+        q_BCNH = ppermute(q_BTNH[:, own], axis, there)
+        ids_BC = None if ids_BT is None else ppermute(ids_BT[:, own], axis, there)
+        results.append(ppermute(attend(q_BCNH, chunk * half, ids_BC), axis, back))
     return jnp.concatenate(results, axis=1)
 
 

@@ -17,7 +17,7 @@ from stepjax.config import ModelConfig, NumericsConfig
 from stepjax.models.perception_encoder import PerceptionEncoder
 from stepjax.models.projector import Projector
 from stepjax.models.qwen3 import Qwen3
-from stepjax.sharding import constrain, parts_of, shardings
+from stepjax.sharding import axis_size, constrain, shardings
 
 NO_FEATURE = -1  # feature_index of an ordinary token
 
@@ -36,7 +36,7 @@ class StepVL(nnx.Module):
         """Normalised pixels of M views a row, [B, M, side, side, 3], to embeddings [B, M * tokens of a view, D]."""
         rows, views = views_BMHWC.shape[:2]
         # Devices that share a row share its views; empty ones make the shares equal.
-        empty = -views % parts_of("row_views")
+        empty = -views % axis_size("row_views")
         views_BMHWC = jnp.pad(views_BMHWC, ((0, 0), (0, empty)) + ((0, 0),) * 3)
         views_BMHWC = constrain(views_BMHWC, "batch", "row_views", None, None, None)
         x_MHWC = constrain(views_BMHWC.reshape(-1, *views_BMHWC.shape[2:]), "views", None, None, None)

@@ -83,24 +83,23 @@ class Calls:
                 limit = asyncio.timeout(None)  # the time of a call runs from when it is sent
                 listener = Listener(tell if tells_pieces else None, on_begin=lambda limit=limit: self._limit(limit))
                 self._under_way[at] = listener
+                error: Exception | None = None
                 try:
                     params = dataclasses.replace(self._config.sampling, seed=seed)
                     async with limit:
                         rollout = await self._sampler.sample(prompt, params, listener)
+                    made = record("ok", rollout)
                     if rollout.has_answer or not insists:
-                        return record("ok", rollout)
-                    error, made = None, record("ok", rollout)
-                    attempts.append(_without_answer(made))
+                        return made
                 except EngineFailedError:  # every other call would fail, too, and all would be journaled
                     raise
                 except Exception as failure:
                     if not isinstance(failure, (SamplerError, TimeoutError, StepjaxError)):
-                        _log.exception(
-                            "a call failed unexpectedly"
-                        )  # a broken sampler is no reason to lose the problem
-                    error, failed = failure, record("timeout" if isinstance(failure, TimeoutError) else "error")
-                    attempts.append(_failed(failed, error, listener.num_tokens))
-                    made = dataclasses.replace(failed, error=attempts[-1].error, attempts=tuple(attempts))
+                        _log.exception("a call failed unexpectedly")  # a bug is no reason to lose the problem
+                    error, made = failure, record("timeout" if isinstance(failure, TimeoutError) else "error")
+                attempts.append(_attempt(made, error, listener.num_tokens))
+                if error is not None:
+                    made = dataclasses.replace(made, error=attempts[-1].error, attempts=tuple(attempts))
                 self._notify(AttemptFailed(*at, attempts[-1]))
                 # What observers have seen of an answer cannot be taken back and written anew.
                 self.was_shown |= listener.has_answer
@@ -126,20 +125,16 @@ class Calls:
         return max(random.uniform(0.5, 1) * longest, min(asked or 0, limits.max_backoff_seconds))
 
 
-def _without_answer(made: Trajectory) -> Attempt:
+def _attempt(made: Trajectory, error: Exception | None, num_tokens: int) -> Attempt:
+    """Of a call that failed, or (without an error) returned no answer."""
     rollout = made.rollout
-    return Attempt(
-        status="truncated" if rollout.finish_reason == "length" else "empty",
-        error=f"the model wrote no answer (finish_reason {rollout.finish_reason!r})",
-        seconds=rollout.seconds,
-        output_tokens=rollout.num_tokens,
-    )
-
-
-def _failed(made: Trajectory, error: Exception, num_tokens: int) -> Attempt:
-    text = str(error) or ("no answer in time" if made.status == "timeout" else type(error).__name__)
-    lost = max(num_tokens, error.num_tokens if isinstance(error, SamplerError) else 0)
-    return Attempt(status=made.status, error=text[:2000], seconds=made.rollout.seconds, output_tokens=lost)
+    if error is None:
+        status, lost = "truncated" if rollout.finish_reason == "length" else "empty", rollout.num_tokens
+        text = f"the model wrote no answer (finish_reason {rollout.finish_reason!r})"
+    else:
+        status, lost = made.status, max(num_tokens, error.num_tokens if isinstance(error, SamplerError) else 0)
+        text = str(error) or ("no answer in time" if status == "timeout" else type(error).__name__)
+    return Attempt(status=status, error=text[:2000], seconds=rollout.seconds, output_tokens=lost)
 
 
 def _is_temporary(error: Exception | None) -> bool:

@@ -96,16 +96,10 @@ class ProblemRun:
             notify: called with what happens, in this task or those of its calls.
             pieces: the rounds whose messages observers see while they are written.
         """
-        self.problem, self.sample, self.config, self.matching = (
-            problem,
-            sample,
-            coordinator.config,
-            coordinator.matching,
-        )
+        self.problem, self.sample, self.config = problem, sample, coordinator.config
         self.rounds: list[Round] = []
-        self._sampler, self._template, self._notify, self._pieces = (
-            coordinator.sampler, coordinator.template, notify, pieces
-        )  # fmt: skip
+        self._sampler, self._template, self._matching = coordinator.sampler, coordinator.template, coordinator.matching
+        self._notify, self._pieces = notify, pieces
         self._done = {(each.round, each.index): each for each in done}
         self._address = (self.config.seed, problem.id, sample)
         ends = (each.rollout.start + each.rollout.seconds for each in self._done.values())
@@ -149,7 +143,7 @@ class ProblemRun:
     async def vote(self, of: Round, answered_by: AnsweredBy) -> Outcome:
         """The outcome whose answer most messages of a round agree on."""
         candidates = answers(of.messages)
-        place, _ = await in_thread(plurality, [message.text for message in candidates], self.matching)
+        place, _ = await in_thread(plurality, [message.text for message in candidates], self._matching)
         return self.outcome(of, candidates[place].index, answered_by)
 
     def outcome(self, of: Round, index: int, answered_by: AnsweredBy) -> Outcome:
@@ -282,7 +276,7 @@ class ProblemRun:
         if share is None or width < 2:
             return None
         candidates = [message for message in messages if not message.was_cut]
-        place, votes = await in_thread(plurality, [message.text for message in candidates], self.matching)
+        place, votes = await in_thread(plurality, [message.text for message in candidates], self._matching)
         return candidates[place] if votes >= max(2, math.ceil(share * width)) else None
 
 

@@ -114,12 +114,8 @@ class Tally:
 
     def add(self, outcome: Outcome) -> None:
         totals = outcome.totals
-        self._sums.update(
-            answers=1,
-            failed=outcome.chosen is None,
-            unjudged=_is_unjudged(outcome),
-            **_usage(totals),
-        )
+        states = {"failed": outcome.chosen is None, "unjudged": _is_unjudged(outcome)}
+        self._sums.update(answers=1, **states, **_usage(totals))
         self._finish_reasons.update(totals.finish_reasons)
         if outcome.answered_by is not None:
             self._answered_by[outcome.answered_by] += 1
@@ -152,8 +148,7 @@ class Tally:
             "samples": samples,
             "answers": count,
             "is_complete": count == num_problems * samples,
-            "failed": sums["failed"],
-            "unjudged": sums["unjudged"],
+            **{name: sums[name] for name in ("failed", "unjudged")},
             "matching": matching,
             **self._accuracy(),
             **{name: sums[name] for name in _usage(Totals())},
@@ -186,9 +181,8 @@ class Tally:
                     "mean_seconds": statistics.fmean(latencies),
                     "median_seconds": statistics.median(latencies),
                     "longest_seconds": max(latencies),
-                    "tokens_per_second": sums["output_tokens"] / sum(latencies)
-                    if sum(latencies)
-                    else None,  # a problem
+                    # Of one problem.
+                    "tokens_per_second": sums["output_tokens"] / sum(latencies) if sum(latencies) else None,
                     "prompt_tokens": sums["prompt_tokens"],
                     "shared_prompt_tokens": sums["shared_prompt_tokens"],  # computed once for several calls
                 }

@@ -1,1 +1,5 @@
-"""What a run would need and cost on a TPU that is not here: the real compiler is asked, no device is."""
+"""What a step needs and how long it takes on TPUs, compiled ahead of time for their topology; no TPU needed."""
+
+from typing import Literal
+
+StepKind = Literal["train", "score", "prefill", "decode"]  # steps.py says what each does; it imports JAX, this does not

@@ -1,96 +1,89 @@
-"""`stepjax plan`: its arguments, and what it prints."""
+"""`stepjax plan`: its options, and what it prints."""
 
-import argparse
+import dataclasses
 import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
+
+from stepjax.config import PretrainConfig
+from stepjax.config_file import load_recipe
 from stepjax.errors import ConfigError
-from stepjax.planning.kinds import KINDS
+from stepjax.planning import StepKind
 
-_DESCRIPTION = """Compile a step of a recipe for a TPU topology, on any machine; say what it needs and takes.
+if TYPE_CHECKING:
+    from stepjax.planning.topologies import Topology
 
-Overrides of the recipe (--section.field VALUE) are those of `stepjax pretrain`."""
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Compile a step ahead of time for a TPU topology: its memory, time and MFU.
 
-def run(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0 it fits, 1 it does not, 2 bad usage.
-
-    Raises:
-        ConfigError: the recipe, the topology or their combination cannot work.
+    No TPU is needed. The fields of the recipe are options too, as in `stepjax pretrain`.
     """
-    parser = _parser()
-    if not arguments:
-        parser.print_usage(sys.stderr)
-        return 2
-    try:
-        options, overrides = parser.parse_known_args(list(arguments))
-    except SystemExit as error:  # the message is printed
-        return error.code if isinstance(error.code, int) else 2
-    # Before JAX is imported: a plan takes no device, not even one that is here.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from stepjax.config_file import load_recipe, override
-    from stepjax.interop.init_from import describe, plan_start
-    from stepjax.planning.plan import make_plan
-    from stepjax.planning.report import to_json, to_text
-    from stepjax.planning.topologies import find
 
-    _check(options)
-    topology = find(options.topology, options.slices)
-    preset = load_recipe(options.recipe)
-    config = override(preset, overrides, prog=f"stepjax plan {options.recipe}")
-    starts = describe(plan_start(config, must_exist=False), config)  # before minutes of compilation
-    if options.search:
-        from stepjax.planning.search import search_and_print
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # a file, configs/digits/pretrain.py
+    topology: str  # v5p-128, v5e-256, v6e-256, tpu7x-128, v5p:4x4x8, ...
+    step: StepKind = "train"  # the step to plan: training, scoring, prefill or decoding
+    slices: int = 1  # slices of this topology, joined by the data-centre network; set mesh.slice with it
+    json: bool = False  # print JSON instead of the table
+    hlo: Path | None = None  # file for the text of the compiled program
+    search: bool = False  # try meshes, micro-batches and rematerialisation policies
+    budget_minutes: float = 60.0  # time for --search
+    write: Path | None = None  # file for the best of --search, as a recipe
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
 
-        write = None if options.write is None else Path(options.write)
-        return search_and_print(
-            config,
-            topology,
-            Path(options.recipe),
-            budget_minutes=options.budget_minutes,
-            write=write,
-            as_json=options.json,
-        )
-    plan = make_plan(config, topology, kind=options.step, keep_text=None if options.hlo is None else Path(options.hlo))
-    if options.json:
-        print(json.dumps(to_json(plan) | {"init_from": starts}, indent=1))
-    else:
-        print("\n".join([to_text(plan), *(["parameters start", *(f"  {line}" for line in starts)] if starts else [])]))
-    return 0 if plan.fits else 1
+    def run(self) -> int:
+        """Returns 0 if the step fits, 1 if it does not.
 
+        Raises:
+            ConfigError: the recipe, the topology or their combination cannot work.
+        """
+        # Before JAX is imported: a plan uses no device, even if there is one.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from stepjax.interop.init_from import describe, plan_start
+        from stepjax.planning import plan, report, topologies
 
-def _check(options: argparse.Namespace) -> None:
-    if options.budget_minutes <= 0:
-        raise ConfigError(f"--budget-minutes {options.budget_minutes}: must be positive")
-    if options.search and options.step != "train":
-        raise ConfigError(f"--step {options.step}: --search is for training; leave one of them out")
-    if options.write is not None and not options.search:
-        raise ConfigError(f"--write {options.write}: it writes what --search finds; give that too")
-    for name in ("hlo", "write"):
-        path = getattr(options, name)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"--{name} {path}: there is no directory {Path(path).absolute().parent}")
+        self._check()
+        topology = topologies.find(self.topology, self.slices)
+        starts = describe(plan_start(self.config, must_exist=False), self.config)  # before minutes of compilation
+        if self.search:
+            return self._search(topology)
+        made = plan.make_plan(self.config, topology, kind=self.step, keep_text=self.hlo)
+        if self.json:
+            print(json.dumps(report.to_json(made) | {"init_from": starts}, indent=1))
+        else:
+            lines = ["parameters start", *(f"  {line}" for line in starts)] if starts else []
+            print("\n".join([report.to_text(made), *lines]))
+        return 0 if made.fits else 1
 
+    def _check(self) -> None:
+        if self.budget_minutes <= 0:
+            raise ConfigError(f"--budget-minutes {self.budget_minutes}: must be positive")
+        if self.search and self.step != "train":
+            raise ConfigError(f"--step {self.step}: --search is for training; leave one of them out")
+        if self.write is not None and not self.search:
+            raise ConfigError(f"--write {self.write}: it writes what --search finds; add --search")
+        for name, path in (("hlo", self.hlo), ("write", self.write)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"--{name} {path}: there is no directory {path.absolute().parent}")
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="stepjax plan",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="a file such as configs/step3_vl_10b/pretrain.py")
-    parser.add_argument("--topology", required=True, help="v5p-128, v5e-256, v6e-256, tpu7x-128, v5p:4x4x8, ...")
-    parser.add_argument(
-        "--step", choices=KINDS, default="train", help="what is planned: train (default), score, prefill or decode"
-    )
-    parser.add_argument("--slices", type=int, default=1, help="slices joined by the data-centre network (default 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--hlo", metavar="FILE", help="leave the compiled program's text here")
-    parser.add_argument("--search", action="store_true", help="try meshes, batches, remat policies and accumulations")
-    parser.add_argument("--budget-minutes", type=float, default=60.0, help="how long to search (default 60)")
-    parser.add_argument("--write", metavar="FILE", help="write the best of --search as a recipe")
-    return parser
+    def _search(self, topology: "Topology") -> int:
+        from stepjax.planning.search import outcome, search, write_recipe
+
+        say: Callable[[str], None] = (lambda line: None) if self.json else (lambda line: print(line, flush=True))
+        found = search(self.config, topology, budget_seconds=60 * self.budget_minutes, say=say)
+        best = found.best
+        if self.json:
+            print(json.dumps(found.to_json(), indent=1))
+        say(f"\n{found.to_text(load_recipe(self.recipe))}")
+        if best is None:
+            return 1
+        if self.write is not None:
+            headline = f"{topology.name}, {topology.slices} slice(s): {outcome(best)}, by the compiler's estimate"
+            write_recipe(self.write, Path(self.recipe), best.config, headline)
+            say(f"\nwritten to {self.write}; train it with: stepjax pretrain {self.write}")
+        return 0

@@ -1,108 +1,155 @@
-"""How long one operation keeps the core: the compiler's cycles, or what stands in for them where it gives none."""
+"""How long one operation occupies the core: the compiler's cycles, or a substitute where it gives none.
 
+The compiler estimates no cycles for Mosaic kernels. Attention kernels take their useful FLOPs over the rate of their
+static schedule, other kernels what their author stated. Everything else takes the time to move its bytes through HBM.
+"""
+
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
 from stepjax.chips import DeviceFacts
+from stepjax.config import PretrainConfig
 from stepjax.planning.hlo import Array, Operation, Program, arrays
-from stepjax.planning.kernel_rates import Kernel, Pass, flop_per_bundle
 
-Kind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
+CostKind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
+Pass = Literal["forward", "backward"]
+AttentionRate = Callable[[str, Pass, int, int], float]  # useful FLOPs a bundle: chip, pass, head size, keys
 
+# Custom calls that only rename or reserve memory.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
-_FREE_CALLS |= {
-    "Sharding",
-    "SPMDFullToShardShape",
-    "SPMDShardToFullShape",
-    "PinVmem",
-    "LayoutConstraint",
-    "ZeroCrop",
-    "SliceId",
-}
-# Useful FLOPs a bundle of an attention kernel: (chip, pass, head size, keys, kernel).
-AttentionRate = Callable[[str, Pass, int, int, Kernel], float]
+_FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "PinVmem", "LayoutConstraint", "ZeroCrop"}
+_FREE_CALLS |= {"SliceId"}
 _SHARE_OF_PEAK = 0.5  # reached by kernels whose schedule we have not read
+
+# Useful floating-point operations of our kernel in a bundle (an instruction word; a core issues one a cycle), for these
+# (head size, sequence length). Useful are pairs that are attended to: of causal ones the triangle. Sequences without
+# segments; stalls on memory are not included. From benchmarks/results/attention_schedules.json (libtpu 0.0.52), which
+# `python benchmarks/attention_schedules.py` writes.
+_SHAPES = ((96, 1296), (96, 2704), (128, 4096), (128, 8192), (128, 32768))
+_RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
+    ("v5e", "forward"): (83_795, 94_591, 107_519, 115_608, 122_522),
+    ("v5e", "backward"): (83_360, 94_058, 112_793, 119_872, 125_793),
+    ("v5p", "forward"): (83_546, 92_963, 105_530, 114_507, 122_309),
+    ("v5p", "backward"): (82_825, 92_870, 109_557, 117_874, 124_992),
+    ("v6e", "forward"): (169_819, 203_660, 231_447, 268_645, 305_466),
+    ("v6e", "backward"): (166_815, 196_395, 247_954, 277_238, 304_180),
+    ("tpu7x", "forward"): (160_003, 195_220, 229_371, 269_861, 311_041),
+    ("tpu7x", "backward"): (144_704, 172_190, 243_838, 274_288, 302_632),
+}
+# The same with segment ids at head size 128, for these tokens of a segment: smaller tiles, and masks on the diagonal
+# (benchmarks/packed_attention_rates.py).
+_SEGMENTS = (4096, 32768)
+_PACKED_RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
+    ("v5e", "forward"): (93_568, 114_800),
+    ("v5e", "backward"): (109_313, 123_890),
+    ("v5p", "forward"): (91_761, 115_566),
+    ("v5p", "backward"): (106_968, 124_149),
+    ("v6e", "forward"): (157_152, 241_162),
+    ("v6e", "backward"): (210_595, 271_346),
+    ("tpu7x", "forward"): (161_041, 248_494),
+    ("tpu7x", "backward"): (196_074, 264_835),
+}
+
+
+def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int) -> float:
+    """The rate at the nearest head size, and there the nearest length; tiny sequences are slower than that."""
+
+    def distance(shape: tuple[int, int]) -> tuple[float, float]:
+        return abs(math.log(shape[0] / head_dim)), abs(math.log(shape[1] / max(length, 1)))
+
+    return float(_RATES[chip, direction][_SHAPES.index(min(_SHAPES, key=distance))])
+
+
+def attention_rate(config: PretrainConfig) -> AttentionRate:
+    """The rate of this job's kernels.
+
+    The decoder's kernels take segment ids and skip what lies between segments. We assume rows full of the longest
+    examples; the kernel states the FLOPs of whole rows.
+    """
+    batch = config.batch
+    share = batch.attention_pairs / (batch.tokens * (batch.tokens + 1) / 2)
+    segment = batch.example_tokens or batch.tokens
+    nearest = min(range(len(_SEGMENTS)), key=lambda i: abs(math.log(_SEGMENTS[i] / segment)))
+
+    def rate(chip: str, direction: Pass, head_dim: int, length: int) -> float:
+        if head_dim != config.model.decoder.head_dim or length != batch.tokens:
+            return flop_per_bundle(chip, direction, head_dim, length)
+        return _PACKED_RATES[chip, direction][nearest] / share
+
+    return rate
 
 
 class CoreTime:
-    def __init__(
-        self,
-        program: Program,
-        facts: DeviceFacts,
-        unknown: Counter[str],
-        attention_rate: AttentionRate = flop_per_bundle,
-    ):
-        """`unknown` gathers what could not be read."""
-        self.program, self.facts, self.unknown, self.attention_rate = program, facts, unknown, attention_rate
+    def __init__(self, program: Program, facts: DeviceFacts, unknown: Counter[str], rate: AttentionRate):
+        """`unknown` counts what could not be read."""
+        self.program, self.facts, self.unknown, self.rate = program, facts, unknown, rate
 
-    def occupied(self, computation: str, operation: Operation) -> tuple[Kind, float]:
+    def occupied(self, computation: str, operation: Operation) -> tuple[CostKind, float]:
+        """What the seconds rest on, and the seconds."""
         if (cycles := operation.cycles) is not None:
             return "cycles", cycles / self.facts.clock_hz
         target = operation.custom_call_target
+        read = self.program.operand_arrays(computation, operation)
         if target == "tpu_custom_call":
-            return self._kernel(computation, operation)
+            return self._kernel(operation, read)
         if target in _FREE_CALLS:
             return "cycles", 0.0
         if target is not None:
             self.unknown[f"custom call {target}"] += 1
-        read = [array for array in self.program.operand_arrays(computation, operation) if array.in_hbm]
-        written = [array for array in arrays(operation.shape) if array.in_hbm]
-        if operation.opcode in ("dynamic-update-slice", "dynamic-slice", "slice"):
-            # In place, or a part only: what moves is the smaller side, in and out.
-            moved = 2 * min((a.bytes for a in read + written if a.dims), default=0)
-        elif self._does("gather", operation):  # of a table, the rows that are wanted
-            result = sum(a.bytes for a in written)
-            moved = result + sum(min(a.bytes, result) for a in read)
-        elif self._does("scatter", operation) and written and any(a.dims == written[0].dims for a in read):
-            # In place: rows are read, changed and written; the rest of the target stays where it is.
-            moved = 3 * sum(a.bytes for a in read if a.dims != written[0].dims)
-        else:
-            moved = sum(a.bytes for a in read + written)
-        return "bytes", moved / self.facts.hbm_bandwidth
+        return "bytes", self._bytes_moved(operation, read) / self.facts.hbm_bandwidth
 
-    def _does(self, opcode: str, operation: Operation) -> bool:
-        """Whether an operation, or a fusion's inside, is of a kind."""
-        called = operation.called if operation.opcode == "fusion" else ()
-        return operation.opcode == opcode or any(
-            self.program.contains(name, lambda inner: inner.opcode == opcode) for name in called
-        )
-
-    def _kernel(self, computation: str, operation: Operation) -> tuple[Kind, float]:
-        read = self.program.operand_arrays(computation, operation)
-        stated = operation.cost_estimate
+    def _kernel(self, operation: Operation, read: list[Array]) -> tuple[CostKind, float]:
         if attention := attention_call(operation, read):
-            direction, head_dim, length, flops, kernel = attention
-            rate = self.attention_rate(self.facts.chip, direction, head_dim, length, kernel)
+            direction, head_dim, length, flops = attention
+            rate = self.rate(self.facts.chip, direction, head_dim, length)
             return "attention kernel", flops / (rate * self.facts.clock_hz * self.facts.cores)
+        stated = operation.cost_estimate
         if not stated:
             self.unknown[f"kernel without a cost estimate: {operation.name}"] += 1
         moved = stated.get("bytes_accessed") or sum(a.bytes for a in [*read, *arrays(operation.shape)])
         computed = stated.get("flops", 0) / (self.facts.peak_flops * _SHARE_OF_PEAK)
         return "kernel", max(computed, moved / self.facts.hbm_bandwidth)
 
+    def _bytes_moved(self, operation: Operation, read: list[Array]) -> int:
+        read = [array for array in read if array.in_hbm]
+        written = [array for array in arrays(operation.shape) if array.in_hbm]
+        result = sum(a.bytes for a in written)
+        if operation.opcode in ("dynamic-update-slice", "dynamic-slice", "slice"):
+            # In place, or of a part only: the smaller side moves, in and out.
+            return 2 * min((a.bytes for a in read + written if a.dims), default=0)
+        if self._does("gather", operation):  # reads only the wanted rows of a table
+            return result + sum(min(a.bytes, result) for a in read)
+        if self._does("scatter", operation) and written and any(a.dims == written[0].dims for a in read):
+            # In place: rows are read, changed and written back; the rest of the target does not move.
+            return 3 * sum(a.bytes for a in read if a.dims != written[0].dims)
+        return result + sum(a.bytes for a in read)
 
-def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float, Kernel] | None:
-    """Direction, head size, keys, useful FLOPs and maker of an attention kernel's call; None of any other kernel.
+    def _does(self, opcode: str, operation: Operation) -> bool:
+        """Whether an operation, or something fused into it, has this opcode."""
+        fused = operation.opcode == "fusion" and self.program.inside(operation, lambda op: op.opcode == opcode)
+        return operation.opcode == opcode or bool(fused)
 
-    Queries come first among the operands of rank 4, [B, N, T, H] or [B, N, H, T], keys after them. Our kernel states
-    the FLOPs of the pairs it computes, with its padding of the queries; that padding is taken off. Splash attention
-    states none (JAX's) or those of other pairs than it computes (tokamax's). It is taken to be causal, as in decoders.
+
+def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float] | None:
+    """Direction, head size, keys and useful FLOPs of an attention kernel's call; None for any other kernel.
+
+    The first operands of rank 4 are the queries, [B, N, T, H] or [B, N, H, T], and the keys. Our kernel states the
+    FLOPs of the pairs it computes, including the padding of the queries, which we take off. Splash attention (in
+    MaxText's programs: benchmarks/plan_vs_maxtext.py) states none, or those of other pairs than it computes; we assume
+    causal attention, as in decoders.
     """
-    names = f"{operation.name} {operation.op_name}"
-    kernel: Kernel | None = "ours" if "flash_attention" in names else None
-    if "splash" in names:
-        # Only tokamax's states a cost; its name is in the path of the source at best.
-        kernel = "tokamax" if "tokamax" in names or operation.cost_estimate.get("flops") else "jax_splash"
+    names, stated = f"{operation.name} {operation.op_name}", operation.cost_estimate.get("flops")
+    is_splash = "splash" in names
     operands = [array for array in read if len(array.dims) == 4 and array.dtype in ("bf16", "f32", "f16")]
-    if kernel is None or len(operands) < 2 or (kernel == "ours" and not operation.cost_estimate.get("flops")):
+    if not (is_splash or ("flash_attention" in names and stated)) or len(operands) < 2:
         return None
-    backward = any(word in operation.name for word in ("backward", "bwd", "dq", "dkv"))
+    direction = "backward" if any(word in operation.name for word in ("backward", "bwd", "dq", "dkv")) else "forward"
     (rows, heads, *query), (_, _, *key) = operands[0].dims, operands[1].dims
     (head_dim, queries), keys = sorted(query), max(key)
-    if kernel == "ours":
-        padding = min(1.0, keys / queries) if queries < 2 * keys else 1.0
-        flops = operation.cost_estimate["flops"] * padding
+    if is_splash or not stated:
+        flops = (10 if direction == "backward" else 4) * rows * heads * head_dim * queries * keys / 2
     else:
-        flops = (10 if backward else 4) * rows * heads * head_dim * queries * keys / 2
-    return "backward" if backward else "forward", head_dim, keys, flops, kernel
+        flops = stated * (min(1.0, keys / queries) if queries < 2 * keys else 1.0)
+    return direction, head_dim, keys, flops

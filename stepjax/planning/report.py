@@ -1,102 +1,112 @@
-"""A plan in words and in JSON."""
+"""A plan as text and as JSON, and what would make a step fit that does not."""
 
 import dataclasses
+import math
+import os
+from collections.abc import Iterator
 from typing import Any
 
-from stepjax.config import NumericsConfig
+from stepjax.config import NumericsConfig, PretrainConfig
 from stepjax.figures import human_number
-from stepjax.planning.memory import advice
-from stepjax.planning.parts import COLLECTIVES, PARTS
-from stepjax.planning.plan import REFERENCE_TOKENS, Plan
-from stepjax.planning.work import rows_at_once
+from stepjax.planning.estimate import EXPOSED_COLLECTIVES, PARTS, Estimate
+from stepjax.planning.hlo import Operation
+from stepjax.planning.plan import StepPlan
+from stepjax.planning.steps import rows_at_once
+from stepjax.training.footprint import parameter_count, predict_memory
 
+_REFERENCE_TOKENS = 1.2e12  # STEP3-VL-10B's pretraining
+_DAY = 86_400
 _DIRECTIONS = ("forward", "recomputed", "backward")
+_RESTS_ON = {
+    "cycles": "the compiler's cycles",
+    "attention kernel": "attention kernels' static schedules",
+    "kernel": "what other kernels state",
+    "bytes": "bytes moved",
+    "collective": "bytes on the wires",
+    "copy": "waits for copies",
+    "sparsecore": "waits for the SparseCore",
+}
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: StepPlan) -> dict[str, Any]:
     """Every figure of a plan; sizes in GiB of one device, times in seconds. What is unknown is null."""
-    facts, config, step = plan.topology.facts, plan.config, plan.step
+    config, topology, step, rate = plan.config, plan.topology, plan.step, plan.tokens_per_second
     fields: dict[str, Any] = {
         "name": config.name,
         "step": plan.kind,
-        "topology": plan.topology.name,
-        "slices": plan.topology.slices,
-        "chips": plan.topology.chips,
-        "devices": plan.topology.num_devices,
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": topology.chips,
+        "devices": topology.num_devices,
         "mesh": plan.mesh,
         "remat": config.numerics.remat,
         "encoder_remat": config.numerics.policy_of_encoder,
         "batch": dataclasses.asdict(config.batch),
-        "parameters": plan.parameters,
+        "parameters": parameter_count(config.model),
         "fits": plan.fits,
-        "hbm_gib": _rounded(plan.hbm_gib),
+        "hbm_gib": round(plan.hbm_gib, 3),
         "hbm_limit_gib": plan.limit_gib,
-        "hbm_gib_by_kind": {name: _rounded(value) for name, value in dataclasses.asdict(plan.memory).items()},
+        "hbm_gib_by_kind": {name: round(value, 3) for name, value in dataclasses.asdict(plan.memory).items()},
         "hbm_source": "compiler" if plan.fits else "compiler's refusal, kinds by arithmetic",
         "model_flops_per_step": plan.flops,
-        "peak_flops_per_device": facts.peak_flops,
-        "estimated_step_seconds": None,
-        "estimated_mfu": None,
-        "tokens_per_step": plan.tokens_per_step,
-        "tokens_per_second": None,
-        "tokens_per_second_per_chip": None,
-        "images_per_second": None,
-        "days_for_1_2t_tokens": None,
-        "compile_seconds": _rounded(step.seconds),
-        "host_memory_gib": _rounded(step.host_gib),
-    }
-    if plan.estimate is None:
-        assert step.shortage is not None
-        needed = step.shortage.needed_gib
-        if plan.kind == "train":
-            fields["advice"] = advice(config, plan.topology.num_devices, plan.limit_gib, needed)
-        fields["message"] = step.shortage.message
-        return fields
-    rate = plan.tokens_per_step / plan.estimate.seconds
-    return fields | {
-        "estimated_step_seconds": plan.estimate.seconds,
+        "peak_flops_per_device": topology.facts.peak_flops,
+        "estimated_step_seconds": None if plan.estimate is None else plan.estimate.seconds,
         "estimated_mfu": plan.mfu,
+        "tokens_per_step": plan.tokens_per_step,
         "tokens_per_second": rate,
-        "tokens_per_second_per_chip": rate / plan.topology.chips,
+        "tokens_per_second_per_chip": None if rate is None else rate / topology.chips,
         "images_per_second": plan.images_per_second,
-        "days_for_1_2t_tokens": REFERENCE_TOKENS / rate / 86_400 if plan.kind == "train" else None,
-        "seconds_by_part": _by_part(plan),
-        "seconds_by_source_of_estimate": {k[0]: s for k, s in plan.estimate.seconds_by("kind").items()},
-        "collectives": _collectives(plan),
-        "largest_costs": [dataclasses.asdict(item) for item in plan.largest_costs()],
-        "not_understood": dict(plan.estimate.unknown),
+        "days_for_1_2t_tokens": _REFERENCE_TOKENS / rate / _DAY if rate and plan.kind == "train" else None,
+        "compile_seconds": round(step.seconds, 3),
+        "host_memory_gib": round(step.host_gib, 3),
     }
+    if plan.estimate is not None:
+        return fields | {
+            "seconds_by_part": _by_part(plan.estimate),
+            "seconds_by_source_of_estimate": {key[0]: s for key, s in plan.estimate.seconds_by("kind").items()},
+            "collectives": _collectives(plan.estimate),
+            "largest_costs": _largest_costs(plan.estimate),
+            "not_understood": dict(plan.estimate.unknown),
+        }
+    assert step.shortage is not None
+    if plan.kind == "train":
+        fields["advice"] = advice(config, topology.num_devices, plan.limit_gib, step.shortage.needed_gib)
+    return fields | {"message": step.shortage.message}
 
 
-def policies(numerics: NumericsConfig) -> str:
-    """The rematerialisation policies of the two towers, in a word where they are the same."""
-    own = numerics.policy_of_encoder
-    return numerics.remat if own == numerics.remat else f"{numerics.remat}, of the encoder {own}"
-
-
-def to_text(plan: Plan) -> str:
+def to_text(plan: StepPlan) -> str:
     """One page."""
-    config, topology, batch = plan.config, plan.topology, plan.config.batch
+    topology, slices = plan.topology, plan.topology.slices
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
-    per_device = batch.rows / batch.accumulation / _row_groups(plan)
+    mark = "" if plan.fits else f"  DOES NOT FIT: {plan.hbm_gib - plan.limit_gib:.1f} GiB too much"
     lines = [
-        f"{config.name} on {topology.name}{f', {topology.slices} slices' if topology.slices > 1 else ''}: "
+        f"{plan.config.name} on {topology.name}{f', {slices} slices' if slices > 1 else ''}: "
         f"{topology.chips} chips, {topology.num_devices} devices",
-        f"  {plan.kind}; mesh {axes}; {_shape(plan, per_device)}",
+        f"  {plan.kind}; mesh {axes}; {_shape(plan)}",
         "",
-        f"parameters   {plan.parameters:,}",
+        f"parameters   {parameter_count(plan.config.model):,}",
         f"model FLOPs  {plan.flops:.3g} a step with all slots full",
         "",
-        *_memory_lines(plan),
-        "",
+        f"HBM          {plan.hbm_gib:.2f} GiB of {plan.limit_gib:.2f} on each device{mark}",
     ]
-    lines += _time_lines(plan) if plan.estimate is not None else _shortage_lines(plan)
+    if not plan.fits:
+        known = "by arithmetic" if plan.kind == "train" else "the arguments"
+        lines.append(f"  {known}, since the compiler gives only the sum:")
+    lines += [f"  {name:<12} {value:8.2f}" for name, value in dataclasses.asdict(plan.memory).items()]
+    lines += ["", *(_shortage_lines(plan) if plan.estimate is None else _time_lines(plan, plan.estimate)), ""]
     lines.append(f"compiled in {plan.step.seconds:.0f} s, with {plan.step.host_gib:.1f} GiB of host memory at most")
     return "\n".join(lines)
 
 
-def _shape(plan: Plan, per_device: float) -> str:
-    batch, rows = plan.config.batch, rows_at_once(plan.kind, plan.config)
+def policies(numerics: NumericsConfig) -> str:
+    """The rematerialisation policies of the two towers; one if they are the same."""
+    own = numerics.policy_of_encoder
+    return numerics.remat if own == numerics.remat else f"{numerics.remat}, of the encoder {own}"
+
+
+def _shape(plan: StepPlan) -> str:
+    batch, rows, mesh = plan.config.batch, rows_at_once(plan.kind, plan.config), plan.mesh
+    per_device = batch.rows / batch.accumulation / math.prod(list(mesh.values())[:3])
     if plan.kind == "decode":
         return f"{rows:,} sequences with caches of {batch.tokens:,} tokens, {per_device:g} a group of devices"
     shape = f"{rows:,} rows of {batch.tokens:,} tokens, {batch.global_views} global views and {batch.crops} crops"
@@ -106,103 +116,51 @@ def _shape(plan: Plan, per_device: float) -> str:
     return f"{shape}, {parts}; remat {policies(plan.config.numerics)}"
 
 
-def _memory_lines(plan: Plan) -> list[str]:
-    mark = "" if plan.fits else f"  DOES NOT FIT: {plan.hbm_gib - plan.limit_gib:.1f} GiB too much"
-    lines = [f"HBM          {plan.hbm_gib:.2f} GiB of {plan.limit_gib:.2f} on each device{mark}"]
-    if not plan.fits:
-        known = "by arithmetic" if plan.kind == "train" else "the arguments"
-        lines.append(f"  {known}, since the compiler tells only the sum:")
-    lines += [f"  {name:<12} {value:8.2f}" for name, value in dataclasses.asdict(plan.memory).items()]
-    return lines
-
-
-def _shortage_lines(plan: Plan) -> list[str]:
-    shortage = plan.step.shortage
-    assert shortage is not None
-    if plan.kind != "train":
-        return ["what would help: more devices, a larger mesh.tensor, fewer rows at a time or shorter ones", ""]
-    lines = ["what would help, by arithmetic (plan again to be sure):"]
-    found = advice(plan.config, plan.topology.num_devices, plan.limit_gib, shortage.needed_gib)
-    if found:
-        return [*lines, *(f"  {line}" for line in found), ""]
-    return [*lines, "  nothing that this batch divides into: more devices, or fewer tokens or views a row", ""]
-
-
-def _time_lines(plan: Plan) -> list[str]:
-    estimate = plan.estimate
-    assert estimate is not None and plan.mfu is not None
-    assert plan.tokens_per_second is not None
-    tokens, images, day = plan.tokens_per_second, plan.images_per_second, 86_400
-    unit, scale = ("seconds", 1.0) if estimate.seconds >= 1 else ("milliseconds", 1e3)
-    lines = [
-        f"step         {_time(estimate.seconds)} by the compiler's estimate, MFU {plan.mfu:.1%}",
-        f"             {human_number(tokens)} tokens/s ({human_number(tokens / plan.topology.chips)} a chip), "
-        f"{human_number(tokens * day)} a day",
-        *(
-            []
-            if images is None
-            else [f"             {human_number(images)} images/s, {human_number(images * day)} a day"]
-        ),
-        *(
-            [f"             {REFERENCE_TOKENS / tokens / day:,.1f} days for 1.2T tokens"]
-            if plan.kind == "train"
-            else []
-        ),
-        "",
-        f"  {unit:<43} {'forward':>9} {'recomp.':>9} {'backward':>9} {'all':>9}",
-    ]
-    by = _by_part(plan)
-    for part in PARTS:
-        row = by.get(part)
-        if row and sum(row.values()):
-            cells = "".join(f" {scale * row.get(direction, 0):9.4f}" for direction in _DIRECTIONS)
-            lines.append(f"  {part:<43}{cells} {scale * sum(row.values()):9.4f}")
-    lines += ["", "  collectives                 times     group   GB sent    on wire   exposed"]
-    for name, row in _collectives(plan).items():
-        lines.append(
+def _time_lines(plan: StepPlan, estimate: Estimate) -> Iterator[str]:
+    tokens, images, mfu, seconds = plan.tokens_per_second, plan.images_per_second, plan.mfu, estimate.seconds
+    assert tokens is not None and mfu is not None
+    unit, short, scale = ("seconds", "s", 1.0) if seconds >= 1 else ("milliseconds", "ms", 1e3)
+    yield f"step         {scale * seconds:.3f} {short} by the compiler's estimate, MFU {mfu:.1%}"
+    a_chip = human_number(tokens / plan.topology.chips)
+    yield f"             {human_number(tokens)} tokens/s ({a_chip} a chip), {human_number(tokens * _DAY)} a day"
+    if images is not None:
+        yield f"             {human_number(images)} images/s, {human_number(images * _DAY)} a day"
+    if plan.kind == "train":
+        yield f"             {_REFERENCE_TOKENS / tokens / _DAY:,.1f} days for 1.2T tokens"
+    yield from ("", f"  {unit:<43} {'forward':>9} {'recomp.':>9} {'backward':>9} {'all':>9}")
+    for part, row in _by_part(estimate).items():
+        if total := sum(row.values()):
+            cells = "".join(f" {scale * row[direction]:9.4f}" for direction in _DIRECTIONS)
+            yield f"  {part:<43}{cells} {scale * total:9.4f}"
+    yield from ("", "  collectives                 times     group   GB sent    on wire   exposed")
+    for name, row in _collectives(estimate).items():
+        yield (
             f"  {name:<22} {row['times']:>10,} {row['largest_group']:>9,} {row['wire_gb']:9.2f} "
             f"{scale * row['seconds']:9.4f} {scale * row['exposed_seconds']:9.4f}"
         )
-    lines += ["", "  largest costs"]
-    for item in plan.largest_costs():
-        lines.append(f"  {scale * item.seconds:9.4f}  {item.part:<20.20} {item.what:<28.28} {item.source}")
-    lines += ["", *_trust_lines(plan)]
-    return lines
+    yield from ("", "  largest costs")
+    for row in _largest_costs(estimate):
+        yield f"  {scale * row['seconds']:9.4f}  {row['part']:<20.20} {row['what']:<28.28} {row['source']}"
+    by_kind = {key[0]: spent for key, spent in estimate.seconds_by("kind").items()}
+    shares = [f"{_RESTS_ON[kind]} {spent / seconds:.1%}" for kind, spent in by_kind.items() if spent]
+    yield from ("", f"rests on: {', '.join(shares)}")
+    for what, count in estimate.unknown.items():
+        yield f"NOT UNDERSTOOD, {count} times: {what}"
+    yield "does not see: stalls inside operations, stragglers, the host's input, checkpoints"
 
 
-def _trust_lines(plan: Plan) -> list[str]:
-    estimate = plan.estimate
-    assert estimate is not None
-    by = {key[0]: seconds for key, seconds in estimate.seconds_by("kind").items()}
-    names = {
-        "cycles": "the compiler's cycles",
-        "attention kernel": "attention kernels' static schedules",
-        "kernel": "what other kernels state",
-        "bytes": "bytes moved",
-        "collective": "bytes on the wires",
-        "copy": "waits for copies",
-        "sparsecore": "waits for the SparseCore",
-    }
-    shares = [f"{names[kind]} {seconds / estimate.seconds:.1%}" for kind, seconds in by.items() if seconds]
-    lines = [f"rests on: {', '.join(shares)}"]
-    lines += [f"NOT UNDERSTOOD, {count} times: {what}" for what, count in estimate.unknown.items()]
-    return [*lines, "does not see: stalls inside operations, stragglers, the host's input, checkpoints", ""]
-
-
-def _by_part(plan: Plan) -> dict[str, dict[str, float]]:
-    assert plan.estimate is not None
-    found = plan.estimate.seconds_by("part", "direction")
+def _by_part(estimate: Estimate) -> dict[str, dict[str, float]]:
+    found = estimate.seconds_by("part", "direction")
     return {
         part: {direction: found.get((part, direction), 0.0) for direction in _DIRECTIONS}
         for part in PARTS
-        if any((part, direction) in found for direction in _DIRECTIONS) or part == COLLECTIVES
+        if any((part, direction) in found for direction in _DIRECTIONS) or part == EXPOSED_COLLECTIVES
     }
 
 
-def _collectives(plan: Plan) -> dict[str, dict[str, float]]:
-    assert plan.estimate is not None
+def _collectives(estimate: Estimate) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
-    for traffic in plan.estimate.traffic:
+    for traffic in estimate.traffic:
         row = rows.setdefault(
             traffic.kind, {"times": 0, "largest_group": 0, "wire_gb": 0.0, "seconds": 0.0, "exposed_seconds": 0.0}
         )
@@ -214,14 +172,83 @@ def _collectives(plan: Plan) -> dict[str, dict[str, float]]:
     return dict(sorted(rows.items(), key=lambda entry: -entry[1]["seconds"]))
 
 
-def _row_groups(plan: Plan) -> int:
-    slices, data, fsdp, _, _ = plan.config.mesh.shape(plan.topology.num_devices)
-    return slices * data * fsdp
+def _largest_costs(estimate: Estimate, count: int = 10) -> list[dict[str, Any]]:
+    """The operations that one line of source made, in one part: JAX's primitive, or the collective."""
+    lines: dict[tuple[str, str, str], dict[str, float]] = {}
+    for cost in estimate.costs:
+        operation = cost.operation
+        what = operation.opcode.removesuffix("-done") if cost.kind == "collective" else cost.scope.rpartition("/")[2]
+        seconds = lines.setdefault((_place(operation), cost.part, cost.kind), {})
+        seconds[what or operation.opcode] = seconds.get(what or operation.opcode, 0.0) + cost.seconds
+    rows = []
+    for (source, part, kind), seconds in sorted(lines.items(), key=lambda line: -sum(line[1].values()))[:count]:
+        what = max(seconds, key=lambda name: seconds[name])
+        rows.append({"source": source, "part": part, "kind": kind, "what": what, "seconds": sum(seconds.values())})
+    return rows
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.3f} ms"
+def _place(operation: Operation) -> str:
+    """ "stepjax/models/qwen3.py:84", or the compiler's name if it gives no line."""
+    if operation.source is None:
+        return f"({operation.name})"
+    file, line = operation.source
+    relative = os.path.relpath(file)
+    return f"{file if relative.startswith('..') else relative}:{line}"
 
 
-def _rounded(value: float) -> float:
-    return round(value, 3)
+def _shortage_lines(plan: StepPlan) -> list[str]:
+    assert plan.step.shortage is not None
+    if plan.kind != "train":
+        return ["what would help: more devices, a larger mesh.tensor, fewer rows at a time or shorter ones"]
+    found = advice(plan.config, plan.topology.num_devices, plan.limit_gib, plan.step.shortage.needed_gib)
+    found = found or ["nothing that this batch divides into: more devices, or fewer tokens or views a row"]
+    return ["what would help, by arithmetic (plan again to be sure):", *(f"  {line}" for line in found)]
+
+
+def advice(config: PretrainConfig, num_devices: int, limit_gib: float, needed_gib: float | None) -> list[str]:
+    """Changes that would cut the memory of a device, each with the arithmetic's figure.
+
+    The smallest sufficient change comes first; of the insufficient ones, only the three that save most are listed.
+    """
+    now = predict_memory(config, num_devices).total
+    enough, short = [], []
+    for label, other in _alternatives(config, num_devices):
+        saved = now - predict_memory(other, num_devices).total
+        left = max(needed_gib or 0.0, now) - saved
+        if left < 0.9 * limit_gib:
+            enough.append((saved, f"{label}: about {saved:.1f} GiB less, fits"))
+        elif left <= limit_gib:
+            short.append((left, f"{label}: about {saved:.1f} GiB less, barely fits"))
+        elif saved > 0.01 * now:
+            short.append((left, f"{label}: about {saved:.1f} GiB less, still {left - limit_gib:.1f} GiB too much"))
+    return [line for _, line in sorted(enough) + sorted(short)[:3]]
+
+
+def _alternatives(config: PretrainConfig, num_devices: int) -> Iterator[tuple[str, PretrainConfig]]:
+    """Other configurations, under the overrides that make them."""
+
+    def changed(section: str, why: str, **values: Any) -> tuple[str, PretrainConfig]:
+        overrides = " ".join(f"--{section}.{name} {value}" for name, value in values.items())
+        other = dataclasses.replace(getattr(config, section), **values)
+        return f"{overrides} ({why})" if why else overrides, dataclasses.replace(config, **{section: other})
+
+    batch, numerics = config.batch, config.numerics
+    slices, data, fsdp, _, _ = config.mesh.shape(num_devices)
+    groups = slices * data * fsdp
+    for factor in (2, 4, 8, 16, 32, 64):
+        parts = batch.accumulation * factor
+        if batch.rows % (parts * groups) == 0:
+            yield changed("batch", f"the same step in {parts} parts", accumulation=parts)
+    for factor in (2, 4, 8, 16):
+        rows = batch.rows // factor
+        if rows and rows % (batch.accumulation * groups) == 0:
+            yield changed("batch", "a smaller global batch; the pixels shrink with it", rows=rows)
+    for field in ("encoder_remat", "remat"):
+        if getattr(numerics, field) not in ("full", None):
+            yield changed("numerics", "", **{field: "full"})
+    if numerics.attention == "xla":
+        yield changed("numerics", "a kernel that does not hold the scores", attention="auto")
+    if data > 1:
+        yield changed("mesh", "no copies of the parameters", data=1, fsdp=-1)
+    if batch.crops > 1:
+        yield changed("batch", "half the crop slots of a row", crops=math.ceil(batch.crops / 2))

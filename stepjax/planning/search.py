@@ -1,34 +1,32 @@
-"""Search for the layout of a step: mesh x accumulation (and with it rows a device) x rematerialisation policy.
+"""Search for the layout of a step: mesh x accumulation (and with it rows a device) x rematerialisation policies.
 
-The global batch, the model and the data stay the recipe's. Arithmetic drops what cannot fit and orders the rest, the
-likeliest to be fast first; then the compiler is asked, one candidate after the other, while the time budget lasts.
+Global batch, model and data stay the recipe's. Arithmetic drops what cannot fit and puts the likely fastest first; then
+we compile one candidate after the other while the time budget lasts.
 """
 
 import dataclasses
 import itertools
-import json
 import math
+import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stepjax.config import MeshConfig, PretrainConfig, RematPolicy
-from stepjax.config_file import differences
+from stepjax.config_file import flat, load_recipe
 from stepjax.errors import ConfigError
-from stepjax.models.flops import training_flops
-from stepjax.planning.memory import predict
-from stepjax.planning.plan import Plan, make_plan
-from stepjax.planning.recipe import write_recipe
+from stepjax.models.flops import decoder_flops
+from stepjax.planning.plan import StepPlan, make_plan
 from stepjax.planning.report import policies, to_json
 from stepjax.planning.topologies import Topology
 from stepjax.sharding import MESH_AXES
+from stepjax.training.footprint import GIB, predict_memory, step_flops
 
-# In the order of what they keep.
-_POLICIES: tuple[RematPolicy, ...] = ("full", "attention", "qkv", "dots", "none")
-# Forward work that the backward pass does again, as a share of the forward pass, and what XLA reaches of the peak.
-_RECOMPUTED: dict[RematPolicy, float] = {"none": 0.0, "dots": 0.1, "qkv": 0.6, "attention": 0.8, "full": 1.0}
-_REACHED = 0.6
+# Forward work that the backward pass repeats, as a share of the forward pass; in the order of what the policies keep.
+_RECOMPUTED: dict[RematPolicy, float] = {"full": 1.0, "attention": 0.8, "qkv": 0.6, "dots": 0.1, "none": 0.0}
+_REACHED = 0.6  # of the peak, by XLA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,71 +44,83 @@ class Candidate:
             f"{self.config.batch.accumulation}; remat {policies(self.config.numerics)}"
         )
 
+    def needs_as_much_as(self, other: "Candidate") -> bool:
+        """Whether it differs from `other` only in keeping more rows or activations on a device."""
+        kept = list(_RECOMPUTED).index
+        mine, its = self.config.numerics, other.config.numerics
+        return (
+            self.config.mesh == other.config.mesh
+            and self.rows_per_device >= other.rows_per_device
+            and kept(mine.remat) >= kept(its.remat)
+            and kept(mine.policy_of_encoder) >= kept(its.policy_of_encoder)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What was found."""
+    """The result."""
 
-    plans: tuple[Plan, ...]  # compiled, in the order of trial
+    plans: tuple[StepPlan, ...]  # compiled, in the order of trial
     dropped: tuple[tuple[str, str], ...]  # candidate and reason: never compiled
-    refused: tuple[tuple[str, str], ...]  # compiled, and refused for other reasons than memory
-    untried: int  # for which there was no time
+    refused: tuple[tuple[str, str], ...]  # candidate and reason: refused by the compiler, but not for its memory
+    untried: int  # for lack of time
     seconds: float
 
     @property
-    def best(self) -> Plan | None:
+    def best(self) -> StepPlan | None:
         """The fastest that fits."""
-        fitting = [plan for plan in self.plans if plan.fits]
-        return max(fitting, key=lambda plan: plan.tokens_per_second or 0.0, default=None)
+        return next(iter(self.frontier), None)
 
     @property
-    def frontier(self) -> list[Plan]:
+    def frontier(self) -> list[StepPlan]:
         """Plans that no other beats in both tokens per second and memory, the fastest first."""
         fitting = sorted((p for p in self.plans if p.fits), key=lambda p: (-(p.tokens_per_second or 0.0), p.hbm_gib))
-        kept: list[Plan] = []
+        kept: list[StepPlan] = []
         for plan in fitting:
             if not kept or plan.hbm_gib < kept[-1].hbm_gib:
                 kept.append(plan)
         return kept
 
+    def to_json(self) -> dict[str, Any]:
+        def reasons(pairs: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+            return [{"candidate": candidate, "reason": reason} for candidate, reason in pairs]
 
-def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """What is worth compiling, the likeliest to be fast first; and what is not, with the reason.
+        return {
+            "best": None if self.best is None else to_json(self.best),
+            "frontier": [to_json(plan) for plan in self.frontier],
+            "tried": [to_json(plan) for plan in self.plans],
+            "dropped": reasons(self.dropped),
+            "refused": reasons(self.refused),
+            "untried": self.untried,
+            "search_seconds": self.seconds,
+        }
 
-    Raises:
-        ConfigError: nothing divides: no mesh takes the recipe's rows.
-    """
-    found, dropped = [], []
-    devices, limit = topology.num_devices, topology.facts.hbm_limit_gib
-    for mesh in _meshes(config, topology):
-        slices, data, fsdp, _, _ = mesh.shape(devices)
-        groups = slices * data * fsdp
-        for accumulation in _divisors(config.batch.rows):
-            rows = config.batch.rows // accumulation
-            if rows % groups:
-                continue
-            for policy, of_encoder in itertools.product(_POLICIES, repeat=2):
-                other = dataclasses.replace(
-                    config,
-                    mesh=mesh,
-                    batch=dataclasses.replace(config.batch, accumulation=accumulation),
-                    numerics=dataclasses.replace(config.numerics, remat=policy, encoder_remat=of_encoder),
-                )
-                memory = predict(other, devices)
-                candidate = Candidate(other, rows / groups, memory.total, _seconds(other, topology, memory.parameters))
-                # Temporaries are the least certain of the parts: only what is too much without them is dropped.
-                certain = memory.total - memory.temporaries
-                if certain > limit:
-                    dropped.append((str(candidate), f"needs at least {certain:.1f} GiB of {limit:.1f}, by arithmetic"))
-                else:
-                    found.append(candidate)
-    if not found and not dropped:
-        raise ConfigError(
-            f"batch.rows={config.batch.rows}: no mesh of {devices} devices takes them in equal parts; choose a "
-            f"multiple or a divisor of the devices"
-        )
-    # What probably fits comes before what perhaps fits.
-    return sorted(found, key=lambda c: (c.predicted_gib > limit, c.predicted_seconds)), dropped
+    def to_text(self, preset: PretrainConfig) -> str:
+        """A summary; layouts are shown as overrides of `preset`."""
+
+        def layout(plan: StepPlan) -> str:
+            return shlex.join(overrides(plan.config, preset)) or "as the recipe"
+
+        lines = [
+            f"{len(self.plans)} compiled in {self.seconds / 60:.1f} min, {len(self.dropped)} dropped by arithmetic, "
+            f"{len(self.refused)} refused, {self.untried} not tried for lack of time"
+        ]
+        if self.best is None:
+            lines.append("nothing that was compiled fits; allow more time, more devices, or a smaller row")
+        else:
+            lines.append("frontier: more tokens a second need more memory")
+            lines += [f"  {outcome(plan)}  {layout(plan)}" for plan in self.frontier]
+            lines.append(f"best: {layout(self.best)}")
+        return "\n".join(lines)
+
+
+def outcome(plan: StepPlan) -> str:
+    if plan.tokens_per_second is None or plan.mfu is None:
+        return f"does not fit, {plan.hbm_gib:.1f} GiB of {plan.limit_gib:.1f}"
+    return (
+        f"{plan.tokens_per_second / plan.topology.chips:,.0f} tokens/s a chip, MFU {plan.mfu:.1%}, "
+        f"{plan.hbm_gib:.1f} GiB of {plan.limit_gib:.1f}"
+    )
 
 
 def search(
@@ -119,180 +129,137 @@ def search(
     *,
     budget_seconds: float,
     say: Callable[[str], None],
-    plan: Callable[[PretrainConfig, Topology], Plan] = make_plan,
+    plan: Callable[[PretrainConfig, Topology], StepPlan] = make_plan,
 ) -> Search:
-    """Compile candidates until the budget is used up; the first is compiled in any case.
+    """Compile candidates until the budget is used up; the first is always compiled.
 
     Args:
-        say: told of every candidate as it is done.
+        say: gets a line for every candidate as it is done.
         plan: makes the plan of a candidate.
     """
     waiting, dropped = candidates(config, topology)
     began = time.monotonic()
-    plans: list[Plan] = []
+    plans: list[StepPlan] = []
     refused: list[tuple[str, str]] = []
-    lengths: list[float] = []
     say(f"{len(waiting)} candidates; {len(dropped)} more cannot fit, by arithmetic")
     while waiting:
-        spent = time.monotonic() - began
-        if lengths and spent + sum(lengths) / len(lengths) > budget_seconds:
+        spent, tried = time.monotonic() - began, len(plans) + len(refused)
+        if tried and spent + spent / tried > budget_seconds:
             break
         candidate = waiting.pop(0)
-        start = time.monotonic()
         try:
             found = plan(candidate.config, topology)
         except ConfigError as error:
             refused.append((str(candidate), str(error)))
             say(f"{candidate}: {error}")
-        else:
-            plans.append(found)
-            say(f"{candidate}: {_outcome(found)}")
-            if not found.fits:
-                kept = [other for other in waiting if not _needs_more(other, candidate)]
-                dropped += [(str(o), f"needs more than {candidate}") for o in waiting if _needs_more(o, candidate)]
-                waiting = kept
-        lengths.append(time.monotonic() - start)
+            continue
+        plans.append(found)
+        say(f"{candidate}: {outcome(found)}")
+        if not found.fits:
+            dropped += [(str(c), f"needs more than {candidate}") for c in waiting if c.needs_as_much_as(candidate)]
+            waiting = [other for other in waiting if not other.needs_as_much_as(candidate)]
     return Search(tuple(plans), tuple(dropped), tuple(refused), len(waiting), time.monotonic() - began)
 
 
-def search_and_print(
-    config: PretrainConfig,
-    topology: Topology,
-    recipe: Path,
-    *,
-    budget_minutes: float,
-    write: Path | None,
-    as_json: bool,
-) -> int:
-    """Search, print, and write the best; exit status 0 if anything fits."""
-    say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    found = search(config, topology, budget_seconds=60 * budget_minutes, say=say)
-    best = found.best
-    if as_json:
-        fields: dict[str, Any] = {
-            "best": None if best is None else to_json(best),
-            "frontier": [to_json(plan) for plan in found.frontier],
-            "tried": [to_json(plan) for plan in found.plans],
-            "dropped": [{"candidate": name, "reason": reason} for name, reason in found.dropped],
-            "refused": [{"candidate": name, "reason": reason} for name, reason in found.refused],
-            "untried": found.untried,
-            "search_seconds": found.seconds,
-        }
-        print(json.dumps(fields, indent=1))
-    else:
-        print("\n".join(_summary(found, config)))
-    if best is None:
-        return 1
-    if write is not None:
-        write_recipe(write, recipe, best.config, _headline(best))
-        say(f"\nwritten to {write}; train it with: stepjax pretrain {write}")
-    return 0
+def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """What is worth compiling, the likely fastest first; and what is not, with the reason.
 
-
-def _summary(found: Search, config: PretrainConfig) -> Iterator[str]:
-    yield ""
-    yield (
-        f"{len(found.plans)} compiled in {found.seconds / 60:.1f} min, {len(found.dropped)} dropped by arithmetic, "
-        f"{len(found.refused)} refused, {found.untried} left untried for want of time"
-    )
-    if found.best is None:
-        yield "nothing that was compiled fits; give more time, more devices, or a smaller row"
-        return
-    yield "frontier: more tokens a second need more memory"
-    for plan in found.frontier:
-        yield f"  {_outcome(plan)}  {'; '.join(differences(plan.config, config)) or 'as the recipe'}"
-    yield f"best: {'; '.join(differences(found.best.config, config)) or 'as the recipe'}"
-
-
-def _outcome(plan: Plan) -> str:
-    if not plan.fits:
-        return f"does not fit, {plan.hbm_gib:.1f} GiB of {plan.limit_gib:.1f}"
-    assert plan.tokens_per_second is not None and plan.mfu is not None
-    return (
-        f"{plan.tokens_per_second / plan.topology.chips:,.0f} tokens/s a chip, MFU {plan.mfu:.1%}, "
-        f"{plan.hbm_gib:.1f} GiB of {plan.limit_gib:.1f}"
-    )
-
-
-def _headline(plan: Plan) -> str:
-    return f"{plan.topology.name}, {plan.topology.slices} slice(s): {_outcome(plan)}, by the compiler's estimate"
-
-
-# Candidates -----------------------------------------------------------------------------------------------------------
+    Raises:
+        ConfigError: no mesh divides the recipe's rows.
+    """
+    found, dropped = [], []
+    devices, limit, rows = topology.num_devices, topology.facts.hbm_limit_gib, config.batch.rows
+    for mesh in _meshes(config, topology):
+        groups = mesh.slice * mesh.data * mesh.fsdp
+        for accumulation in (parts for parts in range(1, rows + 1) if rows % (parts * groups) == 0):
+            for policy, of_encoder in itertools.product(_RECOMPUTED, repeat=2):
+                other = dataclasses.replace(
+                    config,
+                    mesh=mesh,
+                    batch=dataclasses.replace(config.batch, accumulation=accumulation),
+                    numerics=dataclasses.replace(config.numerics, remat=policy, encoder_remat=of_encoder),
+                )
+                memory = predict_memory(other, devices)
+                seconds = _predict_seconds(other, topology, memory.parameters)
+                candidate = Candidate(other, rows / accumulation / groups, memory.total, seconds)
+                # Temporaries are the least certain part: only what is too much without them is dropped.
+                certain = memory.total - memory.temporaries
+                if certain > limit:
+                    dropped.append((str(candidate), f"needs at least {certain:.1f} GiB of {limit:.1f}, by arithmetic"))
+                else:
+                    found.append(candidate)
+    if not found and not dropped:
+        raise ConfigError(
+            f"batch.rows={rows}: no mesh of {devices} devices divides them into equal parts; choose a multiple or a "
+            f"divisor of the devices"
+        )
+    # What probably fits comes before what might.
+    return sorted(found, key=lambda c: (c.predicted_gib > limit, c.predicted_seconds)), dropped
 
 
 def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Meshes that the model and the rows divide over; parameters always over all devices that are left."""
-    decoder, vision = config.model.decoder, config.model.vision
-    within = topology.num_devices // topology.slices
-    cut = (decoder.num_heads, decoder.num_kv_heads, decoder.mlp_dim, decoder.vocab_size)
-    cut += (vision.num_heads, vision.mlp_dim)
-    width = math.gcd(decoder.width, vision.width)
-    for tensor in _powers(8):
-        for context in _powers(4):
-            for data in _powers(4):
-                parts, rest = divmod(within, tensor * context * data)
-                if rest or parts < 1 or any(size % tensor for size in cut):
-                    continue
-                if config.batch.tokens % (2 * context) or width % parts:
-                    continue
-                yield dataclasses.replace(
-                    config.mesh, slice=topology.slices, data=data, fsdp=parts, context=context, tensor=tensor
-                )
+    """Meshes that divide the model and the rows; parameters are always spread over all devices that are left."""
+    decoder, vision, tokens = config.model.decoder, config.model.vision, config.batch.tokens
+    over_tensor = math.gcd(decoder.num_heads, decoder.num_kv_heads, decoder.mlp_dim, decoder.vocab_size)
+    over_tensor = math.gcd(over_tensor, vision.num_heads, vision.mlp_dim)
+    over_fsdp = math.gcd(decoder.width, vision.width)
+    for tensor, context, data in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
+        fsdp, rest = divmod(topology.num_devices // topology.slices, tensor * context * data)
+        if fsdp and not (rest or over_tensor % tensor or over_fsdp % fsdp or tokens % (2 * context)):
+            yield dataclasses.replace(
+                config.mesh, slice=topology.slices, data=data, fsdp=fsdp, context=context, tensor=tensor
+            )
 
 
-def _powers(largest: int) -> list[int]:
-    return [2**i for i in range(largest.bit_length())]
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _needs_more(other: Candidate, failed: Candidate) -> bool:
-    """Whether a candidate differs from one that did not fit only in needing more."""
-    (policy, of_encoder), (failed_policy, failed_of_encoder) = (
-        (_POLICIES.index(numerics.remat), _POLICIES.index(numerics.policy_of_encoder))
-        for numerics in (other.config.numerics, failed.config.numerics)
-    )
-    return (
-        other.config.mesh == failed.config.mesh
-        and other.rows_per_device >= failed.rows_per_device
-        and policy >= failed_policy
-        and of_encoder >= failed_of_encoder
-    )
-
-
-def _seconds(config: PretrainConfig, topology: Topology, parameters_gib: float) -> float:
-    """A guess for the order of trial: products at a share of the peak, and weights and activations over the wires."""
-    facts, devices, batch = topology.facts, topology.num_devices, config.batch
-    slices, data, fsdp, context, tensor = config.mesh.shape(devices)
-    text, images = (
-        training_flops(
-            config.model,
-            tokens=tokens,
-            attention_pairs=tokens * (batch.example_tokens or batch.tokens) / 2,
-            global_views=views * batch.global_views,
-            crops=views * batch.crops,
-            global_grid=config.images.global_grid,
-            crop_grid=config.images.crop_grid,
-        )
-        for tokens, views in ((batch.rows * batch.tokens, 0), (0, batch.rows))
-    )
-    flops = text * (1 + _RECOMPUTED[config.numerics.remat] / 3)
-    flops += images * (1 + _RECOMPUTED[config.numerics.policy_of_encoder] / 3)
-    compute = flops / (facts.peak_flops * devices * _REACHED)
+def _predict_seconds(config: PretrainConfig, topology: Topology, parameters_gib: float) -> float:
+    """A guess that orders the trials: FLOPs at a share of the peak, and weights and activations over the wires."""
+    facts, batch, images = topology.facts, config.batch, config.images
+    decoder, vision, numerics = config.model.decoder, config.model.vision, config.numerics
+    slices, data, fsdp, context, tensor = config.mesh.shape(topology.num_devices)
+    text = 3 * decoder_flops(decoder, config.tokens_per_step, batch.rows * batch.attention_pairs)
+    flops = text * (1 + _RECOMPUTED[numerics.remat] / 3)
+    flops += (step_flops(config) - text) * (1 + _RECOMPUTED[numerics.policy_of_encoder] / 3)
     wires = facts.link_bandwidth / facts.devices_per_chip * 2 * len(topology.shape)
-    weights = 2 * parameters_gib * 2**30 / 4 * fsdp  # bfloat16, of a tensor part
+    weights = 2 * parameters_gib * GIB / 4 * fsdp  # bfloat16, of a tensor part
     gathered = 3 * weights * batch.accumulation * (fsdp > 1)
-    rows = batch.rows / (slices * data * fsdp)
-    decoder, vision = config.model.decoder, config.model.vision
-    patches = batch.global_views * config.images.global_grid**2 + batch.crops * config.images.crop_grid**2
-    activations = (
-        rows
-        / context
-        * (batch.tokens * decoder.width * decoder.num_layers + patches * vision.width * vision.num_layers)
-    )
+    patches = batch.global_views * images.global_grid**2 + batch.crops * images.crop_grid**2
+    activations = batch.tokens * decoder.width * decoder.num_layers + patches * vision.width * vision.num_layers
+    activations *= batch.rows / (slices * data * fsdp) / context
     exchanged = 6 * 2 * 2 * activations * (tensor > 1)  # two all-reduces a layer and pass, bfloat16
     across = weights / fsdp * 2 / facts.dcn_bandwidth * (slices > 1)
-    return compute + (gathered + exchanged) / wires + across
+    return flops / (facts.peak_flops * topology.num_devices * _REACHED) + (gathered + exchanged) / wires + across
+
+
+# The best as a recipe -------------------------------------------------------------------------------------------------
+
+
+def overrides(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
+    """The command-line arguments that make `config` of `preset`."""
+    old, arguments = flat(preset), []
+    for name, value in flat(config).items():
+        if value != old.get(name):
+            items = value if isinstance(value, tuple) else (value,)
+            items = itertools.chain.from_iterable(item if isinstance(item, tuple) else (item,) for item in items)
+            arguments += [f"--{name}", *map(str, items)]
+    return arguments
+
+
+def write_recipe(path: Path, original: Path, config: PretrainConfig, headline: str) -> None:
+    """Write a recipe that loads another one, `original`, and overrides it to give `config`.
+
+    Raises:
+        ConfigError: `original` is not a recipe.
+    """
+    relative = os.path.relpath(original.absolute(), path.absolute().parent)
+    title = f"{original.name}, laid out by `stepjax plan --search`."
+    path.write_text(f"""\
+{f"{title} {headline}"!r}
+
+from pathlib import Path
+
+from stepjax.config_file import load_recipe, override
+
+base = load_recipe(Path(__file__).parent / {relative!r})
+config = override(base, {overrides(config, load_recipe(original))!r}, prog=__file__)
+""")
+    assert load_recipe(path) == config, f"{path} does not give the configuration back"

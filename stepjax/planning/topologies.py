@@ -1,12 +1,11 @@
-"""TPU slices by the names their users give them, and what a plan has to know of their chips.
+"""TPU slices by the names that their users give them, as compile-only devices.
 
-A name is a generation and a number: `v5p-128`. As everywhere on Google Cloud, and in MaxText, the number counts chips
-for v5e and v6e, TensorCores (two a chip) for v5p and tpu7x. A JAX device is a chip, except on tpu7x, where it is one of
-the chip's two cores. The shape is the usual one for that size; another is asked for by libtpu's own name, `v5p:4x4x8`.
+A name is a generation and a number: `v5p-128`. As on Google Cloud and in MaxText, the number counts chips for v5e and
+v6e, and TensorCores (two a chip) for v5p and tpu7x. A JAX device is a chip, except on tpu7x, where it is one of the
+chip's two cores. The shape is the usual one for that size; libtpu's own names ask for another, such as `v5p:4x4x8`.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from typing import Any
@@ -15,7 +14,7 @@ from pallas_kernels.chips import compile_only_environment
 from stepjax.chips import TPUS, DeviceFacts
 from stepjax.errors import ConfigError
 
-# Chips along each torus axis. Cloud's usual shapes: from 64 chips on, whole cubes of 4 x 4 x 4.
+# Chips along each torus axis: the usual shapes of Google Cloud, from 64 chips on whole cubes of 4 x 4 x 4.
 _SHAPES_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _SHAPES_3D = (
     "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12 4x4x52 "
@@ -26,6 +25,7 @@ _SHAPES_3D = (
     "4x8x148 12x20x20 8x8x76 4x28x44 8x12x52 16x16x20 12x12x36 4x8x164 12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 "
     "12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24 12x24x24 16x16x32 16x20x28 16x24x24"
 )
+_THREE_AXES = ("v5p", "tpu7x")  # these generations also count TensorCores, two a chip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x", "tpu7": "tpu7x", "ironwood": "tpu7x"}
 
 
@@ -48,7 +48,7 @@ class Topology:
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Whether each torus axis is closed: on whole cubes (v5p, tpu7x), and where 16 chips make a row (v5e, v6e)."""
+        """Whether each torus axis is closed: those of whole cubes (v5p, tpu7x), and rows of 16 chips (v5e, v6e)."""
         if len(self.shape) == 2:
             return tuple(size == 16 for size in self.shape)
         return (all(size % 4 == 0 for size in self.shape),) * 3
@@ -61,20 +61,21 @@ class Topology:
         """Compile-only JAX devices.
 
         Raises:
-            ConfigError: libtpu is not installed, or does not make this topology.
+            ConfigError: libtpu is not installed, or does not know this topology.
         """
         compile_only_environment()
         from jax.experimental import topologies
 
-        # A board has four chips, but for the one-chip slice.
-        bounds = (1, 1, 1) if math.prod(self.shape) == 1 else (2, 2, 1)
-        options: dict[str, Any] = {"chips_per_host_bounds": bounds, "num_slices": self.slices}
+        options: dict[str, Any] = {
+            "chips_per_host_bounds": (1, 1, 1) if math.prod(self.shape) == 1 else (2, 2, 1),
+            "num_slices": self.slices,
+            "wrap": (*self.wrap, False)[:3],
+        }
         if self.facts.cores == 2:
             options["chip_config_name"] = "megacore"
-        options["wrap"] = (*self.wrap, False)[:3]
         try:
             description: Any = topologies.get_topology_desc(platform="tpu", topology_name=self.libtpu_name, **options)
-        except Exception as error:  # the plugin raises whatever its C++ threw
+        except Exception as error:  # the plugin raises many types
             raise ConfigError(
                 f"--topology {self.name}: libtpu cannot compile for {self.libtpu_name} ({error}). It comes with "
                 f"`pip install libtpu`, for 64-bit x86 Linux"
@@ -82,52 +83,45 @@ class Topology:
         return list(description.devices)
 
 
-def _named_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
-    names = {}
-    for chip in TPUS:
-        shapes = (_SHAPES_3D if chip in ("v5p", "tpu7x") else _SHAPES_2D).split()
-        counted = 2 if chip in ("v5p", "tpu7x") else 1  # cores a chip, or chips
-        for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
-            shape = tuple(map(int, text.split("x")))
-            names.setdefault(f"{chip}-{counted * math.prod(shape)}", (chip, shape))
-    return names
+def _sizes(chip: str) -> dict[int, tuple[int, ...]]:
+    """The usual shapes of a generation, by the number in their names."""
+    shapes = (_SHAPES_3D if chip in _THREE_AXES else _SHAPES_2D).split()
+    found: dict[int, tuple[int, ...]] = {}
+    for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
+        shape = tuple(map(int, text.split("x")))
+        found.setdefault(math.prod(shape) * (2 if chip in _THREE_AXES else 1), shape)
+    return found
 
 
-NAMES = _named_shapes()
+SIZES = {chip: _sizes(chip) for chip in TPUS}
 
 
 def find(name: str, slices: int = 1) -> Topology:
     """The topology of a name such as `v5p-128`, `v5litepod-256`, `tpu7x-128` or `v5p:4x4x8`.
 
     Raises:
-        ConfigError: the name is of no known topology; the nearest ones are named.
+        ConfigError: no topology has this name; the nearest ones are listed.
     """
     if slices < 1:
         raise ConfigError(f"--slices {slices}: must be at least 1")
     generation, mark, size = name.strip().lower().partition(":" if ":" in name else "-")
     generation = _ALIASES.get(generation, generation)
-    if mark == "-" and f"{generation}-{size}" in NAMES:
-        chip, shape = NAMES[f"{generation}-{size}"]
-        return Topology(name, TPUS[chip], shape, slices)
-    if mark == ":" and generation in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", size):
-        shape = tuple(map(int, size.split("x")))
-        if len(shape) == (3 if generation in ("v5p", "tpu7x") else 2) and all(shape):
-            return Topology(name, TPUS[generation], shape, slices)
-    raise ConfigError(f"--topology {name!r}: no such TPU topology; {_suggestion(generation, size)}")
-
-
-def _suggestion(generation: str, size: str) -> str:
     if generation not in TPUS:
-        return f"name one of {', '.join(TPUS)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
-    sizes = [known.partition("-")[2] for known in NAMES if known.startswith(f"{generation}-")]
-    if size.isdigit():
-        near = sorted(sizes, key=lambda known: abs(math.log(int(known) / max(int(size), 1))))[:3]
-    else:
-        near = difflib.get_close_matches(size, sizes, cutoff=0.0, n=3)
-    counted = "TensorCores" if generation in ("v5p", "tpu7x") else "chips"
-    own = f"{generation}:{'4x4x8' if counted == 'TensorCores' else '4x8'}"
-    known = ", ".join(sizes if len(sizes) < 12 else [*sizes[:10], "...", sizes[-1]])
-    return (
-        f"sizes of {generation} count {counted}, and the nearest are {', '.join(f'{generation}-{n}' for n in near)}; "
-        f"all are {known}; a shape of your own is written {own}"
+        remedy = f"name one of {', '.join(TPUS)} with a size, such as v5p-128, v5e-256, v6e-256 or tpu7x-128"
+        raise ConfigError(f"--topology {name!r}: no such TPU topology; {remedy}")
+    number = int(size) if size.isdecimal() else 0
+    shape = SIZES[generation].get(number) if mark == "-" else None
+    if mark == ":" and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size):
+        shape = tuple(map(int, size.split("x")))
+        shape = shape if len(shape) == (3 if generation in _THREE_AXES else 2) else None
+    if shape is not None:
+        return Topology(name, TPUS[generation], shape, slices)
+    near = sorted(SIZES[generation], key=lambda known: abs(math.log(known / max(number, 1))))[:3]
+    all_sizes = list(map(str, SIZES[generation]))
+    known = ", ".join(all_sizes if len(all_sizes) < 12 else [*all_sizes[:10], "...", all_sizes[-1]])
+    counted, own = ("TensorCores", "4x4x8") if generation in _THREE_AXES else ("chips", "4x8")
+    raise ConfigError(
+        f"--topology {name!r}: no such TPU topology; sizes of {generation} count {counted}, and the nearest are "
+        f"{', '.join(f'{generation}-{n}' for n in near)}; all are {known}; a shape of your own is written "
+        f"{generation}:{own}"
     )

@@ -29,7 +29,7 @@ from stepjax.errors import CheckpointError, ConfigError, StepjaxError
 from stepjax.interop import init_from
 from stepjax.models.step_vl import StepVL, abstract_model, num_parameters
 from stepjax.processing.processor import Processor
-from stepjax.sharding import make_mesh, num_parts, rows_here, shardings, spec
+from stepjax.sharding import check_batch, make_mesh, rows_here, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
 from stepjax.training.heartbeat import Heartbeat
 from stepjax.training.meter import Meter, Profile
@@ -101,7 +101,7 @@ def pretrain(
     mesh = make_mesh(config.mesh)
     schedule = learning_rate(config.schedule, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
-    _check_batch(config, mesh)
+    check_batch(config.batch, mesh)
     if not (directory / "checkpoints").exists():
         init_from.plan_start(config)
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
@@ -238,19 +238,6 @@ def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
             steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
             reason = f"{reason}; the last step saved is {max(steps, default='none')}"
         raise CheckpointError(f"{place}: {reason}. Mend that, and run the same command to go on") from error
-
-
-def _check_batch(config: PretrainConfig, mesh: Mesh) -> None:
-    batch = config.batch
-    parts = num_parts("batch", mesh)
-    if batch.rows // batch.accumulation % parts:
-        raise ConfigError(
-            f"batch.rows={batch.rows}: the rows of each of batch.accumulation={batch.accumulation} micro-batches must "
-            f"divide over {parts} devices (mesh.slice x mesh.data x mesh.fsdp)"
-        )
-    parts = num_parts("length", mesh)
-    if batch.tokens % parts:
-        raise ConfigError(f"batch.tokens={batch.tokens}: must divide over {parts} devices (mesh.context)")
 
 
 def _restore_or_init(

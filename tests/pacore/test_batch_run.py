@@ -26,6 +26,7 @@ class Endpoint(Upstream):
     def __init__(self, *, delay=0.0, is_good=True, **options):
         super().__init__(self.said, stall_seconds=0.05, **options)
         self.delay, self.is_good = delay, is_good
+        self.most = None  # requests that are answered; more wait until it is None again
 
     def said(self, body):
         kind = random.Random(f"{body['seed']} {text_of(body['messages'])}")
@@ -42,6 +43,8 @@ class Endpoint(Upstream):
     async def _chat(self, request):
         body = await request.json()
         await asyncio.sleep(self.delay * (1 + body["seed"] % 3))
+        while self.most is not None and len(self.bodies) >= self.most:
+            await asyncio.sleep(0.01)
         return await super()._chat(request)
 
     @property
@@ -249,7 +252,8 @@ def test_usage(capsys):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_in_order(problems, tmp_path, number, status):
     out = tmp_path / "out"
-    with serving(Endpoint(delay=0.15)) as upstream:
+    with serving(Endpoint()) as upstream:
+        upstream.most = 12
         command = [
             sys.executable,
             "-m",
@@ -257,12 +261,12 @@ def test_a_signal_stops_it_in_order(problems, tmp_path, number, status):
             *arguments(problems, out, upstream, "--concurrent-problems", "2"),
         ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        _wait(lambda: out.joinpath(CALLS).exists() and out.joinpath(CALLS).stat().st_size > 4000, process)
+        _wait(lambda: len(_journaled(out)) >= 6, process)
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
         assert process.returncode == status and "Rerun the same command to resume" in error and "Traceback" not in error
         assert json.loads((out / "summary.json").read_text())["is_complete"] is False
-        drawn, asked = _journaled(out), len(upstream.bodies)
+        drawn, asked, upstream.most = _journaled(out), len(upstream.bodies), None
         assert main(arguments(problems, out, upstream)) == 0
         assert drawn and not drawn & set(upstream.seeds[asked:])
         assert main(arguments(problems, tmp_path / "whole", upstream)) == 0

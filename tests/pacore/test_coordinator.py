@@ -1,5 +1,6 @@
 """Rounds, seeds, losses, quorum, agreement, fallback: with a sampler that answers from a script."""
 
+import asyncio
 import contextlib
 import dataclasses
 
@@ -77,8 +78,6 @@ def test_references_do_not_depend_on_who_ends_first(solve):
         original = reverse.sample
 
         async def slow(prompt, params, listener):
-            import asyncio
-
             await asyncio.sleep(0.02 * (10 - len(reverse.asked)))
             return await original(prompt, params, listener)
 
@@ -143,6 +142,35 @@ def test_the_time_of_a_call_is_limited(solve):
     assert [attempt.status for attempt in outcome.rounds[0].trajectories[0].attempts] == ["timeout"]
     outcome = solve(FakeSampler(script), (2,), limits=RoundLimits(call_seconds=0.05, retries=0))
     assert outcome.rounds[0].losses == {"timeout": 1}
+
+
+def test_the_time_of_a_call_runs_from_when_it_is_sent(solve):
+    class Queueing(FakeSampler):
+        async def sample(self, prompt, params, listener):
+            await asyncio.sleep(0.1)
+            return await super().sample(prompt, params, listener)
+
+    outcome = solve(Queueing(lambda asked: "fine"), (2,), limits=RoundLimits(call_seconds=0.05, retries=0))
+    assert outcome.rounds[0].losses == {}
+
+
+def test_tokens_of_calls_under_way_are_known():
+    counts = []
+
+    class Writing(FakeSampler):
+        async def sample(self, prompt, params, listener):
+            listener.num_tokens = 7 + len(self.asked)
+            counts.append(run.tokens_under_way())
+            return await super().sample(prompt, params, listener)
+
+    async def main():
+        nonlocal run
+        run = Coordinator(Writing(lambda asked: "fine"), PacoreConfig(schedule=())).begin(QUESTION)
+        await run.round(2)
+
+    run = None
+    asyncio.run(main())
+    assert counts == [{(0, 0): 7}, {(0, 0): 7, (0, 1): 8}] and run.tokens_under_way() == {}
 
 
 def test_a_round_goes_on_with_its_quorum(solve):

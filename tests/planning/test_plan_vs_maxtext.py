@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stepjax.planning.estimate import Cost
 from stepjax.planning.hlo import Operation
-from stepjax.planning.trace import Cost
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 benchmark = importlib.import_module("plan_vs_maxtext")

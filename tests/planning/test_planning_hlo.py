@@ -156,10 +156,11 @@ def test_an_operation_printed_over_several_lines_is_one():
     assert hlo.read(text).operation("body", "one") is not None
 
 
-def test_contains_looks_into_called_computations(program):
-    found = program.contains("body", lambda op: op.opcode == "convolution")
-    assert found is not None and found.name == "convolution.1"
-    assert program.contains("body", lambda op: op.opcode == "all-gather") is None
+def test_inside_looks_into_called_computations(program):
+    loop = program.operation("main", "while.1")
+    computation, found = program.inside(loop, lambda op: op.opcode == "convolution")
+    assert (computation, found.name) == ("fused_computation.1", "convolution.1")
+    assert program.inside(loop, lambda op: op.opcode == "all-gather") is None
 
 
 def test_attributes_end_where_their_brackets_close():

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import math
+import os
 
+import jax
 import pytest
 
 from stepjax.models.flops import training_flops
-from stepjax.planning.memory import Memory, advice, predict
-from stepjax.planning.parts import COLLECTIVES, PARTS
-from stepjax.planning.plan import Plan
-from stepjax.planning.report import to_json, to_text
+from stepjax.planning.estimate import EXPOSED_COLLECTIVES, PARTS
+from stepjax.planning.plan import StepPlan, make_plan
+from stepjax.planning.report import advice, to_json, to_text
+from stepjax.planning.steps import Shortage
+from stepjax.planning.topologies import find
+from stepjax.training.footprint import Memory, predict_memory
 
 REQUIRED = (
     "fits",
@@ -26,6 +30,13 @@ REQUIRED = (
 
 
 @pytest.fixture(scope="module")
+def tiny_plan(tiny):
+    """The tiny recipe on four chips of v5p: one compilation, which the tests of this module share."""
+    pytest.importorskip("libtpu")
+    return make_plan(tiny, find("v5p-8"))
+
+
+@pytest.fixture(scope="module")
 def fields(tiny_plan):
     return json.loads(json.dumps(to_json(tiny_plan)))
 
@@ -35,6 +46,23 @@ def test_the_estimate_is_the_sum_of_its_parts(tiny_plan, fields):
     assert estimate.seconds == pytest.approx(sum(cost.seconds for cost in estimate.costs))
     assert sum(s for row in fields["seconds_by_part"].values() for s in row.values()) == pytest.approx(estimate.seconds)
     assert set(fields["seconds_by_part"]) <= set(PARTS)
+
+
+def test_memory_of_the_compiled_step(tiny_plan):
+    step = tiny_plan.step
+    assert step.fits and step.shortage is None
+    parts = step.parameter_bytes + step.optimizer_bytes + step.batch_bytes
+    assert step.optimizer_bytes >= 2 * step.parameter_bytes
+    # Arguments are padded to whole tiles, never cut.
+    assert parts <= step.argument_bytes < step.total_bytes
+    assert step.alias_bytes >= step.parameter_bytes, "the state is donated"
+    assert tiny_plan.memory.total == pytest.approx(tiny_plan.hbm_gib, rel=1e-6)
+    assert min(dataclasses.astuple(tiny_plan.memory)) >= 0
+
+
+def test_the_environment_is_left_as_it_was(tiny_plan):
+    if jax.__version_info__ < (0, 11):  # conftest sets it for these
+        assert "xla_cpu" in os.environ["XLA_FLAGS"]
 
 
 def test_everything_in_the_program_was_understood(tiny_plan):
@@ -61,7 +89,7 @@ def test_the_parameters_travel(tiny_plan, fields):
     collectives = fields["collectives"]
     assert collectives["all-gather"]["largest_group"] == 4
     assert sum(row["exposed_seconds"] for row in collectives.values()) == pytest.approx(
-        sum(fields["seconds_by_part"][COLLECTIVES].values())
+        sum(fields["seconds_by_part"][EXPOSED_COLLECTIVES].values())
     )
     # One kind may wait behind another on the same wires; all of them wait for no more than all of them take.
     assert sum(row["exposed_seconds"] for row in collectives.values()) <= sum(
@@ -117,14 +145,12 @@ def test_the_table_shows_every_part_and_says_what_it_rests_on(tiny_plan):
 @pytest.fixture(scope="module")
 def large(tiny_plan):
     """A plan of many rows, which the compiler is said to refuse."""
-    from stepjax.planning.compile import Shortage
-
     batch = dataclasses.replace(tiny_plan.config.batch, rows=4096, tokens=16384)
     config = dataclasses.replace(tiny_plan.config, batch=batch)
-    memory = predict(config, 4)
+    memory = predict_memory(config, 4)
     limit = 0.4 * memory.total
     step = dataclasses.replace(tiny_plan.step, shortage=Shortage(1.2 * memory.total, limit, "RESOURCE_EXHAUSTED: ..."))
-    return Plan(config, tiny_plan.topology, step, memory, None)
+    return StepPlan(config, tiny_plan.topology, step, memory, None)
 
 
 def test_json_of_a_plan_that_does_not_fit(large):
@@ -150,7 +176,7 @@ def test_advice_begins_with_the_smallest_change_that_suffices(large):
     option, value = first.split()[:2]
     name = option.removeprefix("--batch.")
     changed = dataclasses.replace(large.config.batch, **{name: int(value)})
-    assert predict(dataclasses.replace(large.config, batch=changed), 4).total < large.limit_gib
+    assert predict_memory(dataclasses.replace(large.config, batch=changed), 4).total < large.limit_gib
 
 
 def test_advice_names_the_kernel_where_scores_are_held_whole(tiny):
@@ -167,14 +193,14 @@ def test_policies_keep_more_and_more(tiny):
     kept = []
     for policy in ("full", "attention", "dots", "none"):
         numerics = dataclasses.replace(tiny.numerics, remat=policy)
-        kept.append(predict(dataclasses.replace(tiny, numerics=numerics), 4).activations)
+        kept.append(predict_memory(dataclasses.replace(tiny, numerics=numerics), 4).activations)
     assert kept == sorted(kept) and len(set(kept)) == 4
 
 
 def test_what_full_rematerialisation_keeps_is_the_input_of_every_layer(tiny):
     # bfloat16, a row a device: a decoder layer of width 32, an encoder layer of width 16 over 2 x 16 + 4 x 4 patches.
     expected = 2 * (128 * 32 + (2 * 16 + 4 * 4) * 16)
-    assert predict(tiny, 4).activations * 2**30 == pytest.approx(expected)
+    assert predict_memory(tiny, 4).activations * 2**30 == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +214,7 @@ def test_what_full_rematerialisation_keeps_is_the_input_of_every_layer(tiny):
 def test_what_spreads_memory(tiny, section, changes, parts):
     roomy = dataclasses.replace(tiny, batch=dataclasses.replace(tiny.batch, rows=16, tokens=4096))
     other = dataclasses.replace(roomy, **{section: dataclasses.replace(getattr(roomy, section), **changes)})
-    before, after = predict(roomy, 8), predict(other, 8)
+    before, after = predict_memory(roomy, 8), predict_memory(other, 8)
     per_row = 2 if section == "mesh" else 1  # a smaller data group holds more rows each
     for part in parts:
         assert getattr(after, part) < per_row * getattr(before, part)
@@ -211,9 +237,6 @@ def test_a_total_is_the_sum():
 )
 def test_programs_for_other_chips_and_meshes_are_understood(tiny, name, slices, changes):
     pytest.importorskip("libtpu")
-    from stepjax.planning.plan import make_plan
-    from stepjax.planning.topologies import find
-
     model = tiny.model
     decoder = dataclasses.replace(model.decoder, num_kv_heads=2)
     batch = dataclasses.replace(tiny.batch, rows=16, accumulation=2)

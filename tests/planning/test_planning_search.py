@@ -1,6 +1,7 @@
 """The search, with plans that are made up where the compiler is not the point."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +9,16 @@ from pathlib import Path
 import pytest
 from run_files import RECIPE
 
-from stepjax.config import DigitsSource, RematPolicy
-from stepjax.config_file import load_recipe
+from stepjax.config import RematPolicy
+from stepjax.config_file import load_recipe, override
 from stepjax.errors import ConfigError
-from stepjax.planning import search as search_module
-from stepjax.planning.compile import CompiledStep, Shortage
-from stepjax.planning.memory import predict
-from stepjax.planning.plan import Plan
-from stepjax.planning.recipe import write_recipe
-from stepjax.planning.search import Search, candidates, search, search_and_print
+from stepjax.planning.estimate import Estimate
+from stepjax.planning.plan import StepPlan
+from stepjax.planning.search import Search, candidates, overrides, search, write_recipe
+from stepjax.planning.steps import CompiledStep, Shortage
 from stepjax.planning.topologies import find
-from stepjax.planning.trace import Estimate
-from stepjax.sharding import num_parts
+from stepjax.sharding import axis_size
+from stepjax.training.footprint import predict_memory
 
 CHIP = find("v5e-16")
 
@@ -41,9 +40,9 @@ def made_up(seconds, gib, fits=True):
     def plan(config, topology):
         size = int(gib(config) * 2**30)
         shortage = None if fits is True or fits(config) else Shortage(gib(config), 15.75, "RESOURCE_EXHAUSTED")
-        step = CompiledStep(mesh=None, argument_bytes=size, shortage=shortage)  # type: ignore[arg-type]
+        step = CompiledStep(mesh=None, total_bytes=size, shortage=shortage)  # type: ignore[arg-type]
         estimate = None if shortage else Estimate(seconds(config), (), (), {})  # type: ignore[arg-type]
-        return Plan(config, topology, step, predict(config, topology.num_devices), estimate)
+        return StepPlan(config, topology, step, predict_memory(config, topology.num_devices), estimate)
 
     return plan
 
@@ -92,7 +91,7 @@ def test_the_search_keeps_its_budget_and_finds_the_fastest(wide):
     found = search(wide, CHIP, budget_seconds=3600, say=said.append, plan=plan)
     assert found.untried == 0 and found.best is not None
     assert found.best.config.numerics.remat == found.best.config.numerics.encoder_remat == "none"
-    assert len(said) == 1 + len(found.plans), "every candidate is told of as it is done"
+    assert len(said) == 1 + len(found.plans), "every candidate is reported as it is done"
     short = search(wide, CHIP, budget_seconds=0, say=said.append, plan=plan)
     assert len(short.plans) == 1, "one is compiled in any case"
     assert short.untried == len(found.plans) - 1
@@ -138,54 +137,41 @@ def test_a_candidate_that_is_refused_does_not_end_the_search(wide):
     assert found.plans
 
 
-def test_nothing_fits(wide, capsys, monkeypatch):
-    monkeypatch.setattr(search_module, "search", lambda *a, **k: Search((), (("a", "b"),), (), untried=0, seconds=1.0))
-    assert search_and_print(wide, CHIP, RECIPE, budget_minutes=1, write=None, as_json=False) == 1
-    assert "nothing that was compiled fits" in capsys.readouterr().out
+def test_nothing_fits(wide):
+    assert "nothing that was compiled fits" in Search((), (("a", "b"),), (), untried=0, seconds=1.0).to_text(wide)
 
 
-def test_the_best_is_written_as_a_recipe(wide, tmp_path, capsys, monkeypatch):
-    original = tmp_path / "original.py"
-    original.write_text(Path(RECIPE).read_text())
-    base = load_recipe(original)
-    config = dataclasses.replace(base, batch=dataclasses.replace(base.batch, rows=64))
-    real = search
+def test_the_summary_shows_layouts_as_overrides_of_the_recipe(wide, tiny):
     plan = made_up(lambda c: c.batch.accumulation + c.mesh.tensor, lambda c: 1.0)
-    monkeypatch.setattr(search_module, "search", lambda *a, **k: real(*a, **k, plan=plan))
+    found = search(wide, find("v5e-4"), budget_seconds=60, say=lambda _: None, plan=plan)
+    text, fields = found.to_text(tiny), found.to_json()
+    best = next(line for line in text.splitlines() if line.startswith("best: "))
+    assert override(tiny, shlex.split(best.removeprefix("best: ")), prog="test") == found.best.config
+    assert fields["best"]["fits"] and len(fields["tried"]) == len(found.plans) and fields["untried"] == 0
+
+
+# Every kind of value that the command line can set: strings, empty and longer tuples, pairs, None, booleans, negatives.
+OVERRIDES = [
+    *("--name", 'with "quotes" and spaces', "--seed", "7", "--mesh.fsdp", "-1", "--mesh.tensor", "2"),
+    *("--optimizer.freeze", "vision/", "projector", "--optimizer.clip_norm", "None", "--logging.wandb", "True"),
+    *("--optimizer.learning_rate_scales", "vision/.*", "0.5", "decoder/embed", "2.0", "--logging.profile", "2", "3"),
+    *("--data.sources.0.weight", "2.5", "--numerics.encoder_remat", "dots", "--images.max_crops", "None"),
+]
+
+
+def test_a_written_recipe_holds_every_override(tmp_path):
+    base = load_recipe(RECIPE)
+    config = override(base, OVERRIDES, prog="test")
+    assert config.optimizer.learning_rate_scales == (("vision/.*", 0.5), ("decoder/embed", 2.0))
     (tmp_path / "found").mkdir()
-    target = tmp_path / "found" / "best.py"
-    assert search_and_print(config, find("v5e-4"), original, budget_minutes=1, write=target, as_json=False) == 0
-    best = load_recipe(target)
-    assert (best.batch.rows, best.batch.accumulation, best.mesh.tensor) == (64, 1, 1)
-    assert dataclasses.replace(best, batch=base.batch, mesh=base.mesh, numerics=base.numerics) == base
-    assert str(target) in capsys.readouterr().out
-    assert "best" not in best.name
-
-
-def test_a_written_recipe_holds_every_change(tmp_path):
-    base = load_recipe(RECIPE)
-    sources = (DigitsSource(name="only", weight=2.0, task="count"),)
-    config = dataclasses.replace(
-        base,
-        name='with "quotes"',
-        seed=7,
-        data=dataclasses.replace(base.data, sources=sources),
-        optimizer=dataclasses.replace(base.optimizer, freeze=("vision/",), clip_norm=None),
-        logging=dataclasses.replace(base.logging, profile=(2, 3)),
-    )
-    write_recipe(tmp_path / "a.py", Path(RECIPE), config, 'a headline with "quotes"')
-    assert load_recipe(tmp_path / "a.py") == config
-    write_recipe(tmp_path / "b.py", Path(RECIPE), base, "nothing changes")
-    assert load_recipe(tmp_path / "b.py") == base
-
-
-def test_a_written_recipe_is_a_program_of_its_own(tmp_path):
-    base = load_recipe(RECIPE)
-    config = dataclasses.replace(base, mesh=dataclasses.replace(base.mesh, tensor=2))
-    write_recipe(tmp_path / "a.py", Path(RECIPE), config, "headline")
-    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['config'].mesh.tensor)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.py")], capture_output=True, text=True)
+    path = tmp_path / "found" / "best.py"
+    write_recipe(path, Path(RECIPE), config, 'a headline with "quotes"')
+    assert load_recipe(path) == config
+    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['config'].mesh.tensor)"  # a program of its own
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.stdout.strip() == "2", done.stderr
+    write_recipe(path, Path(RECIPE), base, "nothing changes")
+    assert load_recipe(path) == base and overrides(base, base) == []
 
 
 @pytest.mark.slow
@@ -195,4 +181,4 @@ def test_a_search_with_the_compiler(tiny, tmp_path):
     found = search(tiny, find("v5e-4"), budget_seconds=1, say=said.append)
     assert len(found.plans) == 1 and found.best is not None
     assert "tokens/s a chip" in said[1]
-    assert num_parts("batch", found.best.step.mesh) >= 1
+    assert axis_size("batch", found.best.step.mesh) >= 1

@@ -4,7 +4,7 @@ import pytest
 
 from stepjax.chips import TPUS
 from stepjax.errors import ConfigError
-from stepjax.planning.topologies import NAMES, find
+from stepjax.planning.topologies import SIZES, find
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,9 @@ def test_slices_multiply_chips_and_devices():
         ("v5p", "v5p-"),
         ("", "v5e"),
         ("v5p-twelve", "v5p-"),
+        ("v5p-\N{SUPERSCRIPT TWO}", "v5p-"),
+        ("v5p:0x4x4", "v5p:4x4x8"),
+        ("v5p:128", "v5p:4x4x8"),
     ],
 )
 def test_unknown_names_are_answered_with_known_ones(name, helps):
@@ -57,10 +60,10 @@ def test_no_slices_is_refused():
 
 
 def test_every_name_finds_a_slice_of_its_size():
-    for name in NAMES:
-        generation, _, number = name.partition("-")
-        topology = find(name)
-        assert topology.chips * (2 if generation in ("v5p", "tpu7x") else 1) == int(number), name
+    for generation, sizes in SIZES.items():
+        for number in sizes:
+            topology = find(f"{generation}-{number}")
+            assert topology.chips * (2 if generation in ("v5p", "tpu7x") else 1) == number
 
 
 def test_whole_cubes_and_rows_of_sixteen_are_closed():

@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import resource
+import threading
 
 import pytest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -12,7 +14,7 @@ from upstream import FAULTS, Upstream, answering, serving
 from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
 from stepjax.pacore.config import PacoreConfig, RoundLimits
-from stepjax.pacore.coordinator import Coordinator
+from stepjax.pacore.coordinator import Coordinator, RoundFailedError
 from stepjax.pacore.records import AttemptFailed, Problem
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler, FileTokens
 from stepjax.rollouts.sampler import Listener, SamplerError
@@ -32,7 +34,7 @@ def ask(upstream, *, params=PARAMS, messages=QUESTION, tools=(), pieces=None, **
 
 @pytest.fixture
 def start():
-    with __import__("contextlib").ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         yield lambda *args, **options: stack.enter_context(serving(Upstream(*args, **options)))
 
 
@@ -116,9 +118,9 @@ def test_failures_say_whether_to_try_again(start):
 
 
 def test_every_problem_is_answered_and_every_loss_accounted(start):
-    """Three in ten calls fail, stall, are cut off, are empty or break off."""
-    upstream = start(fault_share=0.3)
-    limits = RoundLimits(retries=6, backoff_seconds=0.01, call_seconds=4.0)
+    """Three in ten calls fail, are late, are cut off, are empty or break off."""
+    upstream = start(fault_share=0.3, stall_seconds=0.0)
+    limits = RoundLimits(retries=6, backoff_seconds=0.01)
     config = PacoreConfig(schedule=(6, 3), limits=limits)
     failed = []
 
@@ -139,27 +141,43 @@ def test_every_problem_is_answered_and_every_loss_accounted(start):
     calls = sum(outcome.totals.calls + outcome.totals.retries for outcome in outcomes)
     assert calls == len(upstream.bodies)
     lost = sum(sum(round_.losses.values()) for outcome in outcomes for round_ in outcome.rounds)
-    assert lost + len(failed) == upstream.faults.total()
+    assert lost + len(failed) == upstream.faults.total() - upstream.faults["stall"]
     assert sum(outcome.totals.retries for outcome in outcomes) == len(failed)
     lost_by_kind = {reason for outcome in outcomes for round_ in outcome.rounds for reason in round_.losses}
     assert lost_by_kind == {"truncated", "empty"}, "what is not a failure of the call is not tried again before the end"
 
 
-def test_calls_that_wait_for_their_turn_do_not_run_out_of_time(start):
-    upstream = start(fault_share=1.0, stall_seconds=0.4)
+def test_a_call_that_stalls_runs_out_of_time(start):
+    upstream = start(fault_share=1.0)
     upstream.fault = lambda body: "stall"
-    limits = RoundLimits(retries=0, call_seconds=1.5)
 
     async def main():
-        async with EndpointSampler(EndpointConfig(url=upstream.url, max_concurrent=1)) as sampler:
-            config = PacoreConfig(schedule=(5,), limits=limits)
-            return await Coordinator(sampler, config).solve(Problem(id="p", messages=QUESTION))
+        async with EndpointSampler(EndpointConfig(url=upstream.url)) as sampler:
+            config = PacoreConfig(schedule=(), limits=RoundLimits(retries=0, call_seconds=0.3))
+            await Coordinator(sampler, config).solve(Problem(id="p", messages=QUESTION))
 
-    outcome = asyncio.run(main())
-    assert all(not round_.losses for round_ in outcome.rounds)
-    starts = [each.rollout.start for each in outcome.rounds[0].trajectories]
-    assert max(starts) - min(starts) > 1.5, "one after the other"
-    assert all(0.3 < each.rollout.seconds < 1.5 for each in outcome.rounds[0].trajectories)
+    with pytest.raises(RoundFailedError, match="1 timeout"):
+        asyncio.run(main())
+
+
+def test_a_call_that_waits_for_its_turn_has_not_begun(start):
+    """So that no time limit runs yet."""
+    upstream, release = start(), threading.Event()
+    upstream.answer = lambda body: release.wait(60) and {"content": "42"}
+
+    async def main():
+        async with EndpointSampler(EndpointConfig(url=upstream.url, max_concurrent=1, model="fake")) as sampler:
+            async with sampler.prompt(QUESTION, (), answer_tokens=1) as prompt:
+                listeners = [Listener(), Listener()]
+                calls = [asyncio.create_task(sampler.sample(prompt, PARAMS, each)) for each in listeners]
+                while not upstream.bodies:
+                    await asyncio.sleep(0.01)
+                began = [each.began is not None for each in listeners]
+                release.set()
+                await asyncio.gather(*calls)
+                return began, [each.began is not None for each in listeners]
+
+    assert asyncio.run(main()) == ([True, False], [True, True])
 
 
 def test_a_prompt_beyond_the_context_is_refused_by_its_tokens(start, tokenizer_file):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from stepjax.planning.hlo import Operation
-from stepjax.planning.links import HOP_SECONDS, Network, read_group
+from stepjax.planning.network import HOP_SECONDS, Network, first_group
 from stepjax.planning.topologies import find
 
 
@@ -36,13 +36,13 @@ def collective(opcode, groups="{}"):
     ],
 )
 def test_the_first_group(text, members):
-    assert read_group(text, 8) == members
+    assert first_group(text, 8) == members
 
 
 @pytest.mark.parametrize("text", ["groups of two", "[2,4]", "mesh['a'=8] {}"])
 def test_unknown_groups_are_refused(text):
     with pytest.raises(ValueError, match="unknown"):
-        read_group(text, 8)
+        first_group(text, 8)
 
 
 def test_an_all_gather_of_a_cube_uses_six_links():
