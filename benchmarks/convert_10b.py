@@ -147,11 +147,10 @@ def make_checkpoint(directory: Path, layers: int | None) -> None:
     import numpy as np
 
     from stepjax.config import ImageConfig, ModelConfig
-    from stepjax.interop.hf_config import config_json
+    from stepjax.interop.export_files import config_json
     from stepjax.interop.hf_match import places
     from stepjax.interop.model_spec import ModelSpec
-    from stepjax.interop.safetensors_file import create, parse_header
-    from stepjax.interop.shards import index_of, plan_shards
+    from stepjax.interop.safetensors_file import create, index_of, parse_header, plan_shards
 
     model = ModelConfig()
     if layers is not None:

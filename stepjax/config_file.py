@@ -59,11 +59,7 @@ def override(config: PretrainConfig, arguments: Sequence[str], *, prog: str) -> 
         SystemExit: an argument does not parse or the values do not fit together; the message is printed.
     """
     return tyro.cli(
-        PretrainConfig,
-        default=config,
-        args=list(arguments),
-        prog=prog,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        PretrainConfig, default=config, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,)
     )
 
 

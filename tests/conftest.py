@@ -27,7 +27,7 @@ import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, NumericsConfig, VisionConfig  # noqa: E402
-from stepjax.interop.hf_load import load_hf  # noqa: E402
+from stepjax.interop.load import load_model, open_checkpoint  # noqa: E402
 from stepjax.models.step_vl import abstract_model, init_model  # noqa: E402
 from stepjax.processing.images import ImageViews, ViewPlan  # noqa: E402
 from stepjax.processing.tokenizer import SpecialTokens  # noqa: E402
@@ -98,7 +98,8 @@ def tiny_dir():
 @pytest.fixture(scope="session")
 def tiny_vl(tiny_dir):
     """The tiny checkpoint as a float32 model, and its image configuration."""
-    return load_hf(tiny_dir, FLOAT32)
+    source = open_checkpoint(tiny_dir)
+    return load_model(source, numerics=FLOAT32), source.spec.images
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_an_interrupt_in_a_recipe_is_not_swallowed(tmp_path):
         (["--data.sources.0.weight", "2"], "data.sources.0.weight: 0.5 -> 2.0"),
         (["--data.sources.1.task", "count"], "data.sources.1.task: 'arithmetic' -> 'count'"),
         (["--schedule.phases.0.tokens", "1e6"], "schedule.phases.0.tokens: 4096 -> 1000000.0"),
-        (["--model.decoder.tie-embeddings", "True"], "model.decoder.tie_embeddings: False -> True"),
+        (["--model.decoder.tie-embeddings"], "model.decoder.tie_embeddings: False -> True"),
         (["--logging.profile", "2", "4"], "logging.profile: None -> (2, 4)"),
         (["--evaluation.every", "8"], "evaluation.every: None -> 8"),
         (["--mesh.fsdp", "-1", "--mesh.data", "2"], "mesh.data: 1 -> 2"),

@@ -34,7 +34,7 @@ ALLOWED = {
     "checkpoint": {"errors", "sharding"},
     "interop": {
         *("errors", "figures", "config", "config_file", "sharding", "models", "processing", "checkpoint", "inference"),
-        "progress",
+        *("progress", "directory_lock"),
     },
     "inference": {"errors", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {

@@ -9,14 +9,14 @@ from stepjax.inference.config import EngineConfig
 
 if TYPE_CHECKING:  # commands parse their arguments without JAX
     from stepjax.inference.engine import Engine
-    from stepjax.interop.any_processor import AnyProcessor
+    from stepjax.interop.text_processor import AnyProcessor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineArguments:
     """Of a model that is loaded into this process."""
 
-    dtype: DType = "bfloat16"  # of parameters and of what is computed
+    dtype: DType = "bfloat16"  # of parameters and computation
     tensor_parallel: int = 1  # devices that share the model and decode one batch together
     data_parallel: int = 1  # copies of the model, each with a cache and batches of its own
     yarn_factor: float = 1.0  # stretches the context beyond the trained one; PaCoRe's report uses 2
@@ -25,7 +25,7 @@ class EngineArguments:
     def check(self) -> None:
         """
         Raises:
-            ConfigError: a value is out of range. (Raised by the constructor, a parser would take it for its own.)
+            ConfigError: a value is out of range. (A parser would take an error of the constructor for its own.)
         """
         for name in ("tensor_parallel", "data_parallel", "yarn_factor"):
             if not getattr(self, name) >= 1:

@@ -1,34 +1,72 @@
 """The files beside the weights of an exported directory: configuration, tokenizer, templates.
 
-Those that a converted checkpoint kept are given back as they were. Others are made, for what trained here has none:
-the PyTorch files in `assets/pytorch` are copied, and `--side-files DIR` takes the tokenizer and the remote code of
-another directory, such as the public checkpoint, in their place.
+Those that a converted checkpoint kept are given back as they were. For a model that was trained here they are made: the
+PyTorch files and the chat template in `assets/pytorch` are copied, unless `--side-files DIR` takes the tokenizer and
+the remote code of another directory, such as the public checkpoint.
 """
 
+import copy
+import dataclasses
 import importlib.resources
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepjax.config import TokenizerConfig
+import numpy as np
+
+from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, TokenizerConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_config import config_json, image_fields
-from stepjax.interop.hf_directory import CONFIG, INDEX, read_json, side_files
-from stepjax.interop.hf_layout import STARTS_THINKING
-from stepjax.interop.jinja_template import jinja_template
+from stepjax.interop.hf_config import IMAGE_FIELDS, STARTS_THINKING, config_from_hf, text_fields, vision_fields
+from stepjax.interop.hf_directory import CONFIG, INDEX, side_files
 from stepjax.interop.model_spec import ModelSpec
+from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.processing.tokenizer import MARKERS, SpecialTokens, Tokenizer, load_tokenizer
 
-# What belongs to the seeing model only.
+# These belong to the model that sees images alone.
 _VISION_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def write_side_files(
+    target: Path,
+    source: OrbaxDirectory,
+    spec: ModelSpec,
+    dtypes: Mapping[str, np.dtype],
+    *,
+    is_cast: bool,
+    others: Path | None,
+) -> None:
+    """Write the side files of an exported checkpoint.
+
+    Args:
+        spec: of what is exported, the whole model or its text part.
+        dtypes: of the tensors; configurations name the type where it is one.
+        is_cast: these are not the types that are stored.
+        others: a directory whose files come before ours; for training runs.
+    """
+    names = {dtype.name for dtype in dtypes.values()}
+    dtype = names.pop() if len(names) == 1 else None
+    if source.run is not None:
+        make(target, spec, source.run.tokenizer, dtype, others)
+        return
+    fields = source.kept_config()
+    if fields is None or source.side_files is None:
+        return
+    text_only = spec != source.spec
+    copy_kept(source.side_files, target, text_only=text_only)
+    changed = text_config(fields, spec) if text_only else copy.deepcopy(fields)
+    if is_cast and dtype is not None:
+        for part in (changed, changed.get("text_config") or {}, changed.get("vision_config") or {}):
+            part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
+    if changed != fields:
+        write_config(target, changed)
 
 
 def copy_kept(directory: Path, target: Path, *, text_only: bool) -> list[str]:
     """Copy the side files of a Hugging Face directory. Returns the names of what else is in it.
 
-    With `text_only`, the remote code and the image processor's settings stay behind, and `config.json` becomes that of
-    the text model.
+    With `text_only`, the remote code and the image processor's settings stay behind.
     """
     target.mkdir(exist_ok=True)
     files, others = side_files(directory)
@@ -39,34 +77,10 @@ def copy_kept(directory: Path, target: Path, *, text_only: bool) -> list[str]:
     return others
 
 
-def text_config(whole: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
-    """`config.json` of the decoder alone, from that of the whole model."""
-    made = config_json(spec, None, None)
-    names = {name: made[name] for name in ("architectures", "model_type")}
-    return made | (whole.get("text_config") or {}) | names
-
-
-def write_config(directory: Path, fields: dict[str, Any]) -> None:
-    (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def restore(kept: Path, target: Path, *, spec: ModelSpec, text_only: bool, dtype: str | None) -> None:
-    """Give back the side files of a converted checkpoint; `dtype` is the tensors' new type, None where it is kept."""
-    copy_kept(kept, target, text_only=text_only)
-    fields = read_json(kept / CONFIG)
-    if text_only:
-        fields = text_config(fields, spec)
-    if dtype is not None:
-        for part in (fields, fields.get("text_config") or {}, fields.get("vision_config") or {}):
-            part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
-    if fields != read_json(kept / CONFIG):
-        write_config(target, fields)
-
-
 def make(
     target: Path, spec: ModelSpec, tokenizer_config: TokenizerConfig, dtype: str | None, others: Path | None
 ) -> None:
-    """Write the side files of a model that was trained here, with those of the directory `others` in front."""
+    """Write the side files of a model that was trained here; those of the directory `others` come before ours."""
     if others is not None:
         copy_kept(others, target, text_only=spec.is_text)
         (target / INDEX).unlink(missing_ok=True)
@@ -76,14 +90,12 @@ def make(
         _check_same_ids(tokenizer, load_tokenizer(tokenizer_config), others)
     else:
         tokenizer = load_tokenizer(tokenizer_config)
+        tokenizer.save(target / "tokenizer.json")
     tokens = tokenizer.special_tokens
     starts_thinking = tokenizer_config.generation_starts_thinking
     ours = {} if spec.is_text or starts_thinking else {STARTS_THINKING: False}
     write_config(target, config_json(spec, tokens, dtype) | ours)
-    if not (target / "tokenizer.json").exists():
-        tokenizer.save(target / "tokenizer.json")
-    template = jinja_template(starts_thinking=starts_thinking)
-    made: dict[str, Any] = {
+    made = {
         "generation_config.json": {
             "bos_token_id": tokens.end_of_text,
             "eos_token_id": list(tokens.stop_ids),
@@ -97,18 +109,32 @@ def make(
     }
     if spec.images is not None:
         if not (target / "modeling_step_vl.py").exists():
-            code = importlib.resources.files("stepjax").joinpath("assets", "pytorch")
-            for file in code.iterdir():
+            for file in _assets().iterdir():
                 if file.name.endswith(".py"):
                     (target / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
             for name in _VISION_FILES:  # of other code
                 (target / name).unlink(missing_ok=True)
         made |= dict.fromkeys(_VISION_FILES, image_fields(spec.images))
-    for name, fields in made.items():
+    texts = {"chat_template.jinja": chat_template(starts_thinking=starts_thinking)}
+    texts |= {name: json.dumps(fields, indent=2, ensure_ascii=False) + "\n" for name, fields in made.items()}
+    for name, text in texts.items():
         if not (target / name).exists():
-            (target / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not (target / "chat_template.jinja").exists():
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+            (target / name).write_text(text, encoding="utf-8")
+
+
+def chat_template(*, starts_thinking: bool) -> str:
+    """`processing.chat_template` as a Jinja template, for servers that render conversations themselves.
+
+    It writes the same text, without the wall between text and control tokens: whoever writes `<|im_end|>` in a message
+    ends a turn. An image is one `<im_patch>`, which their processors expand. See `chat_template.generation_prompt` for
+    `starts_thinking`.
+    """
+    template = (_assets() / "chat_template.jinja").read_text(encoding="utf-8")
+    return template.replace("STARTS_THINKING", "true" if starts_thinking else "false")
+
+
+def _assets():
+    return importlib.resources.files("stepjax") / "assets" / "pytorch"
 
 
 def _tokenizer_files(tokenizer_json: Path, max_positions: int) -> dict[str, Any]:
@@ -142,3 +168,101 @@ def _check_same_ids(given: Tokenizer, trained: Tokenizer, where: Path) -> None:
             f"--side-files {where}: its tokenizer is not the one that the model was trained with (it differs in "
             f"{', '.join(differing) or 'the number of ids'}); leave the option out, or name the right directory"
         )
+
+
+# config.json ---------------------------------------------------------------------------------------------------------
+
+
+def write_config(directory: Path, fields: dict[str, Any]) -> None:
+    (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def text_config(whole: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """`config.json` of the decoder alone, from that of the whole model."""
+    made = config_json(spec, None, None)
+    names = {name: made[name] for name in ("architectures", "model_type")}
+    return made | (whole.get("text_config") or {}) | names
+
+
+def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
+    """The fields of a model's config.json that Transformers, vLLM and SGLang read, in the public checkpoint's words.
+
+    `tokens` gives the ids of control tokens, which are left out where they are unknown; `dtype` is that of the tensors,
+    None where it varies.
+    """
+    if isinstance(spec.model, DecoderConfig):
+        return _text_fields(spec.model, tokens, dtype)
+    assert isinstance(spec.model, ModelConfig) and spec.images is not None
+    images = spec.images
+    fields: dict[str, Any] = {
+        "architectures": ["StepVLForConditionalGeneration"],
+        "model_type": "step_robotics",
+        "auto_map": {
+            "AutoConfig": "configuration_step_vl.StepRoboticsConfig",
+            "AutoModelForCausalLM": "modeling_step_vl.Step3VL10BForCausalLM",
+        },
+        "im_start_token": "<im_start>",
+        "im_end_token": "<im_end>",
+        "im_patch_token": "<im_patch>",
+        "image_token_len": images.global_tokens,
+        "patch_token_len": images.crop_tokens,
+        "understand_projector_stride": 2,
+        "use_im_start_end": "true",
+        "vision_select_layer": -1,
+        "projector_bias": spec.model.projector_bias,
+        "tie_word_embeddings": spec.decoder.tie_embeddings,
+        "vision_config": {
+            **vision_fields(spec.model.vision, images.global_size),
+            "pool_type": "none",
+            "output_dim": None,
+            "use_cls_token": False,
+            "use_ln_post": False,
+        },
+        "text_config": _text_fields(spec.decoder, tokens, dtype),
+    }
+    if tokens is not None:
+        fields["image_token_id"] = tokens.image_patch
+    if dtype is not None:
+        fields["torch_dtype"] = dtype
+    _, implied = config_from_hf(fields)
+    differing = {name: value for name, value in vars(images).items() if value != getattr(implied, name)}
+    return fields | ({IMAGE_FIELDS: differing} if differing else {})
+
+
+def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        **text_fields(config),
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    if config.qk_norm:
+        fields |= {"sliding_window": None, "use_sliding_window": False, "max_window_layers": config.num_layers}
+    if config.yarn_factor > 1:
+        fields["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": config.yarn_factor,
+            "original_max_position_embeddings": config.yarn_trained_positions,
+            "attention_factor": config.yarn_attention_factor,
+        }
+    if tokens is not None:
+        fields |= {"bos_token_id": tokens.end_of_text, "eos_token_id": list(tokens.stop_ids)}
+        fields["pad_token_id"] = tokens.end_of_text
+    if dtype is not None:
+        fields["torch_dtype"] = dtype
+    return fields
+
+
+def image_fields(images: ImageConfig) -> dict[str, Any]:
+    """`processor_config.json`, by which the exported processor cuts images into views."""
+    fields = {"global_size": "size", "mean": "image_mean", "std": "image_std"}
+    return {
+        "processor_class": "Step3VLProcessor",
+        "auto_map": {"AutoProcessor": "processing_step3.Step3VLProcessor"},
+        **{fields.get(name, name): value for name, value in dataclasses.asdict(images).items()},
+    }

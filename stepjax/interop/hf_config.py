@@ -1,119 +1,336 @@
-"""`config.json` of an exported model: the fields that Transformers, vLLM and SGLang read."""
+"""`config.json` as it is read: types, limits, the variants that are refused by name, and our configuration from it.
 
-import dataclasses
+Every value is checked here, once, before anything is made of it. Fields that change nothing that is computed are
+ignored; a field that does is either read, or refused unless its value turns it off.
+"""
+
+import json
 import math
-from typing import Any
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, VisionConfig
-from stepjax.interop.hf_layout import IMAGE_FIELDS, config_from_hf
-from stepjax.interop.model_spec import ModelSpec
-from stepjax.processing.tokenizer import SpecialTokens
+import pydantic
+from pydantic import ConfigDict, Field
+
+from stepjax.config import Activation, DecoderConfig, ImageConfig, ModelConfig, VisionConfig
+from stepjax.errors import CheckpointError, ConfigError
+
+TEXT_FAMILIES = ("qwen3", "llama")
+IMAGE_FIELDS = "stepjax_images"  # our field: what differs from the public model's images
+STARTS_THINKING = "stepjax_starts_thinking"  # ours too: false where generation prompts do not open <think>
+
+# Far beyond any known model, and small enough that computing the shapes of such a model costs nothing.
+Layers = Annotated[int, Field(gt=0, le=2_000)]
+Heads = Annotated[int, Field(gt=0, le=10_000)]
+Width = Annotated[int, Field(gt=0, le=1_000_000)]
+Rows = Annotated[int, Field(gt=0, le=100_000_000)]
+Positions = Annotated[int, Field(gt=0, le=1_000_000_000)]
+Pixels = Annotated[int, Field(gt=0, le=100_000)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
+Theta = Annotated[float, Field(ge=1, le=1e15)]
+Factor = Annotated[float, Field(gt=0, le=10_000)]
+TokenId = Annotated[int, Field(ge=0, le=100_000_000)]
 
 
-def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
-    """The fields of a model's config.json, in the public checkpoint's words.
+class _Fields(pydantic.BaseModel):
+    """Fields by our names; where the file has another one, it is the alias."""
 
-    `tokens` gives the ids of control tokens, which are left out where they are not known; `dtype` is that of the
-    tensors, None where it varies.
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, validate_by_name=True)
+
+
+class _Vision(_Fields):
+    """Of `vision_config`: those of `VisionConfig`, with two that others follow from."""
+
+    image_size: Pixels
+    patch_size: Pixels
+    width: Width
+    num_layers: Layers = Field(alias="layers")
+    num_heads: Heads = Field(alias="heads")
+    mlp_ratio: Factor = 8960 / 1536
+    norm_eps: Epsilon = Field(1e-5, alias="layer_norm_eps")
+    rope_theta: Theta = 10_000.0
+    layer_scale_init: Annotated[float, Field(ge=0, le=100)] = Field(0.1, alias="ls_init_value")
+    activation: Activation = Field("quick_gelu", alias="hidden_act")
+
+
+class _Rope(_Fields):
+    """Of `rope_scaling`, or `rope_parameters` as Transformers 5 writes it; no others are known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Theta | None = None
+    factor: Annotated[float, Field(ge=1, le=10_000)] | None = None
+    original_max_position_embeddings: Positions | None = None
+    attention_factor: Factor | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool | None = None
+    partial_rotary_factor: float | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {name: x for name, x in fields.items() if x is not None} if isinstance(fields, dict) else fields
+
+
+class _Text(_Fields):
+    """Of a text model: those of `DecoderConfig`."""
+
+    width: Width = Field(alias="hidden_size")
+    num_layers: Layers = Field(alias="num_hidden_layers")
+    num_heads: Heads = Field(alias="num_attention_heads")
+    num_kv_heads: Heads | None = Field(None, alias="num_key_value_heads")
+    head_dim: Heads | None = None
+    mlp_dim: Width = Field(alias="intermediate_size")
+    norm_eps: Epsilon = Field(1e-6, alias="rms_norm_eps")
+    rope_theta: Theta | None = None
+    max_positions: Positions = Field(65_536, alias="max_position_embeddings")
+    vocab_size: Rows
+    tie_embeddings: bool | None = Field(None, alias="tie_word_embeddings")
+
+
+class _TextFile(_Text):
+    """And what else is checked."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+
+
+class _StepFile(_Fields):
+    """Beside the two parts of a STEP3-VL configuration."""
+
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    projector_bias: bool | None = None
+    image_token_len: Rows | None = None
+    patch_token_len: Rows | None = None
+    image_token_id: TokenId | None = None
+    stepjax_images: dict[str, Any] | None = None
+
+
+Parsed = TypeVar("Parsed", bound=_Fields)
+Allowed = Mapping[str, tuple[Any, ...]]
+
+# What a field has to hold, if it is present and not null: the one variant that is computed here.
+_STEP: Allowed = {"vision_select_layer": (-1,), "understand_projector_stride": (2,)}
+_VISION: Allowed = {
+    "hidden_act": ("quick_gelu", "gelu"),
+    "pool_type": ("none",),
+    "output_dim": (),
+    "num_channels": (3,),
+    **dict.fromkeys(("use_cls_token", "ues_cls_token", "use_ln_post"), (False,)),
+    **dict.fromkeys(("use_ln_pre", "use_abs_posemb", "use_rope2d"), (True,)),
+}
+_TEXT: Allowed = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "layer_types": ("full_attention",),
+    "no_rope_layers": (1,),  # 1: the layer has rotary positions
+    "no_rope_layer_interval": (0,),
+    "nope_layer_interval": (0,),
+    "attention_chunk_size": (),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "alibi", "use_parallel_residual"), (False,)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_scaling_factor", "rope_factor"), (1,)),
+    **dict.fromkeys(("logits_scaling", "logit_scale", "scale_emb", "embedding_scale"), (1,)),
+    **dict.fromkeys(("clip_qkv", "query_pre_attn_scalar", "scale_depth"), ()),
+}
+_TEXT_PATTERNS: Allowed = {"multiplier": (1,), "softcap": (0,)}
+_ROPE: Allowed = {"beta_fast": (32,), "beta_slow": (1,), "truncate": (True,), "partial_rotary_factor": (1,)}
+
+
+# Configurations ------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(config: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
+    """Model and image configuration from a STEP3-VL `config.json`.
+
+    Raises:
+        CheckpointError: the file describes a variant that this model does not cover, or has an unusable value.
     """
-    if isinstance(spec.model, DecoderConfig):
-        return _text_fields(spec.model, tokens, dtype)
-    assert isinstance(spec.model, ModelConfig) and spec.images is not None
-    vision, images = spec.model.vision, spec.images
-    fields: dict[str, Any] = {
-        "architectures": ["StepVLForConditionalGeneration"],
-        "model_type": "step_robotics",
-        "auto_map": {
-            "AutoConfig": "configuration_step_vl.StepRoboticsConfig",
-            "AutoModelForCausalLM": "modeling_step_vl.Step3VL10BForCausalLM",
-        },
-        "im_start_token": "<im_start>",
-        "im_end_token": "<im_end>",
-        "im_patch_token": "<im_patch>",
-        "image_token_len": images.global_tokens,
-        "patch_token_len": images.crop_tokens,
-        "understand_projector_stride": 2,
-        "use_im_start_end": "true",
-        "vision_select_layer": -1,
-        "projector_bias": spec.model.projector_bias,
-        "tie_word_embeddings": spec.decoder.tie_embeddings,
-        "vision_config": {
-            "image_size": images.global_size,
-            "patch_size": vision.patch_size,
-            "width": vision.width,
-            "layers": vision.num_layers,
-            "heads": vision.num_heads,
-            "mlp_ratio": _mlp_ratio(vision),
-            "layer_norm_eps": vision.norm_eps,
-            "rope_theta": vision.rope_theta,
-            "pool_type": "none",
-            "output_dim": None,
-            "use_cls_token": False,
-            "ls_init_value": vision.layer_scale_init,
-            "use_ln_post": False,
-            "hidden_act": vision.activation,
-        },
-        "text_config": _text_fields(spec.decoder, tokens, dtype),
+    _check_variant(config, _STEP, "")
+    fields = _parsed(_StepFile, config, "")
+    _check_variant(fields.vision_config, _VISION, "vision_config.")
+    vision = _parsed(_Vision, fields.vision_config, "vision_config.")
+    # The file has the crop's token count and not its size: a square of a grid that is down-sampled four-fold.
+    crop_size = 4 * round((fields.patch_token_len or 81) ** 0.5) * vision.patch_size
+    implied = {"global_size": vision.image_size, "crop_size": crop_size, "patch_size": vision.patch_size}
+    try:
+        model = ModelConfig(
+            vision=VisionConfig(
+                **vision.model_dump(exclude={"image_size", "mlp_ratio"}),
+                mlp_dim=int(vision.width * vision.mlp_ratio),
+                position_grid=vision.image_size // vision.patch_size,
+            ),
+            decoder=decoder_config_from_hf(fields.text_config),
+            projector_bias=bool(fields.projector_bias),
+        )
+        images = _image_config(implied, fields.stepjax_images or {})
+    except ConfigError as error:
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
+    for name, tokens in (("image_token_len", images.global_tokens), ("patch_token_len", images.crop_tokens)):
+        if getattr(fields, name) not in (None, tokens):
+            raise CheckpointError(
+                f"config.json has {name}={getattr(fields, name)}: a view of its size has {tokens} tokens"
+            )
+    return model, images
+
+
+def _image_config(implied: dict[str, int], own: dict[str, Any]) -> ImageConfig:
+    unknown = own.keys() - ImageConfig.__dataclass_fields__
+    numbers = [x for value in own.values() for x in (value if isinstance(value, list) else [value])]
+    if unknown or any(isinstance(x, int | float) and not 0 <= x <= 100_000 for x in numbers):
+        raise CheckpointError(f"config.json has unusable {IMAGE_FIELDS}={reprlib.repr(own)}: unknown names, or sizes")
+    try:
+        return pydantic.TypeAdapter(ImageConfig).validate_json(json.dumps(implied | own), strict=True)
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"config.json has unusable {IMAGE_FIELDS}: {error}") from error
+
+
+def text_family(text: dict[str, Any]) -> str | None:
+    """Which of `TEXT_FAMILIES` a `config.json` names; None where it names no family at all.
+
+    Raises:
+        CheckpointError: it names another.
+    """
+    names = text.get("architectures")
+    named = [text.get("model_type"), *(names if isinstance(names, list) else [names])]
+    named = [name for name in named if name is not None]
+    for family in TEXT_FAMILIES:
+        # One more letter may be of another model: "qwen3_moe", "Llama4ForCausalLM".
+        if named and re.fullmatch(rf"{family}(?:for\w+|model|)", str(named[0]).lower()):
+            return family
+    if named:
+        raise CheckpointError(
+            f"config.json has model_type={text.get('model_type')!r}, architectures={reprlib.repr(names)}: "
+            "only STEP3-VL (with a vision_config) and plain Qwen3 and Llama text models are read"
+        )
+    return None
+
+
+def decoder_config_from_hf(text: dict[str, Any]) -> DecoderConfig:
+    """Decoder configuration from a Qwen3 or Llama `config.json` (or the `text_config` of a STEP3-VL one).
+
+    Raises:
+        CheckpointError: the file describes a variant that the decoder does not cover, or has an unusable value.
+    """
+    qwen = text_family(text) != "llama"
+    fields = _checked_text(text, is_qwen=qwen)
+    ropes = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None]
+    rope = ropes[0] if ropes else _Rope()  # Transformers 5 writes the first
+    if any(other != rope for other in ropes):
+        raise CheckpointError(f"config.json has rope_parameters={rope!r} and another rope_scaling: remove one of them")
+    if fields.rope_theta not in (None, rope.rope_theta or fields.rope_theta):
+        raise CheckpointError(
+            f"config.json has rope_theta={fields.rope_theta}, and {rope.rope_theta} beside its scaling"
+        )
+    yarn = _yarn_fields(rope, fields.max_positions)
+    stretched = int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))
+    given = fields.model_dump(include=set(_Text.model_fields)) | {
+        "num_kv_heads": fields.num_kv_heads or fields.num_heads,
+        "head_dim": fields.head_dim or fields.width // fields.num_heads,
+        "rope_theta": rope.rope_theta or fields.rope_theta or (1e6 if qwen else 1e4),
+        "tie_embeddings": bool(fields.tie_embeddings),
+        "max_positions": max(fields.max_positions, stretched),
     }
-    if tokens is not None:
-        fields["image_token_id"] = tokens.image_patch
-    if dtype is not None:
-        fields["torch_dtype"] = dtype
-    _, implied = config_from_hf(fields)
-    differing = {name: value for name, value in vars(images).items() if value != getattr(implied, name)}
-    return fields | ({IMAGE_FIELDS: differing} if differing else {})
+    try:
+        return DecoderConfig(**given, qk_norm=qwen, **yarn)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
 
 
-def _mlp_ratio(vision: VisionConfig) -> float:
-    """The ratio of which readers take int(width * ratio): the quotient, rounded up where that would be one less."""
-    ratio = vision.mlp_dim / vision.width
-    return ratio if int(vision.width * ratio) == vision.mlp_dim else math.nextafter(ratio, math.inf)
-
-
-def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "max_position_embeddings": config.max_positions,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
+def _yarn_fields(rope: _Rope, max_positions: int) -> dict[str, Any]:
+    """The fields of `DecoderConfig` for scaled rotary positions; empty for plain ones."""
+    kind = rope.rope_type or rope.type or "default"
+    if kind == "default" and rope.factor in (None, 1) and rope.attention_factor in (None, 1):
+        return {}
+    if kind != "yarn" or rope.factor is None:
+        given = rope.model_dump(exclude_none=True)
+        raise CheckpointError(f"rotary scaling {given!r} is not supported: only plain positions, and plain YaRN, are")
+    temperature = rope.attention_factor
+    return {
+        "yarn_factor": rope.factor,
+        "yarn_trained_positions": rope.original_max_position_embeddings or max_positions,
+        "yarn_attention_factor": 0.1 * math.log(rope.factor) + 1 if temperature is None else temperature,
     }
-    if config.qk_norm:
-        fields |= {"sliding_window": None, "use_sliding_window": False, "max_window_layers": config.num_layers}
-    if config.yarn_factor > 1:
-        fields["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": config.yarn_factor,
-            "original_max_position_embeddings": config.yarn_trained_positions,
-            "attention_factor": config.yarn_attention_factor,
-        }
-    if tokens is not None:
-        fields |= {"bos_token_id": tokens.end_of_text, "eos_token_id": list(tokens.stop_ids)}
-        fields["pad_token_id"] = tokens.end_of_text
-    if dtype is not None:
-        fields["torch_dtype"] = dtype
+
+
+def vision_fields(config: VisionConfig, image_size: int) -> dict[str, Any]:
+    """The fields of a `vision_config` that are read."""
+    ratio = config.mlp_dim / config.width
+    if int(config.width * ratio) < config.mlp_dim:  # what readers take
+        ratio = math.nextafter(ratio, math.inf)
+    known = {name: getattr(config, name) for name in _Vision.model_fields if hasattr(config, name)}
+    return _Vision(**known, image_size=image_size, mlp_ratio=ratio).model_dump(by_alias=True)
+
+
+def text_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a text model's `config.json` that are read, but for its family and its scaling of positions."""
+    return _Text(**{name: getattr(config, name) for name in _Text.model_fields}).model_dump(by_alias=True)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFile:
+    for rope in ("rope_parameters", "rope_scaling"):  # first, since each kind has fields of its own
+        given = text.get(rope)
+        kind = (given.get("rope_type") or given.get("type")) if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind not in ("default", "yarn"):
+            raise CheckpointError(
+                f"config.json has {rope}.rope_type={reprlib.repr(kind)}: only default and yarn are supported"
+            )
+    fields = _parsed(_TextFile, text, "")
+    patterns = {name: off for part, off in _TEXT_PATTERNS.items() for name in text if part in name.lower()}
+    _check_variant(text, {**_TEXT, **patterns}, "")
+    for rope in ("rope_parameters", "rope_scaling"):
+        _check_variant(text.get(rope) or {}, _ROPE, f"{rope}.")
+    # Where it is present, `layer_types` decides. Otherwise Qwen by default ignores the window that its file has, and
+    # the layers below `max_window_layers` never use it.
+    window, first = text.get("sliding_window"), text.get("max_window_layers")
+    used = window is not None and text.get("use_sliding_window", not is_qwen)
+    if used and text.get("layer_types") is None and not (type(first) is int and first >= fields.num_layers):
+        raise CheckpointError(
+            f"config.json has sliding_window={reprlib.repr(window)}: only full attention is supported, and "
+            "use_sliding_window does not turn the window off"
+        )
     return fields
 
 
-def image_fields(images: ImageConfig) -> dict[str, Any]:
-    """`processor_config.json`, by which the exported processor cuts images into views."""
-    fields = {"global_size": "size", "mean": "image_mean", "std": "image_std"}
-    return {
-        "processor_class": "Step3VLProcessor",
-        "auto_map": {"AutoProcessor": "processing_step3.Step3VLProcessor"},
-        **{fields.get(name, name): value for name, value in dataclasses.asdict(images).items()},
-    }
+def _check_variant(given: Mapping[str, Any], table: Allowed, prefix: str) -> None:
+    for name, allowed in table.items():
+        if not _is_allowed(given.get(name), allowed):
+            supported = " or ".join(map(repr, allowed)) or "null"
+            raise CheckpointError(
+                f"config.json has {prefix}{name}={reprlib.repr(given[name])}, which changes what is computed: only "
+                f"{supported} is supported"
+            )
+
+
+def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:
+    if isinstance(value, list | dict):
+        return all(_is_allowed(item, allowed) for item in (value.values() if isinstance(value, dict) else value))
+    return value is None or value in allowed
+
+
+def _parsed(kind: type[Parsed], fields: Mapping[str, Any], prefix: str) -> Parsed:
+    try:
+        return kind.model_validate(fields)
+    except pydantic.ValidationError as error:
+        problems = error.errors(include_url=False)
+    told = []
+    for problem in problems[:5]:
+        name = prefix + ".".join(map(str, problem["loc"]))
+        if problem["type"] == "missing":
+            told.append(f"config.json lacks the field {name!r}; is it a STEP3-VL, Qwen3 or Llama checkpoint?")
+        elif problem["type"] == "extra_forbidden":
+            told.append(f"config.json has {name}={reprlib.repr(problem['input'])}, which is not supported")
+        else:
+            told.append(f"config.json has {name}={reprlib.repr(problem['input'])}: {problem['msg']}")
+    raise CheckpointError("; ".join(told))

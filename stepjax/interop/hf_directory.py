@@ -9,24 +9,16 @@ from typing import Any
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.model_spec import ModelSpec, spec_from_hf
-from stepjax.interop.safetensors_file import (
-    Entry,
-    check_size,
-    file_size,
-    parse_header,
-    parse_json,
-    read_header,
-    read_tensor,
-)
+from stepjax.interop.bounds import read_json
+from stepjax.interop.model_spec import spec_from_hf
+from stepjax.interop.safetensors_file import Entry, check_size, parse_header, read_header, read_tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-MAX_JSON = 64 << 20  # bytes of a file; indices and tokenizers have up to some ten million
 # Weights in formats that are not read here, and copies of weights.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".safetensors", ".bak", ".orig")
-_log = logging.getLogger("stepjax.interop")
+_log = logging.getLogger(__name__)
 
 
 class HFDirectory:
@@ -47,7 +39,7 @@ class HFDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = read_json(self.path / CONFIG)
-        self.spec: ModelSpec = spec_from_hf(self.config)
+        self.spec = spec_from_hf(self.config)
         self.headers: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
         names, chosen = self._names()
@@ -87,8 +79,8 @@ class HFDirectory:
             if names and not absent:
                 return names, chosen
             if not (self.path / WHOLE).exists():
-                raise CheckpointError(f"{index} names files that are not there: {', '.join(absent[:10])}")
-            _log.warning("%s names files that are not there, and is passed over: %s is read", index, WHOLE)
+                raise CheckpointError(f"{index} names missing files: {', '.join(absent[:10])}")
+            _log.warning("%s names missing files and is ignored: %s is read", index, WHOLE)
         if (self.path / WHOLE).exists():
             return [WHOLE], {}
         found = sorted(path.name for path in self.path.glob("*.safetensors"))
@@ -131,17 +123,3 @@ def side_files(path: Path) -> tuple[list[Path], list[str]]:
         elif entry.suffix != ".safetensors" and not entry.name.startswith("."):
             others.append(entry.name)
     return files, others
-
-
-def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """Raises CheckpointError where the file is not there, is larger than `limit` bytes, or is not a JSON object."""
-    size = file_size(path)
-    if size > limit:
-        raise CheckpointError(f"{path} cannot be read: it has {size:,} bytes, and at most {limit:,} are read")
-    try:
-        fields = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} cannot be read: it is not a JSON object")
-    return fields

@@ -1,14 +1,22 @@
-"""Which stored tensor goes where; whatever is missing, unexpected or misshapen is named, all at once."""
+"""Stored tensors into the parameters of a model; missing, unexpected and misshapen ones are all named at once."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from stepjax.errors import CheckpointError
+from stepjax.interop.bounds import packed
 from stepjax.interop.hf_layout import Tensor, disk_key
+from stepjax.sharding import named_leaves, shardings
 
 _NAMED = 100  # of each kind of misfit; a model of another size has thousands
+
+Abstract = Mapping[str, jax.ShapeDtypeStruct]  # parameters by name
 
 
 class Shaped(Protocol):
@@ -42,8 +50,8 @@ def places(tensors: Iterable[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> 
 def match(wanted: Iterable[Place], stored: Mapping[str, Shaped]) -> list[tuple[Place, str]]:
     """The places that a checkpoint fills, each with the key under which it has the tensor.
 
-    `stored` may have the keys of either public layout. Copies (`Tensor.is_copy`) may be absent, and the tables of
-    rotary angles that old Llama checkpoints store are passed over.
+    `stored` may have the keys of either public layout. Copies (`Tensor.is_copy`) may be absent. The tables of rotary
+    angles that old Llama checkpoints store are ignored.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of another shape or given twice; all of them are named.
@@ -81,3 +89,63 @@ def match(wanted: Iterable[Place], stored: Mapping[str, Shaped]) -> list[tuple[P
 def _listed(entries: Collection[str]) -> str:
     more = len(entries) - _NAMED
     return ", ".join(islice(entries, _NAMED)) + (f" and {more:,} more" if more > 0 else "")
+
+
+def abstract_parameters(model: Any, mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, type and, with a mesh, sharding of every parameter of a model by name, in order."""
+    leaves = {name: jax.tree.leaves(leaf)[0] for name, leaf in named_leaves(model).items()}
+    layouts = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(model, mesh))
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        for (name, leaf), layout in zip(leaves.items(), layouts, strict=True)
+    }
+
+
+def fill(
+    abstract: Any,
+    tensors: Iterable[Tensor],
+    read: Callable[[str], np.ndarray],
+    stored: Mapping[str, Shaped],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+    """The model of `abstract`'s structure and types with the values that `read` returns for the keys of `stored`.
+
+    With a mesh, every parameter goes to its sharding before the next one is read.
+
+    Raises:
+        CheckpointError: as `match`, before anything is read; or a tied head differs from the embeddings.
+        ConfigError: a parameter does not divide over the mesh.
+    """
+    values = read_parameters(abstract_parameters(abstract, mesh), tensors, read, stored)
+    return jax.tree.unflatten(jax.tree.structure(abstract), values.values())
+
+
+def read_parameters(
+    wanted: Abstract, tensors: Iterable[Tensor], read: Callable[[str], np.ndarray], stored: Mapping[str, Shaped]
+) -> dict[str, jax.Array]:
+    """The wanted parameters by name, in order, each on its sharding if it has one; see `fill`."""
+    parts: dict[str, list[tuple[Place, str]]] = {}
+    for place, key in match(places(tensors, {name: leaf.shape for name, leaf in wanted.items()}), stored):
+        parts.setdefault(place.tensor.name, []).append((place, key))
+    values = {}
+    for name, leaf in wanted.items():
+        value = np.empty(leaf.shape, leaf.dtype)
+        for place, key in parts[name]:
+            ours = packed(place.tensor.to_ours(read(key)), value.dtype)
+            if place.tensor.is_copy:
+                check_copy(key, ours, value)
+            elif place.layer is None:
+                value = ours.reshape(leaf.shape)
+            else:
+                value[place.layer] = ours
+        if leaf.sharding is None:
+            values[name] = jnp.asarray(value)
+        else:
+            values[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, value.__getitem__)
+    return values
+
+
+def check_copy(key: str, values: np.ndarray, original: np.ndarray) -> None:
+    """Raises CheckpointError where a tied head is not what it is tied to."""
+    if not np.array_equal(values, original):
+        raise CheckpointError(f"{key} differs from the embeddings that it is tied to: set tie_word_embeddings to false")

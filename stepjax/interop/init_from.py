@@ -20,23 +20,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepjax.config import ModelConfig, PretrainConfig, VisionConfig
-from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import CONFIG, HFDirectory, read_json
+from stepjax.interop.bounds import read_json
+from stepjax.interop.hf_directory import CONFIG, HFDirectory
 from stepjax.interop.hf_layout import Tensor, disk_key, step_vl_tensors, timm_tensors
-from stepjax.interop.hf_load import read_parameters
-from stepjax.interop.hf_match import Shaped, match, places
-from stepjax.interop.load import checkpoint_directory
-from stepjax.interop.model_spec import ModelSpec, spec_from_json
+from stepjax.interop.hf_match import Abstract, Shaped, abstract_parameters, match, places, read_parameters
+from stepjax.interop.model_spec import ModelSpec
+from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.interop.safetensors_file import check_size, parse_header, read_header, read_tensor
 from stepjax.models.step_vl import StepVL, abstract_model, init_model, make_model
-from stepjax.sharding import parameter_name, shardings
-from stepjax.training.checkpoint import read_meta, restore_parameters, stored_parameters
+from stepjax.training.checkpoint import restore_parameters
 
-Wanted = dict[str, jax.ShapeDtypeStruct]
+Shapes = dict[str, tuple[int, ...]]
 
 POSITIONS = "vision/positions"
 ROWS = {"decoder/embedding": 0, "decoder/head_kernel": 1}  # the dimension that has one entry an id
@@ -47,17 +46,17 @@ _UNSEEN = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "tie_embeddings")
 _UNTOLD = ("layer_scale_init", "position_grid", "vocab_size", "width", "num_layers", "mlp_dim", "patch_size")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """An opened source: its headers have been read, its weights have not."""
 
     path: str
     kind: str
-    configs: Mapping[str, Any]  # by part: a VisionConfig, a DecoderConfig; None for the projector
     stored: Mapping[str, Mapping[str, Shaped]]  # tensors by part and key
-    tensors: Callable[[ModelConfig, Iterable[str]], list[Tensor]]  # what fills the parameters of these names
-    read: Callable[[Wanted, list[Tensor], Mapping[str, Shaped]], dict[str, jax.Array]]
-    pixels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `mean` and `std` of the images, where known
+    tensors: Callable[[ModelConfig], Iterable[Tensor]]  # what fills the parameters of a model
+    read: Callable[[Abstract, list[Tensor], Mapping[str, Shaped]], dict[str, jax.Array]]
+    configs: Mapping[str, Any]  # by part: a VisionConfig, a DecoderConfig; None for the projector
+    pixels: Mapping[str, Any]  # `mean` and `std` of the images, where known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,30 +64,32 @@ class PartStart:
     """How a part of the model starts.
 
     Attributes:
-        stored: the shape in the source of every parameter that it fills; the others start from random values.
+        path: as `init_from` names it.
         shapes: the shape in the model of every parameter.
+        stored: the shape in the source of every parameter that it fills; the others start from random values.
+        tensors: what fills them.
         notes: what the source was made with, and the recipe is not.
     """
 
     part: str
     path: str | None
     source: Source | None
-    stored: dict[str, tuple[int, ...]]
-    shapes: dict[str, tuple[int, ...]]
-    tensors: list[Tensor]
-    notes: list[str]
+    shapes: Shapes
+    stored: Shapes = dataclasses.field(default_factory=dict)
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def new_rows(self) -> dict[str, int]:
         """Rows of random values behind those of the source."""
-        changed = {
-            name: dim for name, dim in ROWS.items() if self.stored.get(name) not in (None, self.shapes.get(name))
+        rows = {
+            name: self.shapes[name][dim] - self.stored[name][dim] for name, dim in ROWS.items() if name in self.stored
         }
-        return {name: self.shapes[name][dim] - self.stored[name][dim] for name, dim in changed.items()}
+        return {name: count for name, count in rows.items() if count}
 
     @property
     def resized(self) -> dict[str, tuple[int, int]]:
-        """Sides of the position table, there and here, where they differ."""
+        """Sides of the position table, in the source and here, where they differ."""
         old, new = self.stored.get(POSITIONS), self.shapes.get(POSITIONS)
         return {} if old is None or new is None or old == new else {POSITIONS: (old[0], new[0])}
 
@@ -108,8 +109,7 @@ class PartStart:
 def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartStart]:
     """How every part of a model would start; empty where `init_from` names no source. Reads headers, no weights.
 
-    Without `must_exist`, a source that is not there leaves a part with a path and without a source; a URL is not
-    looked at.
+    Without `must_exist`, a source that does not exist leaves a part with a path and without a source; URLs are ignored.
 
     Raises:
         CheckpointError: a source cannot be read, has nothing for its part, or does not fit; all tensors of a part that
@@ -117,20 +117,16 @@ def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartS
     """
     if not any(config.init_from.sources.values()):
         return []
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_model(config.model, config.numerics))
-    shapes = {parameter_name(path): leaf.shape for path, leaf in leaves}
-    opened: dict[str, Source | None] = {}
+    all_shapes = ModelSpec(config.model).shapes()
+    opened: dict[str | None, Source | None] = {None: None}
     starts = []
     for part, path in config.init_from.sources.items():
         field = f"init_from.{part if getattr(config.init_from, part) is not None else 'path'}"
-        own = {name: shape for name, shape in shapes.items() if name.startswith(f"{part}/")}
+        shapes = {name: shape for name, shape in all_shapes.items() if name.startswith(f"{part}/")}
         if path is not None and path not in opened:
             opened[path] = _open(path, field, config.model.vision, must_exist)
-        source = None if path is None else opened[path]
-        if source is None:
-            starts.append(PartStart(part, path, None, {}, own, [], []))
-        else:
-            starts.append(_fitted(part, source, own, config, f"{field}={path!r}"))
+        start = PartStart(part, path, opened[path], shapes)
+        starts.append(start if start.source is None else _fitted(start, start.source, config, f"{field}={path!r}"))
     return starts
 
 
@@ -164,35 +160,28 @@ def initial_model(config: PretrainConfig, mesh: Mesh) -> tuple[StepVL, list[Part
     if not starts:
         return init_model(config.model, config.numerics, seed=config.seed, mesh=mesh), []
     abstract = abstract_model(config.model, config.numerics)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    layouts = jax.tree.leaves(shardings(abstract, mesh))
-    targets = {
-        parameter_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
-        for (path, leaf), layout in zip(leaves, layouts, strict=True)
-    }
-    stored = {name: shape for start in starts for name, shape in start.stored.items()}
-    values = _random_values(config, targets, stored)
+    targets = abstract_parameters(abstract, mesh)
+    values = _random_values(config, targets, {name: shape for start in starts for name, shape in start.stored.items()})
     for start in starts:
         if start.source is not None:
             wanted = {name: _stored_like(targets[name], shape) for name, shape in start.stored.items()}
             read = start.source.read(wanted, start.tensors, start.source.stored[start.part])
             for name in wanted:
                 values[name] = _adapted(name, read.pop(name), targets[name], values.pop(name, None), config)
-    return jax.tree.unflatten(structure, [values[name] for name in targets]), starts
+    return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in targets]), starts
 
 
 # Fitting -------------------------------------------------------------------------------------------------------------
 
 
-def _fitted(
-    part: str, source: Source, own: dict[str, tuple[int, ...]], config: PretrainConfig, place: str
-) -> PartStart:
+def _fitted(start: PartStart, source: Source, config: PretrainConfig, place: str) -> PartStart:
+    part = start.part
     if part not in source.stored:
         raise CheckpointError(
             f"{place}: {source.path} ({source.kind}) has nothing for it, only for {', '.join(source.stored)}; name "
             f"another source, or None to start from random values"
         )
-    model, stored, made = config.model, dict(own), source.configs[part]
+    model, stored, made = config.model, dict(start.shapes), source.configs[part]
     if part == "vision":
         grid = made.position_grid
         stored[POSITIONS] = (grid, grid, model.vision.width)
@@ -202,34 +191,30 @@ def _fitted(
         for name, dim in ROWS.items():
             if name in stored:
                 stored[name] = (*stored[name][:dim], made.vocab_size, *stored[name][dim + 1 :])
-    tensors = source.tensors(model, stored)
+    tensors = [tensor for tensor in source.tensors(model) if tensor.name in stored]
     try:
         match(places(tensors, stored), source.stored[part])
     except CheckpointError as error:
         remedy = "; init_from.new_embedding_rows lets the new ids start from random embeddings" if more else ""
         raise CheckpointError(f"{place}: {error}{remedy}") from error
     notes = []
-    if made is not None:
-        ours = getattr(config.model, part)
-        changed = {name: value for name, value in vars(made).items() if value != getattr(ours, name)}
-        for name in _UNSEEN:
-            if name in changed:
-                raise CheckpointError(
-                    f"{place}: its {part}.{name} is {changed[name]!r}, the recipe's {getattr(ours, name)!r}: set "
-                    f"model.{part}.{name} to that"
-                )
-        notes = [
-            f"model.{part}.{name} is {getattr(ours, name)!r}, {value!r} in the source"
-            for name, value in changed.items()
-            if name not in _UNTOLD
-        ]
+    ours = getattr(config.model, part, None)
+    changed = {} if made is None else {n: value for n, value in vars(made).items() if value != getattr(ours, n)}
+    for name, value in changed.items():
+        if name in _UNSEEN:
+            raise CheckpointError(
+                f"{place}: its {part}.{name} is {value!r}, the recipe's {getattr(ours, name)!r}: set "
+                f"model.{part}.{name} to that"
+            )
+        if name not in _UNTOLD:
+            notes.append(f"model.{part}.{name} is {getattr(ours, name)!r}, {value!r} in the source")
     if part == "vision":
         notes += [
             f"images.{name} is {getattr(config.images, name)}, {value} in the source"
             for name, value in source.pixels.items()
             if value != getattr(config.images, name)
         ]
-    return PartStart(part, config.init_from.sources[part], source, stored, own, tensors, notes)
+    return dataclasses.replace(start, stored=stored, tensors=tensors, notes=notes)
 
 
 def _stored_like(target: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -241,10 +226,8 @@ def _stored_like(target: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.Sh
     return jax.ShapeDtypeStruct(shape, target.dtype, sharding=NamedSharding(target.sharding.mesh, PartitionSpec(*axes)))
 
 
-def _random_values(
-    config: PretrainConfig, targets: Wanted, stored: Mapping[str, tuple[int, ...]]
-) -> dict[str, jax.Array]:
-    """Values for parameters that no source fills, and for the rows that it has not; nothing else is computed."""
+def _random_values(config: PretrainConfig, targets: Abstract, stored: Shapes) -> dict[str, jax.Array]:
+    """Values for the parameters that no source fills, and for the rows that a source lacks; no others are computed."""
     rows = {name: ROWS[name] for name in ROWS if name in stored and stored[name] != targets[name].shape}
     layouts = {
         name: _stored_like(target, stored[name]).sharding if name in rows else target.sharding
@@ -256,7 +239,7 @@ def _random_values(
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
         model = make_model(config.model, config.numerics, key)
-        values = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+        values = dict(zip(targets, jax.tree.leaves(model), strict=True))
         for name, dim in rows.items():
             values[name] = jax.lax.slice_in_dim(values[name], stored[name][dim], None, axis=dim)
         return {name: values[name] for name in layouts}
@@ -285,10 +268,10 @@ def _adapted(
 
 
 def _open(path: str, field: str, vision: VisionConfig, must_exist: bool) -> Source | None:
-    local = Path(path).expanduser()
-    if not must_exist and ("://" in path or not local.exists()):
+    local, is_url = Path(path).expanduser(), "://" in path
+    if not must_exist and (is_url or not local.exists()):
         return None
-    if "://" not in path and not local.exists():
+    if not is_url and not local.exists():
         raise CheckpointError(
             f"{field}={path!r}: there is no such file or directory; pass --{field.replace('_', '-')} PATH, or None to "
             f"start from random values"
@@ -299,7 +282,7 @@ def _open(path: str, field: str, vision: VisionConfig, must_exist: bool) -> Sour
             return _open_timm(file, vision)
         if (local / CONFIG).exists():
             return _open_hf(HFDirectory(local))
-        return _open_checkpoint(path)
+        return _open_checkpoint(OrbaxDirectory(path))
     except CheckpointError as error:
         raise CheckpointError(f"{field}={path!r}: {error}") from error
 
@@ -337,15 +320,13 @@ def _open_timm(file: Path, vision: VisionConfig) -> Source:
     # Not by `replace`, which would refuse heads that do not divide the recipe's width, and not say whose they are.
     configs = {"vision": types.SimpleNamespace(**vars(made) | {"num_heads": known.get("num_heads", vision.num_heads)})}
     return Source(
-        str(file),
-        "timm",
-        configs,
-        {"vision": entries},
-        lambda model, names: _named(timm_tensors(model.vision), names),
-        lambda wanted, tensors, stored: read_parameters(
-            wanted, tensors, lambda key: read_tensor(key, entries[key]), stored
-        ),
-        pixels,
+        path=str(file),
+        kind="timm",
+        stored={"vision": entries},
+        tensors=lambda model: timm_tensors(model.vision),
+        read=_reader(lambda key: read_tensor(key, entries[key])),
+        configs=configs,
+        pixels=pixels,
     )
 
 
@@ -359,51 +340,43 @@ def _open_hf(directory: HFDirectory) -> Source:
     for key, entry in directory.entries.items():
         stored.setdefault(part_of(disk_key(key)), {})[key] = entry
     return Source(
-        str(directory.path),
-        "Hugging Face",
-        _configs(directory.spec),
-        stored,
-        lambda model, names: _named(step_vl_tensors(model), names),
-        lambda wanted, tensors, stored: read_parameters(wanted, tensors, directory.read, stored),
-        _pixels(directory.spec),
+        path=str(directory.path),
+        kind="Hugging Face",
+        stored=stored,
+        tensors=step_vl_tensors,
+        read=_reader(directory.read),
+        **_facts(directory.spec),
     )
 
 
-def _open_checkpoint(path: str) -> Source:
-    directory = checkpoint_directory(path)
-    fields = read_meta(directory)["config"]
-    converted = "kind" in fields
-    if converted:
-        spec = spec_from_json(fields)
-    else:
-        run = from_json(fields)
-        spec = ModelSpec(run.model, run.images)
-    step, arrays = stored_parameters(directory)
+def _open_checkpoint(source: OrbaxDirectory) -> Source:
+    prefix = "decoder/" if source.spec.is_text else ""  # the names of a text model have none
     stored: dict[str, dict[str, Shaped]] = {}
-    prefix = "decoder/" if spec.is_text else ""  # the names of a text model have none
-    for name, array in arrays.items():
+    for name, array in source.parameters.items():
         stored.setdefault(f"{prefix}{name}".split("/")[0], {})[f"{prefix}{name}"] = array
 
-    def read(wanted: Wanted, tensors: list[Tensor], stored: Mapping[str, Shaped]) -> dict[str, jax.Array]:
-        found = restore_parameters(step, {name.removeprefix(prefix): leaf for name, leaf in wanted.items()})
+    def read(wanted: Abstract, tensors: list[Tensor], stored: Mapping[str, Shaped]) -> dict[str, jax.Array]:
+        found = restore_parameters(source.step, {name.removeprefix(prefix): leaf for name, leaf in wanted.items()})
         return {f"{prefix}{name}": array for name, array in found.items()}
 
-    def tensors(_: ModelConfig, names: Iterable[str]) -> list[Tensor]:
-        return [Tensor(name, name, lambda x: x, lambda x: x) for name in names]
-
-    kind = "converted checkpoint" if converted else "run"
-    return Source(step, kind, _configs(spec), stored, tensors, read, _pixels(spec))
-
-
-def _named(tensors: Iterable[Tensor], names: Iterable[str]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.name in names]
-
-
-def _configs(spec: ModelSpec) -> dict[str, Any]:
-    if isinstance(spec.model, ModelConfig):
-        return {"vision": spec.model.vision, "projector": None, "decoder": spec.model.decoder}
-    return {"decoder": spec.model}
+    return Source(
+        path=str(source.step),
+        kind="converted checkpoint" if source.run is None else "run",
+        stored=stored,
+        tensors=lambda model: [Tensor(name, name) for name in ModelSpec(model).shapes()],  # stored by our own names
+        read=read,
+        **_facts(source.spec),
+    )
 
 
-def _pixels(spec: ModelSpec) -> dict[str, Any]:
-    return {} if spec.images is None else {"mean": spec.images.mean, "std": spec.images.std}
+def _reader(read: Callable[[str], np.ndarray]) -> Callable[..., dict[str, jax.Array]]:
+    """Reads public tensors into parameters."""
+    return lambda wanted, tensors, stored: read_parameters(wanted, tensors, read, stored)
+
+
+def _facts(spec: ModelSpec) -> dict[str, Any]:
+    """What the fields `configs` and `pixels` of a source hold."""
+    if isinstance(spec.model, ModelConfig) and spec.images is not None:
+        configs = {"vision": spec.model.vision, "projector": None, "decoder": spec.model.decoder}
+        return {"configs": configs, "pixels": {"mean": spec.images.mean, "std": spec.images.std}}
+    return {"configs": {"decoder": spec.decoder}, "pixels": {}}

@@ -1,27 +1,21 @@
 """`stepjax.load`: a model and its processor from any directory that holds one, or from a run in an object store."""
 
 from pathlib import Path
-from typing import TypeVar
 
 import jax
-from etils import epath
 
 from stepjax.config import NumericsConfig, PretrainConfig, TokenizerConfig
-from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import CONFIG, HFDirectory, read_json
-from stepjax.interop.hf_layout import STARTS_THINKING
-from stepjax.interop.hf_load import read_hf
-from stepjax.interop.model_spec import ModelSpec
-from stepjax.interop.orbax_directory import OrbaxDirectory, is_orbax
+from stepjax.interop.bounds import read_json
+from stepjax.interop.hf_config import STARTS_THINKING
+from stepjax.interop.hf_directory import CONFIG, HFDirectory
+from stepjax.interop.hf_match import abstract_parameters, fill
+from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.interop.text_processor import TOKENIZER, TextProcessor
 from stepjax.models.qwen3 import Qwen3
-from stepjax.models.step_vl import StepVL, abstract_model
+from stepjax.models.step_vl import StepVL
 from stepjax.processing.processor import Processor
-from stepjax.sharding import shardings
-from stepjax.training.checkpoint import read_meta, restore_model
-
-Model = TypeVar("Model", bound=StepVL | Qwen3)
+from stepjax.training.checkpoint import restore_model
 
 
 def load(
@@ -63,28 +57,12 @@ def load_run(
         CheckpointError: there is no usable checkpoint of a run.
         TokenError: the run's tokenizer cannot be used.
     """
-    directory = checkpoint_directory(path)
-    fields = read_meta(directory)["config"]
-    if "kind" in fields:
+    source = OrbaxDirectory(path)
+    if source.run is None:
         raise CheckpointError(f"{path} is a converted checkpoint and no run: copy it here, and load the copy")
-    config = from_json(fields)
-    model = restore_model(directory, _placed(abstract_model(config.model, numerics or config.numerics), mesh))
-    return model, Processor.from_config(config.images, config.tokenizer), config
-
-
-def checkpoint_directory(path: str | Path) -> epath.Path:
-    """Where the checkpoints of a run are; any other path as it is.
-
-    Raises:
-        CheckpointError: it is a URL of a kind that cannot be read here.
-    """
-    try:
-        directory = epath.Path(path).expanduser()
-        return directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    except (ImportError, KeyError) as error:  # KeyError: of a kind of URL that is not known
-        raise CheckpointError(
-            f"{path} cannot be opened ({error}): give a local path, or a gs:// URL with stepjax[tpu] installed"
-        ) from error
+    model, processor = load_model(source, numerics=numerics, mesh=mesh), load_processor(source)
+    assert isinstance(model, StepVL) and isinstance(processor, Processor)
+    return model, processor, source.run
 
 
 def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:
@@ -94,7 +72,7 @@ def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:
         raise CheckpointError(f"{path}: there is no such directory")
     if (directory / CONFIG).exists():
         return HFDirectory(directory)
-    if is_orbax(directory):
+    if any(any(directory.glob(pattern)) for pattern in ("checkpoints", "state", "[0-9]*/state")):
         return OrbaxDirectory(directory)
     raise CheckpointError(
         f"{path} is neither a Hugging Face directory (no {CONFIG}) nor a checkpoint of Orbax or a run (no STEP/state)"
@@ -109,32 +87,24 @@ def load_model(
 ) -> StepVL | Qwen3:
     """The model alone; see `load`."""
     if isinstance(source, HFDirectory):
-        return read_hf(source, numerics, mesh)
-    return restore_model(source.step, _placed(source.spec.abstract(numerics or source.numerics), mesh))
-
-
-def _placed(model: Model, mesh: jax.sharding.Mesh | None) -> Model:
-    """An abstract model whose parameters say where on the mesh they are to go."""
-    if mesh is None:
-        return model
-    placed = jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        model,
-        shardings(model, mesh),
-    )
-    return jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(placed))
+        return fill(source.spec.abstract(numerics), source.spec.tensors(), source.read, source.entries, mesh)
+    abstract = source.spec.abstract(numerics or (source.run.numerics if source.run else None))
+    if mesh is not None:
+        placed = abstract_parameters(abstract, mesh)
+        abstract = jax.tree.unflatten(jax.tree.structure(abstract), placed.values())
+    return restore_model(source.step, abstract)
 
 
 def load_processor(source: HFDirectory | OrbaxDirectory) -> Processor | TextProcessor:
     """The processor alone; see `load`."""
-    spec: ModelSpec = source.spec
+    spec = source.spec
     if isinstance(source, OrbaxDirectory) and source.run is not None:
         assert spec.images is not None
         return Processor.from_config(spec.images, source.run.tokenizer)
     directory = source.path if isinstance(source, HFDirectory) else source.side_files
     if directory is None or not (directory / TOKENIZER).exists():
         raise CheckpointError(
-            f"{directory or source} has no {TOKENIZER}: put the model's there, or load the model alone with "
+            f"{directory or source.path} has no {TOKENIZER}: put the model's there, or load the model alone with "
             "stepjax.interop.load.load_model"
         )
     if spec.images is None:

@@ -1,7 +1,9 @@
 """What a checkpoint holds: STEP3-VL, or a text decoder alone."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,22 +12,16 @@ from flax import nnx
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, NumericsConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_layout import (
-    Tensor,
-    config_from_hf,
-    decoder_config_from_hf,
-    decoder_tensors,
-    step_vl_tensors,
-    text_family,
-)
+from stepjax.interop.hf_config import config_from_hf, decoder_config_from_hf, text_family
+from stepjax.interop.hf_layout import Tensor, decoder_tensors, step_vl_tensors
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL, abstract_model
-from stepjax.sharding import parameter_name
+from stepjax.sharding import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model's configuration, and that of its images where it sees."""
+    """A model's configuration and, unless it is a text model, that of its images."""
 
     model: ModelConfig | DecoderConfig
     images: ImageConfig | None = None
@@ -38,10 +34,9 @@ class ModelSpec:
     def decoder(self) -> DecoderConfig:
         return self.model if isinstance(self.model, DecoderConfig) else self.model.decoder
 
-    @property
-    def text_part(self) -> "ModelSpec":
-        """The decoder as a model of its own."""
-        return ModelSpec(self.decoder)
+    def part(self, name: str) -> "ModelSpec":
+        """Itself for "all"; for "decoder" the decoder as a model of its own."""
+        return ModelSpec(self.decoder) if name == "decoder" else self
 
     def tensors(self) -> list[Tensor]:
         """The public tensors, with our names for the parameters that they fill."""
@@ -62,12 +57,17 @@ class ModelSpec:
 
         return jax.eval_shape(make)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every parameter, by name."""
-        return {parameter_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self.abstract())}
+        return _shapes(self)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps({"kind": type(self.model).__name__, **dataclasses.asdict(self)}))
+
+
+@functools.lru_cache(maxsize=16)  # tracing a model takes a while
+def _shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in named_leaves(spec.abstract()).items()}
 
 
 def spec_from_hf(config: dict[str, Any]) -> ModelSpec:

@@ -1,11 +1,10 @@
-"""A directory that is filled under another name and takes its own when it is whole.
+"""A directory that is filled under another name, takes its own when it is complete, and is resumed after a kill.
 
-A journal beside the work names what is done, so that a conversion that was killed goes on where it stopped: its first
-line says which conversion it is, every other one a finished tensor and what it adds to its array's digest.
+A journal beside the work names what is done: its first line says which conversion it is, and every other one names a
+finished tensor with what it adds to its array's digest.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stepjax.directory_lock import LOCK, locked
 from stepjax.errors import CheckpointError
 
 SUFFIX = ".partial"
@@ -24,31 +24,43 @@ JOURNAL = "journal.jsonl"
 class Partial:
     """Work under way. `directory` is where to write; `done` has what was finished, by name, with its digest."""
 
-    def __init__(self, directory: Path, journal: int, done: dict[str, int | None]):
-        self.directory, self.done = directory, done
-        self._journal, self._lock = journal, threading.Lock()
+    def __init__(self, directory: Path, conversion: dict[str, Any], done: dict[str, int | None], length: int):
+        self.directory, self.done, self._lock = directory, done, threading.Lock()
+        self._first = _line(conversion)
+        self._journal = (directory / JOURNAL).open("ab", buffering=0)
+        self._journal.truncate(length)  # bytes of the journal that count
+        if not length:
+            self._journal.write(self._first)
 
     def mark(self, name: str, digest: int | None) -> None:
         """Note that a tensor is on disk. Threads may call this."""
         with self._lock:
-            os.write(self._journal, json.dumps([name, digest]).encode() + b"\n")
+            self._journal.write(_line([name, digest]))
             self.done[name] = digest
+
+    def forget(self) -> None:
+        """What was done is not to be resumed."""
+        self._journal.truncate(len(self._first))
+        self.done.clear()
+
+    def close(self) -> None:
+        self._journal.close()
 
 
 @contextlib.contextmanager
 def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -> Iterator[Partial]:
-    """Fill `destination`, or go on with it; it appears under its name when the block ends without an error.
+    """Fill `destination`, or resume filling it; it appears under its name when the block ends without an error.
 
-    `conversion` says what is made of what: work of another one is not gone on with. With `overwrite`, what is in the
-    way is removed, the old destination at the last moment; but only a directory that a conversion may have made.
+    `conversion` says what is made of what: work of another one is not resumed. With `overwrite`, what is in the way is
+    removed, the old destination at the last moment; but only a directory that a conversion may have made.
 
     Raises:
-        CheckpointError: the destination is there, another conversion's work is, or one is under way.
+        CheckpointError: the destination exists, another conversion's work does, or one is under way.
     """
     if os.path.lexists(destination):
         if not overwrite:
             raise CheckpointError(
-                f"{destination} is there already: name another place, or pass --overwrite to replace it"
+                f"{destination} exists already: name another place, or pass --overwrite to replace it"
             )
         if not _is_output(destination):
             raise CheckpointError(
@@ -56,64 +68,49 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
                 "another place, or remove it yourself"
             )
     directory = destination.with_name(destination.name + SUFFIX)
-    if directory.is_symlink() or (directory.exists() and any(directory.iterdir()) and not _journal(directory).exists()):
+    inside = set(os.listdir(directory)) if directory.is_dir() else set()
+    if directory.is_symlink() or not (inside <= {LOCK} or JOURNAL in inside):
         raise CheckpointError(
             f"{directory} is in the way, and no conversion has made it: name another place, or move it"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    journal = os.open(_journal(directory), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{directory} is being written by another process: wait for it, or stop it"
-            ) from error
-        done = _resume(directory, journal, {"journal": 2} | json.loads(json.dumps(conversion)), overwrite)
-        work = Partial(directory, journal, done)
+    with locked(directory):
+        conversion = {"journal": 2} | json.loads(json.dumps(conversion))
+        work = Partial(directory, conversion, *_resumed(directory, conversion, overwrite))
         try:
             yield work
         except CheckpointError:
-            if not work.done:  # there is nothing to go on with
+            if not work.done:  # there is nothing to resume
                 shutil.rmtree(directory)
             raise
-        if destination.exists():
-            _replace(destination, directory)
-        else:
-            directory.rename(destination)
-        (destination / JOURNAL).unlink()
-        _sync(destination.parent)
-    finally:
-        os.close(journal)
+        finally:
+            work.close()
+        for name in (JOURNAL, LOCK):
+            (directory / name).unlink()
+        _take_name(directory, destination)
 
 
-def _resume(directory: Path, journal: int, conversion: dict[str, Any], overwrite: bool) -> dict[str, int | None]:
-    """What the journal has, if it is of this conversion; a journal with its first line if there is none."""
-    with os.fdopen(os.dup(journal), "rb") as file:
-        file.seek(0)
-        lines = file.read().split(b"\n")[:-1]  # what follows the last newline was being written when it was killed
-    with contextlib.suppress(ValueError, TypeError):  # a journal that nobody can read is of another conversion
-        if lines and json.loads(lines[0]) == conversion:
-            done = dict(json.loads(line) for line in lines[1:])
-            os.ftruncate(journal, sum(len(line) + 1 for line in lines))
-            os.lseek(journal, 0, os.SEEK_END)
-            return done
-    others = [path for path in directory.iterdir() if path.name != JOURNAL]
-    if (lines or others) and not overwrite:
+def _resumed(directory: Path, conversion: dict[str, Any], overwrite: bool) -> tuple[dict[str, int | None], int]:
+    """What the journal says is done, if it is this conversion's, and its length; otherwise the directory is emptied."""
+    journal = directory / JOURNAL
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []  # a kill may have cut the last line
+    is_same = False
+    with contextlib.suppress(ValueError, TypeError):  # an unreadable journal is another conversion's
+        is_same = bool(lines) and json.loads(lines[0]) == conversion
+        if is_same and len(lines) > 1:
+            return dict(json.loads(line) for line in lines[1:]), sum(len(line) + 1 for line in lines)
+    others = [path for path in directory.iterdir() if path.name not in (JOURNAL, LOCK)]
+    if (lines or others) and not (is_same or overwrite):
         raise CheckpointError(
             f"{directory} holds the unfinished work of another conversion, or of a source that has changed since: "
             "remove it, or pass --overwrite to start anew"
         )
     for path in others:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    os.ftruncate(journal, 0)
-    os.lseek(journal, 0, os.SEEK_SET)
-    os.write(journal, json.dumps(conversion).encode() + b"\n")
-    return {}
+    return {}, 0
 
 
-def _journal(directory: Path) -> Path:
-    return directory / JOURNAL
+def _line(entry: Any) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _is_output(path: Path) -> bool:
@@ -134,16 +131,16 @@ def _listed(path: Path) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _replace(destination: Path, directory: Path) -> None:
-    old = destination.with_name(destination.name + REPLACED)
-    destination.rename(old)
-    directory.rename(destination)
-    shutil.rmtree(old)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _take_name(directory: Path, destination: Path) -> None:
+    if destination.exists():
+        old = destination.with_name(destination.name + REPLACED)
+        destination.rename(old)
+        directory.rename(destination)
+        shutil.rmtree(old)
+    else:
+        directory.rename(destination)
+    parent = os.open(destination.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(parent)  # the new name is on disk
     finally:
-        os.close(descriptor)
+        os.close(parent)

@@ -1,4 +1,4 @@
-"""Safetensors files, a tensor at a time: the library maps or holds whole files, which counts as memory in use.
+"""Safetensors files, one tensor at a time: the library maps or holds whole files, which counts as memory in use.
 
 A file is the header's length (8 bytes, little-endian), the header (JSON: key -> dtype, shape, and the tensor's place
 among the bytes that follow), and the tensors' bytes.
@@ -8,24 +8,25 @@ import dataclasses
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.arrays import packed, pieces
+from stepjax.interop.bounds import PIECE_BYTES, file_size, packed, parse_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8}
 _BITS |= {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS |= {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
-_READ_BYTES = 16 << 20  # a call
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
+SHARD_BYTES = 4_500_000_000  # of an exported file, at most
+
+TensorFacts = tuple[str, np.dtype, tuple[int, ...]]  # key, type, shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,39 +44,7 @@ class Entry:
         return self.stop - self.start
 
 
-def file_size(path: Path) -> int:
-    """Of a file that is about to be read.
-
-    Raises:
-        CheckpointError: there is none, or it is a pipe, a device or a directory, which might never end.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} cannot be read: it is not a regular file")
-    return status.st_size
-
-
-def parse_json(text: str) -> Any:
-    """JSON of others: of names given twice, only one would count.
-
-    Raises:
-        ValueError: it is malformed, nested too deeply, or gives a name twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in fields if names.count(name) > 1)!r} is given twice")
-        return fields
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+# Headers -------------------------------------------------------------------------------------------------------------
 
 
 def read_header(path: Path) -> str:
@@ -137,69 +106,89 @@ def check_size(path: Path, entries: dict[str, Entry]) -> None:
         )
 
 
-def read_tensor(key: str, entry: Entry) -> np.ndarray:
-    """One tensor, into memory of its own.
-
-    Raises:
-        CheckpointError: its type is not one that we compute with, or its bytes end early.
-    """
-    if entry.dtype_name not in DTYPES:
-        raise CheckpointError(f"{key} in {entry.path} is {entry.dtype_name}: only {', '.join(DTYPES)} are read")
-    values = np.empty(entry.shape, DTYPES[entry.dtype_name])
-    data = values.reshape(-1).view(np.uint8).data
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        while data:
-            count = file.readinto(data[:_READ_BYTES])
-            if not count:
-                raise CheckpointError(f"{entry.path} is damaged: {key} lacks {len(data):,} bytes")
-            data = data[count:]
-        _forget(file.fileno(), entry.start, entry.nbytes)
-    return values
-
-
-def make_header(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> str:
+def make_header(tensors: Iterable[TensorFacts]) -> str:
     """The header of a file that holds these tensors; wide types come first, so that every tensor is aligned."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for key, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
-        stop = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        stop = start + dtype.itemsize * math.prod(shape)
         fields[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(fields, separators=(",", ":"))
     return text + " " * (-len(text.encode()) % 8)
 
 
+def plan_shards(tensors: Iterable[TensorFacts], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Headers by file name, as on the hub: model-00001.safetensors and so on, or model.safetensors alone.
+
+    Tensors keep their order, and each file takes what fits.
+    """
+    groups: list[list[TensorFacts]] = [[]]
+    used = 0
+    for key, dtype, shape in tensors:
+        size = dtype.itemsize * math.prod(shape)
+        if groups[-1] and used + size > shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append((key, dtype, shape))
+        used += size
+    if len(groups) == 1:
+        return {"model.safetensors": make_header(groups[0])}
+    return {f"model-{i:05d}.safetensors": make_header(group) for i, group in enumerate(groups, 1)}
+
+
+def index_of(headers: dict[str, str]) -> str:
+    """The text of model.safetensors.index.json."""
+    where, total = {}, 0
+    for name, header in headers.items():
+        entries = parse_header(Path(name), header)
+        where |= dict.fromkeys(entries, name)
+        total += sum(entry.nbytes for entry in entries.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
+
+
+# Tensors -------------------------------------------------------------------------------------------------------------
+
+
+def read_tensor(key: str, entry: Entry) -> np.ndarray:
+    """One tensor, in memory of its own.
+
+    Raises:
+        CheckpointError: its type is not one that we compute with, or its bytes end early.
+    """
+    if entry.dtype_name not in DTYPES:
+        raise CheckpointError(f"{key} in {entry.path} is {entry.dtype_name}: only {', '.join(DTYPES)} are read")
+    with entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        data = np.fromfile(file, np.uint8, entry.nbytes)
+        _drop_from_cache(file, entry)
+    if data.nbytes < entry.nbytes:
+        raise CheckpointError(f"{entry.path} is damaged: {key} lacks {entry.nbytes - data.nbytes:,} bytes")
+    return data.view(DTYPES[entry.dtype_name]).reshape(entry.shape)
+
+
 def create(path: Path, header: str) -> None:
-    """Make the file in its full size, without the tensors; leave one that is there already."""
-    size = max((entry.stop for entry in parse_header(path, header).values()), default=8 + len(header.encode()))
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        os.ftruncate(descriptor, size)
-        os.pwrite(descriptor, len(header.encode()).to_bytes(8, "little") + header.encode(), 0)
-    finally:
-        os.close(descriptor)
+    """Make the file in its full size, without the tensors; keep one that exists."""
+    data = header.encode()
+    size = max((entry.stop for entry in parse_header(path, header).values()), default=8 + len(data))
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.truncate(size)
 
 
 def write_tensor(entry: Entry, values: np.ndarray) -> None:
     """Put a tensor into its place; it is on disk when this returns. `values` may be a transposed view."""
-    dtype = DTYPES[entry.dtype_name]
     assert values.shape == entry.shape, (values.shape, entry)
-    descriptor = os.open(entry.path, os.O_WRONLY)
-    try:
-        offset = entry.start
-        for piece in pieces(values):
-            data = packed(piece, dtype).reshape(-1).view(np.uint8).data
-            while data:  # a call writes at most 2 GiB
-                written = os.pwrite(descriptor, data, offset)
-                data, offset = data[written:], offset + written
-        os.fdatasync(descriptor)
-        _forget(descriptor, entry.start, entry.nbytes)
-    finally:
-        os.close(descriptor)
+    with entry.path.open("r+b", buffering=0) as file:
+        file.seek(entry.start)
+        rows = np.atleast_1d(values)
+        for piece in np.array_split(rows, max(1, values.nbytes // PIECE_BYTES)):
+            packed(piece, DTYPES[entry.dtype_name]).reshape(-1).view(np.uint8).tofile(file)
+        os.fdatasync(file.fileno())
+        _drop_from_cache(file, entry)
 
 
-def _forget(descriptor: int, start: int, nbytes: int) -> None:
-    """Drop what was read or written once from the page cache: it would push out what others need."""
+def _drop_from_cache(file: IO[bytes], entry: Entry) -> None:
+    """What is read or written once would push out of the page cache what others need."""
     if hasattr(os, "posix_fadvise"):  # Linux
-        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_DONTNEED)

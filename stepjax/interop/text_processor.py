@@ -1,14 +1,13 @@
 """Conversations and text for a model that sees no images: any tokenizer, and the chat template that came with it.
 
 `stepjax.processing` keeps text and control tokens apart, and knows the markup of STEP3-VL. Other text models have
-control tokens and templates of their own; here, as in the software that they were made for, a conversation is rendered
-to one string, and text that spells a control token becomes it.
+control tokens and templates of their own. As in the software that they were made for, a conversation is rendered to one
+string here, and text that spells a control token becomes that token.
 """
 
 import contextlib
 import functools
 import json
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ from typing import Any
 import tokenizers
 
 from stepjax.errors import CheckpointError, TokenError
+from stepjax.interop.bounds import read_text
 from stepjax.processing import templates
-from stepjax.processing.tokenizer import encode, longest_token
+from stepjax.processing.processor import Processor
+from stepjax.processing.tokenizer import encode as ids_of
+from stepjax.processing.tokenizer import longest_token
 from stepjax.processing.tokens import Example, check_length, least_tokens, text_example
 
 TOKENIZER = "tokenizer.json"
@@ -45,23 +47,23 @@ class TextProcessor:
         special: dict[str, str] | None = None,
     ):
         self.tokenizer = tokenizer
-        self.chat_templates = (
-            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
-        )
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        self.chat_templates = dict(named or {})
         self.stop_ids = stop_ids
         self.special = special or {}
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextProcessor":
-        """Reads the tokenizer and, where they are, its configuration, templates and stop tokens.
+        """Reads the tokenizer and, where present, its configuration, templates and stop tokens.
 
-        Every file that names a stop token is right: each is the only one that some model has filled in.
+        Stop tokens are those of all files, since each file is the only one that some model fills in.
 
         Raises:
             CheckpointError: there is no usable tokenizer.json, or another file is broken.
         """
+        text = read_text(directory / TOKENIZER, _MAX_BYTES)
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(_text(directory / TOKENIZER) or "")
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare ones
             raise CheckpointError(f"{directory / TOKENIZER} cannot be read: {error}") from error
         tokenizer.no_truncation()
@@ -71,13 +73,11 @@ class TextProcessor:
             fields |= _json(directory / "special_tokens_map.json")
         names = {name: _spelling(value) for name, value in fields.items() if name.endswith("_token")}
         special = {name: value for name, value in names.items() if value is not None}
-        config = _json(directory / "config.json")
-        stop_ids = [
-            *_ids(_json(directory / "generation_config.json"), directory / "generation_config.json"),
-            *_ids(config, directory / "config.json"),
-            *_ids(config.get("text_config"), directory / "config.json"),
-        ]
-        # One that the tokenizer does not have cannot be generated either.
+        stop_ids = []
+        for path in (directory / "generation_config.json", directory / "config.json"):
+            config = _json(path)
+            stop_ids += [*_stop_ids(path, config), *_stop_ids(path, config.get("text_config"))]
+        # A token that the tokenizer lacks cannot be generated either.
         end = tokenizer.token_to_id(special.get("eos_token", ""))
         stop_ids += [] if end is None else [end]
         return cls(
@@ -94,7 +94,7 @@ class TextProcessor:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with those around it that the model was trained with, such as a first token."""
-        return encode(self.tokenizer, text, add_special_tokens=add_special_tokens)
+        return ids_of(self.tokenizer, text, add_special_tokens=add_special_tokens)
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -128,9 +128,7 @@ class TextProcessor:
             raise TokenError("the checkpoint has no chat template: encode a text instead")
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
-            raise TokenError(
-                f"none of the chat templates {', '.join(self.chat_templates)} is named {name!r}: rename one"
-            )
+            raise TokenError(f"no chat template is named {name!r}, only {', '.join(self.chat_templates)}: rename one")
         variables = {
             **self.special,
             **variables,
@@ -212,16 +210,16 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
-    """By name; files win over what stands in the tokenizer's configuration."""
+    """By name; files win over the tokenizer's configuration."""
     files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).exists() else {}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if files:
-        return {name: _text(path) or "" for name, path in files.items()}
+        return {name: read_text(path, _MAX_BYTES) for name, path in files.items()}
     given = _json(directory / "chat_template.json").get("chat_template", given)
-    if given is None or isinstance(given, str):
-        return {} if given is None else {"default": given}
+    if isinstance(given, str):
+        return {"default": given}
     try:
-        named = {each["name"]: each["template"] for each in given}
+        named = {each["name"]: each["template"] for each in given or ()}
         if all(isinstance(text, str) for item in named.items() for text in item):
             return named
     except (TypeError, KeyError):
@@ -229,33 +227,21 @@ def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
     raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a text, or a list of name and template")
 
 
-def _ids(fields: Any, path: Path) -> list[int]:
-    """Stop tokens of a configuration."""
-    ids = fields.get("eos_token_id") if isinstance(fields, dict) else None
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+def _stop_ids(path: Path, fields: Any) -> list[int]:
+    """Those of a configuration that was read from `path`."""
+    given = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
     for index in ids:
         if not isinstance(index, int) or isinstance(index, bool):
             raise CheckpointError(f"{path}: eos_token_id={index!r:.120}: give a whole number, or a list of them")
     return ids
 
 
-def _text(path: Path) -> str | None:
-    """None where there is no such file."""
-    try:
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_BYTES:  # a pipe may never end
-            return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    raise CheckpointError(f"{path} is no file of at most {_MAX_BYTES} bytes: put the model's own there")
-
-
 def _json(path: Path) -> dict[str, Any]:
-    text = _text(path)
+    """Empty where there is no such file, or no JSON object in it."""
+    text = read_text(path, _MAX_BYTES) if path.exists() else "{}"
     try:
-        fields = {} if text is None else json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return fields if isinstance(fields, dict) else {}
@@ -265,3 +251,35 @@ def _spelling(value: Any) -> str | None:
     """Of a token that is given by its text, or by a dict with it."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
+
+
+# Any processor -------------------------------------------------------------------------------------------------------
+
+AnyProcessor = Processor | TextProcessor  # servers and samplers take either
+
+_TAIL = 16  # tokens at the end of a prompt, enough for `<think>` however it is spelled
+
+
+def encode(processor: AnyProcessor, text: str, *, max_tokens: int | None = None, name: str = "prompt") -> list[int]:
+    """Ids of a text to continue. STEP3-VL's are never those of control tokens.
+
+    Raises:
+        ContextLengthError: the length of the text alone tells that it has more than `max_tokens`.
+    """
+    encoder = processor if isinstance(processor, TextProcessor) else processor.tokenizer
+    check_length(least_tokens(text, encoder.longest_token), max_tokens, name, at_least=True)
+    return encoder.encode(text)
+
+
+def vocab_size(processor: AnyProcessor) -> int:
+    return processor.vocab_size if isinstance(processor, TextProcessor) else processor.tokenizer.vocab_size
+
+
+def image_token(processor: AnyProcessor) -> int | None:
+    """The id that stands for an image's features."""
+    return None if isinstance(processor, TextProcessor) else processor.tokenizer.special_tokens.image_patch
+
+
+def starts_thinking(processor: AnyProcessor, prompt: Example) -> bool:
+    """Whether the prompt has opened `<think>` for the model."""
+    return processor.decode(prompt.tokens[-_TAIL:].tolist(), False).rstrip().endswith("<think>")

@@ -1,6 +1,7 @@
-"""A model against recorded inputs and activations: is what was converted still the model that it was?
+"""A model against recorded inputs and activations: is what was converted still the same model?
 
-Legend: B rows, T tokens, M views, P patches, E encoder width, Q features a view, D decoder width, V vocabulary.
+Legend: B rows, T tokens, M views, P patches, E encoder width, Q features a view, F features of all views, D decoder
+width, V vocabulary.
 
 The file is safetensors, with any of
 
@@ -12,9 +13,9 @@ The file is safetensors, with any of
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file
 
 from stepjax.config import ImageConfig, NumericsConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import CONFIG, HFDirectory, read_json
+from stepjax.interop.hf_directory import CONFIG, HFDirectory
 from stepjax.interop.load import load_model, open_checkpoint
 from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.models.qwen3 import Qwen3
@@ -32,16 +33,19 @@ from stepjax.models.step_vl import NO_FEATURE, StepVL
 from stepjax.processing.tokenizer import load_tokenizer
 
 FLOAT32 = NumericsConfig(param_dtype="float32", compute_dtype="float32", remat="none")
+_WITH_IMAGES = ("input_ids", "pixel_values", "patch_pixel_values", "num_patches")
 _NEEDS = {
     "trunk_global": ("pixel_values",),
     "trunk_crop": ("patch_pixel_values",),
     "features_global": ("pixel_values",),
     "features_crop": ("patch_pixel_values",),
-    "logits": ("input_ids", "pixel_values", "patch_pixel_values", "num_patches"),
-    "greedy_tokens": ("input_ids", "pixel_values", "patch_pixel_values", "num_patches"),
+    "logits": _WITH_IMAGES,
+    "greedy_tokens": _WITH_IMAGES,
     "text_logits": ("text_ids",),
 }
-_TEXT = ("text_logits",)
+
+Recorded = dict[str, np.ndarray]
+Computations = dict[str, Callable[[], jax.Array | np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +63,26 @@ def verify(path: str | Path, golden: str | Path) -> tuple[list[Difference], list
     Raises:
         CheckpointError: the model or the file cannot be read, nothing in it can be compared, or an input is missing.
     """
-    recorded = _read(Path(golden))
+    try:
+        recorded = load_file(golden)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{golden} cannot be read as safetensors: {error}") from error
     source = open_checkpoint(path)
     model = load_model(source, numerics=FLOAT32)
-    known = _TEXT if isinstance(model, Qwen3) else tuple(_NEEDS)
+    known = ["text_logits"] if isinstance(model, Qwen3) else list(_NEEDS)
     names = [name for name in known if name in recorded]
     if not names:
-        raise CheckpointError(f"{golden} records none of {', '.join(known)}: there is nothing to compare")
+        raise CheckpointError(f"{golden} has nothing to compare; it may record {', '.join(known)}")
     lacking = [f"{name} needs {key}" for name in names for key in _NEEDS[name] if key not in recorded]
     if lacking:
         raise CheckpointError(f"{golden} lacks inputs: {'; '.join(lacking)}")
-    if isinstance(model, Qwen3):
-        computed = _text(model, recorded)
-    else:
-        assert source.spec.images is not None
-        computed = _all(model, recorded, source.spec.images, _image_token(source))
-    inputs = {key for name in _NEEDS for key in _NEEDS[name]}
-    return [_difference(name, computed[name](), recorded[name]) for name in names], sorted(
-        recorded.keys() - set(names) - inputs
-    )
+    decoder = model if isinstance(model, Qwen3) else model.decoder
+    computed: Computations = {"text_logits": lambda: _logits(decoder, decoder.embed(jnp.asarray(recorded["text_ids"])))}
+    if isinstance(model, StepVL):
+        computed |= _with_images(model, recorded, source)
+    inputs = {key for keys in _NEEDS.values() for key in keys}
+    left_out = sorted(recorded.keys() - set(names) - inputs)
+    return [_difference(name, np.asarray(computed[name]()), recorded[name]) for name in names], left_out
 
 
 def _difference(name: str, ours: np.ndarray, recorded: np.ndarray) -> Difference:
@@ -89,67 +94,57 @@ def _difference(name: str, ours: np.ndarray, recorded: np.ndarray) -> Difference
     return Difference(name, float(distance.max()), float(np.abs(recorded).max()))
 
 
-def _text(model: Qwen3, recorded: dict[str, np.ndarray]) -> dict[str, Any]:
-    @jax.jit
-    def logits(model: Qwen3, tokens_BT: jax.Array) -> jax.Array:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        hidden_BTD, _ = model(model.embed(tokens_BT), positions_BT)
-        return model.logits(hidden_BTD)
-
-    return {"text_logits": lambda: np.asarray(logits(model, recorded["text_ids"]))}
+@jax.jit
+def _logits(decoder: Qwen3, embedded_BTD: jax.Array) -> jax.Array:
+    positions_BT = jnp.broadcast_to(jnp.arange(embedded_BTD.shape[1]), embedded_BTD.shape[:2])
+    hidden_BTD, _ = decoder(embedded_BTD, positions_BT)
+    return decoder.logits(hidden_BTD)
 
 
-def _all(model: StepVL, recorded: dict[str, np.ndarray], images: ImageConfig, image_token: int) -> dict[str, Any]:
+def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxDirectory) -> Computations:
+    images = source.spec.images
+    assert images is not None
+    image_token = _image_token(source)
     views = {
         kind: recorded[key].transpose(0, 2, 3, 1)  # PyTorch's images are channels first
         for kind, key in (("global", "pixel_values"), ("crop", "patch_pixel_values"))
         if key in recorded
     }
     encode = jax.jit(lambda model, views_MHWC: model.vision(views_MHWC))
-    project = jax.jit(lambda model, views_BMHWC: model.encode_views(views_BMHWC))
+    embed = jax.jit(lambda model, *inputs: model.embed(*inputs))
+    project = jax.jit(lambda model, patches_MPE: model.projector(patches_MPE))
 
-    table = jax.jit(lambda model, *views: model.feature_table(*views))
+    @cache
+    def trunk(kind: str) -> jax.Array:
+        return encode(model, views[kind])
 
-    @jax.jit
-    def logits(model: StepVL, tokens_BT, feature_index_BT, features_BFD):
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        hidden_BTD, _ = model.decoder(model.embed(tokens_BT, features_BFD, feature_index_BT), positions_BT)
-        return model.decoder.logits(hidden_BTD)
+    @cache
+    def features(kind: str) -> jax.Array:
+        return project(model, trunk(kind))
 
-    @functools.cache
+    @cache
     def features_1FD() -> jax.Array:
-        return table(model, views["global"][None], views["crop"][None])
+        tables = [features(kind) for kind in ("crop", "global") if len(views[kind])]
+        return jnp.concatenate([table_MQD.reshape(1, -1, table_MQD.shape[-1]) for table_MQD in tables], axis=1)
 
-    def features(kind: str) -> np.ndarray:
-        per_view = recorded[f"features_{kind}"].shape[1:]
-        return np.asarray(project(model, views[kind][None])).reshape(-1, *per_view)
-
-    def with_images(tokens_1T: np.ndarray) -> np.ndarray:
+    def logits(tokens_1T: np.ndarray) -> jax.Array:
         index_T = _feature_index(tokens_1T[0], recorded["num_patches"], images, image_token)
-        return np.asarray(logits(model, tokens_1T, index_T[None], features_1FD()))
-
-    def text_alone() -> np.ndarray:
-        tokens_BT = recorded["text_ids"]
-        none_BFD = np.zeros((tokens_BT.shape[0], 0, model.config.decoder.width), np.float32)
-        return np.asarray(logits(model, tokens_BT, np.full(tokens_BT.shape, NO_FEATURE), none_BFD))
+        return _logits(model.decoder, embed(model, tokens_1T, features_1FD(), index_T[None]))
 
     def greedy() -> np.ndarray:
         prompt_T, count = recorded["input_ids"][0], recorded["greedy_tokens"].size
         # One shape for all steps; what stands behind a token does not change it.
         tokens_1T = np.concatenate([prompt_T, np.zeros(count, prompt_T.dtype)])[None]
-        index_T = _feature_index(tokens_1T[0], recorded["num_patches"], images, image_token)
         for position in range(len(prompt_T), len(prompt_T) + count):
-            scores = logits(model, tokens_1T, index_T[None], features_1FD())
-            tokens_1T[0, position] = int(np.argmax(np.asarray(scores)[0, position - 1]))
+            tokens_1T[0, position] = int(jnp.argmax(logits(tokens_1T)[0, position - 1]))
         return tokens_1T[0, len(prompt_T) :]
 
     return {
-        "trunk_global": lambda: np.asarray(encode(model, views["global"])),
-        "trunk_crop": lambda: np.asarray(encode(model, views["crop"])),
+        "trunk_global": lambda: trunk("global"),
+        "trunk_crop": lambda: trunk("crop"),
         "features_global": lambda: features("global"),
         "features_crop": lambda: features("crop"),
-        "logits": lambda: with_images(recorded["input_ids"]),
-        "text_logits": text_alone,
+        "logits": lambda: logits(recorded["input_ids"]),
         "greedy_tokens": greedy,
     }
 
@@ -176,16 +171,8 @@ def _feature_index(tokens_T: np.ndarray, num_crops: np.ndarray, images: ImageCon
 def _image_token(source: HFDirectory | OrbaxDirectory) -> int:
     if isinstance(source, OrbaxDirectory) and source.run is not None:
         return load_tokenizer(source.run.tokenizer).special_tokens.image_patch
-    directory = source.path if isinstance(source, HFDirectory) else source.side_files
-    assert directory is not None
-    token = read_json(directory / CONFIG).get("image_token_id")
+    fields = source.config if isinstance(source, HFDirectory) else source.kept_config() or {}
+    token = fields.get("image_token_id")
     if not isinstance(token, int):
-        raise CheckpointError(f"{directory / CONFIG} lacks image_token_id")
+        raise CheckpointError(f"the {CONFIG} of {source.path} lacks image_token_id")
     return token
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error

@@ -237,7 +237,10 @@ def overrides(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
     """The command-line arguments that make `config` of `preset`."""
     old, arguments = flat(preset), []
     for name, value in flat(config).items():
-        if value != old.get(name):
+        if value != old.get(name) and isinstance(value, bool):
+            section, _, field = name.rpartition(".")
+            arguments.append("--" + ".".join(filter(None, (section, field if value else f"no-{field}"))))
+        elif value != old.get(name):
             items = value if isinstance(value, tuple) else (value,)
             items = itertools.chain.from_iterable(item if isinstance(item, tuple) else (item,) for item in items)
             arguments += [f"--{name}", *map(str, items)]

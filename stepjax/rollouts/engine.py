@@ -14,7 +14,7 @@ from typing import Any
 
 from stepjax.errors import BusyError, ImageError, RecordError, StepjaxError
 from stepjax.inference.request import Delta, EngineFailedError, SamplingParams, TokenLogprob
-from stepjax.interop.any_processor import AnyProcessor, encode, starts_thinking
+from stepjax.interop.text_processor import AnyProcessor, encode, starts_thinking
 from stepjax.processing.answer_stream import AnswerStream, add_piece
 from stepjax.processing.tokens import Example
 from stepjax.rollouts.rollout import Rollout

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepjax.interop.any_processor import AnyProcessor
+from stepjax.interop.text_processor import AnyProcessor
 from stepjax.pacore.config import PacoreConfig
 from stepjax.rollouts.sampler import SamplerError
 from stepjax.serving.chat import chat_completions

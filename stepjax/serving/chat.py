@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from stepjax.errors import StepjaxError
 from stepjax.inference.request import Delta, SamplingParams, TokenLogprob
-from stepjax.interop.any_processor import AnyProcessor, starts_thinking
+from stepjax.interop.text_processor import AnyProcessor, starts_thinking
 from stepjax.processing.tokens import Example
 from stepjax.rollouts.engine import EnginePrompt, RolloutBuilder
 from stepjax.rollouts.rollout import Rollout

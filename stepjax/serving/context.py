@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 
-from stepjax.interop.any_processor import AnyProcessor
+from stepjax.interop.text_processor import AnyProcessor
 from stepjax.pacore.config import PRESETS, PacoreConfig, Schedule
 from stepjax.serving.engine import AsyncEngine
 from stepjax.serving.errors import ApiError, invalid

@@ -14,8 +14,7 @@ from PIL import Image
 
 from stepjax.config import ImageConfig
 from stepjax.errors import ImageError, ImageSizeError, LimitError
-from stepjax.interop.any_processor import AnyProcessor
-from stepjax.interop.text_processor import TextProcessor
+from stepjax.interop.text_processor import AnyProcessor, TextProcessor
 from stepjax.processing import bounded
 from stepjax.processing.image_files import decode_base64, pixels_of, size_of, split_data_uri
 from stepjax.processing.images import ViewPlan, make_views, plan_views

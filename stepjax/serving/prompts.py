@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from stepjax.errors import ContextLengthError, ImageError, RecordError
-from stepjax.interop.any_processor import AnyProcessor, encode, image_token, vocab_size
+from stepjax.interop.text_processor import AnyProcessor, encode, image_token, vocab_size
 from stepjax.processing.tokens import Example, check_length, text_example
 from stepjax.serving import images
 from stepjax.serving.errors import ApiError, TooLongError, invalid

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_directory import HFDirectory, read_json, side_files
+from stepjax.interop.bounds import read_json
+from stepjax.interop.hf_directory import HFDirectory, side_files
 from stepjax.interop.hf_match import match, places
 from stepjax.interop.safetensors_file import parse_header
 
@@ -80,7 +81,7 @@ def test_the_index_says_which_of_two_counts(make, public):
         ({"consolidated.safetensors": ALL}, None, "holds no model.safetensors.* it has consolidated.safetensors"),
         (SHARDS | {"model-00001.safetensors": ALL}, None, "files of several sets: .*model-00001.safetensors"),
         (SHARDS | {"model-00001-of-00003.safetensors": ALL}, None, "files of several sets: .*-of-00003"),
-        ({"model-00001-of-00002.safetensors": FIRST}, SHARDS, "files that are not there: model-00002-of-00002"),
+        ({"model-00001-of-00002.safetensors": FIRST}, SHARDS, "missing files: model-00002-of-00002"),
         (SHARDS, {"model-00001-of-00002.safetensors": ALL}, "names tensors that are not in their files"),
     ],
 )
@@ -130,7 +131,7 @@ def test_only_regular_files_are_read(make, name, kind):
         assert HFDirectory(directory).entries
         return
     with pytest.raises(
-        CheckpointError, match="not a regular file" if kind != "nothing" else "cannot be read|not there"
+        CheckpointError, match="not a regular file" if kind != "nothing" else "cannot be read|missing files"
     ):
         HFDirectory(directory)
 

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_layout import config_from_hf, decoder_config_from_hf, decoder_tensors, disk_key, step_vl_tensors
+from stepjax.interop.hf_config import config_from_hf, decoder_config_from_hf
+from stepjax.interop.hf_layout import decoder_tensors, disk_key, step_vl_tensors
 from stepjax.models.step_vl import abstract_model, num_parameters
 from stepjax.sharding import parameter_name
 

@@ -17,14 +17,14 @@ from stepjax.cli import main
 from stepjax.config import DecoderConfig, ImageConfig, InitConfig, MeshConfig, ModelConfig, NumericsConfig, VisionConfig
 from stepjax.config_file import to_json
 from stepjax.errors import CheckpointError
-from stepjax.interop.convert import Options, to_orbax
-from stepjax.interop.hf_config import config_json
+from stepjax.interop.convert import to_orbax
+from stepjax.interop.export_files import config_json
+from stepjax.interop.hf_config import config_from_hf
 from stepjax.interop.hf_directory import HFDirectory
-from stepjax.interop.hf_layout import config_from_hf, timm_tensors
+from stepjax.interop.hf_layout import timm_tensors
 from stepjax.interop.hf_match import places
 from stepjax.interop.init_from import describe, plan_start
 from stepjax.interop.model_spec import ModelSpec
-from stepjax.interop.progress import Progress
 from stepjax.models.step_vl import abstract_model, make_model
 from stepjax.sharding import make_mesh, parameter_name, shardings
 from stepjax.training.checkpoint import Checkpointer
@@ -108,7 +108,7 @@ def sources(model, tmp_path_factory):
     hf = write_hf(top / "hf", model)
     text = write_hf(top / "text", model.decoder, spec=ModelSpec(SMALL.decoder))
     for name, directory in (("converted", hf), ("converted_text", text)):
-        to_orbax(HFDirectory(directory), top / name, Options(), lambda *sizes: Progress(*sizes))
+        to_orbax(HFDirectory(directory), top / name)
     run = write_run(top / "run", model)
     timm = write_timm(top / "timm", model)
     return {

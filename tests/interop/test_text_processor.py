@@ -115,7 +115,7 @@ def test_messages_that_no_template_can_show(message, reason):
 def test_the_template_is_named():
     with pytest.raises(TokenError, match="the chat template 'tool_use' cannot render: line 1: ZeroDivisionError"):
         rendered({"tool_use": "{{ 1 / 0 }}", "default": ""}, tools=TOOLS)
-    with pytest.raises(TokenError, match="none of the chat templates tool_use, rag is named 'default'"):
+    with pytest.raises(TokenError, match="no chat template is named 'default', only tool_use, rag"):
         rendered({"tool_use": "", "rag": ""})
 
 
@@ -190,7 +190,7 @@ def test_special_tokens_by_name(directory):
 def test_pipes_are_not_waited_for(directory, name):
     (directory / name).unlink(missing_ok=True)
     os.mkfifo(directory / name)
-    with pytest.raises(CheckpointError, match=f"{name} is no file"):
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is not a regular file"):
         TextProcessor.from_directory(directory)
 
 

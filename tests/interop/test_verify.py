@@ -58,7 +58,7 @@ def test_files_that_cannot_be_compared_are_refused(tiny_dir, tmp_path, capsys):
     recorded = load_file(GOLDEN)
     save_file({"something": np.zeros(3)}, tmp_path / "other.safetensors")
     assert verify(tiny_dir, tmp_path / "other.safetensors") == 1
-    assert "there is nothing to compare" in capsys.readouterr().err
+    assert "has nothing to compare" in capsys.readouterr().err
     save_file({"text_logits": recorded["text_logits"]}, tmp_path / "other.safetensors")
     assert verify(tiny_dir, tmp_path / "other.safetensors") == 1
     assert "text_logits needs text_ids" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from flax import nnx
 
 from stepjax.config import NumericsConfig
 from stepjax.errors import CheckpointError
-from stepjax.interop.hf_layout import decoder_config_from_hf, decoder_tensors
-from stepjax.interop.hf_load import fill
+from stepjax.interop.hf_config import decoder_config_from_hf
+from stepjax.interop.hf_layout import decoder_tensors
+from stepjax.interop.hf_match import fill
 from stepjax.models.qwen3 import Qwen3
 
 torch = pytest.importorskip("torch")

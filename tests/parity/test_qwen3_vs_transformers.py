@@ -17,8 +17,9 @@ from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.long_context import stretched
 from stepjax.inference.request import SamplingParams
-from stepjax.interop.hf_layout import decoder_config_from_hf, decoder_tensors
-from stepjax.interop.hf_load import fill
+from stepjax.interop.hf_config import decoder_config_from_hf
+from stepjax.interop.hf_layout import decoder_tensors
+from stepjax.interop.hf_match import fill
 from stepjax.models.qwen3 import Qwen3
 
 torch = pytest.importorskip("torch")

@@ -153,7 +153,7 @@ def test_the_summary_shows_layouts_as_overrides_of_the_recipe(wide, tiny):
 # Every kind of value that the command line can set: strings, empty and longer tuples, pairs, None, booleans, negatives.
 OVERRIDES = [
     *("--name", 'with "quotes" and spaces', "--seed", "7", "--mesh.fsdp", "-1", "--mesh.tensor", "2"),
-    *("--optimizer.freeze", "vision/", "projector", "--optimizer.clip_norm", "None", "--logging.wandb", "True"),
+    *("--optimizer.freeze", "vision/", "projector", "--optimizer.clip_norm", "None", "--logging.wandb"),
     *("--optimizer.learning_rate_scales", "vision/.*", "0.5", "decoder/embed", "2.0", "--logging.profile", "2", "3"),
     *("--data.sources.0.weight", "2.5", "--numerics.encoder_remat", "dots", "--images.max_crops", "None"),
 ]
