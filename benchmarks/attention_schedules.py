@@ -4,7 +4,7 @@
     python benchmarks/attention_schedules.py [--chips v5e v6e] [--tune]
 
 Needs no TPU. Every kernel is compiled by the real compiler for every chip, its bundles are read
-(pallas_kernels/schedule.py) and a whole call is added up:
+(kernel_schedule.py) and a whole call is added up:
 
     bundles = full tiles * body of a full tile + diagonal tiles * body of a diagonal tile
               + tiles * what runs at every grid step + rows of tiles * what runs once a row (initialise, write)
@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import kernel_schedule
 import machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -33,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import schedule
 from pallas_kernels.checks import ArgumentError
 from pallas_kernels.chips import CHIPS
 
@@ -68,7 +68,7 @@ STEP_BUNDLES = 64
 def ours(shape: Shape, which: str, blocks: list[int] | None) -> tuple[str, dict[str, Any]]:
     length = min(shape.length, 8192)  # the schedule of a tile does not depend on how many there are
     arguments = dict(length=length, head_dim=shape.head_dim, causal=shape.causal, blocks=blocks, heads=HEADS)
-    return f"pallas_kernels.flash_attention.schedules:{which}", arguments
+    return f"kernel_targets:flash_{which}", arguments
 
 
 def splash_target(
@@ -134,7 +134,7 @@ class Cost:
 
 
 def cost(
-    found: schedule.Schedule, shape: Shape, block_q: int, block_kv: int, kernel: str, ragged: bool = False
+    found: kernel_schedule.Schedule, shape: Shape, block_q: int, block_kv: int, kernel: str, ragged: bool = False
 ) -> Cost:
     bodies = found.bodies
     repair = 0
@@ -199,7 +199,7 @@ def measure(kernel: str, shape: Shape, chip: str, label: str, which: str, argume
         )
         ragged = False
     try:
-        found = schedule.compile_target(target, chip, keywords)
+        found = kernel_schedule.compile_target(target, chip, keywords)
     except ArgumentError as error:
         return label, None, str(error).splitlines()[-1][:200]
     wanted = [s for s in found if s.bodies and (("dkv" in s.kernel or "back" in s.kernel) == (which == "backward"))]
@@ -208,10 +208,12 @@ def measure(kernel: str, shape: Shape, chip: str, label: str, which: str, argume
 
 def chosen_sizes(shape: Shape, chip: str) -> list[int]:
     from pallas_kernels.chips import compile_only_mesh
-    from pallas_kernels.flash_attention.block_sizes import choose
+    from pallas_kernels.flash_attention.tpu import choose_block_sizes
 
     with jax.set_mesh(compile_only_mesh(chip)):
-        sizes = choose(shape.length, shape.length, shape.head_dim, causal=shape.causal, segmented=False, itemsize=2)
+        sizes = choose_block_sizes(
+            shape.length, shape.length, shape.head_dim, causal=shape.causal, segmented=False, itemsize=2
+        )
     return list(dataclasses.astuple(sizes))
 
 
@@ -265,7 +267,7 @@ def run(chips: Iterable[str], kernels: list[str], tune: bool) -> list[dict[str, 
 
 def line(row: dict[str, Any]) -> str:
     text = f"{row['chip']:<6} {Shape(**row['shape'])!s:<20} {row['pass']:<9}"
-    peak = schedule.ceiling(row["chip"])
+    peak = kernel_schedule.ceiling(row["chip"])
     for kernel in ("ours", "tokamax", "jax"):
         value = row.get(kernel, {}).get("flop_per_bundle")
         text += f" {value:>9,} {value / peak:>4.0%}" if value else f" {'-':>9} {'':>4}"

@@ -14,7 +14,7 @@ vocabulary 151,936, parameters and sums in float32, products of bfloat16), and r
              (not for `vocabulary`, whose operations each read a slice of the kernel)
   temporary  memory that the program allocates besides its arguments and results
 
-The ways: `sum` and `scores` are linear_cross_entropy_sum and linear_cross_entropy; `checkpointed scan` is autodiff of a
+The ways: `sum` and `scores` are token_loss_sum and token_scores; `checkpointed scan` is autodiff of a
 scan over chunks of tokens; `vocabulary` makes chunks of the vocabulary, with the normalizer carried along. tokamax's
 Mosaic kernels, where tokamax is installed (Python 3.12), are counted from their static schedule: the shorter of the
 bodies that a grid step may run, as often as the grid has steps, without stalls on memory and without the cast: no less
@@ -39,14 +39,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_schedule
 import machine
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pallas_kernels import schedule
 from pallas_kernels.chips import CHIPS, compile_only_mesh
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from stepjax.config import MeshConfig
+from stepjax.sharding import make_mesh
+from stepjax.training.linear_cross_entropy import token_loss_sum, token_scores
 
 WIDTH, VOCAB = 4096, 151_936
 CORES = {"v5p": 2}  # of one JAX device; the other chips have one
@@ -62,11 +64,11 @@ def weighted(log_probs, log_normalizers, weights):
 
 
 def by_sum(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk: int):
-    return linear_cross_entropy_sum(weighted, hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk=chunk)
+    return token_loss_sum(weighted, hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk=chunk)
 
 
 def by_scores(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk: int):
-    scores = linear_cross_entropy(hidden_BTD, kernel_DV, targets_BT, chunk=chunk)
+    scores = token_scores(hidden_BTD, kernel_DV, targets_BT, chunk=chunk)
     return jnp.sum(weighted(scores.log_probs_BT, scores.log_normalizers_BT, weights_BT)), scores
 
 
@@ -151,7 +153,7 @@ def by_vocabulary(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk: int):
 
 
 def tokamax_step(tokens: int, width: int, vocab: int) -> tuple[Callable[..., Any], Any]:
-    """The target of pallas_kernels.schedule: tokamax's kernels with the block sizes it chooses itself."""
+    """The target of kernel_schedule: tokamax's kernels with the block sizes it chooses itself."""
 
     def step(hidden_ND, kernel_DV, targets_N, cotangents_N):
         fwd, bwd, kernel = tokamax_blocks(tokens, width, vocab)  # by the chip that is being compiled for
@@ -211,7 +213,7 @@ def product_ms(chip: str, tokens: int) -> float:
 
 
 def compiled_figures(chip: str, tokens: int, way: Callable[..., Any], chunk: int) -> dict[str, Any]:
-    mesh = compile_only_mesh(chip)
+    mesh = make_mesh(MeshConfig(fsdp=1), list(compile_only_mesh(chip).devices.flat))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) for x in arguments(tokens)]
@@ -273,7 +275,7 @@ def hbm_bytes(shape: str) -> int:
 
 def tokamax_figures(chip: str, tokens: int) -> dict[str, Any]:
     sizes = {"tokens": tokens, "width": WIDTH, "vocab": VOCAB}
-    kernels = schedule.compile_target("linear_cross_entropy:tokamax_step", chip, sizes)
+    kernels = kernel_schedule.compile_target("linear_cross_entropy:tokamax_step", chip, sizes)
     with jax.set_mesh(compile_only_mesh(chip)):
         fwd, bwd, _ = tokamax_blocks(tokens, WIDTH, VOCAB)
     bundles = 0

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import kernel_schedule
 import machine
 from attention_schedules import Shape, cost
 
-from pallas_kernels import schedule
 from pallas_kernels.chips import compile_only_mesh
 from stepjax.planning.core_time import Pass
 
@@ -29,7 +29,7 @@ HEADS, KV_HEADS = 8, 2  # 4 query heads a key-value head, as Qwen3-8B has
 def splash_target(
     package: str, which: str, length: int, head_dim: int, blocks: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The target of pallas_kernels.schedule: splash attention of "tokamax" or "jax", causal, with segments."""
+    """The target of kernel_schedule: splash attention of "tokamax" or "jax", causal, with segments."""
     if package == "tokamax":
         from tokamax._src.ops.experimental.tpu.splash_attention import (  # type: ignore[import-not-found]
             splash_attention_kernel,
@@ -82,14 +82,14 @@ def _measure(kernel: Kernel, chip: str, which: Pass, shape: Shape, blocks: dict[
     if kernel == "ours":
         block_q = block_kv = _our_block(chip, which, shape)
         keywords: dict[str, Any] = common | {"segmented": True, "heads": 2}
-        target = f"pallas_kernels.flash_attention.schedules:{which}"
+        target = f"kernel_targets:flash_{which}"
     else:
         suffix = "" if which == "forward" else "_dkv"
         block_q, block_kv = (min(blocks[f"block_{side}{suffix}"], shape.length) for side in ("q", "kv"))
         package = "tokamax" if kernel == "tokamax" else "jax"
         keywords = common | {"which": which, "package": package, "blocks": blocks, "options": {}}
         target = "packed_attention_rates:splash_target"
-    found = schedule.compile_target(target, chip, keywords)
+    found = kernel_schedule.compile_target(target, chip, keywords)
     wanted = [s for s in found if s.bodies and (("dkv" in s.kernel or "back" in s.kernel) == (which == "backward"))]
     parts = cost(wanted[-1], shape, block_q, block_kv, kernel)
     tiles, masked = visited(shape.length, block_q, block_kv)
@@ -105,9 +105,9 @@ def visited(length: int, block_q: int, block_kv: int) -> tuple[int, int]:
 
 
 def _our_block(chip: str, which: Pass, shape: Shape) -> int:
-    from pallas_kernels.flash_attention.block_sizes import choose
+    from pallas_kernels.flash_attention.tpu import choose_block_sizes
 
     with jax.set_mesh(compile_only_mesh(chip)):
         length = shape.length
-        sizes = choose(length, length, shape.head_dim, causal=True, segmented=True, itemsize=2)
+        sizes = choose_block_sizes(length, length, shape.head_dim, causal=True, segmented=True, itemsize=2)
     return sizes.q if which == "forward" else sizes.q_backward

@@ -172,7 +172,7 @@ def digits(run: str, task: str, count: int) -> Task:
     ]
     engine = EngineConfig(
         max_sequences=64, smallest_batch=64, max_context=2048, page_size=16, cache_tokens=64 * 1024, view_batch=8,
-        max_waiting=100_000, max_problems=32,
+        max_waiting=100_000, max_prefix_groups=32,
     )  # fmt: skip
     kind = "image" if task != "arithmetic" else "text"
     name = {"count": "counting digits", "arithmetic": "arithmetic"}.get(task, task)

@@ -6,7 +6,7 @@ Needs libtpu for the TPU part. Writes results/sampling.json:
     cpu   seconds of the "xla" implementation and of a sampler that sorts (jax.lax.sort, cumsum), best of the repeats,
           taken in turn, and their ratio. Both do temperature, top-k, top-p and both log-probabilities.
     tpu   of the kernel: bundles a row, from the loops' bundles and trips, and bytes of HBM that a row reads (its
-          logits, bitmask and parameters, as the kernel's block copies them, once). Of the sorting sampler compiled by
+          logits and parameters, as the kernel's block copies them, once). Of the sorting sampler compiled by
           XLA for the same chip: the bytes that XLA says its operations access, the operands and results of each counted
           once, so that the passes inside the sort are missing; and the cycles that XLA estimates, which it does for all
           but the sort (where this JAX can print the program).
@@ -25,13 +25,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import kernel_schedule
+import kernel_targets
 import machine
 import numpy as np
 
-from pallas_kernels import chips, schedule
-from pallas_kernels.sampling import bitmask, parameters, sample, schedules, selection, wide
-from pallas_kernels.sampling.tpu import LARGEST, PARTS
-from pallas_kernels.sampling.vectors import CHUNK, LANES, ROWS
+from pallas_kernels import chips
+from pallas_kernels.sampling import parameters, sample, selection, wide
+from pallas_kernels.sampling.tpu import CHUNK, LANES, LARGEST, PARTS, ROWS
 
 VOCAB = 151_936
 SETTINGS = {"plain": (0, 1.0), "top-k 50": (50, 1.0), "top-p 0.9": (0, 0.9), "top-k 50, top-p 0.9": (50, 0.9)}
@@ -77,15 +78,16 @@ def synthetic_logits(rows: int) -> jax.Array:
 
 def row_arguments(rows: int, top_k: int, top_p: float) -> dict[str, jax.Array]:
     return {
-        "seeds_B": jnp.arange(rows, dtype=jnp.uint32),
+        "seeds_B2": jnp.stack([jnp.arange(rows), jnp.zeros(rows)], axis=1).astype(jnp.uint32),
         "positions_B": jnp.full(rows, 100, jnp.int32),
         "temperature_B": jnp.ones(rows),
         "top_k_B": jnp.full(rows, top_k, jnp.int32),
         "top_p_B": jnp.full(rows, top_p, jnp.float32),
+        "min_p_B": jnp.zeros(rows),
     }
 
 
-def sample_by_sorting(logits_BV, seeds_B, positions_B, temperature_B, top_k_B, top_p_B):
+def sample_by_sorting(logits_BV, seeds_B2, positions_B, temperature_B, top_k_B, top_p_B, min_p_B):
     """The usual way: sort, cut by rank and by cumulative probability, draw from the cumulative probability."""
     x_BV = logits_BV / temperature_B[:, None]
     ids_BV = jnp.broadcast_to(jnp.arange(x_BV.shape[1], dtype=jnp.int32), x_BV.shape)
@@ -100,7 +102,7 @@ def sample_by_sorting(logits_BV, seeds_B, positions_B, temperature_B, top_k_B, t
     def uniform(seed, position):
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
 
-    u_B1 = jax.vmap(uniform)(seeds_B, positions_B)[:, None]
+    u_B1 = jax.vmap(uniform)(seeds_B2[:, 0], positions_B)[:, None]
     drawn_B1 = jnp.minimum(jnp.sum(upto_BV <= u_B1 * mass_B1, axis=1, keepdims=True), kept_B - 1)
     tokens_B1 = jnp.take_along_axis(ids_BV, drawn_B1, axis=1)
     log_probs_B1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, axis=1), tokens_B1, axis=1)
@@ -130,16 +132,7 @@ def count_probes(logits_BV: jax.Array, top_k: int, top_p: float) -> dict[str, fl
     among_candidates, over_vocabulary, found = [], [], []
     for first in range(0, len(logits_BV) // ROWS * ROWS, ROWS):
         x_RV = logits_BV[first : first + ROWS]
-        given = row_arguments(len(logits_BV), top_k, top_p)
-        rows = parameters.prepare(
-            VOCAB,
-            given["seeds_B"],
-            given["positions_B"],
-            given["temperature_B"],
-            given["top_k_B"],
-            given["top_p_B"],
-            jnp.zeros(len(logits_BV)),
-        )
+        rows = parameters.prepare(VOCAB, **row_arguments(len(logits_BV), top_k, top_p))
         rows = jax.tree.map(lambda x_B, first=first: x_B[first : first + ROWS, None], rows)
         top = jnp.max(x_RV, axis=1, keepdims=True)
         mass_RV = np.asarray(parameters.masses(x_RV, top, rows.inverse_temperature), np.int64)
@@ -156,7 +149,6 @@ def count_probes(logits_BV: jax.Array, top_k: int, top_p: float) -> dict[str, fl
         select = partial(
             selection.select,
             rows,
-            x_RV.dtype,
             top=top,
             all_mass=jax.tree.map(jnp.asarray, everything.mass),
             at_min_p=jax.tree.map(jnp.asarray, everything),
@@ -191,27 +183,23 @@ def candidates_floor(x_RV: jax.Array) -> jax.Array:
 
 
 def on_tpu(chip: str, rows: int, probes: dict[str, dict[str, float]]) -> dict[str, Any]:
-    kernels = {}
-    for dtype, masked in (("float32", False), ("bfloat16", True)):
-        arguments = {"rows": rows, "vocab_size": VOCAB, "dtype": dtype, "masked": masked}
-        (kernel,) = schedule.compile_target("pallas_kernels.sampling.schedules:draw", chip, arguments)
-        parts = schedules.block_bundles(kernel, VOCAB, masked)
-        bundles_a_row = {"plain": round(parts["always"] / ROWS)}
-        for name in list(SETTINGS)[1:]:
-            block = parts["always"] + parts["filtered"] + parts["probe"] * probes[name]["among_candidates"]
-            block += parts["full_probe"] * probes[name]["over_vocabulary"]
-            bundles_a_row[name] = round(block / ROWS)
-        worst_probes = 2 * (17 if dtype == "bfloat16" else 33)
-        worst = sum(parts.values()) + (parts["probe"] + parts["full_probe"]) * (worst_probes - 1)
-        bundles_a_row["worst case"] = round(worst / ROWS)
-        mask_bytes = 4 * LANES * -(-VOCAB // (LANES * bitmask.WORD)) if masked else 0
-        kernels[dtype + (", bitmask" if masked else "")] = {
-            "bundles_a_row": bundles_a_row,
-            "block": parts,
-            "hbm_bytes_a_row": VOCAB * jnp.dtype(dtype).itemsize + mask_bytes + 4 * len(parameters.Parameters._fields),
-            "vmem_mib": round(kernel.vmem_bytes / 2**20, 1),
-        }
-    return {"kernel": kernels, "sort": sort_on_tpu(chip, rows)}
+    (kernel,) = kernel_schedule.compile_target("kernel_targets:draw", chip, {"rows": rows, "vocab_size": VOCAB})
+    parts = kernel_targets.sampling_bundles(kernel, VOCAB)
+    bundles_a_row = {"plain": round(parts["always"] / ROWS)}
+    for name in list(SETTINGS)[1:]:
+        block = parts["always"] + parts["filtered"] + parts["probe"] * probes[name]["among_candidates"]
+        block += parts["full_probe"] * probes[name]["over_vocabulary"]
+        bundles_a_row[name] = round(block / ROWS)
+    worst_probes = 2 * 33
+    worst = sum(parts.values()) + (parts["probe"] + parts["full_probe"]) * (worst_probes - 1)
+    bundles_a_row["worst case"] = round(worst / ROWS)
+    figures = {
+        "bundles_a_row": bundles_a_row,
+        "block": parts,
+        "hbm_bytes_a_row": 4 * (VOCAB + len(parameters.Parameters._fields)),
+        "vmem_mib": round(kernel.vmem_bytes / 2**20, 1),
+    }
+    return {"kernel": figures, "sort": sort_on_tpu(chip, rows)}
 
 
 def sort_on_tpu(chip: str, rows: int) -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""What a decoding step reads and costs when trajectories share a prefix, against a step that treats each by itself.
+"""What a decoding step reads and costs when sequences share a prefix, against a step that treats each by itself.
 
     python benchmarks/shared_prefix_attention.py [--chips v5e v6e ...] [--suffix 4096] [--no-timing]
 
-For prefixes of 2k, 8k and 32k tokens, 4, 16 and 32 trajectories a problem, eight problems, Qwen3-8B's attention (one
+For prefixes of 2k, 8k and 32k tokens, 4, 16 and 32 sequences a group, eight prefix groups, Qwen3-8B's attention (one
 layer), pages of 64 tokens:
 
   bytes      of keys and values a step reads: by formula, and by counting the copies that the kernel's own work list
-             makes it issue. "Per sequence" is the same kernel with no problem shared: every trajectory's prefix and
+             makes it issue. "Per sequence" is the same kernel with no prefix shared: every sequence's prefix and
              suffix lie in its own row
   bundles    of the chip's core for the step, from the static schedule of the compiled kernel: the loop bodies, each as
              often as the work list runs it (starting the copies adds some 10 a page). An estimate, not a measurement:
-             see pallas_kernels/schedule.py
+             see kernel_schedule.py
   HBM time   bytes over the chip's memory bandwidth; the step takes at least the larger of the two times
 
 Where JAX has a GPU, also the time of a step in XLA: shared prefix, per sequence over pages, and per sequence over a
@@ -30,40 +30,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_schedule
 import machine
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import schedule
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.shared_prefix_attention import (
-    PagedTokens,
-    PageTables,
-    Problem,
-    pack_tables,
-    shared_prefix_attention,
-)
-from pallas_kernels.shared_prefix_attention.grouping import group_trajectories
-from pallas_kernels.shared_prefix_attention.tpu import choose_tiling
-from pallas_kernels.shared_prefix_attention.worklist import WorkList, prefix_work, row_counts, suffix_work
+from pallas_kernels.shared_prefix_attention import PageTables, shared_prefix_attention
+from pallas_kernels.shared_prefix_attention.paged_kernel import WorkList
+from pallas_kernels.shared_prefix_attention.tables import make_subgroups
+from pallas_kernels.shared_prefix_attention.tpu import choose_tiling, prefix_work, row_counts, suffix_work
 
 PREFIXES = (2048, 8192, 32768)
-TRAJECTORIES = (4, 16, 32)
+SEQUENCES = (4, 16, 32)
 VERSIONS = {
     "v5e": pltpu.ChipVersion.TPU_V5E,
     "v5p": pltpu.ChipVersion.TPU_V5P,
     "v6e": pltpu.ChipVersion.TPU_V6E,
     "tpu7x": pltpu.ChipVersion.TPU_7X,
 }
-DECODE = "pallas_kernels.shared_prefix_attention.schedules:decode"
+DECODE = "kernel_targets:decode"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A batch of equal problems and the attention they meet."""
+    """A batch of equal prefix groups and the attention they meet."""
 
-    problems: int = 8
-    trajectories: int = 16  # of each problem
+    groups: int = 8
+    sequences: int = 16  # of each group
     prefix: int = 8192
     suffix: int = 4096
     page_size: int = 64
@@ -73,7 +67,7 @@ class Sizes:
 
     @property
     def batch(self) -> int:
-        return self.problems * self.trajectories
+        return self.groups * self.sequences
 
     @property
     def token_bytes(self) -> int:
@@ -81,39 +75,29 @@ class Sizes:
 
     @property
     def num_pages(self) -> int:
-        return self.problems * self.pages(self.prefix) + self.batch * self.pages(self.suffix)
+        return self.groups * self.pages(self.prefix) + self.batch * self.pages(self.suffix)
 
     def pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
 
 def tables(sizes: Sizes, shared: bool) -> PageTables:
-    """The step's tables on scattered pages. Not shared: a trajectory's row is its prefix's pages, then its own.
+    """The step's tables on scattered pages. Not shared: a sequence's row is its group's prefix pages, then its own.
 
     The prefix is then taken up to its last full page, since a row is filled without gaps; the sizes used have no other.
     """
     assert sizes.prefix % sizes.page_size == 0
-    free = np.random.default_rng(0).permutation(sizes.num_pages).tolist()
-
-    def take(tokens: int) -> PagedTokens:
-        return PagedTokens([free.pop() for _ in range(sizes.pages(tokens))], tokens)
-
-    problems = []
-    for _ in range(sizes.problems):
-        prefix, suffixes = take(sizes.prefix), [take(sizes.suffix) for _ in range(sizes.trajectories)]
-        if shared:
-            problems.append(Problem(suffixes, prefix))
-        else:
-            own = [PagedTokens([*prefix.pages, *s.pages], prefix.length + s.length) for s in suffixes]
-            problems.append(Problem(own))
-    return pack_tables(
-        problems,
-        page_size=sizes.page_size,
-        num_pages=sizes.num_pages,
-        max_trajectories=sizes.batch,
-        max_problems=sizes.problems,
-        max_prefix_pages=sizes.pages(sizes.prefix),
-        max_suffix_pages=sizes.pages(sizes.suffix) + (0 if shared else sizes.pages(sizes.prefix)),
+    pages = np.random.default_rng(0).permutation(sizes.num_pages).astype(np.int32)
+    prefix_PM, suffix_BM = np.split(pages, [sizes.groups * sizes.pages(sizes.prefix)])
+    prefix_PM, suffix_BM = prefix_PM.reshape(sizes.groups, -1), suffix_BM.reshape(sizes.batch, -1)
+    group_B = np.repeat(np.arange(sizes.groups, dtype=np.int32), sizes.sequences)
+    prefix_length = sizes.prefix if shared else 0
+    return PageTables(
+        prefix_pages_PM=prefix_PM,
+        prefix_lengths_P=np.full(sizes.groups, prefix_length, np.int32),
+        group_of_B=group_B if shared else np.full_like(group_B, -1),
+        suffix_pages_BM=suffix_BM if shared else np.concatenate([prefix_PM[group_B], suffix_BM], axis=1),
+        suffix_lengths_B=np.full(sizes.batch, sizes.suffix + sizes.prefix - prefix_length, np.int32),
     )
 
 
@@ -144,9 +128,9 @@ def walk_step(sizes: Sizes, chip: str, shared: bool) -> tuple[Walk, Walk]:
     """The prefix kernel's way and the suffix kernel's."""
     tiling = choose_tiling(sizes.num_kv_heads, sizes.width, 2, CHIPS[chip])
     step = PageTables(*map(jnp.asarray, tables(sizes, shared)))
-    groups = group_trajectories(step.problem_of_B, sizes.problems)
+    subgroups = make_subgroups(step.group_of_B, sizes.groups)
     repeats = sizes.num_heads // sizes.num_kv_heads
-    prefix, _ = prefix_work(step, groups, repeats, sizes.page_size, tiling.block)
+    prefix, _ = prefix_work(step, subgroups, repeats, sizes.page_size, tiling.block)
     suffix = suffix_work(step, sizes.page_size, tiling.block)
     sizes_of_step = sizes.page_size, tiling.block, tiling.chunk
     return walk(prefix, *sizes_of_step), walk(suffix, *sizes_of_step)
@@ -156,7 +140,7 @@ def read_bytes(sizes: Sizes, chip: str) -> dict[str, float]:
     """Bytes of keys and values of one layer's step, by formula and by counting copies."""
     figures: dict[str, float] = {}
     for name, shared in (("shared", True), ("per_sequence", False)):
-        readers = sizes.problems if shared else sizes.batch
+        readers = sizes.groups if shared else sizes.batch
         figures[f"{name}_formula"] = (readers * sizes.prefix + sizes.batch * sizes.suffix) * sizes.token_bytes
         ways = walk_step(sizes, chip, shared)
         figures[f"{name}_copied"] = sum(way.copies for way in ways) * sizes.page_size * sizes.token_bytes
@@ -166,7 +150,7 @@ def read_bytes(sizes: Sizes, chip: str) -> dict[str, float]:
 
 def bodies(chip: str, sizes: Sizes) -> tuple[list[int], int]:
     """Bundles of one chunk in the prefix kernel's bodies, smallest group first, and in the suffix kernel's."""
-    schedules = schedule.compile_target(
+    schedules = kernel_schedule.compile_target(
         DECODE,
         chip,
         {
@@ -241,7 +225,7 @@ def seconds(f: Callable[..., Any], arguments: tuple[Any, ...], repeats: int = 20
 
 
 def time_steps(sizes: Sizes, dtype: Any, **options: int) -> dict[str, dict[str, float]]:
-    """Attention steps of one layer: seconds, and tokens (one a trajectory) a second."""
+    """Attention steps of one layer: seconds, and tokens (one a sequence) a second."""
     figures = {}
     for name, (f, arguments) in methods(sizes, dtype).items():
         taken = seconds(f, arguments, **options)
@@ -252,18 +236,18 @@ def time_steps(sizes: Sizes, dtype: Any, **options: int) -> dict[str, dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="*", default=list(CHIPS), choices=tuple(CHIPS), help="to compile for")
-    parser.add_argument("--suffix", type=int, default=4096, help="tokens of every trajectory's own")
+    parser.add_argument("--suffix", type=int, default=4096, help="tokens of every sequence's own")
     parser.add_argument("--no-timing", action="store_true", help="leave out the XLA implementations' times")
     options = parser.parse_args()
     grid = [
-        Sizes(prefix=prefix, trajectories=trajectories, suffix=options.suffix)
+        Sizes(prefix=prefix, sequences=sequences, suffix=options.suffix)
         for prefix in PREFIXES
-        for trajectories in TRAJECTORIES
+        for sequences in SEQUENCES
     ]
     figures: dict[str, Any] = {
         "command": "python benchmarks/shared_prefix_attention.py",
         "libtpu": importlib.metadata.version("libtpu"),
-        "sizes": dataclasses.asdict(Sizes(suffix=options.suffix)) | {"prefix": PREFIXES, "trajectories": TRAJECTORIES},
+        "sizes": dataclasses.asdict(Sizes(suffix=options.suffix)) | {"prefix": PREFIXES, "sequences": SEQUENCES},
         "bytes": report_bytes(grid),
         "chips": {chip: report_chip(grid, chip) for chip in options.chips},
     }
@@ -275,15 +259,15 @@ def main() -> None:
 
 def report_bytes(grid: list[Sizes]) -> list[dict[str, float]]:
     print("MiB of keys and values read a step and layer; copied: by the copies in the work list")
-    print(f"{'prefix':>7} {'trajectories':>13} {'shared':>9} {'copied':>9} {'per seq.':>9} {'copied':>9} {'ratio':>6}")
+    print(f"{'prefix':>7} {'sequences':>13} {'shared':>9} {'copied':>9} {'per seq.':>9} {'copied':>9} {'ratio':>6}")
     rows = []
     for sizes in grid:
         row = read_bytes(sizes, "v5e")
-        rows.append({"prefix": sizes.prefix, "trajectories": sizes.trajectories, **row})
+        rows.append({"prefix": sizes.prefix, "sequences": sizes.sequences, **row})
         mib = [
             row[k] / 2**20 for k in ("shared_formula", "shared_copied", "per_sequence_formula", "per_sequence_copied")
         ]
-        print(f"{sizes.prefix:7,} {sizes.trajectories:13}", *(f"{x:9,.0f}" for x in mib), f"{row['ratio']:6.2f}")
+        print(f"{sizes.prefix:7,} {sizes.sequences:13}", *(f"{x:9,.0f}" for x in mib), f"{row['ratio']:6.2f}")
     return rows
 
 
@@ -292,18 +276,16 @@ def report_chip(grid: list[Sizes], chip: str) -> dict[str, Any]:
     tiling = choose_tiling(grid[0].num_kv_heads, grid[0].width, 2, CHIPS[chip])
     print(
         f"\n{chip}: bundles of {tiling.chunk} tokens, a core's heads: prefix {prefix_bundles} for groups of up to 4, "
-        f"16, 32 and 64 trajectories, suffix {suffix_bundles}"
+        f"16, 32 and 64 sequences, suffix {suffix_bundles}"
     )
     print("us a step and layer: the core's bundles over its clock, and bytes over bandwidth")
-    print(
-        f"{'prefix':>7} {'trajectories':>13} {'core':>9} {'HBM':>9} {'core p.s.':>10} {'HBM p.s.':>9} {'speed-up':>9}"
-    )
+    print(f"{'prefix':>7} {'sequences':>13} {'core':>9} {'HBM':>9} {'core p.s.':>10} {'HBM p.s.':>9} {'speed-up':>9}")
     rows = []
     for sizes in grid:
         row = estimate(sizes, chip, prefix_bundles, suffix_bundles)
-        rows.append({"prefix": sizes.prefix, "trajectories": sizes.trajectories, **row})
+        rows.append({"prefix": sizes.prefix, "sequences": sizes.sequences, **row})
         print(
-            f"{sizes.prefix:7,} {sizes.trajectories:13} {row['shared_core_us']:9,.0f} {row['shared_hbm_us']:9,.0f} "
+            f"{sizes.prefix:7,} {sizes.sequences:13} {row['shared_core_us']:9,.0f} {row['shared_hbm_us']:9,.0f} "
             f"{row['per_sequence_core_us']:10,.0f} {row['per_sequence_hbm_us']:9,.0f} {row['speedup']:9.2f}"
         )
     return {"prefix_bodies": prefix_bundles, "suffix_body": suffix_bundles, "chunk": tiling.chunk, "steps": rows}
@@ -313,19 +295,19 @@ def report_times(suffix: int) -> dict[str, Any]:
     device = jax.devices()[0]
     if device.platform == "gpu":
         grid, dtype = (
-            [Sizes(prefix=p, trajectories=k, suffix=suffix, problems=2) for p in PREFIXES for k in (4, 16)],
+            [Sizes(prefix=p, sequences=k, suffix=suffix, groups=2) for p in PREFIXES for k in (4, 16)],
             jnp.bfloat16,
         )
     else:
-        small = Sizes(problems=2, prefix=512, suffix=64, page_size=16, num_heads=4, num_kv_heads=1, width=64)
-        grid, dtype = [dataclasses.replace(small, trajectories=k) for k in (4, 16)], jnp.float32
+        small = Sizes(groups=2, prefix=512, suffix=64, page_size=16, num_heads=4, num_kv_heads=1, width=64)
+        grid, dtype = [dataclasses.replace(small, sequences=k) for k in (4, 16)], jnp.float32
     print(f"\nXLA on {device.device_kind}: us a step and layer")
     rows = []
     for sizes in grid:
         row = time_steps(sizes, dtype)
         rows.append({**dataclasses.asdict(sizes), **row})
         times = ", ".join(f"{name} {1e6 * row[name]['seconds']:,.0f}" for name in row)
-        print(f"  prefix {sizes.prefix:,}, {sizes.problems} x {sizes.trajectories} trajectories: {times}")
+        print(f"  prefix {sizes.prefix:,}, {sizes.groups} x {sizes.sequences} sequences: {times}")
     return {"device": device.device_kind, "platform": device.platform, "dtype": jnp.dtype(dtype).name, "steps": rows}
 
 

@@ -1,6 +1,6 @@
-"""Accelerator kernels for attention, decoding, sampling and the loss; free of any model's types.
+"""Accelerator kernels for attention, decoding and sampling; they know no model's types.
 
-One folder an operation: `reference.py` says in jnp what is computed, `tpu.py` (Mosaic) and `gpu.py` compute it fast,
-and the folder's one public function checks its arguments and picks by the `implementation` it is given. Nothing here
-asks which devices are present: the program may be compiled for a machine that is not.
+One folder per operation. `reference.py` defines in jnp what is computed; `tpu.py` (Mosaic), `gpu.py` and `xla.py`
+compute it fast. The folder's one public function checks its arguments and picks by `implementation`. Nothing here asks
+which devices are present: programs may be compiled ahead of time, on a machine without them.
 """

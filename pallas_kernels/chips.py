@@ -1,7 +1,7 @@
-"""The TPU generations kernels are built for: how to name one for a compilation, and which one is being compiled for.
+"""The TPU generations that kernels are built for, and which of them a program is being compiled for.
 
-A kernel's block sizes depend on the chip that will run it, which need not be in this machine. So the chip comes from
-the mesh the program is lowered under (`jax.set_mesh`), real or of a topology description, and never from
+A kernel's block sizes depend on the chip that will run it, and this machine need not have one. So the chip comes from
+the mesh that the program is lowered under (`jax.set_mesh`), real or of a topology description, never from
 `jax.devices()`.
 """
 
@@ -52,9 +52,9 @@ def current_chip(default: str = "v5e") -> Chip:
 
 
 def compile_only_environment() -> None:
-    """Let libtpu start on a machine that has no TPU, quietly. Call it before JAX's first use of libtpu."""
+    """Let libtpu start quietly on a machine without a TPU. Call it before JAX first uses libtpu."""
     settings = {
-        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server answers here
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
@@ -65,7 +65,7 @@ def compile_only_environment() -> None:
 
 
 def compile_only_mesh(name: str, num_devices: int = 1, axis: str = "x") -> jax.sharding.Mesh:
-    """A one-axis mesh of a TPU that need not be here, to lower and compile under (`with jax.set_mesh(mesh)`).
+    """A one-axis mesh of TPU devices to lower and compile under (`with jax.set_mesh(mesh)`); no TPU needed.
 
     Raises:
       ArgumentError: `name` is none of CHIPS.

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import ArgumentError, check, check_choice, check_dtype, check_shape
-from pallas_kernels.flash_attention.residuals import RESIDUAL_NAMES
+from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention.reference import RESIDUAL_NAMES
 
 if TYPE_CHECKING:
-    from pallas_kernels.flash_attention.block_sizes import BlockSizes
+    from pallas_kernels.flash_attention.tpu import BlockSizes
 
 __all__ = ["LOG2_UNITS", "RESIDUAL_NAMES", "Implementation", "flash_attention"]
 
@@ -83,7 +84,7 @@ def flash_attention(
     """softmax(scale * q k^T) v over the keys that each query sees; differentiable in q, k and v.
 
     Query head n reads key-value head n // (N / K). With `causal`, query t sees the keys s <= t + q_offset. With segment
-    ids, a query sees the keys of an equal id. A negative id marks padding: as a key it is seen by nobody and may hold
+    ids, a query sees the keys of an equal id. A negative id marks padding: as a key it is never seen and may hold
     anything, NaN included; as a query its output is zero, and no gradient passes. A query that sees no key gives zero
     with a log-sum-exp of -inf, and passes no gradient.
 
@@ -145,8 +146,6 @@ def flash_attention(
 
         out_BTNH, lse_BTN = gpu.attention(q_BTNH, k_BSKH, v_BSKH, **arguments, with_lse=return_lse)
     else:
-        from pallas_kernels.flash_attention import reference
-
         out_BTNH, lse_BTN = reference.attention(q_BTNH, k_BSKH, v_BSKH, **arguments)
 
     if padded_q_BT11 is not None:

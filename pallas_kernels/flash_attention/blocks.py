@@ -69,7 +69,7 @@ class Order:
 class Geometry:
     """The static part of the block structure. Keys are padded to whole blocks; `num_keys` counts the real ones.
 
-    Queries may end inside the last block: what a kernel then reads past their end is anything at all.
+    Queries may end inside the last block: what a kernel reads past their end is undefined.
     """
 
     num_query_blocks: int

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.checks import ArgumentError, check
-from pallas_kernels.flash_attention.reference import visibility
-from pallas_kernels.flash_attention.residuals import LSE_NAME, OUT_NAME
+from pallas_kernels.flash_attention.reference import LSE_NAME, OUT_NAME, visibility
 
 _LSE_QUERIES = 512  # whose scores exist at one time where the log-sum-exp is computed
 
@@ -69,7 +68,7 @@ def attention(
     try:
         out_BTNH = _cudnn(*padded, mask_B1TS, plain_causal, scale)[:, :T]
     except (NotImplementedError, RuntimeError) as error:  # the GPU's generation, or no cuDNN at all
-        raise ArgumentError(f"implementation='gpu' cannot be had here, use 'xla': {error}") from error
+        raise ArgumentError(f"implementation='gpu' is not available here, use 'xla': {error}") from error
     if mask_B1TS is not None and visible_BTS is not None:
         out_BTNH = jnp.where(jnp.any(visible_BTS, axis=-1)[:, :, None, None], out_BTNH, 0)
     if not with_lse:

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.flash_attention.residuals import LSE_NAME, OUT_NAME
-
+# What the backward pass needs of the forward pass beside q, k and v, for rematerialisation policies:
+# `jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)` keeps it, and the attention is not computed again.
+OUT_NAME = "flash_attention_out"  # [B, T, N, H] in the input's dtype
+LSE_NAME = "flash_attention_lse"  # [B, T, N] float32; the XLA form keeps it only if it is asked for
+RESIDUAL_NAMES = (OUT_NAME, LSE_NAME)
 _MASKED = -1e30  # finite, so that the maximum of a row without any visible key can be subtracted
 
 

@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sampling import wide
-from pallas_kernels.sampling.threefry import threefry_2x32
 
 MASS_BITS = 28  # the top token's mass is 2^28: eight of them, and no more, fit 32 bits
 MAX_VOCAB_SIZE = (1 << 19) - 1  # so that the mass of all tokens fits a Wide
 NO_TOKEN = -1
 UNLIMITED = 1 << 30  # as a number of tokens
 _LARGEST = float(np.finfo(np.float32).max)
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
 
 
 class Sample(NamedTuple):
     """The drawn tokens of B rows and their log-probabilities."""
 
     tokens_B: jax.Array  # int32, or -1 where there is none to draw
-    log_probs_B: jax.Array  # float32, under the softmax of the logits as given: temperature 1, nothing banned
+    log_probs_B: jax.Array  # float32, under the softmax of the logits as given, at temperature 1
     sampling_log_probs_B: jax.Array  # float32, under the distribution the token was drawn from
 
 
@@ -42,18 +43,16 @@ class Parameters(NamedTuple):
 
 def prepare(
     vocab_size: int,
-    seeds: jax.Array,
+    seeds_B2: jax.Array,
     positions_B: jax.Array,
     temperature_B: jax.Array,
     top_k_B: jax.Array,
     top_p_B: jax.Array,
     min_p_B: jax.Array,
 ) -> Parameters:
-    """The rows' Parameters; `seeds` is uint32 [B] or [B, 2]."""
-    seeds = seeds[:, None] if seeds.ndim == 1 else seeds
-    key = (seeds[:, 0], seeds[:, 1] if seeds.shape[1] == 2 else jnp.zeros_like(seeds[:, 0]))
+    """The rows' Parameters."""
     position = jax.lax.bitcast_convert_type(positions_B, jnp.uint32)
-    random = threefry_2x32(key, (position, jnp.zeros_like(position)))
+    random = threefry_2x32((seeds_B2[:, 0], seeds_B2[:, 1]), (position, jnp.zeros_like(position)))
 
     in_range = (temperature_B >= 0) & (temperature_B <= _LARGEST)  # false for NaN, too
     in_range &= (top_p_B >= 0) & (top_p_B <= 1) & (min_p_B >= 0) & (min_p_B <= 1)
@@ -76,6 +75,20 @@ def prepare(
     )
 
 
+def threefry_2x32(
+    key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Two random uint32 for every (key, counter), by 20 rounds of Threefry (Salmon et al. 2011)."""
+    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    x, y = counter[0] + keys[0], counter[1] + keys[1]
+    for i in range(5):
+        for distance in _ROTATIONS[i % 2]:
+            x = x + y
+            y = ((y << distance) | (y >> (32 - distance))) ^ x
+        x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x, y
+
+
 def masses(x: jax.Array, top: jax.Array, inverse_temperature: jax.Array) -> jax.Array:
     """exp((x - top) / temperature) in units of 2^-28, to the nearest: int32. `top` is finite and the largest x."""
     weights = jnp.exp((x - top) * inverse_temperature)
@@ -93,24 +106,20 @@ def finish(
     tokens_B: jax.Array,
     logits_B: jax.Array,
     top_B: jax.Array,
-    total_B: wide.Wide,
-    raw_top_B: jax.Array,
-    raw_sum_B: jax.Array,
+    sum_B: jax.Array,
+    kept_mass_B: wide.Wide,
 ) -> Sample:
     """The sample, given the drawn tokens and their logits.
 
     Args:
-      parameters: of the rows.
-      tokens_B, logits_B: the drawn token, and its logit.
-      top_B: the largest logit of an allowed token.
-      total_B: the mass of all tokens kept.
-      raw_top_B, raw_sum_B: the largest logit, and the sum of exp(logit - largest), over all tokens, banned ones too.
+      top_B, sum_B: the largest logit, and the sum of exp(logit - largest) over the vocabulary.
+      kept_mass_B: the mass of the tokens that pass all filters.
     """
-    log_probs_B = (logits_B - finite(raw_top_B)) - jnp.log(raw_sum_B)
-    total = wide.to_float(total_B) * 2.0**-MASS_BITS
-    sampling_log_probs_B = (logits_B - finite(top_B)) * parameters.inverse_temperature - jnp.log(total)
+    log_probs_B = (logits_B - finite(top_B)) - jnp.log(sum_B)
+    kept = wide.to_float(kept_mass_B) * 2.0**-MASS_BITS
+    sampling_log_probs_B = (logits_B - finite(top_B)) * parameters.inverse_temperature - jnp.log(kept)
 
-    defined = (parameters.valid != 0) & ~jnp.isnan(raw_sum_B)  # a NaN or +inf anywhere makes the sum NaN
+    defined = (parameters.valid != 0) & ~jnp.isnan(sum_B)  # a NaN or +inf anywhere makes the sum NaN
     drawn = top_B != -jnp.inf
 
     def result(x_B: jax.Array) -> jax.Array:

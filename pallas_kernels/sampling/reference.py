@@ -1,17 +1,16 @@
 """What sampling means: the tokens sorted, the filters applied one after the other, one drawn from their masses.
 
-Legend: B rows, V vocabulary, W words of the bitmask.
+Legend: B rows, V vocabulary.
 
 A row, in this order:
- 1. Banned tokens get the logit -inf.
- 2. Temperature: a token's weight is exp((logit - largest) / temperature). Its mass is the weight in units of 2^-28, to
+ 1. Temperature: a token's weight is exp((logit - largest) / temperature). Its mass is the weight in units of 2^-28, to
     the nearest integer. All that follows is in integers, so that no result depends on the order of a sum. A token whose
     probability is below 2^-29 of the most likely one's has no mass, and is never drawn.
- 3. Tokens are ranked by descending logit, those of one logit by ascending id.
- 4. Top-k keeps the first k.
- 5. Top-p keeps the shortest run of the first ones whose mass is at least top_p times the mass left by top-k.
- 6. Min-p keeps those whose mass is at least min_p times that of the first.
- 7. Threefry-2x32 makes 64 bits u of the key (seed) and the counter (position, 0). The token is the first, in the order
+ 2. Tokens are ranked by descending logit, those of one logit by ascending id.
+ 3. Top-k keeps the first k.
+ 4. Top-p keeps the shortest run of the first ones whose mass is at least top_p times the mass left by top-k.
+ 5. Min-p keeps those whose mass is at least min_p times that of the first.
+ 6. Threefry-2x32 makes 64 bits u of the key (seed) and the counter (position, 0). The token is the first, in the order
     of ids, whose cumulative mass exceeds the part u / 2^64 of the mass kept. If only some of the tokens of one logit
     were kept, these come last in that order.
 
@@ -23,35 +22,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.sampling import bitmask, parameters, wide
+from pallas_kernels.sampling import parameters, wide
 from pallas_kernels.sampling.parameters import UNLIMITED, Parameters, Sample
 
 
-def sample(logits_BV: jax.Array, rows: Parameters, allowed_BW: jax.Array | None) -> Sample:
+def sample(logits_BV: jax.Array, rows: Parameters) -> Sample:
     """Outside jit only: it counts in 64-bit and Python's own integers."""
-    raw_BV = logits_BV.astype(jnp.float32)
-    allowed_BV = True if allowed_BW is None else bitmask.unpack(allowed_BW, raw_BV.shape[1])
-    x_BV = jnp.where(allowed_BV, raw_BV, -jnp.inf)
-    top_B = jnp.max(x_BV, axis=1)
-    mass_BV = parameters.masses(x_BV, parameters.finite(top_B)[:, None], rows.inverse_temperature[:, None])
-    defined_B = (rows.valid != 0) & jnp.all(raw_BV < jnp.inf, axis=1)
+    top_B = jnp.max(logits_BV, axis=1)
+    mass_BV = parameters.masses(logits_BV, parameters.finite(top_B)[:, None], rows.inverse_temperature[:, None])
+    defined_B = (rows.valid != 0) & jnp.all(logits_BV < jnp.inf, axis=1)
 
     draws = []
-    for i, (x_V, mass_V) in enumerate(zip(np.asarray(x_BV), np.asarray(mass_BV), strict=True)):
+    for i, (x_V, mass_V) in enumerate(zip(np.asarray(logits_BV), np.asarray(mass_BV), strict=True)):
         row = Parameters(*(np.asarray(values_B)[i].item() for values_B in rows))
         draws.append(_draw(x_V, mass_V.astype(np.int64), row) if defined_B[i] and top_B[i] > -jnp.inf else (0, 0))
     tokens_B = np.array([token for token, _ in draws], np.int32)
-    total_B = [total for _, total in draws]
-
-    raw_top_B = jnp.max(raw_BV, axis=1)
+    kept_B = [kept for _, kept in draws]
     return parameters.finish(
         rows,
         tokens_B=jnp.asarray(tokens_B),
-        logits_B=raw_BV[np.arange(len(draws)), tokens_B],
+        logits_B=logits_BV[np.arange(len(draws)), tokens_B],
         top_B=top_B,
-        total_B=wide.Wide(*(jnp.array([f(t) for t in total_B], jnp.int32) for f in (_high, _low))),
-        raw_top_B=raw_top_B,
-        raw_sum_B=jnp.sum(jnp.exp(raw_BV - parameters.finite(raw_top_B)[:, None]), axis=1),
+        sum_B=jnp.sum(jnp.exp(logits_BV - parameters.finite(top_B)[:, None]), axis=1),
+        kept_mass_B=wide.Wide(
+            jnp.array([kept >> 16 for kept in kept_B], jnp.int32),
+            jnp.array([kept & 0xFFFF for kept in kept_B], jnp.int32),
+        ),
     )
 
 
@@ -73,11 +69,3 @@ def _draw(x_V: np.ndarray, mass_V: np.ndarray, row: Parameters) -> tuple[int, in
     total = int(mass_V[order].sum())
     random = (row.random_high % (1 << 32) << 32) + row.random_low % (1 << 32)
     return int(order[np.searchsorted(np.cumsum(mass_V[order]), total * random >> 64, side="right")]), total
-
-
-def _high(total: int) -> int:
-    return total >> 16
-
-
-def _low(total: int) -> int:
-    return total & 0xFFFF

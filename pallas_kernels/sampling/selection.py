@@ -2,8 +2,8 @@
 
 All filters keep a prefix of the tokens in descending order of their logits, tokens of one logit in ascending order of
 their ids. So the smaller of two prefixes is what two filters keep, and a prefix is a threshold and a number of tokens
-tied at it. The threshold is found by bisection, over the integers that order float32 numbers as the numbers are: it is
-exact after at most 33 probes (17 for bfloat16), and found when at most one token, or exactly k, is left to decide on.
+tied at it. The threshold is found by bisection, over the integers that order as the float32 numbers do: it is exact
+after at most 33 probes, and found when at most one token, or exactly k, is left to decide on.
 
 Arrays hold a value a row, in any one shape: [B, 1] for XLA, [R, L] with R rows and equal lanes for Mosaic. The code is
 what the two have in common; they differ in how they measure the tokens at or above a threshold, and in how they find
@@ -59,33 +59,22 @@ class _Bracket(NamedTuple):
     at_upper: Measure
 
 
-def key_of(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """int32 that order as the float32 do, next to each other for neighbours of `dtype`, of which the values are.
-
-    Subnormal numbers share zero's, as they do in a TPU's comparisons.
-    """
+def key_of(x: jax.Array) -> jax.Array:
+    """int32 that order as the float32 do. Subnormal numbers share zero's, as they do in a TPU's comparisons."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    dropped = _dropped_bits(dtype)
-    key = jnp.maximum(((bits & _SIGNLESS) >> dropped) - (_LARGEST_SUBNORMAL >> dropped), 0)
+    key = jnp.maximum((bits & _SIGNLESS) - _LARGEST_SUBNORMAL, 0)
     return jnp.where(bits < 0, -key, key)
 
 
-def value_of(key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def value_of(key: jax.Array) -> jax.Array:
     """The inverse of `key_of`."""
-    dropped = _dropped_bits(dtype)
-    bits = jnp.where(key == 0, 0, (jnp.abs(key) + (_LARGEST_SUBNORMAL >> dropped)) << dropped)
+    bits = jnp.where(key == 0, 0, jnp.abs(key) + _LARGEST_SUBNORMAL)
     value = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(key < 0, -value, value)
 
 
-def _dropped_bits(dtype: jnp.dtype) -> int:
-    """How many bits a float32 has that are zero in all numbers of `dtype`."""
-    return 32 - 8 * jnp.dtype(dtype).itemsize
-
-
 def select(
     parameters: Parameters,
-    dtype: jnp.dtype,
     *,
     top: jax.Array,
     floor: jax.Array,
@@ -97,8 +86,7 @@ def select(
 
     Args:
       parameters: of the rows.
-      dtype: float32 or bfloat16, whichever the logits are of. It bounds the number of probes.
-      top: the largest logit of an allowed token, finite.
+      top: the largest logit, finite.
       floor: thresholds at or below it cannot be measured; -inf if all can.
       all_mass: the mass of all tokens.
       at_min_p: of the tokens whose mass is at least parameters.min_mass.
@@ -106,11 +94,11 @@ def select(
     """
 
     def at_key(key: jax.Array) -> Measure:
-        return measure(value_of(key, dtype))
+        return measure(value_of(key))
 
     zero = jnp.zeros_like(parameters.top_k)
     no_mass = Wide(zero, zero)
-    top_key, floor_key = key_of(top, dtype), key_of(floor, dtype)
+    top_key, floor_key = key_of(top), key_of(floor)
     valid = parameters.valid != 0
 
     # Top-k.
@@ -124,7 +112,7 @@ def select(
     kept_ties = jnp.where(limited, parameters.top_k - bracket.at_upper.count, tied)
 
     # Top-p, of the mass that top-k has kept. All of a vocabulary's is found above `weightless`.
-    weightless = key_of(top - _WEIGHTLESS / parameters.inverse_temperature, dtype) - 1
+    weightless = key_of(top - _WEIGHTLESS / parameters.inverse_temperature) - 1
     nucleus = valid & (parameters.nucleus != 0)
     wanted = wide.fraction(_kept_mass(bracket, tied, tied_mass, kept_ties), [parameters.top_p], round_up=True)
     one = Wide(zero, zero + 1)
@@ -150,10 +138,10 @@ def select(
     # that the target can reach.
     all_ties = kept_ties == tied
     among_ties = ~unfiltered & ~all_ties & ~wide.less(target, bracket.at_upper.mass)
-    low = value_of(jnp.where(all_ties | among_ties, bracket.lower, bracket.upper), dtype)
+    low = value_of(jnp.where(all_ties | among_ties, bracket.lower, bracket.upper))
     return Draw(
         low=jnp.where(unfiltered, -jnp.inf, low),
-        high=jnp.where(among_ties, value_of(bracket.upper, dtype), jnp.inf),
+        high=jnp.where(among_ties, value_of(bracket.upper), jnp.inf),
         min_mass=jnp.where(unfiltered, parameters.min_mass, 0),
         unfiltered=unfiltered.astype(jnp.int32),
         target=wide.where(among_ties, wide.subtract(target, bracket.at_upper.mass), target),

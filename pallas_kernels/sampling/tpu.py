@@ -1,10 +1,10 @@
 """Sampling in one pass over the logits in HBM, for TPU.
 
-Legend: B rows, V vocabulary, W words of the bitmask; R = 8 rows of a block; L = 128 lanes.
+Legend: B rows, V vocabulary; R = 8 rows of a block; L = 128 lanes.
 
 A block's rows, 8 x V, are copied into VMEM whole, the next block's while this one is worked on. All other passes are
 over VMEM:
- 1. Unpack, and keep the 4 largest logits of every lane of 16 interleaved parts of the vocabulary: 8192 candidates.
+ 1. Copy, and keep the 4 largest logits of every lane of 16 interleaved parts of the vocabulary: 8192 candidates.
  2. Masses and sums, by chunk.
  3. Only if top-k or top-p is on in a row of the block: bisect for the thresholds among the candidates. They hold all
     tokens above the floor, the largest of the 4th largest logits. In the rare block where a threshold is not above it,
@@ -13,9 +13,13 @@ over VMEM:
 The drawn token is then found from these sums, by 16 chunks, by one, by one vector of it.
 
 A pass keeps its sums by lane, token i in lane i % 128, and reduces over lanes once at its end.
+
+A vector is [R, L], and a chunk [R, CHUNK] are 8 of them side by side. Values of a row are kept in a whole vector, equal
+in its lanes: a broadcast over lanes that is left to the compiler costs a hundred cycles wherever it is used.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,72 +30,47 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.checks import check
 from pallas_kernels.chips import current_chip
-from pallas_kernels.sampling import bitmask, parameters, selection, wide
+from pallas_kernels.sampling import parameters, selection, wide
 from pallas_kernels.sampling.parameters import Parameters, Sample
 from pallas_kernels.sampling.selection import Draw, Measure
-from pallas_kernels.sampling.vectors import (
-    CHUNK,
-    LANES,
-    ROWS,
-    VECTORS,
-    accumulate,
-    fold,
-    lane_sum,
-    lanes,
-    over_lanes,
-    spread,
-    tile,
-    vectors,
-)
 from pallas_kernels.sampling.wide import Wide
 
+ROWS = 8
+LANES = 128
+VECTORS = 8  # of a chunk: their masses add up within 32 bits
+CHUNK = VECTORS * LANES
 PARTS = 16  # of the vocabulary: chunk i is in part i % 16
 LARGEST = 4  # kept of a part's lane
 CANDIDATES = PARTS * LARGEST // VECTORS  # in chunks; they follow the vocabulary's
 GROUP = 16  # chunks whose sums are looked at together
-COLLECT_UNROLL = {False: 1, True: 4}  # if masked, to hide how long the bitmask's permutations take
 WEIGH_UNROLL = 2
-_WORDS = CHUNK // bitmask.WORD  # of the bitmask for a chunk
 _SPARE_VMEM = 4 << 20  # for what the compiler spills and the small blocks
 
 
-def sample(
-    logits_BV: jax.Array,
-    rows: Parameters,
-    allowed_BW: jax.Array | None,
-    *,
-    interpret: bool | pltpu.InterpretParams = False,
-) -> Sample:
+def sample(logits_BV: jax.Array, rows: Parameters, *, interpret: bool | pltpu.InterpretParams = False) -> Sample:
     batch, vocab_size = logits_BV.shape
     chunks = pl.cdiv(vocab_size, CHUNK)
-    words = pl.cdiv(vocab_size, LANES * bitmask.WORD) * LANES
     scratch = [
         ((ROWS, (chunks + CANDIDATES) * CHUNK), jnp.float32),
         ((ROWS, (chunks + CANDIDATES) * CHUNK), jnp.int32),
         ((pl.cdiv(chunks, GROUP) * GROUP, ROWS, LANES), jnp.int32),
     ]
-    windows = 2 * ROWS * (chunks * CHUNK * logits_BV.dtype.itemsize + (4 * words if allowed_BW is not None else 0))
+    windows = 2 * ROWS * 4 * chunks * CHUNK
     vmem_bytes = windows + sum(4 * math.prod(shape) for shape, _ in scratch) + _SPARE_VMEM
     chip = current_chip()
     check(
         vmem_bytes <= chip.vmem_mib << 20,
-        f"logits_BV has a vocabulary of {vocab_size} in {logits_BV.dtype}: 8 rows take {vmem_bytes >> 20} MiB of "
+        f"logits_BV has a vocabulary of {vocab_size}: 8 rows take {vmem_bytes >> 20} MiB of "
         f"vector memory and {chip.name} has {chip.vmem_mib}; use implementation='xla'",
     )
 
     # What a block has beyond the last row is arbitrary. Its parameters are zero, which is invalid: nothing is searched.
     packed = jnp.pad(_pack(rows), ((0, -batch % ROWS), (0, 0)))
-    operands = [packed, logits_BV]
-    in_specs = [_rows_of(len(Parameters._fields)), _rows_of(vocab_size)]
-    if allowed_BW is not None:
-        allowed_BW = jax.lax.bitcast_convert_type(allowed_BW, jnp.int32)
-        operands.append(jnp.pad(allowed_BW, ((0, 0), (0, words - bitmask.words_for(vocab_size)))))
-        in_specs.append(_rows_of(words))
-    outputs = [jnp.int32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32, jnp.float32]
-    token, logit, top, total_high, total_low, raw_top, raw_sum = pl.pallas_call(
-        partial(_kernel, vocab_size=vocab_size, masked=allowed_BW is not None),
+    outputs = [jnp.int32, jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32]
+    token, logit, top, total, kept_high, kept_low = pl.pallas_call(
+        partial(_kernel, vocab_size=vocab_size),
         grid=(pl.cdiv(batch, ROWS),),
-        in_specs=in_specs,
+        in_specs=[_rows_of(packed.shape[1]), _rows_of(vocab_size)],
         out_specs=[_rows_of(1)] * len(outputs),
         out_shape=[jax.ShapeDtypeStruct((batch, 1), dtype) for dtype in outputs],
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
@@ -99,19 +78,18 @@ def sample(
         cost_estimate=pl.CostEstimate(
             flops=40 * batch * vocab_size,
             transcendentals=2 * batch * vocab_size,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands),
+            bytes_accessed=4 * (packed.size + logits_BV.size),
         ),
         interpret=interpret,
         name="sample",
-    )(*operands)
+    )(packed, logits_BV)
     return parameters.finish(
         rows,
         tokens_B=token[:, 0],
         logits_B=logit[:, 0],
         top_B=top[:, 0],
-        total_B=Wide(total_high[:, 0], total_low[:, 0]),
-        raw_top_B=raw_top[:, 0],
-        raw_sum_B=raw_sum[:, 0],
+        sum_B=total[:, 0],
+        kept_mass_B=Wide(kept_high[:, 0], kept_low[:, 0]),
     )
 
 
@@ -126,28 +104,37 @@ def _pack(rows: Parameters) -> jax.Array:
 
 
 def _unpack(packed: jax.Array) -> Parameters:
-    columns = [spread(packed[:, i : i + 1]) for i in range(packed.shape[1])]
+    columns = [_spread(packed[:, i : i + 1]) for i in range(packed.shape[1])]
     return Parameters(jax.lax.bitcast_convert_type(columns[0], jnp.float32), *columns[1:])
 
 
-def _kernel(rows_ref: Any, logits_ref: Any, *refs: Any, vocab_size: int, masked: bool) -> None:
-    allowed_ref: Any = refs[0] if masked else None
-    token_ref, logit_ref, top_ref, high_ref, low_ref, raw_top_ref, raw_sum_ref = refs[-10:-3]
-    x_ref, mass_ref, sums_ref = refs[-3:]
+def _kernel(
+    rows_ref: Any,
+    logits_ref: Any,
+    token_ref: Any,
+    logit_ref: Any,
+    top_ref: Any,
+    sum_ref: Any,
+    high_ref: Any,
+    low_ref: Any,
+    x_ref: Any,
+    mass_ref: Any,
+    sums_ref: Any,
+    *,
+    vocab_size: int,
+) -> None:
     rows = _unpack(rows_ref[...])
     chunks = x_ref.shape[1] // CHUNK - CANDIDATES
 
-    raw_top, top, floor = _collect(logits_ref, allowed_ref, x_ref, vocab_size)
-    raw_top_ref[...], top_ref[...] = raw_top[:, :1], top[:, :1]
-    raw_top, top = parameters.finite(raw_top), parameters.finite(top)
-    raw_sum, all_mass, at_min_p = _weigh(raw_top, top, rows, logits_ref, x_ref, mass_ref, sums_ref)
-    raw_sum_ref[...] = raw_sum[:, :1]
+    top, floor = _collect(logits_ref, x_ref, vocab_size)
+    top_ref[...] = top[:, :1]
+    top = parameters.finite(top)
+    total, all_mass, at_min_p = _weigh(top, rows, logits_ref, x_ref, mass_ref, sums_ref)
+    sum_ref[...] = total[:, :1]
 
     def select(first: Any, floor: jax.Array) -> Draw:
         measure = partial(_measure, x_ref, mass_ref, first, first + jnp.where(first == 0, chunks, CANDIDATES))
-        return selection.select(
-            rows, logits_ref.dtype, top=top, floor=floor, all_mass=all_mass, at_min_p=at_min_p, measure=measure
-        )
+        return selection.select(rows, top=top, floor=floor, all_mass=all_mass, at_min_p=at_min_p, measure=measure)
 
     def again(state: tuple[jax.Array, jax.Array, Draw]) -> tuple[jax.Array, jax.Array, Draw]:
         first, floor, _ = state
@@ -162,11 +149,11 @@ def _kernel(rows_ref: Any, logits_ref: Any, *refs: Any, vocab_size: int, masked:
 
     @pl.when(~jnp.all(draw.unfiltered != 0))
     def sum_filtered() -> None:
-        low, high = tile(draw.low), tile(draw.high)
+        low, high = _tile(draw.low), _tile(draw.high)
 
         def step(chunk: Any, _: None) -> None:
-            x = x_ref[:, lanes(chunk)]
-            mass = fold(jnp.add, jnp.where((x >= low) & (x < high), mass_ref[:, lanes(chunk)], 0))
+            x = x_ref[:, _lanes(chunk)]
+            mass = _fold(jnp.add, jnp.where((x >= low) & (x < high), mass_ref[:, _lanes(chunk)], 0))
             sums_ref[chunk] = jnp.where(draw.unfiltered != 0, sums_ref[chunk], mass)
 
         jax.lax.fori_loop(0, chunks, step, None)
@@ -175,106 +162,95 @@ def _kernel(rows_ref: Any, logits_ref: Any, *refs: Any, vocab_size: int, masked:
     token_ref[...], logit_ref[...] = token[:, :1], logit[:, :1]
 
 
-def _collect(logits_ref: Any, allowed_ref: Any, x_ref: Any, vocab_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Copy the logits to x_ref as float32, -inf for banned tokens and up to the chunk's end, then the candidates.
+def _collect(logits_ref: Any, x_ref: Any, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Copy the logits to x_ref, with -inf up to the last chunk's end, then the candidates.
 
-    Returns the largest logits, the largest allowed ones, and the floor below which candidates are missing.
+    Returns the largest logits, and the floor below which candidates are missing.
     """
-    lowest = jnp.full((ROWS, LANES), -jnp.inf)
     width = LARGEST * LANES
     start = x_ref.shape[1] - PARTS * width
     x_ref[:, start:] = jnp.full((ROWS, PARTS * width), -jnp.inf)
 
-    def collect(chunk: Any, raw: jax.Array, raw_top: jax.Array) -> jax.Array:
+    def collect(chunk: Any, x: jax.Array) -> None:
         place = pl.ds(pl.multiple_of(start + chunk % PARTS * width, LANES), width)
         part = x_ref[:, place]
-        x = _without_banned(allowed_ref, chunk, raw)
-        x_ref[:, lanes(chunk)] = x  # after that load: the compiler keeps them in order, and would wait
+        x_ref[:, _lanes(chunk)] = x  # after that load: the compiler keeps them in order, and would wait
         largest = [part[:, i * LANES : (i + 1) * LANES] for i in range(LARGEST)]
-        for rest in vectors(x):
+        for rest in _vectors(x):
             for i in range(LARGEST):
                 largest[i], rest = jnp.maximum(largest[i], rest), jnp.minimum(largest[i], rest)
         x_ref[:, place] = jnp.concatenate(largest, axis=1)
-        return raw_top if allowed_ref is None else jnp.maximum(raw_top, fold(jnp.maximum, raw))
-
-    def copy_and_collect(chunk: Any, raw_top: jax.Array) -> jax.Array:
-        return collect(chunk, logits_ref[:, lanes(chunk)].astype(jnp.float32), raw_top)
 
     # The last chunk may be cut short by the vocabulary's end: there the copy differs.
-    raw_top, whole = lowest, vocab_size // CHUNK
+    whole = vocab_size // CHUNK
     if whole > 0:
-        unroll = COLLECT_UNROLL[allowed_ref is not None]
-        raw_top = jax.lax.fori_loop(0, whole, copy_and_collect, raw_top, unroll=unroll)
+        jax.lax.fori_loop(0, whole, lambda chunk, _: collect(chunk, logits_ref[:, _lanes(chunk)]), None)
     if whole * CHUNK < vocab_size:
-        x_ref[:, lanes(whole)] = jnp.full((ROWS, CHUNK), -jnp.inf)
-        x_ref[:, whole * CHUNK : vocab_size] = logits_ref[:, whole * CHUNK :].astype(jnp.float32)
-        raw_top = collect(jnp.int32(whole), x_ref[:, lanes(whole)], raw_top)
+        x_ref[:, _lanes(whole)] = jnp.full((ROWS, CHUNK), -jnp.inf)
+        x_ref[:, whole * CHUNK : vocab_size] = logits_ref[:, whole * CHUNK :]
+        collect(jnp.int32(whole), x_ref[:, _lanes(whole)])
 
-    tops, floors = lowest, lowest
+    tops = floors = jnp.full((ROWS, LANES), -jnp.inf)
     for first in range(start, x_ref.shape[1], width):
         tops = jnp.maximum(tops, x_ref[:, first : first + LANES])
         floors = jnp.maximum(floors, x_ref[:, first + width - LANES : first + width])
-    top = spread(jnp.max(tops, axis=1, keepdims=True))
-    floor = spread(jnp.max(floors, axis=1, keepdims=True))
-    return top if allowed_ref is None else spread(jnp.max(raw_top, axis=1, keepdims=True)), top, floor
+    return _spread(jnp.max(tops, axis=1, keepdims=True)), _spread(jnp.max(floors, axis=1, keepdims=True))
 
 
 def _weigh(
-    raw_top: jax.Array, top: jax.Array, rows: Parameters, logits_ref: Any, x_ref: Any, mass_ref: Any, sums_ref: Any
+    top: jax.Array, rows: Parameters, logits_ref: Any, x_ref: Any, mass_ref: Any, sums_ref: Any
 ) -> tuple[jax.Array, Wide, Measure]:
     """Put masses into mass_ref and, of the tokens that pass min-p, sums by chunk into sums_ref.
 
-    Returns the sum of exp(logit - raw_top) over all tokens, the mass of all, and the Measure of those that pass min-p.
+    Returns the sum of exp(logit - top) over all tokens, the mass of all, and the Measure of those that pass min-p.
     """
     chunks, vocab_size = x_ref.shape[1] // CHUNK - CANDIDATES, logits_ref.shape[1]
     whole = vocab_size // CHUNK
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
     none = Wide(zeros, zeros)
-    wide_raw_top, top, inverse_temperature = tile(raw_top), tile(top), tile(rows.inverse_temperature)
-    min_mass = tile(rows.min_mass)
+    wide_top, inverse_temperature, min_mass = _tile(top), _tile(rows.inverse_temperature), _tile(rows.min_mass)
 
     def weigh(chunk: Any, carry: tuple[Wide, jax.Array, Wide]) -> tuple[Wide, jax.Array, Wide]:
         all_mass, count, kept_mass = carry
-        mass = parameters.masses(x_ref[:, lanes(chunk)], top, inverse_temperature)
-        mass_ref[:, lanes(chunk)] = mass
+        mass = parameters.masses(x_ref[:, _lanes(chunk)], wide_top, inverse_temperature)
+        mass_ref[:, _lanes(chunk)] = mass
         kept = mass >= min_mass
-        sums = fold(jnp.add, jnp.where(kept, mass, 0))
+        sums = _fold(jnp.add, jnp.where(kept, mass, 0))
         sums_ref[chunk] = sums
-        all_mass = accumulate(all_mass, fold(jnp.add, mass))
-        return all_mass, count + fold(jnp.add, kept.astype(jnp.int32)), accumulate(kept_mass, sums)
+        all_mass = _accumulate(all_mass, _fold(jnp.add, mass))
+        return all_mass, count + _fold(jnp.add, kept.astype(jnp.int32)), _accumulate(kept_mass, sums)
 
     def step(chunk: Any, carry: tuple) -> tuple:
-        raw = logits_ref[:, lanes(chunk)].astype(jnp.float32)
-        return carry[0] + fold(jnp.add, jnp.exp(raw - wide_raw_top)), weigh(chunk, carry[1])
+        exps = jnp.exp(logits_ref[:, _lanes(chunk)] - wide_top)
+        return carry[0] + _fold(jnp.add, exps), weigh(chunk, carry[1])
 
-    raw_sum, sums = jnp.zeros((ROWS, LANES), jnp.float32), (none, zeros, none)
+    total, sums = jnp.zeros((ROWS, LANES), jnp.float32), (none, zeros, none)
     if whole > 0:
-        raw_sum, sums = jax.lax.fori_loop(0, whole, step, (raw_sum, sums), unroll=WEIGH_UNROLL)
-    raw_sum = jnp.sum(raw_sum, axis=1, keepdims=True)
+        total, sums = jax.lax.fori_loop(0, whole, step, (total, sums), unroll=WEIGH_UNROLL)
+    total = jnp.sum(total, axis=1, keepdims=True)
     if whole < chunks:
-        rest = logits_ref[:, whole * CHUNK :].astype(jnp.float32)
-        raw_sum += jnp.sum(jnp.exp(rest - raw_top[:, :1]), axis=1, keepdims=True)
+        total += jnp.sum(jnp.exp(logits_ref[:, whole * CHUNK :] - top[:, :1]), axis=1, keepdims=True)
         sums = weigh(whole, sums)
     for chunk in range(chunks, sums_ref.shape[0]):
         sums_ref[chunk] = zeros
 
     def weigh_candidates(chunk: Any, _: None) -> None:
-        mass_ref[:, lanes(chunk)] = parameters.masses(x_ref[:, lanes(chunk)], top, inverse_temperature)
+        mass_ref[:, _lanes(chunk)] = parameters.masses(x_ref[:, _lanes(chunk)], wide_top, inverse_temperature)
 
     jax.lax.fori_loop(chunks, chunks + CANDIDATES, weigh_candidates, None)
     all_mass, count, kept_mass = sums
-    return spread(raw_sum), over_lanes(all_mass), _finish_measure(count, kept_mass)
+    return _spread(total), _over_lanes(all_mass), _finish_measure(count, kept_mass)
 
 
 def _measure(x_ref: Any, mass_ref: Any, first: Any, last: Any, threshold: jax.Array) -> Measure:
     """How many logits of chunks [first, last) are at or above `threshold`, and their mass."""
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
-    threshold = tile(threshold)
+    threshold = _tile(threshold)
 
     def step(chunk: Any, carry: tuple[jax.Array, Wide]) -> tuple[jax.Array, Wide]:
-        kept = x_ref[:, lanes(chunk)] >= threshold
-        mass = fold(jnp.add, jnp.where(kept, mass_ref[:, lanes(chunk)], 0))
-        return carry[0] + fold(jnp.add, kept.astype(jnp.int32)), accumulate(carry[1], mass)
+        kept = x_ref[:, _lanes(chunk)] >= threshold
+        mass = _fold(jnp.add, jnp.where(kept, mass_ref[:, _lanes(chunk)], 0))
+        return carry[0] + _fold(jnp.add, kept.astype(jnp.int32)), _accumulate(carry[1], mass)
 
     return _finish_measure(*jax.lax.fori_loop(first, last, step, (zeros, Wide(zeros, zeros))))
 
@@ -286,26 +262,26 @@ def _locate(draw: Draw, x_ref: Any, mass_ref: Any, sums_ref: Any) -> tuple[jax.A
 
     sums = wide.split(sums_ref[...])
     groups = Wide(*(jnp.sum(part.reshape(-1, GROUP, ROWS, LANES), axis=1) for part in sums))
-    group, target = _advance(draw.target, over_lanes(groups))
+    group, target = _advance(draw.target, _over_lanes(groups))
 
     mass = jnp.zeros((GROUP, ROWS, LANES), jnp.int32)
     for i in range(ROWS):
         mass = jnp.where(row == i, sums_ref[pl.ds(group[i, 0] * GROUP, GROUP)], mass)
-    place, target = _advance(target, over_lanes(wide.split(mass)))
+    place, target = _advance(target, _over_lanes(wide.split(mass)))
     chunk = jnp.minimum(group * GROUP + place, x_ref.shape[1] // CHUNK - CANDIDATES - 1)
 
     x = jnp.full((ROWS, CHUNK), -jnp.inf)
     mass = jnp.zeros((ROWS, CHUNK), jnp.int32)
     for i in range(ROWS):
-        of_row = lanes(chunk[i, 0])
-        x = jnp.where(tile(row) == i, x_ref[:, of_row], x)
-        mass = jnp.where(tile(row) == i, mass_ref[:, of_row], mass)
-    kept = (x >= tile(draw.low)) & (x < tile(draw.high)) & (mass >= tile(draw.min_mass))
-    masses = vectors(jnp.where(kept, mass, 0))
-    vector, target = _advance(target, over_lanes(wide.split(jnp.stack(masses))))
+        of_row = _lanes(chunk[i, 0])
+        x = jnp.where(_tile(row) == i, x_ref[:, of_row], x)
+        mass = jnp.where(_tile(row) == i, mass_ref[:, of_row], mass)
+    kept = (x >= _tile(draw.low)) & (x < _tile(draw.high)) & (mass >= _tile(draw.min_mass))
+    masses = _vectors(jnp.where(kept, mass, 0))
+    vector, target = _advance(target, _over_lanes(wide.split(jnp.stack(masses))))
 
     x_of_vector, mass_of_vector = jnp.full((ROWS, LANES), -jnp.inf), jnp.zeros((ROWS, LANES), jnp.int32)
-    for i, x_of_i in enumerate(vectors(x)):
+    for i, x_of_i in enumerate(_vectors(x)):
         x_of_vector = jnp.where(vector == i, x_of_i, x_of_vector)
         mass_of_vector = jnp.where(vector == i, masses[i], mass_of_vector)
     upto = wide.split(mass_of_vector)
@@ -313,8 +289,8 @@ def _locate(draw: Draw, x_ref: Any, mass_ref: Any, sums_ref: Any) -> tuple[jax.A
         before = Wide(*(jnp.where(lane >= distance, pltpu.roll(part, distance, axis=1), 0) for part in upto))
         upto = wide.add(upto, before)
     passed = (~wide.less(target, upto)).astype(jnp.int32)
-    drawn = jnp.minimum(spread(jnp.sum(passed, axis=1, keepdims=True)), LANES - 1)
-    logit = spread(jnp.max(jnp.where(lane == drawn, x_of_vector, -jnp.inf), axis=1, keepdims=True))
+    drawn = jnp.minimum(_spread(jnp.sum(passed, axis=1, keepdims=True)), LANES - 1)
+    logit = _spread(jnp.max(jnp.where(lane == drawn, x_of_vector, -jnp.inf), axis=1, keepdims=True))
     return chunk * CHUNK + vector * LANES + drawn, logit
 
 
@@ -331,21 +307,51 @@ def _advance(target: Wide, masses: Wide) -> tuple[jax.Array, Wide]:
     return jnp.minimum(index, masses.low.shape[0] - 1), wide.subtract(target, before)
 
 
-def _without_banned(allowed_ref: Any, chunk: Any, x: jax.Array) -> jax.Array:
-    """A chunk's logits, -inf where the bitmask, if there is one, has no bit."""
-    if allowed_ref is None:
-        return x
-    chunks_of_vector = LANES // _WORDS
-    words = allowed_ref[:, pl.ds(pl.multiple_of(chunk // chunks_of_vector * LANES, LANES), LANES)]
-    first = chunk % chunks_of_vector * _WORDS
-    lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
-    allowed = []
-    for i in range(VECTORS):
-        index = first + i * (LANES // bitmask.WORD) + lane // bitmask.WORD
-        word = jnp.take_along_axis(words, index, axis=1, mode="promise_in_bounds")
-        allowed.append(jax.lax.shift_right_logical(word, lane % bitmask.WORD) & 1)
-    return jnp.where(jnp.concatenate(allowed, axis=1) != 0, x, -jnp.inf)
-
-
 def _finish_measure(count: jax.Array, mass: Wide) -> Measure:
-    return Measure(lane_sum(count), over_lanes(mass))
+    return Measure(_lane_sum(count), _over_lanes(mass))
+
+
+def _lanes(chunk: Any) -> Any:
+    return pl.ds(chunk * CHUNK if isinstance(chunk, int) else pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    """[R, 1] to [R, L]."""
+    return jnp.broadcast_to(x, (ROWS, LANES))
+
+
+def _tile(x: jax.Array) -> jax.Array:
+    """[R, L] to [R, CHUNK]; it costs nothing, for all vectors are one."""
+    return jnp.concatenate([x] * VECTORS, axis=1)
+
+
+def _vectors(x: jax.Array) -> list[jax.Array]:
+    """[R, CHUNK] to VECTORS of [R, L]."""
+    return [x[:, i * LANES : (i + 1) * LANES] for i in range(VECTORS)]
+
+
+def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """[R, CHUNK] to [R, L], lane by lane, as a tree."""
+    parts = _vectors(x)
+    while len(parts) > 1:
+        parts = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _accumulate(total: Wide, mass: jax.Array) -> Wide:
+    """Add 32-bit masses, carrying nothing yet: the low part outgrows its 16 bits by one for every mass at most."""
+    part = wide.split(mass)
+    return Wide(total.high + part.high, total.low + part.low)
+
+
+def _over_lanes(mass: Wide) -> Wide:
+    """[..., R, L]: the sum over lanes, in all of them."""
+    mass = wide.normalized(*mass)
+    return wide.normalized(_lane_sum(mass.high, long=True), _lane_sum(mass.low))
+
+
+def _lane_sum(x: jax.Array, long: bool = False) -> jax.Array:
+    """As `_over_lanes`, of integers below 2^17 or, if `long`, 2^31: in float32, which adds 128 of 17 bits exactly."""
+    if long:
+        return (_lane_sum(x >> 16) << 16) + _lane_sum(x & 0xFFFF)
+    return jnp.broadcast_to(jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True), x.shape).astype(jnp.int32)

@@ -1,13 +1,12 @@
 """Sampling for XLA, on any platform: the kernel's bisection over whole arrays, the same bits as its.
 
-Legend: B rows, V vocabulary, W words of the bitmask; C chunks of L = 128 lanes
-that hold the vocabulary; N parts of it.
+Legend: B rows, V vocabulary; C chunks of L = 128 lanes that hold the vocabulary; N parts of it.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sampling import bitmask, parameters, selection, wide
+from pallas_kernels.sampling import parameters, selection, wide
 from pallas_kernels.sampling.parameters import Parameters, Sample
 from pallas_kernels.sampling.selection import Draw, Measure
 from pallas_kernels.sampling.wide import Wide
@@ -16,18 +15,11 @@ LANES = 128
 _CARRY_FREE = 8  # masses whose sum is sure to fit 32 bits
 
 
-def sample(logits_BV: jax.Array, rows: Parameters, allowed_BW: jax.Array | None) -> Sample:
-    batch, vocab_size = logits_BV.shape
-    raw_BV = logits_BV.astype(jnp.float32)
-    raw_top_B1 = jnp.max(raw_BV, axis=1, keepdims=True)
-    raw_sum_B = jnp.sum(jnp.exp(raw_BV - parameters.finite(raw_top_B1)), axis=1)
-
-    x_BV = raw_BV
-    if allowed_BW is not None:
-        x_BV = jnp.where(bitmask.unpack(allowed_BW, vocab_size), raw_BV, -jnp.inf)
-    padding = -vocab_size % (LANES * _CARRY_FREE)
-    x_BV = jnp.pad(x_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    top_B1 = jnp.max(x_BV, axis=1, keepdims=True)
+def sample(logits_BV: jax.Array, rows: Parameters) -> Sample:
+    top_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
+    sum_B = jnp.sum(jnp.exp(logits_BV - parameters.finite(top_B1)), axis=1)
+    padding = -logits_BV.shape[1] % (LANES * _CARRY_FREE)
+    x_BV = jnp.pad(logits_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     rows_B1: Parameters = jax.tree.map(lambda x_B: x_B[:, None], rows)
     mass_BV = parameters.masses(x_BV, parameters.finite(top_B1), rows_B1.inverse_temperature)
 
@@ -37,7 +29,6 @@ def sample(logits_BV: jax.Array, rows: Parameters, allowed_BW: jax.Array | None)
 
     draw = selection.select(
         rows_B1,
-        logits_BV.dtype,
         top=parameters.finite(top_B1),
         floor=jnp.full_like(top_B1, -jnp.inf),
         all_mass=_sum(mass_BV),
@@ -50,9 +41,8 @@ def sample(logits_BV: jax.Array, rows: Parameters, allowed_BW: jax.Array | None)
         tokens_B=tokens_B,
         logits_B=jnp.take_along_axis(x_BV, tokens_B[:, None], axis=1)[:, 0],
         top_B=top_B1[:, 0],
-        total_B=jax.tree.map(lambda x_B1: x_B1[:, 0], draw.total),
-        raw_top_B=raw_top_B1[:, 0],
-        raw_sum_B=raw_sum_B,
+        sum_B=sum_B,
+        kept_mass_B=jax.tree.map(lambda x_B1: x_B1[:, 0], draw.total),
     )
 
 

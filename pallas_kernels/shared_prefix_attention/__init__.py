@@ -1,46 +1,40 @@
-"""Decode attention for many trajectories of few problems: every shared prefix is read once a step.
+"""Decode attention for sequences that share prefixes: every shared prefix is read once a step.
 
-    out_BNH = softmax(scale q [k_prefix; k_suffix]) [v_prefix; v_suffix]        for each trajectory and head
+    out_BNH = softmax(scale q [k_prefix; k_suffix]) [v_prefix; v_suffix]        for each sequence and head
 
-Attention over the prefix, of all a problem's queries in one matrix product, and over the suffix, a trajectory at a
-time, are merged by log-sum-exp (Hydragen, arXiv 2402.05099). Where n trajectories share a prefix of C tokens, a step
-reads C keys and values instead of n C. With no problem at all it is plain paged decode attention.
+Attention over the prefix, of all a prefix group's queries in one matrix product, and over the suffix, a sequence at a
+time, are merged by log-sum-exp (Hydragen, arXiv 2402.05099). Where n sequences share a prefix of C tokens, a step
+reads C keys and values instead of n C. Without any group it is plain paged decode attention.
 
 The pool, kv_pages_S2KTW: page, keys or values, key/value head, token of the page, feature. Why so:
   - a page is contiguous, so one copy brings its keys and values for all heads, whatever lies around it;
   - a head's [T, W] is what the matrix unit takes, with no transposition: T fills the sublanes, W the lanes;
   - the heads are an axis of their own: to spread them over devices, shard q's N and the pool's K alike in shard_map.
 A TPU stores 128 lanes to a row, so there W is H rounded up to a multiple of 128, the features past H zeros: H = 96 and
-64 take the room and the time of 128 in any case, and a narrower pool XLA may store transposed, to copy all of it at
-every step. Layers can share one pool: let layer i own the pages from i S_layer on, and add i S_layer to the page
+64 take the room and the time of 128 anyway, and XLA may store a narrower pool transposed and copy all of it at every
+step. Layers can share one pool: let layer i own the pages from i S_layer on, and add i S_layer to the page
 numbers. (A pool with a layer axis would be sliced, and so copied, at every layer of a scan.)
 
-Axes: B trajectories, P problems, N query heads, K key/value heads (query head n reads n // (N / K)), H head width,
+Axes: B sequences, P prefix groups, N query heads, K key/value heads (query head n reads n // (N / K)), H head width,
 W that of the pool, S pages of the pool, T tokens of a page, M pages of a table's row.
 """
 
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check, check_choice, check_dtype, check_shape
-from pallas_kernels.shared_prefix_attention import paged_kernel, tpu, xla
-from pallas_kernels.shared_prefix_attention.tables import (
-    PagedTokens,
-    PageTables,
-    Problem,
-    check_tables,
-    pack_tables,
-)
+from pallas_kernels.shared_prefix_attention import tpu, xla
+from pallas_kernels.shared_prefix_attention.paged_kernel import LANES
+from pallas_kernels.shared_prefix_attention.tables import PageTables
 from pallas_kernels.shared_prefix_attention.tpu import Tiling
 
-__all__ = ["PageTables", "PagedTokens", "Problem", "Tiling", "check_tables", "pack_tables", "shared_prefix_attention"]
+__all__ = ["PageTables", "Tiling", "shared_prefix_attention"]
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
-@overload
 def shared_prefix_attention(
     q_BNH: jax.Array,
     kv_pages_S2KTW: jax.Array,
@@ -48,54 +42,29 @@ def shared_prefix_attention(
     *,
     implementation: Literal["xla", "tpu"],
     scale: float | None = None,
-    return_lse: Literal[False] = False,
     interpret: bool | Any = False,
     tiling: Tiling | None = None,
-) -> jax.Array: ...
-@overload
-def shared_prefix_attention(
-    q_BNH: jax.Array,
-    kv_pages_S2KTW: jax.Array,
-    tables: PageTables,
-    *,
-    implementation: Literal["xla", "tpu"],
-    scale: float | None = None,
-    return_lse: Literal[True],
-    interpret: bool | Any = False,
-    tiling: Tiling | None = None,
-) -> tuple[jax.Array, jax.Array]: ...
-def shared_prefix_attention(
-    q_BNH: jax.Array,
-    kv_pages_S2KTW: jax.Array,
-    tables: PageTables,
-    *,
-    implementation: Literal["xla", "tpu"],
-    scale: float | None = None,
-    return_lse: bool = False,
-    interpret: bool | Any = False,
-    tiling: Tiling | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """One step of decode attention over a paged cache, each problem's prefix read once for all its trajectories.
+) -> jax.Array:
+    """One step of decode attention over a paged cache, each group's prefix read once for all its sequences.
 
     Only shapes are compiled in: B, P, the tables' widths and the size of the pool are maxima, and lengths, page numbers
-    and who shares with whom change from step to step without a recompilation. A trajectory that has no token at all
-    gets zeros and a log-sum-exp of -inf. The values in places that hold no token do not matter, not even NaN. Page
-    numbers outside the pool and lengths beyond a row's are clamped: find them beforehand with `check_tables`.
+    and who shares with whom change from step to step without a recompilation. A sequence that has no token at all gets
+    zeros. The values in places that hold no token do not matter, not even NaN. Page numbers outside the pool and
+    lengths beyond a row's are clamped: the result of that sequence is then wrong and no other is.
 
     Args:
       q_BNH: the new tokens' queries, float32 or bfloat16.
       kv_pages_S2KTW: the pool, in q's dtype; [:, 0] are keys and [:, 1] values, those of the new tokens already written
         to the suffixes. T is 16, 32, 64, 128 or 256. W is H; or more, the features past H being zeros in every place
         that holds a token. For the TPU it is a multiple of 128.
-      tables: int32; see PageTables. `pack_tables` builds them from a plain description.
+      tables: int32; see PageTables.
       implementation: "xla" for GPU and CPU, "tpu" for the Pallas kernel.
       scale: of the scores; 1 / sqrt(H) by default.
-      return_lse: also return the log-sum-exp of the scores, float32 [B, N], to merge with attention over other keys.
       interpret: run the TPU kernel by emulation: True, or a pltpu.InterpretParams.
       tiling: the TPU kernel's sizes; by default what suits the chip that is compiled for.
 
     Returns:
-      out_BNH in q's dtype, or (out_BNH, lse_BN).
+      out_BNH in q's dtype.
 
     Raises:
       ArgumentError: a shape, dtype or page size that is not as above; N no multiple of K; tables that outgrow a TPU's
@@ -119,14 +88,13 @@ def shared_prefix_attention(
         f"kv_pages_S2KTW has width {pool_width}; q_BNH has {width}, and the pool cannot be narrower",
     )
     check(
-        implementation != "tpu" or pool_width % paged_kernel.LANES == 0,
-        f"kv_pages_S2KTW has width {pool_width}; for the TPU fill the pool up to a multiple of {paged_kernel.LANES} "
+        implementation != "tpu" or pool_width % LANES == 0,
+        f"kv_pages_S2KTW has width {pool_width}; for the TPU fill the pool up to a multiple of {LANES} "
         "with zeros, it takes no more memory",
     )
-    num_problems = tables.prefix_lengths_P.shape[0]
     check_shape("tables.prefix_lengths_P", tables.prefix_lengths_P, (None,), "[P]")
-    check_shape("tables.prefix_pages_PM", tables.prefix_pages_PM, (num_problems, None), "[P, M]")
-    check_shape("tables.problem_of_B", tables.problem_of_B, (batch,), "[B]")
+    check_shape("tables.prefix_pages_PM", tables.prefix_pages_PM, (tables.prefix_lengths_P.shape[0], None), "[P, M]")
+    check_shape("tables.group_of_B", tables.group_of_B, (batch,), "[B]")
     check_shape("tables.suffix_pages_BM", tables.suffix_pages_BM, (batch, None), "[B, M]")
     check_shape("tables.suffix_lengths_B", tables.suffix_lengths_B, (batch,), "[B]")
     for name, table in zip(PageTables._fields, tables, strict=True):
@@ -142,10 +110,8 @@ def shared_prefix_attention(
     tables = PageTables(*map(jnp.asarray, tables))
     q_BNW = jnp.pad(q_BNH, ((0, 0), (0, 0), (0, pool_width - width)))
     if implementation == "tpu":
-        out_BNW, lse_BN = tpu.shared_prefix_attention(
-            q_BNW, kv_pages_S2KTW, tables, scale=factor, interpret=interpret, tiling=tiling
-        )
+        options = {"scale": factor, "interpret": interpret, "tiling": tiling}
+        out_BNW = tpu.shared_prefix_attention(q_BNW, kv_pages_S2KTW, tables, **options)
     else:
-        out_BNW, lse_BN = xla.shared_prefix_attention(q_BNW, kv_pages_S2KTW, tables, scale=factor)
-    out_BNH = out_BNW[..., :width]
-    return (out_BNH, lse_BN) if return_lse else out_BNH
+        out_BNW = xla.shared_prefix_attention(q_BNW, kv_pages_S2KTW, tables, scale=factor)
+    return out_BNW[..., :width]

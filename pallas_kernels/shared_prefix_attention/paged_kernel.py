@@ -11,7 +11,7 @@ the pool. Queries and results stay in vector memory throughout.
 
 A block is attended to in chunks, and in a chunk the heads' scores are computed AHEAD passes before they are needed:
 matrix products are issued in program order, and so the unit works on the next heads while a softmax goes through the
-vector units. (For one trajectory, 8 heads and 512 tokens, by the static schedule: 1,028 bundles instead of 2,459 on
+vector units. (For one sequence, 8 heads and 512 tokens, by the static schedule: 1,028 bundles instead of 2,459 on
 v5e, 1,159 instead of 2,361 on tpu7x.)
 
 Where the matrix unit is 256 deep (v6e, tpu7x), a pass over one head's 128 features would fill half of it. There two
@@ -26,7 +26,7 @@ X times fold), C tokens of a chunk.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips
 from pallas_kernels.checks import check
-from pallas_kernels.shared_prefix_attention.worklist import WorkList
 
 BUFFERS = 3  # one attended to, one arriving, one asked for
 AHEAD = 4
 LANES = 128
 SMEM_BYTES = 1 << 20  # of every generation from v4 on
 LOG2_E = math.log2(math.e)
+
+
+class WorkList(NamedTuple):
+    """Items in the order they are done, which is also that of their tiles. int32; entries past the count are zeros.
+
+    An item is a run of query tiles and the pages they all attend to. Items without tokens or queries are left out, so
+    that the loop has no empty turns and its DMA queue no gaps.
+    """
+
+    steps_1: jax.Array  # blocks of all items together
+    lengths_J: jax.Array  # tokens
+    rows_J: jax.Array  # row of the page table
+    tiles_J: jax.Array  # first query tile
+    buckets_J: jax.Array  # which of the kernel's row counts holds the item's rows
 
 
 def attend_pages(
@@ -63,7 +76,7 @@ def attend_pages(
 
     Args:
       buckets: the numbers of tiles the kernel has a body for, ascending; `work.buckets_J` picks one that holds the
-        item's. It may run over the tiles after the item's, which their own item writes later, or which are nobody's.
+        item's. It may run over the tiles after the item's, which their own item writes later, or which are padding.
       block, chunk, split, fold: as in tpu.Tiling.
 
     Raises:
@@ -83,7 +96,7 @@ def attend_pages(
     check(
         smem <= SMEM_BYTES - (64 << 10),
         f"the page table {tuple(pages_ZM.shape)} and its work list take {smem >> 10} KiB of scalar memory, which has "
-        f"{SMEM_BYTES >> 10}; use pages of more than {page_size} tokens, narrower tables or fewer trajectories",
+        f"{SMEM_BYTES >> 10}; use pages of more than {page_size} tokens, narrower tables or fewer sequences",
     )
     row_bytes = fold * width * dtype.itemsize + (width + LANES) * 4
     vmem = (1 if split == 1 else 2) * tiles * passes * _sublanes(pass_rows) * row_bytes
@@ -94,7 +107,7 @@ def attend_pages(
     check(
         vmem <= chip.vmem_mib << 20,
         f"q_BNH: its {tiles} tiles of {tile_rows} rows take {vmem >> 20} MiB of vector memory and {chip.name} has "
-        f"{chip.vmem_mib}; decode fewer trajectories at once",
+        f"{chip.vmem_mib}; decode fewer sequences at once",
     )
 
     def part(*shape: int) -> pl.BlockSpec:

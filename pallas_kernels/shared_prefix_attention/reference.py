@@ -1,8 +1,7 @@
-"""What shared-prefix decode attention computes, the plain way: gather every page, one softmax a trajectory.
+"""What shared-prefix decode attention computes, the plain way: gather every page, one softmax a sequence.
 
-Axes: B trajectories, P problems, N query heads, K key/value heads, R = N / K, H head width, W that of the pool,
-S pages of the pool,
-T tokens of a page, M pages of a table's row, C context: the tokens of a prefix and of a suffix one after the other.
+Axes: B sequences, P prefix groups, N query heads, K key/value heads, R = N / K, H head width, W that of the pool,
+S pages of the pool, T tokens of a page, M pages of a table's row, C context: a prefix's tokens, then a suffix's.
 """
 
 import jax
@@ -13,18 +12,18 @@ from pallas_kernels.shared_prefix_attention.tables import PageTables
 
 def shared_prefix_attention(
     q_BNH: jax.Array, kv_pages_S2KTW: jax.Array, tables: PageTables, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale q k) v over prefix and suffix in float32; (out_BNH, lse_BN). No token at all: zeros and -inf."""
+) -> jax.Array:
+    """softmax(scale q k) v over prefix and suffix in float32; zeros where there is no token at all."""
     num_pages, _, num_kv_heads, page_size, _ = kv_pages_S2KTW.shape
     batch, num_heads, width = q_BNH.shape
-    num_problems = tables.prefix_lengths_P.shape[0]
+    num_groups = tables.prefix_lengths_P.shape[0]
     q_BKRH = q_BNH.astype(jnp.float32).reshape(batch, num_kv_heads, num_heads // num_kv_heads, width)
 
-    has_problem_B = (tables.problem_of_B >= 0) & (tables.problem_of_B < num_problems)
-    problem_B = jnp.where(has_problem_B, tables.problem_of_B, 0)
-    pages_BM = jnp.concatenate([tables.prefix_pages_PM[problem_B], tables.suffix_pages_BM], axis=1)
+    has_group_B = (tables.group_of_B >= 0) & (tables.group_of_B < num_groups)
+    group_B = jnp.where(has_group_B, tables.group_of_B, 0)
+    pages_BM = jnp.concatenate([tables.prefix_pages_PM[group_B], tables.suffix_pages_BM], axis=1)
     prefix_size = tables.prefix_pages_PM.shape[1] * page_size
-    prefix_lengths_B = jnp.where(has_problem_B, tables.prefix_lengths_P[problem_B], 0)
+    prefix_lengths_B = jnp.where(has_group_B, tables.prefix_lengths_P[group_B], 0)
     position_C = jnp.arange(pages_BM.shape[1] * page_size)
     valid_BC = jnp.where(
         position_C < prefix_size,
@@ -40,4 +39,4 @@ def shared_prefix_attention(
     lse_BKR = jax.nn.logsumexp(scores_BKRC, axis=-1)
     weights_BKRC = jnp.where(valid_BC[:, None, None], jnp.exp(scores_BKRC - lse_BKR[..., None]), 0)
     out_BKRH = jnp.einsum("BKRC,BKCH->BKRH", weights_BKRC, v_BKCH, precision="highest")
-    return out_BKRH.reshape(q_BNH.shape).astype(q_BNH.dtype), lse_BKR.reshape(batch, num_heads)
+    return out_BKRH.reshape(q_BNH.shape).astype(q_BNH.dtype)

@@ -1,54 +1,53 @@
 """Shared-prefix decode attention in plain XLA, for GPU and CPU.
 
-The same algebra as the TPU kernel: each group's prefix is gathered once and meets all its queries in one batched matrix
-product, each trajectory's suffix is gathered once, and the two are merged by log-sum-exp. Pages are gathered a chunk at
-a time under an online softmax, so memory does not grow with the context and time follows the longest row in use, not
-the tables' width. What XLA cannot do is skip a short row while a long one goes on, or read pages without copying them.
+The same algebra as the TPU kernel: each subgroup's prefix is gathered once and meets all its queries in one batched
+matrix product, each sequence's suffix is gathered once, and the two are merged by log-sum-exp. Pages are gathered a
+chunk at a time under an online softmax, so memory does not grow with the context and time follows the longest row in
+use, not the tables' width. What XLA cannot do is skip a short row while a long one goes on, or read pages without
+copying them.
 
-Axes: B trajectories, P problems, G groups, I the trajectories of a group, N query heads, K key/value heads, R = N / K,
-H head width (of the pool), S pages, T tokens of a page, M pages of a table's row, C tokens of a chunk.
+Axes: B sequences, P prefix groups, G subgroups, I the sequences of a subgroup, N query heads, K key/value heads,
+R = N / K, H head width (of the pool), S pages, T tokens of a page, M pages of a table's row, C tokens of a chunk.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.shared_prefix_attention.grouping import MAX_GROUP, group_trajectories
-from pallas_kernels.shared_prefix_attention.merge import merge_by_lse
-from pallas_kernels.shared_prefix_attention.tables import PageTables
+from pallas_kernels.shared_prefix_attention.tables import SUBGROUP_SIZE, PageTables, make_subgroups, merge_by_lse
 
 MIN_CHUNK, MAX_CHUNK = 128, 1024  # tokens of a row
 
 
 def shared_prefix_attention(
     q_BNH: jax.Array, kv_pages_S2KTH: jax.Array, tables: PageTables, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """(out_BNH in q's dtype, lse_BN float32)."""
+) -> jax.Array:
+    """out_BNH in q's dtype."""
     num_kv_heads = kv_pages_S2KTH.shape[2]
     batch, num_heads, width = q_BNH.shape
     q_BKRH = q_BNH.reshape(batch, num_kv_heads, num_heads // num_kv_heads, width)
 
-    groups = group_trajectories(tables.problem_of_B, tables.prefix_lengths_P.shape[0])
-    slots = (groups.count_G.shape[0], min(batch, MAX_GROUP))
+    subgroups = make_subgroups(tables.group_of_B, tables.prefix_lengths_P.shape[0])
+    slots = (subgroups.count_G.shape[0], min(batch, SUBGROUP_SIZE))
     who_GI = jnp.full(slots, batch, jnp.int32)
-    who_GI = who_GI.at[groups.group_of_B, groups.member_of_B].set(jnp.arange(batch), mode="drop")
+    who_GI = who_GI.at[subgroups.subgroup_of_B, subgroups.member_of_B].set(jnp.arange(batch), mode="drop")
     prefix_GIKRH, prefix_lse_GIKR = attend_pages(
         q_BKRH.at[who_GI].get(mode="fill", fill_value=0),
         kv_pages_S2KTH,
-        tables.prefix_pages_PM[groups.problem_of_G],
-        jnp.where(groups.count_G > 0, tables.prefix_lengths_P[groups.problem_of_G], 0),
+        tables.prefix_pages_PM[subgroups.group_of_G],
+        jnp.where(subgroups.count_G > 0, tables.prefix_lengths_P[subgroups.group_of_G], 0),
         scale=scale,
     )
     suffix_BIKRH, suffix_lse_BIKR = attend_pages(
         q_BKRH[:, None], kv_pages_S2KTH, tables.suffix_pages_BM, tables.suffix_lengths_B, scale=scale
     )
-    where_B = (groups.group_of_B, groups.member_of_B)
-    out_BKRH, lse_BKR = merge_by_lse(
+    where_B = (subgroups.subgroup_of_B, subgroups.member_of_B)
+    out_BKRH = merge_by_lse(
         prefix_GIKRH.at[where_B].get(mode="fill", fill_value=0),
         prefix_lse_GIKR.at[where_B].get(mode="fill", fill_value=-jnp.inf),
         suffix_BIKRH[:, 0],
         suffix_lse_BIKR[:, 0],
     )
-    return out_BKRH.reshape(q_BNH.shape).astype(q_BNH.dtype), lse_BKR.reshape(batch, num_heads)
+    return out_BKRH.reshape(q_BNH.shape).astype(q_BNH.dtype)
 
 
 def attend_pages(
@@ -60,15 +59,15 @@ def attend_pages(
     scale: float,
     visible_GI: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of all a group's queries over the group's pages: (out_GIKRH, lse_GIKR), float32.
+    """Softmax attention of all a subgroup's queries over its pages: (out_GIKRH, lse_GIKR), float32.
 
     Args:
-      visible_GI: how many of the group's tokens each query sees, from the first; all of them by default.
+      visible_GI: how many of the subgroup's tokens each query sees, from the first; all of them by default.
     """
     num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
     num_groups, members, _, repeats, _ = q_GIKRH.shape
-    # What is gathered beyond the end of a row is for nothing, so chunks of many rows are short; but the loop over them
-    # should not take more than 64 rounds.
+    # Gathering past the end of a row is wasted, so chunks of many rows are short; but the loop over them should not
+    # take more than 64 rounds.
     most = pages_GM.shape[1] * page_size
     chunk_tokens = min(max(512 // num_groups, most // 64, MIN_CHUNK), MAX_CHUNK)
     step = min(max(1, chunk_tokens // page_size), pages_GM.shape[1])

@@ -55,7 +55,7 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
     sizes = EngineConfig(
         max_sequences=rows,
         smallest_batch=rows,
-        max_problems=1,
+        max_prefix_groups=1,
         page_size=16,
         cache_tokens=max(longest, rows * min(longest, 4096 + config.max_new_tokens)),
         prefill_tokens=128,

@@ -1,4 +1,4 @@
-"""The engine behind asyncio: a thread of its own takes the steps, and every request is a stream of deltas."""
+"""The engine behind asyncio: its own thread takes the steps, and every request is a stream of deltas."""
 
 import asyncio
 import queue
@@ -8,17 +8,17 @@ from concurrent.futures import Future
 from typing import Any
 
 from stepjax.errors import BusyError
-from stepjax.inference.collect import collected
 from stepjax.inference.engine import Engine
+from stepjax.inference.output import completions
 from stepjax.inference.request import Completion, Delta, EngineError, EngineFailedError, EngineStats, SamplingParams
 from stepjax.processing.tokens import Example
 
 
 class AsyncEngine:
-    """Used as `async with AsyncEngine(engine) as e:`, in which it alone may touch the engine.
+    """Used as `async with AsyncEngine(engine) as e:`; inside, nothing else may touch the engine.
 
-    Deltas of a stream wait in its own queue: a reader that is slow holds up nobody, and costs no more memory than its
-    answer. A stream that is closed before its end, or whose task is cancelled, cancels its request.
+    Every stream has its own queue of deltas: a slow reader stalls only its own stream, and costs no more memory than
+    its answer. Closing a stream before its end, or cancelling its task, cancels the request.
     """
 
     def __init__(self, engine: Engine):
@@ -43,14 +43,7 @@ class AsyncEngine:
     async def stream(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """The deltas of a request, of all its samples as they come.
-
-        Raises:
-            RequestError: it can never be served.
-            BusyError: too many wait, or the engine is being stopped.
-            EngineError: a sample failed, or the engine was stopped.
-            EngineFailedError: the engine did.
-        """
+        """See `EngineClient.stream`."""
         self._check()
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
@@ -58,7 +51,7 @@ class AsyncEngine:
         def deliver(item: Delta | BaseException) -> None:
             try:
                 loop.call_soon_threadsafe(deltas.put_nowait, item)
-            except RuntimeError:  # the loop is closed: nobody listens any more
+            except RuntimeError:  # the loop is closed
                 pass
 
         def submit() -> str:
@@ -66,7 +59,8 @@ class AsyncEngine:
             self._streams[submitted] = deliver
             return submitted
 
-        self._enter()
+        self._open_streams += 1
+        self._idle.clear()
         unfinished = params.n
         pending = self._call(submit)
         try:
@@ -82,16 +76,18 @@ class AsyncEngine:
         finally:
             if unfinished:
                 self._give_up(pending)
-            self._leave()
+            self._open_streams -= 1
+            if not self._open_streams:
+                self._idle.set()
 
     async def complete(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> list[Completion]:
         """All samples of a request, in order. Raises as `stream`."""
-        return await collected(self.stream(prompt, params, request_id=request_id))
+        return completions([delta async for delta in self.stream(prompt, params, request_id=request_id)])
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """Calls a function with the engine between two steps, as `engine.update_weights`; gives what it returns.
+        """Calls a function with the engine between two steps, for example to update the weights; returns its result.
 
         Raises:
             EngineFailedError: the engine failed.
@@ -100,7 +96,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(self._call(lambda: function(self._engine)))
 
     def stats(self) -> EngineStats:
-        """May be taken while a step is under way: counts of one moment then mix with those of the next."""
+        """May be called during a step: some counts are then of before the step and some of after."""
         return self._engine.stats()
 
     @property
@@ -108,12 +104,12 @@ class AsyncEngine:
         return self._failure is None and not self._draining and not self._stopping
 
     async def drain(self) -> None:
-        """Takes nothing new, and returns when what is under way has ended."""
+        """Refuses new requests, and returns when those under way have ended."""
         self._draining = True
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Stops; streams that are still open end with an EngineError."""
+        """Stops. Streams that are still open end with an EngineError."""
         if self._stopping:
             return
         self._draining = self._stopping = True
@@ -129,20 +125,11 @@ class AsyncEngine:
         if self._stopping or (self._draining and not draining_is_fine):
             raise BusyError("the engine is being stopped and takes nothing new")
 
-    def _enter(self) -> None:
-        self._open_streams += 1
-        self._idle.clear()
-
-    def _leave(self) -> None:
-        self._open_streams -= 1
-        if not self._open_streams:
-            self._idle.set()
-
     def _call(self, function: Callable[[], Any]) -> Future:
         result: Future = Future()
 
         def call() -> None:
-            if not result.set_running_or_notify_cancel():  # nobody waits any more
+            if not result.set_running_or_notify_cancel():  # the caller has given up
                 return
             try:
                 result.set_result(function())
@@ -153,7 +140,7 @@ class AsyncEngine:
         return result
 
     def _give_up(self, pending: Future) -> None:
-        """Cancels what `pending` submits, or has submitted: it may be under way in the other thread."""
+        """Cancels the request that `pending` submits, or has submitted, in the other thread."""
 
         def cancel() -> None:
             if pending.exception() is None:
@@ -171,9 +158,9 @@ class AsyncEngine:
                 self._answer_calls(wait=not self._engine.has_work)
                 if self._engine.has_work and not self._stopping:
                     self._deliver(self._engine.step())
-        except BaseException as error:  # whatever it is, those who wait must be told
+        except BaseException as error:  # every waiting stream must be told
             self._failure = error
-        # Requests may still be on their way here; nothing goes on, so they are told, too.
+        # Requests may still be in the inbox: they are told, too.
         while True:
             for deliver in self._streams.values():
                 # One for each: raising adds to a traceback.

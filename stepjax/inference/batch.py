@@ -1,19 +1,62 @@
 """The arrays of a decoding step, of one of a few fixed shapes, from the sequences that take part.
 
-Legend: B rows (sequences, then unused ones), P problems (groups that share pages), M pages of a row.
+Legend: B rows (sequences, then unused ones), P prefix groups, M pages of a row.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence as List
 
 import numpy as np
 
 from pallas_kernels.shared_prefix_attention import PageTables
-from stepjax.inference.grouping import Group
 from stepjax.inference.programs import Rows
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence, failing_alone
 from stepjax.models.paged_cache import NO_PAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixGroup:
+    """Sequences, by index, whose first pages are the same and are read once for all of them."""
+
+    members: tuple[int, ...]
+    num_pages: int
+
+    @property
+    def saved(self) -> int:
+        """Pages that are not read again."""
+        return self.num_pages * (len(self.members) - 1)
+
+
+def group_by_prefix(pages: List[List[int]], max_groups: int) -> list[PrefixGroup]:
+    """At most `max_groups` groups, those that save most first; sequences in none read their pages alone.
+
+    Page lists are the leaves of a tree: under a system prompt there are prompts, and under these samples. From the
+    leaves up, the sequences that are left over below a branching form a group, and the groups below it that save less
+    than their members would save in this one join it.
+    """
+
+    def visit(rows: List[int]) -> tuple[list[int], list[PrefixGroup]]:
+        """The sequences that are in no group yet and the groups, of rows in the order of their pages."""
+        common = _num_shared(pages[rows[0]], pages[rows[-1]])  # sorted: what the first and the last share, all share
+        loose, groups = [], []
+        for next_page, branch in itertools.groupby(rows, key=lambda row: pages[row][common : common + 1]):
+            below = visit(branch) if len(branch := list(branch)) > 1 and next_page else (branch, [])
+            loose, groups = loose + below[0], groups + below[1]
+        joining = [group for group in groups if group.saved <= common * len(group.members)]
+        members = sorted(itertools.chain(loose, *(group.members for group in joining)))
+        whole = PrefixGroup(tuple(members), common)
+        if whole.saved <= sum(group.saved for group in joining):
+            return loose, groups
+        return [], [whole, *(group for group in groups if group not in joining)]
+
+    _, groups = visit(sorted(range(len(pages)), key=lambda i: tuple(pages[i]))) if pages else ([], [])
+    return sorted(groups, key=lambda group: (-group.saved, group.members))[:max_groups]
+
+
+def _num_shared(a: List[int], b: List[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +66,12 @@ class Batch:
     num_top: int  # likeliest tokens to report
 
     @classmethod
-    def empty(cls, rows: int, problems: int, row_pages: int, num_top: int) -> "Batch":
+    def empty(cls, rows: int, groups: int, row_pages: int, num_top: int) -> "Batch":
         """No sequence at all."""
         tables = PageTables(
-            prefix_pages_PM=np.full((problems, row_pages), NO_PAGE, np.int32),
-            prefix_lengths_P=np.zeros(problems, np.int32),
-            problem_of_B=np.full(rows, -1, np.int32),
+            prefix_pages_PM=np.full((groups, row_pages), NO_PAGE, np.int32),
+            prefix_lengths_P=np.zeros(groups, np.int32),
+            group_of_B=np.full(rows, -1, np.int32),
             suffix_pages_BM=np.full((rows, row_pages), NO_PAGE, np.int32),
             suffix_lengths_B=np.zeros(rows, np.int32),
         )
@@ -46,32 +89,32 @@ class Batch:
 
 def make_batch(
     sequences: List[Sequence],
-    groups: List[Group],
+    groups: List[PrefixGroup],
     *,
     num_rows: int,
     row_pages: int,
     page_size: int,
-    max_problems: int,
+    max_prefix_groups: int,
 ) -> Batch:
     """The batch that decodes `sequences`, in rows of their order, with the pages that the groups share read once.
 
-    Two shapes of it exist: with room for one group and for `max_problems`. What attention over groups costs on CPU and
-    GPU grows with the number of groups that there is room for, and mostly there is one or none.
+    Two shapes of it exist: with room for one group and for `max_prefix_groups`. What attention over groups costs on CPU
+    and GPU grows with the number of groups that there is room for, and mostly there is one or none.
 
     Raises:
         SequenceError: a sequence does not fit its row.
     """
     top = max((s.prompt.params.logprobs or 0 for s in sequences), default=0)
-    num_problems = max_problems if len(groups) > 1 else 1
-    batch = Batch.empty(num_rows, num_problems, row_pages, MAX_TOP_LOGPROBS if top else 0)
+    num_groups = max_prefix_groups if len(groups) > 1 else 1
+    batch = Batch.empty(num_rows, num_groups, row_pages, MAX_TOP_LOGPROBS if top else 0)
     tables, rows = batch.tables, batch.rows
     shared_B = np.zeros(num_rows, np.int32)
-    for problem, group in enumerate(groups):
+    for index, group in enumerate(groups):
         pages = sequences[group.members[0]].pages[: group.num_pages]
-        tables.prefix_pages_PM[problem, : len(pages)] = pages
-        tables.prefix_lengths_P[problem] = len(pages) * page_size
+        tables.prefix_pages_PM[index, : len(pages)] = pages
+        tables.prefix_lengths_P[index] = len(pages) * page_size
         for member in group.members:
-            tables.problem_of_B[member], shared_B[member] = problem, len(pages)
+            tables.group_of_B[member], shared_B[member] = index, len(pages)
     for row, sequence in enumerate(sequences):
         with failing_alone(sequence):
             own, params = sequence.pages[shared_B[row] :], sequence.prompt.params

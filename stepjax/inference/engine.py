@@ -4,12 +4,12 @@
     for completions in engine.generate([processor.process_prompt(messages)], SamplingParams(n=4)):
         print(completions[0].text)
 
-Requests come and go between steps. A step admits what there is room for, computes a stretch of one prompt, and decodes
-a token (or a few) of every other sequence; `stepjax.inference.async_engine` runs steps in a thread of its own.
+Requests come and go between steps. A step admits what there is room for, computes a stretch of a prompt, and decodes a
+token (or a few) of every other sequence; `stepjax.inference.async_engine` takes the steps in a thread of its own.
 
-A token is a function of the weights, the request's prompt and seed, its sample's number and its position: alone or in
-a batch, after a pause or without one, a request gives the same text, up to what the order of floating-point sums does
-to two logits that tie.
+A token is a function of the weights, the request's prompt and seed, its sample's number and its position: alone or in a
+batch, preempted or not, a request gives the same text, up to what the order of floating-point sums does to two logits
+that tie.
 """
 
 import dataclasses
@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 
 from stepjax.errors import BusyError, ContextLengthError, RequestError
 from stepjax.inference import programs
-from stepjax.inference.advance import advance, make_delta
-from stepjax.inference.collect import Collector
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore
+from stepjax.inference.output import advance, completions, make_delta
 from stepjax.inference.pages import Pages
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.inference.runner import Runner
@@ -54,8 +53,8 @@ class Engine:
 
     Args:
         model: a STEP3-VL, or a text decoder alone.
-        processor: makes text of tokens and says which of them end a text; for images it has an `image_config`. None:
-            tokens in and tokens out.
+        processor: decodes tokens and names those that end a text; for images it has an `image_config`. None: tokens in
+            and tokens out.
         mesh: its tensor axis spreads heads and MLPs; the model is put there.
 
     Raises:
@@ -95,8 +94,8 @@ class Engine:
         """Queues a request and returns its id; its deltas come from `step`.
 
         Raises:
-            RequestError: it can never be served: it is empty, too long for the context or the cache, has images that
-                the model or the feature store cannot take, or an id that is in use.
+            RequestError: the request can never be served: it is empty or too long for the context or the cache, has
+                images that the model or the feature store cannot take, or an id that is in use.
             BusyError: the queue is full.
         """
         params = params or SamplingParams()
@@ -118,7 +117,7 @@ class Engine:
         return request_id
 
     def cancel(self, request_id: str) -> list[Delta]:
-        """Ends a request and frees its pages at once; where it is not under way, there is nothing to do."""
+        """Ends a request and frees its pages at once; does nothing if the request is not under way."""
         samples = self._samples.pop(request_id, [])
         for sequence in samples:
             self._scheduler.remove(sequence)
@@ -130,14 +129,14 @@ class Engine:
         prompts: Iterable[Example | Iterable[int]],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[list[Completion]]:
-        """All samples of all prompts, in order. Prompts are taken as there is room, so they may be made lazily.
+        """All samples of all prompts, in order. Prompts are taken as room frees up, so they may be made lazily.
 
         Args:
-            params: of each prompt, or of all. Then, if it names a seed, prompt i is given seed + i, so that equal
-                prompts differ.
+            params: one for each prompt, or one for all. One for all gives prompt i the seed + i, if there is a seed, so
+                that equal prompts differ.
 
         Raises:
-            RequestError: as `submit`; nothing goes on. Or other requests are under way: their deltas would be lost.
+            RequestError: as `submit`, after cancelling all prompts; or other requests are under way.
         """
         if self.has_work:
             raise RequestError(
@@ -146,20 +145,24 @@ class Engine:
             )
         if not isinstance(params, Iterable):
             params = _numbered(params or SamplingParams())
-        collector, ids = Collector(), []
+        deltas: dict[str, list[Delta]] = {}
+
+        def step() -> None:
+            for delta in self.step():
+                deltas[delta.request_id].append(delta)
 
         try:
             for prompt, wish in zip(prompts, params, strict=False):
-                ids.append(self.submit(prompt, wish))
+                deltas[self.submit(prompt, wish)] = []
                 while self._scheduler.num_waiting > self.config.max_sequences:
-                    collector.add(self.step())
+                    step()
             while self.has_work:
-                collector.add(self.step())
+                step()
         except BaseException:
-            for request_id in ids:
+            for request_id in deltas:
                 self.cancel(request_id)
             raise
-        return [collector.completions(request_id) for request_id in ids]
+        return [completions(of_request) for of_request in deltas.values()]
 
     @property
     def has_work(self) -> bool:
@@ -216,15 +219,15 @@ class Engine:
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Admits, computes a stretch of a prompt, decodes; what came of it.
+        """Admits, computes a stretch of a prompt, decodes; returns what is new.
 
-        What fails on the host for one sample ends that sample, with the finish reason "error", and the step goes on
-        without it. Whatever this raises is a failure of the device, after which the cache cannot be trusted.
+        A failure on the host that concerns one sample ends that sample, with the finish reason "error", and the step
+        continues without it. Any exception is a failure of the device, after which the cache cannot be trusted.
         """
         self._totals["steps"] += 1
         deltas: list[Delta] = []
         while True:
-            try:  # from the start again after a failure: what has been admitted and computed stays so
+            try:  # starts over after a failure: what has been admitted and computed stays so
                 self._scheduler.admit()
                 self._fork()
                 self._prefill()
@@ -249,7 +252,7 @@ class Engine:
             if sequence.views is not None and not all(view.encoded for view in sequence.views):
                 self._encode()
                 if self._scheduler.decoding:
-                    return  # an encoding is long enough for those that wait for their next token
+                    return  # an encoding is long enough to keep decoding sequences waiting
                 continue
             start = sequence.computed
             end = min(start + self._runner.chunk_sizes[-1], sequence.length - 1)
@@ -276,7 +279,7 @@ class Engine:
         return delta
 
     def _fail(self, error: SequenceError) -> Delta:
-        """Ends the sample that is to blame."""
+        """Ends the sample that failed."""
         _log.error("%s failed", error, exc_info=error.__cause__)
         self._end(error.sequence)
         reason = f"{type(error.__cause__).__name__}: {error.__cause__}"
@@ -297,8 +300,8 @@ class Engine:
         return self._runner.model
 
     def update_weights(self, model: StepVL | Qwen3) -> None:
-        """Goes on with other weights of the same shapes. What was computed with the old ones is forgotten: samples
-        under way keep their tokens, and their keys and values are computed anew.
+        """Continues with other weights of the same shapes. Caches are forgotten: samples under way keep their tokens,
+        and their keys and values are computed anew.
 
         Raises:
             RequestError: the structure, a shape or a type differs; the first that does is named.
@@ -311,11 +314,11 @@ class Engine:
             self._store.forget_all()
 
     def warm_up(self, *, top_logprobs: bool = True, progress: Callable[[str], None] = lambda what: None) -> int:
-        """Compiles every shape that requests can need, so that none waits for the compiler; how many were compiled.
+        """Compiles every shape that requests can need, so that none waits for the compiler; returns how many.
 
         Args:
-            top_logprobs: those too that requests for the likeliest tokens need.
-            progress: told what is compiled next.
+            top_logprobs: include the shapes for requests with top log-probabilities.
+            progress: called with the name of what is compiled next.
         """
         before = programs.num_compiled()
         for what in self._runner.warm_up(top_logprobs):

@@ -39,8 +39,8 @@ def view_digests(example: Example) -> list[bytes]:
 
 
 class FeatureStore:
-    """Bookkeeping on the host: which rows of the device's array hold which view. Views that no prompt still needs are
-    kept until their room is wanted, the least recently used going first.
+    """Bookkeeping on the host: which rows of the device's array hold which view. Views that no prompt needs any more
+    are kept until their room is needed; the least recently used go first.
     """
 
     def __init__(self, num_rows: int, images: ImageConfig):
@@ -48,7 +48,7 @@ class FeatureStore:
         self._free = list(range(num_rows - 1, -1, -1))
         self._views: OrderedDict[bytes, ViewFeatures] = OrderedDict()
         self._pending: dict[bytes, tuple[ViewKind, ViewFeatures, np.ndarray]] = {}  # with pixels; held, not yet encoded
-        self.num_found = 0  # views that were there when a prompt asked for them
+        self.num_found = 0  # views that were cached when a prompt asked for them
 
     def size_of(self, example: Example) -> int:
         """Rows that the views of a prompt take."""
@@ -56,35 +56,34 @@ class FeatureStore:
 
     def hold(self, example: Example, digests: list[bytes]) -> list[ViewFeatures] | None:
         """The places of a prompt's views, held until `release`; those not `encoded` yet will be in a `next_batch`.
-        None where there is no room now.
+        None if there is no room now.
         """
         sizes: dict[ViewKind, int] = {"crop": self.images.crop_tokens, "global": self.images.global_tokens}
-        kinds: tuple[tuple[ViewKind, np.ndarray], ...] = (("crop", example.crops), ("global", example.global_views))
-        views: list[tuple[ViewKind, np.ndarray]] = [(kind, view) for kind, some in kinds for view in some]
+        views: list[tuple[ViewKind, np.ndarray]] = [("crop", view) for view in example.crops]
+        views.extend(("global", view) for view in example.global_views)
         wanted = dict(zip(digests, views, strict=True))
-        found = sum(digest in self._views for digest in wanted)
-        needed = sum(sizes[kind] for digest, (kind, _) in wanted.items() if digest not in self._views)
+        missing = {digest: view for digest, view in wanted.items() if digest not in self._views}
+        needed = sum(sizes[kind] for kind, _ in missing.values())
         idle = [d for d, view in self._views.items() if view.holders == 0 and d not in wanted]
-        room = len(self._free) + sum(len(self._views[digest].rows_Q) for digest in idle)
-        if needed > room:
+        if needed > len(self._free) + sum(len(self._views[digest].rows_Q) for digest in idle):
             return None
         for digest in idle:
             if len(self._free) >= needed:
                 break
             self._free += self._views.pop(digest).rows_Q.tolist()
-        self.num_found += found
-        for digest, (kind, view_HWC) in wanted.items():
-            if digest not in self._views:
-                rows_Q = np.array([self._free.pop() for _ in range(sizes[kind])], np.int32)
-                self._views[digest] = ViewFeatures(rows_Q)
-                self._pending[digest] = kind, self._views[digest], view_HWC
+        self.num_found += len(wanted) - len(missing)
+        for digest, (kind, view_HWC) in missing.items():
+            rows_Q = np.array([self._free.pop() for _ in range(sizes[kind])], np.int32)
+            self._views[digest] = ViewFeatures(rows_Q)
+            self._pending[digest] = kind, self._views[digest], view_HWC
+        for digest in wanted:
             self._views[digest].holders += 1
             self._views.move_to_end(digest)
         return [self._views[digest] for digest in digests]
 
     def next_batch(self, size: int) -> tuple[ViewKind, list[tuple[ViewFeatures, np.ndarray]]]:
-        """Up to `size` views of one kind with their pixels, of those that wait the kind that has waited longest. The
-        caller encodes them, and they count as encoded.
+        """Up to `size` views of the kind that has waited longest, with their pixels. The caller encodes them, and they
+        count as encoded.
         """
         kind = next(iter(self._pending.values()))[0]
         digests = [digest for digest, (other, _, _) in self._pending.items() if other == kind][:size]
@@ -102,7 +101,7 @@ class FeatureStore:
                 self._free += view.rows_Q.tolist()
 
     def forget_all(self) -> None:
-        """Everything must be encoded again, as when the weights change; nobody may hold anything."""
+        """Everything must be encoded again, as when the weights change. No view may be held."""
         assert not any(view.holders for view in self._views.values())
         self._views.clear()
         self._free = list(range(self.num_rows - 1, -1, -1))

@@ -1,8 +1,8 @@
-"""The pages of the key-value cache: who holds which, and what is in those that nobody holds.
+"""The pages of the key-value cache: which are in use, and what the free ones still hold.
 
-A page is held by any number of sequences. A full page has a key that says all that its contents depend on, the tokens
-from the beginning up to its end; under it the page can be found as long as nothing else has been put there. Pages that
-nobody holds are given out again, those without a key first and then the least recently used.
+Any number of sequences can hold a page. A full page has a key that covers everything its contents depend on, the tokens
+from the beginning up to its end; the page can be found by it until it is overwritten. Free pages are given out again,
+those without a key first, then the least recently used.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ Key = bytes
 
 
 class OutOfPages(Exception):
-    """There are fewer free pages than asked for. The scheduler's to handle."""
+    """Fewer pages are free than asked for. The scheduler handles it."""
 
 
 class Pages:
@@ -24,7 +24,7 @@ class Pages:
         self.count = count
         self._holders = [0] * count
         self._blank = list(range(count - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()  # held by nobody but with a key; the oldest first
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free, with a key; the oldest first
         self._key_of: dict[int, Key] = {}
         self._page_of: dict[Key, int] = {}
 
@@ -38,10 +38,10 @@ class Pages:
         return len(self._kept)
 
     def take(self, count: int) -> list[int]:
-        """Pages with nothing of use in them, held once.
+        """Free pages, now held once.
 
         Raises:
-            OutOfPages: there are fewer; none is taken.
+            OutOfPages: fewer are free; none is taken.
         """
         if count > self.num_free:
             raise OutOfPages
@@ -63,7 +63,7 @@ class Pages:
             self._holders[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Gives up one hold of each. The last of a sequence are the first to go, for they need those before them."""
+        """Gives up one hold of each. A sequence's last pages are reused first: they are useless without the others."""
         for page in reversed(pages):
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} was released more often than held"
@@ -74,13 +74,13 @@ class Pages:
                     self._blank.append(page)
 
     def publish(self, page: int, key: Key) -> None:
-        """Lets a held, full page be found. Where another page has the key already, that one stays the one to find."""
+        """Lets a held, full page be found. If another page has the key already, that one stays the one to find."""
         assert self._holders[page] > 0
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
     def find(self, keys: list[Key]) -> list[int]:
-        """The pages of the longest run of keys, from the first on, that are all there. They are not held yet."""
+        """The pages of the longest run of keys, from the first on, that are all cached. They are not held yet."""
         found = []
         for key in keys:
             if key not in self._page_of:
@@ -89,7 +89,7 @@ class Pages:
         return found
 
     def forget_all(self) -> None:
-        """No page can be found any more: their contents belong to other weights."""
+        """No page can be found any more: the weights have changed."""
         self._blank += list(self._kept)
         self._kept.clear()
         self._key_of.clear()

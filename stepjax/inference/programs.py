@@ -135,7 +135,7 @@ def _draw(logits_BV: jax.Array, rows: Rows, positions_B: jax.Array, numerics: Nu
     def of_device(logits_BV, rows, positions_B):
         return sample(
             logits_BV,
-            seeds_B=rows.seeds_B2,
+            seeds_B2=rows.seeds_B2,
             positions_B=positions_B,
             temperature_B=rows.temperature_B,
             top_k_B=rows.top_k_B,

@@ -13,9 +13,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from stepjax.inference.async_engine import AsyncEngine
-from stepjax.inference.collect import collected
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine, TextDecoder
+from stepjax.inference.output import completions
 from stepjax.inference.request import Completion, Delta, EngineStats, SamplingParams
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import StepVL
@@ -35,7 +35,7 @@ def make_engines(
 
 
 class AsyncReplicas:
-    """What an `AsyncEngine` is for one engine, for several; used in the same way."""
+    """Several engines behind the interface of one `AsyncEngine`."""
 
     def __init__(self, engines: Iterable[Engine]):
         self._engines = [AsyncEngine(engine) for engine in engines]
@@ -54,7 +54,7 @@ class AsyncReplicas:
     async def stream(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """As `AsyncEngine.stream`. Ids are an engine's own: of two engines both may have one."""
+        """See `EngineClient.stream`. Ids are per engine: two engines may use the same one."""
         place = min(range(len(self._engines)), key=self._under_way.__getitem__)
         self._under_way[place] += params.n
         stream = self._engines[place].stream(prompt, params, request_id=request_id)
@@ -68,10 +68,10 @@ class AsyncReplicas:
     async def complete(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> list[Completion]:
-        return await collected(self.stream(prompt, params, request_id=request_id))
+        return completions([delta async for delta in self.stream(prompt, params, request_id=request_id)])
 
     async def call(self, function: Callable[[Engine], Any]) -> list[Any]:
-        """What a function returns for each engine, called between two of its steps."""
+        """Calls a function with each engine between two of its steps; returns all results."""
         return list(await asyncio.gather(*(engine.call(function) for engine in self._engines)))
 
     def stats(self) -> EngineStats:

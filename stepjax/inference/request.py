@@ -1,11 +1,15 @@
-"""What the engine is asked for and what it answers: plain data, which servers and samplers share."""
+"""What the engine is asked and what it answers, as servers and samplers see it: plain data, and its protocol."""
 
 import dataclasses
 import numbers
 import reprlib
-from typing import Literal
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from stepjax.errors import RequestError
+
+if TYPE_CHECKING:
+    from stepjax.processing.tokens import Example
 
 # "error": the logits are not finite, or the sample could not be built; the stop_reason says more.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -16,11 +20,11 @@ _INT32 = 2**31 - 1  # the device's numbers
 
 
 class EngineError(RuntimeError):
-    """A sample failed, such as by logits that are not finite. Not the caller's mistake."""
+    """A sample failed, for example because its logits were not finite. Not the caller's mistake."""
 
 
 class EngineFailedError(EngineError):
-    """The engine itself failed, and serves nothing more: the process ends with `exit_status`, to be started again."""
+    """The engine itself failed and serves nothing more: the process should exit with `exit_status` and be restarted."""
 
     exit_status = 70  # EX_SOFTWARE
 
@@ -29,7 +33,7 @@ class EngineFailedError(EngineError):
 class SamplingParams:
     """How the samples of a request are drawn, and when they end. The defaults are the public checkpoint's.
 
-    The filters apply in the order temperature, top-k, top-p, min-p, each to what the one before has left.
+    The filters apply in the order temperature, top-k, top-p, min-p, each to what the previous one has left.
 
     Raises:
         RequestError: a value is out of range.
@@ -39,13 +43,13 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | None = None  # of 64 bits; None draws one. Samples of one request differ all the same.
-    n: int = 1  # samples; they share the prompt's memory
-    max_tokens: int | None = None  # None: as many as the context holds
-    stop: tuple[str, ...] = ()  # text that ends a sample; it is not part of the answer
+    seed: int | None = None  # 64 bits; None draws one. Samples of one request differ anyway.
+    n: int = 1  # samples, which share the prompt's pages
+    max_tokens: int | None = None  # None: up to the end of the context
+    stop: tuple[str, ...] = ()  # strings that end a sample and are left out of it
     stop_ids: tuple[int, ...] = ()  # tokens that end a sample, besides the tokenizer's
-    ignore_eos: bool = False  # the tokenizer's stop tokens are tokens like any other
-    logprobs: int | None = None  # log-probabilities of the drawn tokens, and of so many of the likeliest ones; None: no
+    ignore_eos: bool = False  # treat the tokenizer's stop tokens like any other token
+    logprobs: int | None = None  # report log-probabilities, and those of this many likeliest tokens; None: neither
 
     def __post_init__(self):
         def require(condition: bool, name: str, remedy: str) -> None:
@@ -72,7 +76,7 @@ class SamplingParams:
         if self.logprobs is not None:
             require_number(numbers.Integral, "logprobs", 0, MAX_TOP_LOGPROBS, f"be from 0 to {MAX_TOP_LOGPROBS}")
         strings = not isinstance(self.stop, str) and all(isinstance(stop, str) for stop in self.stop)
-        require(strings and all(self.stop), "stop", "be a tuple of strings, none of them empty")
+        require(strings and all(self.stop), "stop", "be a tuple of strings that are not empty")
         require(
             len(self.stop) <= MAX_STOPS and all(len(stop) <= MAX_STOP_CHARS for stop in self.stop),
             "stop",
@@ -97,8 +101,10 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What is new of one sample. Text lags behind the tokens while it could be the beginning of a stop string or half a
-    character; the last delta, the one with a `finish_reason`, holds all that is left.
+    """What is new of one sample.
+
+    Text lags behind the tokens while it could be the beginning of a stop string or half a character. The last delta,
+    the one with a `finish_reason`, holds all that is left.
     """
 
     request_id: str
@@ -108,24 +114,14 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where asked for
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or id of the request, where one ended the sample
-    seed: int = 0  # of the request: what to ask for to see it again
+    seed: int = 0  # of the request; asking with it gives the same samples again
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, found in the cache by the request's first sample
+    num_cached_tokens: int = 0  # of the prompt, in the cache when the request's first sample was admitted
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
-    """A whole sample."""
-
-    sample: int
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-    seed: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+class Completion(Delta):
+    """A whole sample: all its deltas in one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +132,7 @@ class EngineStats:
     waiting: int
     pages: int
     pages_used: int  # by running samples
-    pages_cached: int  # by nobody, kept for prompts that begin alike
+    pages_cached: int  # free, kept for prompts that begin alike
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -144,6 +140,33 @@ class EngineStats:
     cancelled_samples: int = 0
     preemptions: int = 0
     images_encoded: int = 0  # views
-    images_cached: int = 0  # views that were found
+    images_cached: int = 0  # views that were cached already
     steps: int = 0
     compilations: int = 0
+
+
+class EngineClient(Protocol):
+    """An engine behind asyncio: `async_engine.AsyncEngine`, and `replicas.AsyncReplicas` for several."""
+
+    @property
+    def max_context(self) -> int: ...  # tokens of prompt and answer
+
+    @property
+    def healthy(self) -> bool: ...  # whether it takes requests
+
+    def stream(
+        self, prompt: "Example", params: SamplingParams, *, request_id: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of a request, of all its samples as they are drawn.
+
+        Closing the stream, or cancelling the task that waits for it, cancels the request.
+
+        Raises:
+            RequestError: the request can never be served.
+            BusyError: too many wait, or the engine is being stopped.
+            EngineError: a sample failed, or the engine was stopped.
+            EngineFailedError: the engine failed.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...

@@ -9,21 +9,20 @@ from contextlib import AbstractContextManager, nullcontext
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from stepjax.config import ImageConfig
 from stepjax.errors import ConfigError, RequestError
 from stepjax.inference import programs
-from stepjax.inference.batch import Batch, bucket, make_batch, sizes
+from stepjax.inference.batch import Batch, PrefixGroup, bucket, group_by_prefix, make_batch, sizes
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import ViewFeatures, ViewKind
-from stepjax.inference.grouping import Group, group_by_prefix
 from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence, failing_alone
 from stepjax.models.paged_cache import NO_PAGE, Chunk, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
-from stepjax.sharding import check_heads_only, parameter_name, shardings, target_platform
+from stepjax.sharding import check_heads_only, parameter_name, shardings, spec, target_platform
 
 
 class Runner:
@@ -48,7 +47,7 @@ class Runner:
             check_heads_only(mesh)
             model = jax.device_put(model, shardings(model, mesh))
         self.model = model
-        self._grouped: tuple[list[list[int]], list[Group]] = [], []  # lists of pages, and the groups found for them
+        self._grouped: tuple[list[list[int]], list[PrefixGroup]] = [], []  # lists of pages, and their groups
         self.row_pages = -(-max_context // config.page_size)
         self.batch_sizes = sizes(config.smallest_batch, config.max_sequences, 4)
         self.chunk_sizes = sizes(min(32, config.prefill_tokens), config.prefill_tokens, 2)
@@ -62,13 +61,10 @@ class Runner:
             dtype = jnp.dtype(programs.decoder_of(model).numerics.compute_dtype)
             if decoder.num_kv_heads * config.page_size * num_pages == 0:
                 raise ConfigError(f"engine.cache_tokens={config.cache_tokens}: must hold at least a page")
-
-            def empty() -> tuple[jax.Array, jax.Array]:
-                pool_S2KTW = make_pool(decoder, num_pages, config.page_size, dtype, platform)
-                return pool_S2KTW, jnp.zeros((max(self.feature_rows, 1), decoder.width), dtype)
-
-            layouts = None if mesh is None else (pool_layout(mesh), None)
-            self.pool_S2KTW, self.features_RD = jax.jit(empty, out_shardings=layouts)()
+            layout = None if mesh is None else pool_layout(mesh)
+            self.pool_S2KTW = make_pool(decoder, num_pages, config.page_size, dtype, platform, layout)
+            replicated = None if mesh is None else NamedSharding(mesh, spec())
+            self.features_RD = jnp.zeros((max(self.feature_rows, 1), decoder.width), dtype, device=replicated)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies pages, each pair from and to."""
@@ -83,10 +79,10 @@ class Runner:
                 )
 
     def prefill(self, sequence: Sequence, start: int, end: int) -> int:
-        """Computes the tokens from `start` to `end`; how many the device was given.
+        """Computes the tokens from `start` to `end`; returns how many the device computed, padding included.
 
         Raises:
-            SequenceError: the sequence does not make the arrays.
+            SequenceError: the arrays could not be made.
         """
         size, pages = bucket(end - start, self.chunk_sizes), -(-end // self.config.page_size)
         tokens_C, rows_C = np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32)
@@ -119,10 +115,10 @@ class Runner:
             self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
 
     def decode(self, sequences: list[Sequence]) -> programs.Drawn:
-        """The next tokens of all, on the host; row i is of sequence i.
+        """The next tokens of all sequences, on the host; row i is of sequence i.
 
         Raises:
-            SequenceError: a sequence does not make its row.
+            SequenceError: a row could not be made.
         """
         batch = make_batch(
             sequences,
@@ -130,19 +126,19 @@ class Runner:
             num_rows=bucket(len(sequences), self.batch_sizes),
             row_pages=self.row_pages,
             page_size=self.config.page_size,
-            max_problems=self.config.max_problems,
+            max_prefix_groups=self.config.max_prefix_groups,
         )
         return jax.device_get(self._decode(batch))
 
-    def _groups_of(self, sequences: list[Sequence]) -> list[Group]:
-        """The groups that share pages, found anew when a sequence comes or goes: the pages that it fills meanwhile are
-        its own. At each admission it is given another list of pages.
+    def _groups_of(self, sequences: list[Sequence]) -> list[PrefixGroup]:
+        """The prefix groups, found anew when a sequence comes or goes: the pages that it fills meanwhile are its own,
+        and each admission gives it another list.
         """
         of_rows = [sequence.pages for sequence in sequences]
         before, groups = self._grouped
         if len(of_rows) != len(before) or any(a is not b for a, b in zip(of_rows, before, strict=True)):
             full = [sequence.pages[: sequence.computed // self.config.page_size] for sequence in sequences]
-            groups = group_by_prefix(full, self.config.max_problems)
+            groups = group_by_prefix(full, self.config.max_prefix_groups)
             self._grouped = of_rows, groups
         return groups
 
@@ -159,7 +155,7 @@ class Runner:
         return drawn
 
     def warm_up(self, top_logprobs: bool) -> Iterator[str]:
-        """Calls every program in every shape, with nothing in it; yields what comes next."""
+        """Calls every program in every shape, on empty arrays; yields the name of what comes next."""
         yield "page copies"
         self.copy([])
         for size in self.chunk_sizes:
@@ -171,10 +167,10 @@ class Runner:
                 yield f"encoder, {kind} views"
                 self.encode(kind, [])
         for rows in self.batch_sizes:
-            for problems in (1, self.config.max_problems) if rows > 1 and self.config.max_problems > 1 else (1,):
+            for groups in sorted({1, self.config.max_prefix_groups}) if rows > 1 else (1,):
                 for num_top in (0, MAX_TOP_LOGPROBS) if top_logprobs else (0,):
-                    yield f"decoding of {rows}, {problems} shared, {num_top} likeliest"
-                    self._decode(Batch.empty(rows, problems, self.row_pages, num_top))
+                    yield f"decoding of {rows} rows, {groups} prefix groups, {num_top} top log-probabilities"
+                    self._decode(Batch.empty(rows, groups, self.row_pages, num_top))
         jax.block_until_ready(self.pool_S2KTW)
 
     def set_weights(self, model: StepVL | Qwen3) -> None:

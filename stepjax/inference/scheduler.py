@@ -1,12 +1,13 @@
-"""Which sequences are in work, and who gives way when pages run out. Bookkeeping only: nothing here touches a device.
+"""Which sequences run, and which is preempted when pages run out. Bookkeeping only: nothing here touches a device.
 
-A sequence waits, is admitted once there are pages for all it has so far, and is then in work until it ends: its prompt
-is computed in stretches, then it is decoded with all others. One that needs a page when none is free takes those of the
-sequence admitted last, which goes back to the front of the queue and is computed anew when its turn comes: it then
-continues as if nothing had happened, for a token depends on its position and not on when it is drawn.
+A sequence waits, is admitted once there are pages for all it has so far, and then runs until it ends: its prompt is
+computed in stretches, then it is decoded with all others. When a sequence needs a page and none is free, the sequence
+admitted last is preempted: it returns to the front of the queue and is computed anew when its turn comes. It then
+continues as if nothing had happened, since a token depends on its position and not on when it is drawn.
 
-Samples of one request follow the first of them, which computes the prompt, and then hold its pages too; so do requests
-that come with the same prompt while it is computed. Until then they are in no queue: they wait with their leader.
+The samples of a request follow the first of them, their leader, which computes the prompt; then they share its pages.
+So do requests that arrive with the same prompt while it is computed. Until then they are in no queue: they wait with
+their leader.
 """
 
 from collections import deque
@@ -53,10 +54,10 @@ class Scheduler:
         self._follow(leader, samples)
 
     def admit(self) -> None:
-        """Takes sequences into work, in order, while there are places, pages and room for their image features.
+        """Admits sequences, in order, while there are places, pages and room for their image features.
 
         Raises:
-            SequenceError: one of them cannot be; it still waits.
+            SequenceError: one cannot be admitted; it still waits.
         """
         while self.waiting and len(self.running) < self.config.max_sequences:
             with failing_alone(self.waiting[0]):
@@ -68,12 +69,12 @@ class Scheduler:
         page_size = self.config.page_size
         found = []
         if self.config.prefix_caching:
-            # The last token is decoded, whatever is known of it.
+            # The last token is decoded, even if its page is cached.
             found = self.pages.find(sequence.extend_keys(sequence.length - 1, page_size))
         needed = -(-sequence.length // page_size) - len(found)
         self.pages.hold(found)
         sequence.pages = found  # from here on `_free` gives them back
-        # Those in work will want pages soon: without a reserve, the newcomer would be sent away again at once.
+        # Running sequences will need pages soon: without a reserve, the newcomer would be preempted at once.
         reserve = len(self.running)
         if needed + reserve > self.pages.num_free:
             self._free(sequence)
@@ -92,7 +93,7 @@ class Scheduler:
         return True
 
     def _count_prompt(self, sequence: Sequence, start: int) -> None:
-        """Once for a request: how much of its prompt was found when its first sample came into work."""
+        """Once per request: how much of its prompt was cached when its first sample was admitted."""
         prompt = sequence.prompt
         if prompt.num_cached is None:
             prompt.num_cached = start
@@ -100,7 +101,7 @@ class Scheduler:
             self.computed_tokens += len(prompt.tokens_T) - start
 
     def computed(self, sequence: Sequence, end: int) -> None:
-        """Tokens up to `end` have their keys and values: full pages can be found, and features may not be needed.
+        """Tokens up to `end` have their keys and values: full pages can be found, and features may be released.
 
         Raises:
             SequenceError: its pages have no keys.
@@ -118,15 +119,15 @@ class Scheduler:
                 self._let_go(sequence)
 
     def fork(self) -> list[tuple[int, int]]:
-        """Takes in the samples whose prompt their leader has computed, while there are places and pages. The others are
-        queued, in front of what was submitted later: in their turn they look for the prompt's pages.
+        """Admits the samples whose leader has computed their prompt, while there are places and pages. The others are
+        queued in front of later requests; in their turn they look for the prompt's pages.
 
         Returns:
-            Pages to copy, from and to: of each prompt the last one, where it is not full.
+            Pages to copy, from and to: each prompt's last one, if it is not full.
         """
         copies, queued, page_size = [], [], self.config.page_size
         for leader in [sequence for sequence in self.running if sequence.followers and sequence.decodes]:
-            size = leader.length - len(leader.generated) - 1  # of what all samples have in common
+            size = leader.length - len(leader.generated) - 1  # tokens that all samples share
             full, partial = divmod(size, page_size)
             for sequence in self._let_go(leader):
                 if len(self.running) >= self.config.max_sequences or self.pages.num_free < 1 + len(self.running):
@@ -144,10 +145,10 @@ class Scheduler:
         return copies
 
     def reserve(self, steps: int) -> list[Sequence]:
-        """Makes sure of pages for `steps` more tokens of every sequence that decodes, as far as its limit goes.
+        """Takes pages for `steps` more tokens of every decoding sequence, up to its limit.
 
         Returns:
-            Those that decode now: all, less those that had to give way.
+            The sequences that decode now, without those that were preempted.
         """
         for sequence in list(self.running):
             while sequence.decodes and sequence in self.running:
@@ -162,14 +163,14 @@ class Scheduler:
         return self.decoding
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence out of work; it is the next to be admitted again. Those that follow it go on waiting."""
+        """Stops running a sequence; it is the next to be admitted again. Its followers keep waiting."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._free(sequence)
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence, whatever it is doing. Of those that follow it the first takes its place."""
+        """Ends a sequence in any state. Its first follower takes its place."""
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None
@@ -196,7 +197,7 @@ class Scheduler:
         self.num_following += len(samples)
 
     def _let_go(self, leader: Sequence) -> list[Sequence]:
-        """Nobody follows a sequence any more; those who did."""
+        """Releases the followers of a sequence and returns them."""
         if self._leaders.get(leader.prompt.key) is leader:
             del self._leaders[leader.prompt.key]
         followers, leader.followers = leader.followers, []

@@ -1,4 +1,4 @@
-"""A request inside the engine: its prompt, which its samples share, and each sample's state.
+"""A request inside the engine: the prompt that its samples share, and the state of each sample.
 
 Legend: T tokens of the prompt.
 """
@@ -13,15 +13,15 @@ import numpy as np
 
 from stepjax.config import ImageConfig
 from stepjax.inference.feature_store import ViewFeatures, view_digests
+from stepjax.inference.output import TextStream
 from stepjax.inference.pages import Key, page_keys
 from stepjax.inference.request import SamplingParams
-from stepjax.inference.text_stream import TextStream
 from stepjax.models.step_vl import NO_FEATURE
 from stepjax.processing.tokens import Example
 
 
 class Prompt:
-    """What a request's samples have in common. `contents_T` says what stands at each position, for the pages' keys."""
+    """What a request's samples share. `contents_T` identifies the content of each position, for the pages' keys."""
 
     def __init__(
         self,
@@ -34,18 +34,18 @@ class Prompt:
     ):
         """
         Args:
-            seed: of the request, drawn if the caller gave none.
+            seed: of the request.
             limit: tokens of prompt and answer together.
         """
         self.request_id, self.example, self.params, self.seed, self.limit = request_id, example, params, seed, limit
         self.tokens_T = np.asarray(example.tokens, np.int32)
         self.digests = view_digests(example)
-        self.num_cached: int | None = None  # of the first sample, when it is first admitted
+        self.num_cached: int | None = None  # tokens, when the first sample is first admitted
         self.contents_T = self.tokens_T.astype(np.int64)
         index_T = example.feature_index
         if self.digests and images is not None:
             sizes = [images.crop_tokens] * len(example.crops) + [images.global_tokens] * len(example.global_views)
-            # Negative, so that no feature is taken for a token.
+            # Negative, so that no feature looks like a token.
             first = [-1 - (int.from_bytes(digest[:8], "big") >> 2) for digest in self.digests]
             of_row = np.concatenate([start - np.arange(size) for start, size in zip(first, sizes, strict=True)])
             self.contents_T = np.where(index_T >= 0, of_row[np.maximum(index_T, 0)], self.contents_T)
@@ -65,7 +65,9 @@ class Prompt:
 
 
 class Sequence:
-    """One sample. Tokens 0 to `computed` - 1 have their keys and values in `pages`; to be decoded, all but the last."""
+    """One sample. Tokens 0 to `computed` - 1 have their keys and values in `pages`; it decodes when only the last lacks
+    them.
+    """
 
     def __init__(self, prompt: Prompt, sample: int, decode: Callable[[Tokens[int]], str] | None):
         self.prompt, self.sample = prompt, sample
@@ -89,7 +91,7 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """All is computed but the last token, which decoding takes."""
+        """Whether all but the last token is computed."""
         return self.computed == self.length - 1
 
     @property
@@ -130,7 +132,7 @@ class SequenceError(Exception):
 
 @contextlib.contextmanager
 def failing_alone(sequence: Sequence) -> Iterator[None]:
-    """Around what is done for one sequence on the host. Calls of the device stay outside: they are everybody's.
+    """Wraps work on the host for one sequence. Calls of the device stay outside: they concern all sequences.
 
     Raises:
         SequenceError: for any exception.

@@ -42,9 +42,9 @@ def load_engines(path: str, arguments: EngineArguments) -> "tuple[list[Engine], 
     import jax
 
     from stepjax.config import MeshConfig, NumericsConfig
-    from stepjax.inference.long_context import stretched
     from stepjax.inference.replicas import make_engines
     from stepjax.interop.load import load
+    from stepjax.models.step_vl import stretched
     from stepjax.sharding import data_parts, make_mesh
 
     needed, there = arguments.tensor_parallel * arguments.data_parallel, len(jax.devices())

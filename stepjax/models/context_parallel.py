@@ -4,7 +4,7 @@ Legend: B rows, T query tokens of a device, N query heads, H head dim.
 
 Early queries see few keys and late ones many: of c devices with consecutive parts the last has nearly twice the mean
 to do, and all wait for it. So the row is cut into 2c chunks, and while they attend device i has the chunks i and
-2c - 1 - i. Chunks move to their place and back by two permutations each way; the keys are gathered in any case, and are
+2c - 1 - i. Chunks move to their place and back by two permutations each way; the keys are gathered anyway, and are
 a quarter as wide as the queries' chunks are (grouped queries). The layout outside of attention stays consecutive.
 """
 

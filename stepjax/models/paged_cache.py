@@ -44,10 +44,18 @@ class PagedCache(NamedTuple):
         return self._replace(first_page=layer * (self.pool_S2KTW.shape[0] // num_layers))
 
 
-def make_pool(config: DecoderConfig, num_pages: int, page_size: int, dtype: jnp.dtype, platform: str) -> jax.Array:
+def make_pool(
+    config: DecoderConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    platform: str,
+    layout: NamedSharding | None = None,
+) -> jax.Array:
     """An empty pool [layers * num_pages, 2, K, page_size, W]."""
     width = -(-config.head_dim // LANES) * LANES if platform == "tpu" else config.head_dim
-    return jnp.zeros((config.num_layers * num_pages, 2, config.num_kv_heads, page_size, width), dtype)
+    shape = (config.num_layers * num_pages, 2, config.num_kv_heads, page_size, width)
+    return jnp.zeros(shape, dtype, device=layout)
 
 
 def pool_layout(mesh: Mesh) -> NamedSharding:

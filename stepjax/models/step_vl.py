@@ -7,13 +7,15 @@ and `feature_index_BT` says which entry replaces a token's embedding. Pixels thu
 text, and a new number of images or crops never means a new shape.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from stepjax.config import ModelConfig, NumericsConfig
+from stepjax.errors import ConfigError
 from stepjax.models.perception_encoder import PerceptionEncoder
 from stepjax.models.projector import Projector
 from stepjax.models.qwen3 import Qwen3
@@ -83,6 +85,9 @@ class StepVL(nnx.Module):
             return self.decoder(x_BTD, positions_BT, segment_ids_BT)[0]
 
 
+Model = TypeVar("Model", bound=StepVL | Qwen3)
+
+
 def make_model(config: ModelConfig, numerics: NumericsConfig, key: jax.Array) -> StepVL:
     """Random parameters, to be traced; `init_model` computes them."""
     model = StepVL(config, numerics, rngs=nnx.Rngs(key))
@@ -110,6 +115,36 @@ def init_model(
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     layout = None if mesh is None else shardings(abstract_model(config, numerics), mesh)
     return jax.jit(lambda key: make_model(config, numerics, key), out_shardings=layout)(key)
+
+
+def stretched(model: Model, factor: float, *, attention_factor: float = 1.0) -> Model:
+    """The same weights with rotary positions for `factor` times as many tokens, by YaRN.
+
+    Args:
+        attention_factor: of cosines and sines. 1 is what PaCoRe serves with; YaRN's own is 0.1 ln(factor) + 1.
+
+    Raises:
+        ConfigError: the factor is below 1, or the model is stretched already.
+    """
+    trained = (model.decoder if isinstance(model, StepVL) else model).config
+    if factor < 1:
+        raise ConfigError(f"factor={factor}: must be at least 1")
+    if trained.yarn_factor > 1:
+        raise ConfigError(f"factor={factor}: the model is already stretched by {trained.yarn_factor}")
+    config = dataclasses.replace(
+        trained,
+        max_positions=int(trained.max_positions * factor),
+        yarn_factor=factor,
+        yarn_trained_positions=trained.max_positions,
+        yarn_attention_factor=attention_factor,
+    )
+    copy: Any = jax.tree.map(lambda leaf: leaf, model)  # the arrays are shared
+    if isinstance(model, StepVL):
+        copy.config = dataclasses.replace(model.config, decoder=config)
+        copy.decoder.config = config
+    else:
+        copy.config = config
+    return copy
 
 
 def num_parameters(model: Any) -> int:

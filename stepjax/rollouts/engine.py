@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from stepjax.errors import BusyError, ImageError, RecordError, StepjaxError
-from stepjax.inference.request import Delta, EngineFailedError, SamplingParams, TokenLogprob
+from stepjax.inference.request import Delta, EngineClient, EngineFailedError, SamplingParams, TokenLogprob
 from stepjax.interop.text_processor import AnyProcessor, encode, starts_thinking
 from stepjax.processing.answer_stream import AnswerStream, add_piece
 from stepjax.processing.tokens import Example
@@ -124,7 +124,7 @@ class EngineSampler:
 
     def __init__(
         self,
-        engine: Any,
+        engine: EngineClient,
         processor: AnyProcessor,
         *,
         enable_thinking: bool | None = None,
@@ -132,7 +132,7 @@ class EngineSampler:
     ):
         """
         Args:
-            engine: an asynchronous one, such as `inference.async_engine.AsyncEngine`.
+            engine: `inference.async_engine.AsyncEngine` is one.
             enable_thinking: as `Processor.process_prompt` takes it.
             open_example: makes the prompt of messages and tools in place of the processor, as a server does that
                 bounds requests.

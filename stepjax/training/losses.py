@@ -8,39 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_cross_entropy import (
-    Layout,
-    TokenLoss,
-    TokenScores,
-    linear_cross_entropy,
-    linear_cross_entropy_sum,
-)
-from stepjax.sharding import spec
+from stepjax.training.linear_cross_entropy import TokenScores, token_loss_sum, token_scores
 
-
-def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int) -> TokenScores:
-    """Score `targets_BT` under softmax(hidden @ head), `chunk` tokens of a device at a time.
-
-    Log-probabilities and log-normalizers may be differentiated, with any cotangents.
-    """
-    return linear_cross_entropy(hidden_BTD, head_DV, targets_BT, chunk=chunk, layout=_layout())
-
-
-def token_loss_sum(
-    token_loss: TokenLoss,
-    hidden_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
-    *args_BT: jax.Array,
-    chunk: int,
-) -> tuple[jax.Array, TokenScores]:
-    """The sum over tokens of token_loss(log_probs, log_normalizers, *args), and the scores for metrics.
-
-    A quarter cheaper to differentiate than a loss made of `token_scores`; see `linear_cross_entropy_sum`.
-    """
-    return linear_cross_entropy_sum(
-        token_loss, hidden_BTD, head_DV, targets_BT, *args_BT, chunk=chunk, layout=_layout()
-    )
+__all__ = ["TokenScores", "cross_entropy_sum", "next_tokens", "token_loss_sum", "token_scores"]
 
 
 def cross_entropy_sum(
@@ -59,18 +29,6 @@ def cross_entropy_sum(
 
 def _weighted_cross_entropy(log_probs, log_normalizers, weights, *, z_loss: float):
     return weights * (z_loss * jnp.square(log_normalizers) - log_probs)
-
-
-def _layout() -> Layout | None:
-    """How the table of `stepjax.sharding` spreads hidden states and head over the mesh in scope."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    spread = (
-        () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        for axes in spec("batch", "length", "embed", "vocab")
-    )
-    rows, length, width, vocab = spread
-    return Layout(rows=rows, length=length, width=width, vocab=vocab)
 
 
 def next_tokens(tokens_BT: jax.Array, loss_weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -64,7 +64,7 @@ def test_right_answers_are_counted(model_and_processor, monkeypatch):
             pass
 
         def generate(self, prompts, params):
-            return [[Completion(0, (), next(answers), "stop")] for _ in prompts]
+            return [[Completion("request", 0, text=next(answers), finish_reason="stop")] for _ in prompts]
 
     monkeypatch.setattr(evaluate_module, "Engine", Oracle)
     config = EvaluationConfig(sources=(source,), examples=5, batch_size=2)

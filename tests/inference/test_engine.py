@@ -13,11 +13,11 @@ import pytest
 from stepjax.config import MeshConfig
 from stepjax.errors import BusyError, ConfigError, RequestError
 from stepjax.inference import programs, runner
-from stepjax.inference.collect import Collector, joined
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
-from stepjax.inference.long_context import stretched
+from stepjax.inference.output import completions
 from stepjax.inference.request import SamplingParams
+from stepjax.models.step_vl import stretched
 from stepjax.sharding import make_mesh
 
 NEW = 8
@@ -289,12 +289,12 @@ def test_requests_go_on_when_the_one_that_computes_their_prompt_is_cancelled(mak
     assert (engine.stats().running, engine.stats().waiting) == (1, 3)
     engine.cancel(names[0]), engine.cancel(names[2])
     assert (engine.stats().running, engine.stats().waiting) == (0, 2)
-    collector = Collector()
+    deltas = []
     while engine.has_work:
-        collector.add(engine.step())
+        deltas += engine.step()
     for seed in (1, 3):
         [alone] = make_engine().generate([TEXT], dataclasses.replace(SAMPLED, seed=seed))
-        assert tokens_of(collector.completions(names[seed])) == tokens_of(alone)
+        assert tokens_of(completions(d for d in deltas if d.request_id == names[seed])) == tokens_of(alone)
     assert_all_free(engine)
 
 
@@ -308,8 +308,7 @@ def test_samples_go_on_when_their_leader_had_to_give_way(make_engine):
     deltas = []
     while engine.has_work:
         deltas += engine.step()
-    samples = [joined([delta for delta in deltas if delta.sample == i]) for i in range(5)]
-    assert tokens_of(samples) == tokens_of(expected)
+    assert tokens_of(completions(deltas)) == tokens_of(expected)
     assert_all_free(engine)
 
 
@@ -449,8 +448,8 @@ def test_generate_leaves_other_requests_their_deltas(make_engine):
     while engine.has_work:
         deltas += engine.step()
     assert {delta.request_id for delta in deltas} == {other}
-    (completions,) = engine.generate([TEXT], GREEDY)
-    assert [joined(deltas).tokens] == tokens_of(completions)
+    (alone,) = engine.generate([TEXT], GREEDY)
+    assert tokens_of(completions(deltas)) == tokens_of(alone)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +504,7 @@ def test_weights_of_another_shape_are_refused(make_engine, small_model):
 
 
 def test_after_warm_up_nothing_compiles(make_engine, prompts, make_example):
-    engine = make_engine(max_sequences=3, prefill_tokens=64)
+    engine = make_engine(prefill_tokens=64)
     assert engine.warm_up() > 0
     before = programs.num_compiled()
     wishes = [dataclasses.replace(SAMPLED, n=1 + i % 3, logprobs=[None, 0, 3][i % 3], top_k=i) for i in range(12)]

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from stepjax.errors import RequestError
-from stepjax.inference import advance, batch
+from stepjax.inference.output import TextStream, advance
 from stepjax.inference.request import SamplingParams
 from stepjax.inference.sequence import Sequence
-from stepjax.inference.text_stream import TextStream
 
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6] * 5  # two and a half pages
 PARAMS = SamplingParams(seed=5, max_tokens=8, logprobs=2)
@@ -66,19 +65,15 @@ def break_text(monkeypatch, at):
 
 
 def break_row(monkeypatch, at):
-    fill = batch.failing_alone
-    last = property(fails(Sequence.last_token.fget, *at, after=1))
-    assert fill is not None
-    monkeypatch.setattr(Sequence, "last_token", last)
+    monkeypatch.setattr(Sequence, "last_token", property(fails(Sequence.last_token.fget, *at, after=1)))
 
 
 def break_logprobs(monkeypatch, at):
     def failing(sequence, drawn, row, stop_ids):
         if (sequence.prompt.request_id, sequence.sample) == at and len(sequence.generated) == 3:
             raise IndexError(row)
-        return before(sequence, drawn, row, stop_ids)
+        return advance(sequence, drawn, row, stop_ids)
 
-    before = advance.advance
     monkeypatch.setattr("stepjax.inference.engine.advance", failing)
 
 

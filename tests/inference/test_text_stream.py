@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepjax.inference.text_stream import TextStream
+from stepjax.inference.output import TextStream
 from stepjax.processing.tokenizer import load_tokenizer
 
 

@@ -70,7 +70,7 @@ def test_chunks_and_tokens_equal_the_uncached_forward(decoder, attention):
             tables = PageTables(
                 prefix_pages_PM=np.array([PAGES_OF[1][:1]], np.int32),  # row 1 reads its first page as a prefix
                 prefix_lengths_P=np.array([PAGE], np.int32),
-                problem_of_B=np.array([-1, 0], np.int32),
+                group_of_B=np.array([-1, 0], np.int32),
                 suffix_pages_BM=np.array([PAGES_OF[0], [*PAGES_OF[1][1:], NO_PAGE]], np.int32),
                 suffix_lengths_B=(positions_B + 1 - np.array([0, PAGE])).astype(np.int32),
             )
@@ -84,7 +84,7 @@ def test_nothing_is_written_where_no_page_is(decoder):
     tables = PageTables(
         prefix_pages_PM=np.zeros((1, 1), np.int32),
         prefix_lengths_P=np.zeros(1, np.int32),
-        problem_of_B=np.full(3, -1, np.int32),
+        group_of_B=np.full(3, -1, np.int32),
         # An unused row, a row whose next page is missing, and one that is longer than its table.
         suffix_pages_BM=np.array([[0, 0], [4, NO_PAGE], [1, 2]], np.int32),
         suffix_lengths_B=np.array([0, PAGE + 1, 2 * PAGE + 1], np.int32),

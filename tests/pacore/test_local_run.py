@@ -12,7 +12,7 @@ from stepjax.pacore.journal import CALLS
 
 ENGINE = (
     *("--engine.max-sequences", "4", "--engine.max-context", "768", "--engine.page-size", "16"),
-    *("--engine.prefill-tokens", "64", "--engine.max-problems", "1", "--dtype", "float32"),
+    *("--engine.prefill-tokens", "64", "--engine.max-prefix-groups", "1", "--dtype", "float32"),
 )
 
 

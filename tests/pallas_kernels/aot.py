@@ -1,8 +1,11 @@
-"""Compile for a TPU that is not here: the half of a kernel's test that interpret mode cannot give."""
+"""Ahead-of-time compilation for TPUs: the half of a kernel's test that interpret mode cannot give."""
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +19,9 @@ needs_libtpu = pytest.mark.skipif(
 every_chip = pytest.mark.parametrize("chip", tuple(chips.CHIPS))
 
 
-def compile_for(chip: str, f: Callable[..., Any], *args: Any) -> Any:
+def compile_for(chip: str, f: Callable[..., Any], *args: Any, mesh: jax.sharding.Mesh | None = None) -> Any:
     """`f` compiled by the real TPU compiler for `chip`, on arguments given as anything with a shape and a dtype."""
-    mesh = chips.compile_only_mesh(chip)
+    mesh = mesh or chips.compile_only_mesh(chip)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
     # libtpu reads XLA_FLAGS when it first compiles, and aborts on a flag that it does not know, conftest's for the CPU.
@@ -29,3 +32,11 @@ def compile_for(chip: str, f: Callable[..., Any], *args: Any) -> Any:
     finally:
         if flags is not None:
             os.environ["XLA_FLAGS"] = flags
+
+
+def benchmark_module(name: str) -> Any:
+    """A module of the benchmarks, which lie beside the package and import each other by name."""
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)

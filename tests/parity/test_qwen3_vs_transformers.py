@@ -15,12 +15,12 @@ from flax import nnx
 from stepjax.config import NumericsConfig
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
-from stepjax.inference.long_context import stretched
 from stepjax.inference.request import SamplingParams
 from stepjax.interop.hf_config import decoder_config_from_hf
 from stepjax.interop.hf_layout import decoder_tensors
 from stepjax.interop.hf_match import fill
 from stepjax.models.qwen3 import Qwen3
+from stepjax.models.step_vl import stretched
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

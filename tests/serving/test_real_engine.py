@@ -19,7 +19,7 @@ from stepjax.inference.engine import Engine
 from stepjax.interop.load import load
 from stepjax.interop.text_processor import TextProcessor
 
-CONFIG = EngineConfig(max_sequences=4, max_problems=1, max_context=512, page_size=16, prefill_tokens=64)
+CONFIG = EngineConfig(max_sequences=4, max_prefix_groups=1, max_context=512, page_size=16, prefill_tokens=64)
 
 
 @pytest.fixture(scope="module")

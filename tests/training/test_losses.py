@@ -1,6 +1,6 @@
 """The losses of training by what they sum, whatever the chunk; and targets that stay within their segment.
 
-The operation beneath has tests of its own, in pallas_kernels/linear_cross_entropy.
+The operation beneath has tests of its own, in test_linear_cross_entropy.py.
 """
 
 from typing import Any

@@ -37,7 +37,7 @@ def cudnn_stand_in(monkeypatch):
 def options(implementation: str) -> dict[str, Any]:
     if implementation != "tpu":
         return {"implementation": implementation}
-    from pallas_kernels.flash_attention.block_sizes import BlockSizes
+    from pallas_kernels.flash_attention.tpu import BlockSizes
 
     # Blocks that divide no length of the cases but one, and of two sizes, so that neither stands for the other.
     blocks = BlockSizes(q=128, kv=256, q_backward=256, kv_backward=128)

@@ -1,4 +1,4 @@
-"""Rows to sample from, shared by the tests. Legend: B rows, V vocabulary, W words of the bitmask."""
+"""Rows to sample from, shared by the tests. Legend: B rows, V vocabulary."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.sampling import Sample, pack_bitmask, reference, sample
+from pallas_kernels.sampling import Sample, reference, sample
 from pallas_kernels.sampling.parameters import prepare
 
 OFF = {"temperature_B": 1.0, "top_k_B": 0, "top_p_B": 1.0, "min_p_B": 0.0}
@@ -16,23 +16,22 @@ xla = jax.jit(partial(sample, implementation="xla"))
 tpu = jax.jit(partial(sample, implementation="tpu", interpret=True))
 
 
-def rows(batch, *, seed=0, allowed=None, **parameters):
+def rows(batch, *, seed=0, **parameters):
     """Keyword arguments of `sample` for `batch` rows; parameters are scalars for all rows or a value a row."""
     rng = np.random.default_rng(seed)
+    seeds_B = rng.integers(0, 2**32, batch, dtype=np.uint32)
     arguments = {
-        "seeds_B": jnp.asarray(rng.integers(0, 2**32, batch, dtype=np.uint32)),
+        "seeds_B2": jnp.asarray(np.stack([seeds_B, seeds_B[::-1]], axis=1)),
         "positions_B": jnp.asarray(rng.integers(0, 32768, batch), jnp.int32),
     }
     for name, off in OFF.items():
         value = parameters.pop(name.removesuffix("_B"), off)
         arguments[name] = jnp.broadcast_to(jnp.asarray(value, _DTYPES.get(name, jnp.float32)), (batch,))
     assert not parameters
-    if allowed is not None:
-        arguments["allowed_BW"] = pack_bitmask(allowed)
     return arguments
 
 
-def mixed_rows(rng, batch, vocab_size, masked):
+def mixed_rows(rng, batch, vocab_size):
     """Every row its own parameters, filters on and off in all combinations."""
 
     def pick(*choices):
@@ -45,15 +44,12 @@ def mixed_rows(rng, batch, vocab_size, masked):
         top_k=pick(0, 0, 1, 5, 50, vocab_size - 1, vocab_size + 3),
         top_p=pick(1, 1, 0.9, 0.5, 0.99, 0.01, 0),
         min_p=pick(0, 0, 0, 0.1, 0.01, 1),
-        allowed=rng.random((batch, vocab_size)) < 0.7 if masked else None,
     )
 
 
 def by_reference(logits_BV, arguments):
     """What `reference.sample` draws for the arguments of `sample`."""
-    arguments = dict(arguments)
-    allowed_BW = arguments.pop("allowed_BW", None)
-    return reference.sample(logits_BV, prepare(logits_BV.shape[1], *arguments.values()), allowed_BW)
+    return reference.sample(logits_BV, prepare(logits_BV.shape[1], **arguments))
 
 
 def assert_same(a: Sample, b: Sample):
@@ -63,11 +59,9 @@ def assert_same(a: Sample, b: Sample):
     np.testing.assert_allclose(a.sampling_log_probs_B, b.sampling_log_probs_B, rtol=1e-6, atol=2e-6)
 
 
-def kept_probabilities(logits_V, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, allowed=None):
+def kept_probabilities(logits_V, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The distribution to draw from, in float64 and with nothing of the implementation: float64 [V]."""
-    x_V = np.asarray(logits_V, np.float64).copy()
-    if allowed is not None:
-        x_V[~allowed] = -np.inf
+    x_V = np.asarray(logits_V, np.float64)
     ranked = np.argsort(-x_V, kind="stable")
     p_V = np.exp((x_V - x_V.max()) / temperature)
     if top_k > 0:

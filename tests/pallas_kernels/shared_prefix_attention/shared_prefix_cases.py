@@ -1,4 +1,4 @@
-"""Decoding steps to test on: problems with ragged lengths in a pool of scattered pages.
+"""Decoding steps to test on: prefix groups with ragged lengths in a pool of scattered pages.
 
 Every place of the pool that holds no token is NaN, and every table entry that names no page is out of range: whoever
 looks there is found out.
@@ -11,17 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.shared_prefix_attention import (
-    PagedTokens,
-    PageTables,
-    Problem,
-    Tiling,
-    check_tables,
-    pack_tables,
-    reference,
-)
+from pallas_kernels.shared_prefix_attention import PageTables, Tiling, reference
 
-Lengths = list[tuple[int, list[int]]]  # of a problem's prefix and its trajectories' suffixes
+Lengths = list[tuple[int, list[int]]]  # of a group's prefix and its sequences' suffixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,36 +37,48 @@ class Shape:
         return self.P * self.prefix_pages + self.B * self.suffix_pages
 
 
-def make_problems(shape: Shape, lengths: Lengths, seed: int = 0) -> list[Problem]:
-    """The problems, on pages drawn at random from the pool."""
+def make_tables(shape: Shape, lengths: Lengths, seed: int = 0) -> PageTables:
+    """Tables of NumPy arrays on pages drawn at random from the pool, rows group after group.
+
+    A group without a prefix takes no row of P. Entries that name no page are out of range.
+    """
     free = np.random.default_rng(seed).permutation(shape.pool_pages).tolist()
+    tables = PageTables(
+        prefix_pages_PM=np.full((shape.P, shape.prefix_pages), 10**9, np.int32),
+        prefix_lengths_P=np.zeros(shape.P, np.int32),
+        group_of_B=np.full(shape.B, -1, np.int32),
+        suffix_pages_BM=np.full((shape.B, shape.suffix_pages), 10**9, np.int32),
+        suffix_lengths_B=np.zeros(shape.B, np.int32),
+    )
 
-    def tokens(length: int) -> PagedTokens:
-        return PagedTokens([free.pop() for _ in range(-(-length // shape.T))], length)
+    def fill(pages_M: np.ndarray, length: int) -> None:
+        needed = -(-length // shape.T)
+        pages_M[:needed] = [free.pop() for _ in range(needed)]
 
-    return [Problem([tokens(n) for n in suffixes], tokens(prefix)) for prefix, suffixes in lengths]
+    row = group = 0
+    for prefix, suffixes in lengths:
+        rows = slice(row, row + len(suffixes))
+        for pages_M, length in zip(tables.suffix_pages_BM[rows], suffixes, strict=True):
+            fill(pages_M, length)
+        tables.suffix_lengths_B[rows] = suffixes
+        if prefix:
+            fill(tables.prefix_pages_PM[group], prefix)
+            tables.prefix_lengths_P[group], tables.group_of_B[rows] = prefix, group
+            group += 1
+        row += len(suffixes)
+    return tables
 
 
-def make_step(shape: Shape, problems: list[Problem], seed: int = 0) -> tuple[jax.Array, jax.Array, PageTables]:
+def make_step(shape: Shape, lengths: Lengths, seed: int = 0) -> tuple[jax.Array, jax.Array, PageTables]:
     """(q_BNH, kv_pages_S2KTW, tables) for `shared_prefix_attention`."""
     rng = np.random.default_rng(seed)
     S, T = shape.pool_pages, shape.T
-    tables = pack_tables(
-        problems,
-        page_size=T,
-        num_pages=S,
-        max_trajectories=shape.B,
-        max_problems=shape.P,
-        max_prefix_pages=shape.prefix_pages,
-        max_suffix_pages=shape.suffix_pages,
-    )
-    check_tables(tables, page_size=T, num_pages=S)
+    tables = make_tables(shape, lengths, seed)
     used_ST = np.zeros((S, T), bool)
     for pages_XM, lengths_X in ((tables[0], tables[1]), (tables[3], tables[4])):
         for pages_M, length in zip(pages_XM, lengths_X, strict=True):
             for i in range(length):
                 used_ST[pages_M[i // T], i % T] = True
-            pages_M[-(-length // T) :] = 10**9
     kv_S2KTW = rng.standard_normal((S, 2, shape.K, T, shape.W)) * (np.arange(shape.W) < shape.H)
     kv_S2KTW = np.where(used_ST[:, None, None, :, None], kv_S2KTW, np.nan)
     q_BNH = 2 * rng.standard_normal((shape.B, shape.N, shape.H))
@@ -85,14 +89,13 @@ _reference = jax.jit(reference.shared_prefix_attention, static_argnames="scale")
 
 
 def check_against_reference(
-    got: tuple[jax.Array, jax.Array], q_BNH: jax.Array, kv_pages_S2KTW: jax.Array, tables: PageTables
+    got_BNH: jax.Array, q_BNH: jax.Array, kv_pages_S2KTW: jax.Array, tables: PageTables
 ) -> None:
-    """Output and log-sum-exp agree with the reference on the very same bits of q and the pool."""
-    want_BNH, want_lse_BN = _reference(
+    """The output agrees with the reference on the very same bits of q and the pool."""
+    want_BNH = _reference(
         q_BNH.astype(jnp.float32), kv_pages_S2KTW.astype(jnp.float32), tables, scale=q_BNH.shape[-1] ** -0.5
     )
-    assert got[0].dtype == q_BNH.dtype and got[1].dtype == jnp.float32
+    assert got_BNH.dtype == q_BNH.dtype
     # bfloat16 keeps 8 bits: of the weights, and of the result; the scores are float32 either way.
     tolerance = 1e-5 if q_BNH.dtype == jnp.float32 else 2e-2
-    np.testing.assert_allclose(got[0].astype(jnp.float32), want_BNH, atol=tolerance, rtol=0)
-    np.testing.assert_allclose(got[1], want_lse_BN, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got_BNH.astype(jnp.float32), want_BNH, atol=tolerance, rtol=0)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.shared_prefix_attention import schedules
-from tests.pallas_kernels.aot import compile_for, every_chip, needs_libtpu
+from tests.pallas_kernels.aot import benchmark_module, compile_for, every_chip, needs_libtpu
 
 pytestmark = needs_libtpu
-SMALL = dict(batch=8, problems=2, prefix=1024, suffix=512, num_pages=512)
+targets = benchmark_module("kernel_targets")
+SMALL = dict(batch=8, groups=2, prefix=1024, suffix=512, num_pages=512)
 
 
 def compile_decode(chip, dtype=jnp.bfloat16, **sizes):
-    f, arguments = schedules.decode(**sizes)
+    f, arguments = targets.decode(**sizes)
     cast = [jax.ShapeDtypeStruct(x.shape, dtype if x.dtype == jnp.bfloat16 else x.dtype) for x in arguments]
     return compile_for(chip, f, *cast), arguments
 
@@ -20,7 +20,7 @@ def compile_decode(chip, dtype=jnp.bfloat16, **sizes):
 @pytest.mark.slow
 @every_chip
 def test_compiles_for_qwen3_8b_with_long_contexts(chip):
-    """8 problems of up to 32k, 128 trajectories of up to 8k; no copy of the pool is made."""
+    """8 prefixes of up to 32k, 128 suffixes of up to 8k; no copy of the pool is made."""
     compiled, (_, pool, *_) = compile_decode(chip)
     assert compiled.as_text().count("shared_prefix_attention_prefix") > 0
     assert compiled.memory_analysis().temp_size_in_bytes < pool.size * pool.dtype.itemsize / 8

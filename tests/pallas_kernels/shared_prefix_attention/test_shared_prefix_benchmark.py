@@ -29,25 +29,25 @@ def benchmark():
 
 
 def test_the_work_list_reads_a_prefix_once(benchmark):
-    """Copies agree with the formula, to the page; a prefix's are the same for 4 trajectories and for 32."""
-    sizes = [benchmark.Sizes(prefix=2048, suffix=1024, trajectories=n) for n in (4, 32)]
+    """Copies agree with the formula, to the page; a prefix's are the same for 4 sequences and for 32."""
+    sizes = [benchmark.Sizes(prefix=2048, suffix=1024, sequences=n) for n in (4, 32)]
     for s in sizes:
         figures = benchmark.read_bytes(s, "v5e")
         assert figures["shared_copied"] == figures["shared_formula"]
         assert figures["per_sequence_copied"] == figures["per_sequence_formula"]
-        assert figures["ratio"] == pytest.approx(3 * s.trajectories / (2 + s.trajectories))
+        assert figures["ratio"] == pytest.approx(3 * s.sequences / (2 + s.sequences))
     ways = [benchmark.walk_step(s, "v5e", shared=True)[0] for s in sizes]
     assert ways[0].copies == ways[1].copies == 8 * 32
-    assert [dict(way.chunks) for way in ways] == [{0: 8 * 4}, {2: 8 * 4}], "bodies for 4 and for 32 trajectories"
+    assert [dict(way.chunks) for way in ways] == [{0: 8 * 4}, {2: 8 * 4}], "bodies for 4 and for 32 sequences"
 
 
 def test_a_partly_filled_page_is_copied_whole(benchmark):
-    s = benchmark.Sizes(problems=1, trajectories=2, prefix=64, suffix=65)
+    s = benchmark.Sizes(groups=1, sequences=2, prefix=64, suffix=65)
     assert benchmark.read_bytes(s, "v5e")["shared_copied"] == (1 + 2 * 2) * 64 * s.token_bytes
 
 
 def test_estimates_add_up(benchmark):
-    s = benchmark.Sizes(problems=2, trajectories=4, prefix=1024, suffix=512)
+    s = benchmark.Sizes(groups=2, sequences=4, prefix=1024, suffix=512)
     figures = benchmark.estimate(s, "v5e", [1000, 2000, 3000, 4000], 500)
     assert figures["shared_bundles"] == 2 * 2 * 1000 + 8 * 500
     assert figures["per_sequence_bundles"] == 8 * 3 * 500

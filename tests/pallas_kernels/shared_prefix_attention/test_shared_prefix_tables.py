@@ -1,4 +1,4 @@
-"""The host's side: tables from a plain description, and errors that name the entry at fault."""
+"""How a step's work is laid out for the kernel, and errors that name the argument at fault."""
 
 import functools
 
@@ -6,20 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shared_prefix_cases import Shape, make_problems, make_step
+from shared_prefix_cases import Shape, make_step
 
 from pallas_kernels.checks import ArgumentError
-from pallas_kernels.shared_prefix_attention import (
-    PagedTokens,
-    PageTables,
-    Problem,
-    Tiling,
-    check_tables,
-    pack_tables,
-    shared_prefix_attention,
-)
-from pallas_kernels.shared_prefix_attention.grouping import group_trajectories
-from pallas_kernels.shared_prefix_attention.worklist import (
+from pallas_kernels.shared_prefix_attention import PageTables, Tiling, shared_prefix_attention
+from pallas_kernels.shared_prefix_attention.tables import make_subgroups
+from pallas_kernels.shared_prefix_attention.tpu import (
     from_tiles,
     num_tiles,
     prefix_work,
@@ -28,78 +20,11 @@ from pallas_kernels.shared_prefix_attention.worklist import (
     to_tiles,
 )
 
-SIZES = dict(page_size=16, num_pages=30, max_trajectories=4, max_problems=2, max_prefix_pages=3, max_suffix_pages=2)
-GOOD = [
-    Problem([PagedTokens([4], 5), PagedTokens([5, 6], 32)], prefix=PagedTokens([7, 8, 9], 40)),
-    Problem([PagedTokens([1], 1)]),
-]
-
-
-def test_pack_tables_lays_out_rows_in_order():
-    tables = pack_tables(GOOD, **SIZES)
-    np.testing.assert_array_equal(tables.prefix_pages_PM, [[7, 8, 9], [0, 0, 0]])
-    np.testing.assert_array_equal(tables.prefix_lengths_P, [40, 0])
-    np.testing.assert_array_equal(tables.problem_of_B, [0, 0, -1, -1])
-    np.testing.assert_array_equal(tables.suffix_pages_BM, [[4, 0], [5, 6], [1, 0], [0, 0]])
-    np.testing.assert_array_equal(tables.suffix_lengths_B, [5, 32, 1, 0])
-    check_tables(tables, page_size=16, num_pages=30)
-
-
-@pytest.mark.parametrize(
-    "problem, message",
-    [
-        (
-            Problem([PagedTokens([30], 1)]),
-            r"problems\[1\]\.trajectories\[0\]\.pages\[0\] is 30; the pool has pages 0 to 29",
-        ),
-        (Problem([PagedTokens([1, -1], 17)]), r"problems\[1\]\.trajectories\[0\]\.pages\[1\] is -1"),
-        (Problem([PagedTokens([1], 17)]), r"has 1 pages of 16; its length 17 needs 2"),
-        (Problem([PagedTokens([1, 2, 3], 33)]), r"needs 3 pages; a row of its table holds 2"),
-        (Problem([PagedTokens([1], 1)], PagedTokens([1], -1)), r"problems\[1\]\.prefix\.length is -1"),
-        (Problem([PagedTokens()] * 3), "5 trajectories; at most max_trajectories=4"),
-    ],
-)
-def test_pack_tables_names_what_does_not_fit(problem, message):
-    with pytest.raises(ArgumentError, match=message):
-        pack_tables([GOOD[0], problem], **SIZES)
-
-
-def test_pack_tables_counts_only_problems_with_a_prefix():
-    unshared = Problem([PagedTokens([1], 1)])
-    pack_tables([unshared, unshared, unshared, unshared], **SIZES)
-    shared = Problem([], prefix=PagedTokens([2], 1))
-    with pytest.raises(ArgumentError, match="3 problems have a prefix; at most max_problems=2"):
-        pack_tables([shared, shared, shared], **SIZES)
-
-
-@pytest.mark.parametrize(
-    "field, index, value, message",
-    [
-        ("prefix_pages_PM", (0, 2), 30, r"prefix_pages_PM\[0, 2\] is 30; the pool has pages 0 to 29"),
-        ("suffix_pages_BM", (1, 0), -2, r"suffix_pages_BM\[1, 0\] is -2"),
-        ("prefix_lengths_P", 1, 49, r"prefix_lengths_P\[1\] is 49; a row of 3 pages holds 0 to 48 tokens"),
-        ("suffix_lengths_B", 3, -1, r"suffix_lengths_B\[3\] is -1"),
-        ("problem_of_B", 2, 2, r"problem_of_B\[2\] is 2; give a problem from 0 to 1, or -1"),
-    ],
-)
-def test_check_tables_names_the_bad_entry(field, index, value, message):
-    tables = pack_tables(GOOD, **SIZES)
-    getattr(tables, field)[index] = value
-    with pytest.raises(ArgumentError, match=message):
-        check_tables(tables, page_size=16, num_pages=30)
-
-
-def test_check_tables_ignores_entries_past_the_length():
-    tables = pack_tables(GOOD, **SIZES)
-    tables.suffix_pages_BM[0, 1] = 10**9
-    check_tables(tables, page_size=16, num_pages=30)
-
-
 SHAPE = Shape(B=3, P=1, prefix_pages=1, suffix_pages=1)
 
 
 def arguments(**changes):
-    q_BNH, kv, tables = make_step(SHAPE, make_problems(SHAPE, [(3, [1, 2])]))
+    q_BNH, kv, tables = make_step(SHAPE, [(3, [1, 2])])
     values = {"q_BNH": q_BNH, "kv": kv, "implementation": "xla", "interpret": False, **tables._asdict(), **changes}
     tables = PageTables(*(values.pop(name) for name in PageTables._fields))
     return (values.pop("q_BNH"), values.pop("kv"), tables), values
@@ -125,7 +50,7 @@ def arguments(**changes):
         ),
         ({"kv": jnp.zeros((4, 2, 2, 24, 128))}, "the page size, kv_pages_S2KTW.shape.*is 24; choose one of 16"),
         ({"tiling": Tiling(128, 128, 1, 1)}, r"tiling is Tiling\(.*for implementation='tpu' only"),
-        ({"problem_of_B": jnp.zeros(4, jnp.int32)}, r"tables.problem_of_B has shape \(4,\)"),
+        ({"group_of_B": jnp.zeros(4, jnp.int32)}, r"tables.group_of_B has shape \(4,\)"),
         ({"suffix_lengths_B": jnp.zeros(3)}, "tables.suffix_lengths_B is float32; cast it to one of int32"),
         ({"suffix_pages_BM": jnp.zeros((3, 0), jnp.int32)}, "tables.suffix_pages_BM has shape .*at least 1"),
         (
@@ -145,72 +70,71 @@ def test_a_batch_too_large_for_vector_memory_is_refused():
     kv = jax.ShapeDtypeStruct((16, 2, 8, 256, 128), jnp.bfloat16)
     shapes = (1, 1), (1,), (8192,), (8192, 1), (8192,)
     tables = PageTables(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    with pytest.raises(ArgumentError, match="MiB of vector memory and v5e has 128; decode fewer trajectories"):
+    with pytest.raises(ArgumentError, match="MiB of vector memory and v5e has 128; decode fewer sequences"):
         jax.eval_shape(lambda *x: shared_prefix_attention(*x, implementation="tpu"), q_BNH, kv, tables)
 
 
-def test_groups_hold_at_most_64_of_one_problem():
-    problem_of_B = np.array([2] * 70 + [-1, 0, 9] + [2] * 60 + [0])
-    groups = group_trajectories(jnp.asarray(problem_of_B), 3)
+def test_subgroups_hold_at_most_64_of_one_group():
+    group_of_B = np.array([2] * 70 + [-1, 0, 9] + [2] * 60 + [0])
+    subgroups = make_subgroups(jnp.asarray(group_of_B), 3)
     who = {}
-    for b, (group, member) in enumerate(zip(groups.group_of_B.tolist(), groups.member_of_B.tolist(), strict=True)):
-        if group < len(groups.count_G):
-            assert who.setdefault((group, member), b) == b, "two trajectories in one place"
-            assert groups.problem_of_G[group] == problem_of_B[b] and member < groups.count_G[group]
+    places = zip(subgroups.subgroup_of_B.tolist(), subgroups.member_of_B.tolist(), strict=True)
+    for b, (subgroup, member) in enumerate(places):
+        if subgroup < len(subgroups.count_G):
+            assert who.setdefault((subgroup, member), b) == b, "two sequences in one place"
+            assert subgroups.group_of_G[subgroup] == group_of_B[b] and member < subgroups.count_G[subgroup]
         else:
-            assert problem_of_B[b] in (-1, 9)
-    assert len(who) == np.isin(problem_of_B, [0, 1, 2]).sum() == groups.count_G.sum()
-    assert groups.count_G.tolist() == [2, 64, 64, 2, 0]
+            assert group_of_B[b] in (-1, 9)
+    assert len(who) == np.isin(group_of_B, [0, 1, 2]).sum() == subgroups.count_G.sum()
+    assert subgroups.count_G.tolist() == [2, 64, 64, 2, 0]
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 4, 8])
 def test_queries_come_back_from_their_tiles(repeats):
-    problem_of_B = jnp.array([1, -1, 0, 1, 1, 0, 1, 1])
-    tables = PageTables(
-        jnp.zeros((2, 2), jnp.int32), jnp.array([16, 20]), problem_of_B, jnp.zeros((8, 1)), jnp.zeros(8)
-    )
+    group_of_B = jnp.array([1, -1, 0, 1, 1, 0, 1, 1])
+    tables = PageTables(jnp.zeros((2, 2), jnp.int32), jnp.array([16, 20]), group_of_B, jnp.zeros((8, 1)), jnp.zeros(8))
     q_BKRH = jax.random.normal(jax.random.key(0), (8, 2, repeats, 4))
 
     @jax.jit
     def there_and_back(q_BKRH, tables):
-        groups = group_trajectories(tables.problem_of_B, 2)
-        work, row_B = prefix_work(tables, groups, repeats, page_size=16, block=16)
-        q_LKXH = to_tiles(q_BKRH, row_B, num_tiles(8, groups.count_G.shape[0], repeats))
+        subgroups = make_subgroups(tables.group_of_B, 2)
+        work, row_B = prefix_work(tables, subgroups, repeats, page_size=16, block=16)
+        q_LKXH = to_tiles(q_BKRH, row_B, num_tiles(8, subgroups.count_G.shape[0], repeats))
         return work, q_LKXH, from_tiles(q_LKXH, row_B, repeats)
 
     work, q_LKXH, back_BKRH = there_and_back(q_BKRH, tables)
-    has_problem_B = np.array(problem_of_B) >= 0
-    np.testing.assert_array_equal(back_BKRH[has_problem_B], q_BKRH[has_problem_B])
-    assert jnp.count_nonzero(q_LKXH) == q_BKRH[has_problem_B].size
+    has_group_B = np.array(group_of_B) >= 0
+    np.testing.assert_array_equal(back_BKRH[has_group_B], q_BKRH[has_group_B])
+    assert jnp.count_nonzero(q_LKXH) == q_BKRH[has_group_B].size
     assert (work.steps_1[0], work.lengths_J.tolist(), work.rows_J.tolist()) == (3, [16, 20], [0, 1])
 
 
 def test_work_lists_leave_out_what_is_empty():
-    lengths_B, problem_of_B = jnp.array([0, 5, 0, 33, -4, 99]), jnp.array([0, 1, 1, 1, 3, 3])
-    tables = PageTables(jnp.zeros((4, 3)), jnp.array([0, 40, 7, 48]), problem_of_B, jnp.zeros((6, 3)), lengths_B)
+    lengths_B, group_of_B = jnp.array([0, 5, 0, 33, -4, 99]), jnp.array([0, 1, 1, 1, 3, 3])
+    tables = PageTables(jnp.zeros((4, 3)), jnp.array([0, 40, 7, 48]), group_of_B, jnp.zeros((6, 3)), lengths_B)
     work = jax.jit(lambda tables: suffix_work(tables, page_size=16, block=32))(tables)
     assert work.steps_1.tolist() == [1 + 2 + 2]
     assert work.rows_J.tolist()[:3] == work.tiles_J.tolist()[:3] == [1, 3, 5]
     assert work.lengths_J.tolist() == [5, 33, 48, 0, 0, 0]
-    groups = group_trajectories(problem_of_B, 4)
-    work, _ = jax.jit(lambda *x: prefix_work(*x, repeats=4, page_size=16, block=32))(tables, groups)
+    subgroups = make_subgroups(group_of_B, 4)
+    work, _ = jax.jit(lambda *x: prefix_work(*x, repeats=4, page_size=16, block=32))(tables, subgroups)
     assert work.steps_1.tolist() == [2 + 2]
-    assert work.rows_J.tolist()[:2] == [1, 3], "problem 0 has no prefix, problem 2 no trajectories"
+    assert work.rows_J.tolist()[:2] == [1, 3], "group 0 has no prefix, group 2 no sequences"
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 4, 8])
 def test_bodies_stay_inside_the_tiles(repeats):
-    """The body that holds a group's rows may run past them, never past the tiles: in full batches too."""
-    work_of = jax.jit(lambda tables, groups: prefix_work(tables, groups, repeats, page_size=16, block=16)[0])
+    """The body that holds a subgroup's rows may run past them, never past the tiles: in full batches too."""
+    work_of = jax.jit(lambda tables, subgroups: prefix_work(tables, subgroups, repeats, page_size=16, block=16)[0])
     for first in (0, 1, 4, 5, 16, 17, 32, 33, 50, 64, 69, 70):
-        problem_of_B = jnp.where(jnp.arange(70) < first, 0, 1)
-        tables = PageTables(jnp.zeros((2, 1)), jnp.array([3, 5]), problem_of_B, jnp.zeros((70, 1)), jnp.zeros(70))
-        groups = group_trajectories(problem_of_B, 2)
-        work = work_of(tables, groups)
+        group_of_B = jnp.where(jnp.arange(70) < first, 0, 1)
+        tables = PageTables(jnp.zeros((2, 1)), jnp.array([3, 5]), group_of_B, jnp.zeros((70, 1)), jnp.zeros(70))
+        subgroups = make_subgroups(group_of_B, 2)
+        work = work_of(tables, subgroups)
         used = int(work.steps_1[0])  # items of one step each
-        counts = [int(n) for n in groups.count_G if n]
+        counts = [int(n) for n in subgroups.count_G if n]
         ends = work.tiles_J[:used] + jnp.array(row_counts(repeats))[work.buckets_J[:used]]
-        assert ends.max() <= num_tiles(70, len(groups.count_G), repeats)
+        assert ends.max() <= num_tiles(70, len(subgroups.count_G), repeats)
         needed = np.ceil(np.array(counts) * repeats / 16)
         assert used == len(counts) and (ends - work.tiles_J[:used] >= needed).all()
         assert (np.diff(work.tiles_J[:used]) == needed[:-1]).all()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from shared_prefix_cases import Shape, check_against_reference, make_problems, make_step
+from shared_prefix_cases import Shape, check_against_reference, make_step
 
 from pallas_kernels.shared_prefix_attention import PageTables, Tiling, shared_prefix_attention
 
@@ -18,9 +18,7 @@ INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 def compiled(shape: Shape, implementation: str):
     """A jitted step; the TPU kernel is interpreted with memory that is NaN until it is written."""
     options = {} if implementation == "xla" else {"tiling": shape.tiling, "interpret": INTERPRET}
-    return jax.jit(
-        functools.partial(shared_prefix_attention, implementation=implementation, return_lse=True, **options)
-    )
+    return jax.jit(functools.partial(shared_prefix_attention, implementation=implementation, **options))
 
 
 def run(f, *arguments):
@@ -51,7 +49,7 @@ SHAPES = {
         Shape(B=12, P=5, N=16, K=4, dtype=jnp.bfloat16, tiling=Tiling(128, 128, 2, 2)),
         RAGGED,
     ),
-    "groups of 64, 6, 16, 3 and 1": (Shape(B=92, P=5, K=1, N=4, prefix_pages=10, suffix_pages=3), MANY),
+    "subgroups of 64, 6, 16, 3 and 1": (Shape(B=92, P=5, K=1, N=4, prefix_pages=10, suffix_pages=3), MANY),
 }
 
 
@@ -59,7 +57,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_matches_the_reference(name, implementation):
     shape, lengths = SHAPES[name]
-    step = make_step(shape, make_problems(shape, lengths))
+    step = make_step(shape, lengths)
     check_against_reference(run(compiled(shape, implementation), *step), *step)
 
 
@@ -80,72 +78,70 @@ def test_only_shapes_are_compiled_in(implementation):
         [(0, [32]), (0, [1]), (0, [7])],
     ]
     for seed, lengths in enumerate(batches):
-        arguments = make_step(SMALL, make_problems(SMALL, lengths, seed), seed)
+        arguments = make_step(SMALL, lengths, seed)
         check_against_reference(run(step, *arguments), *arguments)
     assert step._cache_size() == 1
 
 
 @BOTH
 def test_unused_rows_give_zeros(implementation):
-    q_BNH, kv, tables = make_step(SMALL, make_problems(SMALL, SMALL_LENGTHS))
+    q_BNH, kv, tables = make_step(SMALL, SMALL_LENGTHS)
     q_BNH = q_BNH.at[5].set(jnp.nan)
-    out_BNH, lse_BN = run(compiled(SMALL, implementation), q_BNH, kv, tables)
-    assert (out_BNH[5] == 0).all() and (lse_BN[5] == -jnp.inf).all()
-    assert jnp.isfinite(out_BNH).all() and jnp.isfinite(lse_BN[:5]).all()
+    out_BNH = run(compiled(SMALL, implementation), q_BNH, kv, tables)
+    assert (out_BNH[5] == 0).all() and jnp.isfinite(out_BNH).all()
 
 
 @BOTH
 def test_rows_may_come_in_any_order(implementation):
-    """Trajectories of a problem need not be neighbours, nor problems in order; the result follows the rows."""
+    """Sequences of a group need not be neighbours, nor groups in order; the result follows the rows."""
     step = compiled(SMALL, implementation)
-    q_BNH, kv, tables = make_step(SMALL, make_problems(SMALL, SMALL_LENGTHS))
-    out_BNH, lse_BN = run(step, q_BNH, kv, tables)
+    q_BNH, kv, tables = make_step(SMALL, SMALL_LENGTHS)
+    out_BNH = run(step, q_BNH, kv, tables)
     order_B = np.array([4, 2, 5, 3, 0, 1])
     shuffled = PageTables(
         tables.prefix_pages_PM[::-1],
         tables.prefix_lengths_P[::-1],
-        jnp.where(tables.problem_of_B < 0, -1, 1 - tables.problem_of_B)[order_B],
+        jnp.where(tables.group_of_B < 0, -1, 1 - tables.group_of_B)[order_B],
         tables.suffix_pages_BM[order_B],
         tables.suffix_lengths_B[order_B],
     )
-    shuffled_BNH, shuffled_lse_BN = run(step, q_BNH[order_B], kv, shuffled)
+    shuffled_BNH = run(step, q_BNH[order_B], kv, shuffled)
     np.testing.assert_allclose(shuffled_BNH, out_BNH[order_B], atol=1e-6, rtol=0)
-    np.testing.assert_allclose(shuffled_lse_BN, lse_BN[order_B], atol=1e-6, rtol=0)
 
 
 @BOTH
-def test_trajectories_do_not_disturb_one_another(implementation):
-    """A step of the whole batch equals steps of one trajectory each, and equals itself, bit by bit."""
+def test_sequences_do_not_disturb_one_another(implementation):
+    """A step of the whole batch equals steps of one sequence each, and equals itself, bit by bit."""
     step = compiled(SMALL, implementation)
-    q_BNH, kv, tables = make_step(SMALL, make_problems(SMALL, SMALL_LENGTHS))
-    out_BNH, lse_BN = run(step, q_BNH, kv, tables)
-    again_BNH, again_lse_BN = run(step, q_BNH, kv, tables)
-    assert (out_BNH == again_BNH).all() and (lse_BN == again_lse_BN).all()
+    q_BNH, kv, tables = make_step(SMALL, SMALL_LENGTHS)
+    out_BNH = run(step, q_BNH, kv, tables)
+    again_BNH = run(step, q_BNH, kv, tables)
+    assert (out_BNH == again_BNH).all()
     for b in (1, 3):
         alone_B = jnp.arange(SMALL.B) == b
         alone = tables._replace(
-            problem_of_B=jnp.where(alone_B, tables.problem_of_B, -1),
+            group_of_B=jnp.where(alone_B, tables.group_of_B, -1),
             suffix_lengths_B=jnp.where(alone_B, tables.suffix_lengths_B, 0),
         )
-        alone_BNH, _ = run(step, q_BNH, kv, alone)
+        alone_BNH = run(step, q_BNH, kv, alone)
         np.testing.assert_allclose(alone_BNH[b], out_BNH[b], atol=1e-6, rtol=0)
 
 
 @BOTH
 def test_bad_tables_stay_inside_the_pool(implementation):
-    """Wild page numbers, lengths and problems are clamped: no access outside (the interpreter would raise), and the
-    trajectories whose own entries are good get what they should."""
+    """Wild page numbers, lengths and groups are clamped: no access outside (the interpreter would raise), and the
+    sequences whose own entries are good get what they should."""
     step = compiled(SMALL, implementation)
-    q_BNH, kv, tables = make_step(SMALL, make_problems(SMALL, SMALL_LENGTHS))
+    q_BNH, kv, tables = make_step(SMALL, SMALL_LENGTHS)
     kv = jnp.nan_to_num(kv)
-    out_BNH, _ = run(step, q_BNH, kv, tables)
+    out_BNH = run(step, q_BNH, kv, tables)
     wild = tables._replace(
         prefix_lengths_P=tables.prefix_lengths_P.at[1].set(10**8),
-        problem_of_B=tables.problem_of_B.at[0].set(7),
+        group_of_B=tables.group_of_B.at[0].set(7),
         suffix_pages_BM=tables.suffix_pages_BM.at[0].set(jnp.array([-5, 10**6])).at[5].set(-1),
         suffix_lengths_B=tables.suffix_lengths_B.at[0].set(32).at[5].set(10**9),
     )
-    wild_BNH, _ = run(step, q_BNH, kv, wild)
+    wild_BNH = run(step, q_BNH, kv, wild)
     np.testing.assert_allclose(wild_BNH[1:3], out_BNH[1:3], atol=1e-6, rtol=0)
     assert jnp.isfinite(wild_BNH).all()
 
@@ -153,7 +149,7 @@ def test_bad_tables_stay_inside_the_pool(implementation):
 def test_no_data_races():
     """The copies into a buffer, and its readers and the clearing of its end, are in order; so on two cores too."""
     shape = Shape(B=4, P=2, K=2, N=2, H=8, prefix_pages=25, suffix_pages=2, tiling=Tiling(128, 128, 2, 1))
-    step = make_step(shape, make_problems(shape, [(400, [0, 17]), (20, [1])]))
+    step = make_step(shape, [(400, [0, 17]), (20, [1])])
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     f = functools.partial(shared_prefix_attention, implementation="tpu", tiling=shape.tiling, interpret=interpret)
     out_BNH = run(jax.jit(f), *step)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels import schedule
 from pallas_kernels.checks import ArgumentError
-from tests.pallas_kernels.aot import needs_libtpu
+from tests.pallas_kernels.aot import benchmark_module, needs_libtpu
 
+schedule = benchmark_module("kernel_schedule")
 SIZE, STEPS = 512, 4
-TARGET = "tests.pallas_kernels.test_schedule:product"
+TARGET = "tests.pallas_kernels.test_kernel_schedule:product"
 
 
 def product(steps=STEPS, size=SIZE):
@@ -63,15 +63,15 @@ def test_a_product_fills_the_matrix_unit(chip):
 @needs_libtpu
 def test_what_does_not_compile_is_said_with_the_compilers_words():
     with pytest.raises(ArgumentError, match=r"broken does not compile for v5e:\n.*"):
-        schedule.compile_target("tests.pallas_kernels.test_schedule:broken", "v5e")
+        schedule.compile_target("tests.pallas_kernels.test_kernel_schedule:broken", "v5e")
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["no_such_module:f"], "No module named"),
-        (["pallas_kernels.schedule:missing"], "has no attribute"),
-        (["pallas_kernels.schedule"], "module:function"),
+        (["kernel_schedule:missing"], "has no attribute"),
+        (["kernel_schedule"], "module:function"),
         ([TARGET, "--chip", "v3"], "choose one of v5e"),
     ],
 )

@@ -12,23 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
+from pallas_kernels import chips
 from pallas_kernels.checks import ArgumentError
-from pallas_kernels.linear_cross_entropy import Layout, linear_cross_entropy, linear_cross_entropy_sum
+from stepjax.config import MeshConfig
+from stepjax.sharding import make_mesh, spec
+from stepjax.training.linear_cross_entropy import token_loss_sum, token_scores
 from tests.pallas_kernels.aot import compile_for, every_chip, needs_libtpu
 
 B, T, D, V = 4, 6, 16, 48
-ALL = Layout(rows=("a", "b"), length=("c",), width=("b",), vocab=("d",))
 MESHES = {
-    "one device": ((1, 1, 1, 1), ALL),
-    "rows": ((2, 2, 1, 1), ALL),
-    "rows, both gathered": ((2, 2, 1, 1), Layout(rows=("a", "b"), width=("a", "b"))),
-    "length": ((1, 2, 2, 1), ALL),
-    "vocab": ((1, 1, 1, 4), ALL),
-    "all": ((1, 2, 2, 2), ALL),
-    "vocab over two axes": ((1, 1, 2, 2), Layout(rows=("a",), vocab=("c", "d"))),
+    "one device": {},
+    "data": {"data": 2},
+    "data and fsdp": {"data": 2, "fsdp": 2},
+    "fsdp and context": {"fsdp": 2, "context": 2},
+    "tensor": {"tensor": 4},
+    "all but data": {"fsdp": 2, "context": 2, "tensor": 2},
 }
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    config = MeshConfig(**{"fsdp": 1} | sizes)
+    return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 
 def weighted(log_probs, log_normalizers, weights):
@@ -37,52 +43,52 @@ def weighted(log_probs, log_normalizers, weights):
 
 def case() -> tuple[Any, ...]:
     rng = np.random.default_rng(0)
-    hidden_BTD, kernel_DV, weights_BT = (
+    hidden_BTD, head_DV, weights_BT = (
         rng.normal(size=shape).astype(np.float32) for shape in ((B, T, D), (D, V), (B, T))
     )
-    return hidden_BTD, kernel_DV, rng.integers(0, V, size=(B, T)).astype(np.int32), weights_BT
+    return hidden_BTD, head_DV, rng.integers(0, V, size=(B, T)).astype(np.int32), weights_BT
 
 
-def by_sum(hidden_BTD, kernel_DV, targets_BT, weights_BT, *, chunk: int, layout: Layout | None):
-    args = hidden_BTD, kernel_DV, targets_BT, weights_BT
-    return linear_cross_entropy_sum(weighted, *args, chunk=chunk, layout=layout)
+def by_sum(hidden_BTD, head_DV, targets_BT, weights_BT, *, chunk: int):
+    args = hidden_BTD, head_DV, targets_BT, weights_BT
+    return token_loss_sum(weighted, *args, chunk=chunk)
 
 
-def by_scores(hidden_BTD, kernel_DV, targets_BT, weights_BT, *, chunk: int, layout: Layout | None):
-    scores = linear_cross_entropy(hidden_BTD, kernel_DV, targets_BT, chunk=chunk, layout=layout)
+def by_scores(hidden_BTD, head_DV, targets_BT, weights_BT, *, chunk: int):
+    scores = token_scores(hidden_BTD, head_DV, targets_BT, chunk=chunk)
     return jnp.sum(weighted(scores.log_probs_BT, scores.log_normalizers_BT, weights_BT)), scores
 
 
-def step(form: Callable[..., Any], chunk: int, layout: Layout | None) -> Callable[..., Any]:
+def step(form: Callable[..., Any], chunk: int) -> Callable[..., Any]:
     """Loss, scores, and gradients by hidden states and kernel."""
-    loss = lambda *args: form(*args, chunk=chunk, layout=layout)  # noqa: E731
+    loss = lambda *args: form(*args, chunk=chunk)  # noqa: E731
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
 
-def compiled_for(mesh: jax.sharding.Mesh, layout: Layout, form: Callable[..., Any], chunk: int, args: Any) -> Any:
-    specs = layout.hidden_spec, layout.kernel_spec, layout.token_spec, layout.token_spec
-    shardings = [NamedSharding(mesh, spec) for spec in specs]
+def compiled_for(mesh: jax.sharding.Mesh, form: Callable[..., Any], chunk: int, args: Any) -> Any:
+    tokens = spec("batch", "length")
+    specs = spec("batch", "length", None), spec("embed", "vocab"), tokens, tokens
+    shardings = [NamedSharding(mesh, s) for s in specs]
     with jax.set_mesh(mesh):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(args, shardings, strict=True)]
         out_shardings = (None, tuple(shardings[:2]))
-        compiled = jax.jit(step(form, chunk, layout), out_shardings=out_shardings).lower(*shapes).compile()
+        compiled = jax.jit(step(form, chunk), out_shardings=out_shardings).lower(*shapes).compile()
     return compiled, shardings
 
 
-def mesh_of(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
-    devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
-    return jax.sharding.Mesh(devices, ("a", "b", "c", "d"), axis_types=(AxisType.Auto,) * 4)
+@pytest.fixture(scope="module")
+def expected():
+    """On one device, of each form."""
+    return {form: jax.jit(step(form, 5))(*case()) for form in (by_sum, by_scores)}
 
 
 @pytest.mark.parametrize("form", [by_sum, by_scores])
-@pytest.mark.parametrize("name", MESHES)
-def test_every_layout_gives_the_numbers_of_one_device(name, form):
-    sizes, layout = MESHES[name]
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_every_mesh_gives_the_numbers_of_one_device(sizes, form, expected):
     args = case()
-    expected = jax.jit(step(form, 5, None))(*args)
-    compiled, shardings = compiled_for(mesh_of(sizes), layout, form, 5, args)
+    compiled, shardings = compiled_for(mesh_of(**sizes), form, 5, args)
     actual = compiled(*[jax.device_put(x, s) for x, s in zip(args, shardings, strict=True)])
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected[form]), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5 * np.abs(e).max())
 
 
@@ -101,10 +107,9 @@ def collectives(compiled: Any) -> list[tuple[str, str, bool]]:
 
 
 @pytest.mark.parametrize("form", [by_sum, by_scores])
-def test_kernel_is_gathered_once_a_pass_and_its_gradient_exchanged_once(form):
+def test_head_is_gathered_once_a_pass_and_its_gradient_exchanged_once(form):
     """And nothing else of size: in the loop over chunks, a few numbers a token where the vocabulary is spread."""
-    sizes, layout = MESHES["all"]
-    compiled, _ = compiled_for(mesh_of(sizes), layout, form, 4, case())
+    compiled, _ = compiled_for(mesh_of(**MESHES["all but data"]), form, 4, case())
     found = collectives(compiled)
     in_loop = [shape for _, shape, looped in found if looped]
     assert in_loop and all(re.fullmatch(r"f32\[(2,)?3\]", shape) for shape in in_loop), found  # 6 tokens, two chunks
@@ -117,23 +122,14 @@ def test_kernel_is_gathered_once_a_pass_and_its_gradient_exchanged_once(form):
 
 
 def test_rows_alone_take_no_more_than_sums():
-    compiled, _ = compiled_for(mesh_of((4, 1, 1, 1)), Layout(rows=("a",)), by_sum, 4, case())
+    compiled, _ = compiled_for(mesh_of(data=4), by_sum, 4, case())
     assert {operation for operation, _, _ in collectives(compiled)} == {"all-reduce"}
 
 
-@pytest.mark.parametrize(
-    "layout, message",
-    [
-        (Layout(rows=("a", "b", "d")), r"layout.rows is \('a', 'b', 'd'\), 8 devices, and does not divide 4"),
-        (Layout(rows=("a",), width=("b",)), r"layout.width is \('b',\); it must be among the axes of the tokens"),
-        (Layout(rows=("a",), vocab=("a",)), r"layout.vocab is \('a',\)"),
-        (Layout(rows=("data",)), r"layout.rows is \('data',\); the mesh in scope has axes \('a', 'b', 'c', 'd'\)"),
-    ],
-)
-def test_layout_that_does_not_fit_is_refused(layout, message):
-    hidden_BTD, kernel_DV, targets_BT, _ = case()
-    with jax.set_mesh(mesh_of((2, 2, 1, 2))), pytest.raises(ArgumentError, match=message):
-        linear_cross_entropy(hidden_BTD, kernel_DV, targets_BT, layout=layout)
+def test_sizes_that_do_not_divide_over_the_mesh_are_refused():
+    hidden_BTD, head_DV, targets_BT, _ = case()
+    with jax.set_mesh(mesh_of(data=8)), pytest.raises(ArgumentError, match="'batch' over 8 devices.* divide 4"):
+        token_scores(hidden_BTD, head_DV, targets_BT, chunk=4)
 
 
 # TPU -----------------------------------------------------------------------------------------------------------------
@@ -146,7 +142,8 @@ def compiled_for_tpu(chip: str, tokens: int, width: int, vocab: int, chunk: int)
         jax.ShapeDtypeStruct((1, tokens), jnp.int32),
         jax.ShapeDtypeStruct((1, tokens), jnp.float32),
     )
-    return compile_for(chip, step(by_sum, chunk, None), *args)
+    mesh = make_mesh(MeshConfig(fsdp=1), list(chips.compile_only_mesh(chip).devices.flat))
+    return compile_for(chip, step(by_sum, chunk), *args, mesh=mesh)
 
 
 def largest_array(compiled: Any) -> int:

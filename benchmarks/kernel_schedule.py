@@ -1,6 +1,6 @@
 """Read the static schedule of a TPU kernel on a machine without a TPU.
 
-    python -m pallas_kernels.schedule pallas_kernels.flash_attention.schedules:forward --chip v6e length=4096
+    python benchmarks/kernel_schedule.py kernel_targets:flash_forward --chip v6e length=4096
 
 A TPU core issues one bundle (a very long instruction word) a cycle, in order, and the compiler decides at compile time
 which operations share a bundle. So the compiled program itself says most of what a kernel will cost. This module
@@ -35,7 +35,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from pallas_kernels.checks import ArgumentError, check
+from pallas_kernels.chips import CHIPS, compile_only_mesh
 
 _LABELS = "(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization|post-delay-converter)"
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
@@ -97,8 +100,6 @@ class Schedule:
 
 def ceiling(chip: str) -> float:
     """The chip's peak bfloat16 floating-point operations a bundle: TFLOP/s of a core over its clock."""
-    from pallas_kernels.chips import CHIPS
-
     return CHIPS[chip].bf16_tflops * 1e3 / CHIPS[chip].clock_ghz
 
 
@@ -226,8 +227,6 @@ def compile_target(target: str, chip: str, arguments: Mapping[str, Any] | None =
     Raises:
       ArgumentError: the target cannot be found, or it does not compile (with the compiler's message).
     """
-    from pallas_kernels.chips import CHIPS
-
     check(chip in CHIPS, f"chip is {chip!r}; choose one of {', '.join(CHIPS)}")
     check(target.count(":") == 1, f"target is {target!r}; write it as module:function")
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +239,7 @@ def compile_target(target: str, chip: str, arguments: Mapping[str, Any] | None =
             "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }
-        command = [sys.executable, "-m", "pallas_kernels.schedule", "--compile-only", target, "--chip", chip]
+        command = [sys.executable, __file__, "--compile-only", target, "--chip", chip]
         command += [f"{name}={json.dumps(value)}" for name, value in (arguments or {}).items()]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
@@ -255,10 +254,6 @@ def _last_error(text: str) -> str:
 
 
 def _compile_here(target: str, chip: str, arguments: Mapping[str, Any]) -> None:
-    import jax
-
-    from pallas_kernels.chips import compile_only_mesh
-
     mesh = compile_only_mesh(chip)
     f, args = find(target)(**arguments)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -278,8 +273,6 @@ def find(target: str) -> Callable[..., Any]:
 
 def table(schedules: Sequence[Schedule], flops: float | None = None) -> str:
     """A line for every body of every kernel. `flops`: useful floating-point operations of one pass through a body."""
-    from pallas_kernels.chips import CHIPS
-
     columns = "body  bundles  matrix   VALU    EUP    XLU  spills   fills   flop/bundle      us"
     lines = [f"{'kernel':34s}  {columns}"]
     for schedule in schedules:
@@ -303,7 +296,7 @@ def table(schedules: Sequence[Schedule], flops: float | None = None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.schedule", description=(__doc__ or "").split("\n")[0]
+        prog="python benchmarks/kernel_schedule.py", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("target", help="module:function that returns (f, args), args as jax.ShapeDtypeStruct")
     parser.add_argument(
