@@ -18,13 +18,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stepjax.inference.request import EngineClient
 from stepjax.interop.text_processor import AnyProcessor
 from stepjax.pacore.config import PacoreConfig
 from stepjax.rollouts.sampler import SamplerError
 from stepjax.serving.chat import chat_completions
 from stepjax.serving.completions import completions
 from stepjax.serving.context import Context, EngineContext
-from stepjax.serving.engine import AsyncEngine
 from stepjax.serving.errors import ApiError, answer_exception, as_api_error, shutting_down
 from stepjax.serving.images import show_views
 from stepjax.serving.metrics import Metrics
@@ -53,7 +53,7 @@ _PAGE_HEADERS = {
 
 
 def make_app(
-    engine: AsyncEngine, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig = PACORE
+    engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig = PACORE
 ) -> Starlette:
     """The app over an engine. `app.state.context` holds its parts; `admission.drain` ends it."""
     context = EngineContext(engine, processor, settings, pacore)

@@ -4,9 +4,9 @@ import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 
+from stepjax.inference.request import EngineClient
 from stepjax.interop.text_processor import AnyProcessor
 from stepjax.pacore.config import PRESETS, PacoreConfig, Schedule
-from stepjax.serving.engine import AsyncEngine
 from stepjax.serving.errors import ApiError, invalid
 from stepjax.serving.fetch import Fetcher
 from stepjax.serving.metrics import Metrics
@@ -39,7 +39,7 @@ class Context:
         model_name: Callable[[], Awaitable[str]],
         max_context: int | None,
         default_schedule: Schedule | None = None,
-        engine: AsyncEngine | None = None,
+        engine: EngineClient | None = None,
     ):
         """
         Args:
@@ -94,7 +94,7 @@ class Context:
 class EngineContext(Context):
     """Of a server that has the model."""
 
-    def __init__(self, engine: AsyncEngine, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig):
+    def __init__(self, engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig):
         name = settings.model_name
         assert name is not None
 

@@ -6,8 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from stepjax.inference.request import EngineStats
-from stepjax.serving.engine import AsyncEngine
+from stepjax.inference.request import EngineClient, EngineStats
 from stepjax.serving.threads import Admission
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -17,7 +16,7 @@ _NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # of Engin
 class Metrics:
     """A registry of its own for each app."""
 
-    def __init__(self, engine: AsyncEngine | None, admission: Admission):
+    def __init__(self, engine: EngineClient | None, admission: Admission):
         """
         Args:
             engine: None where the model is another server's.
@@ -60,7 +59,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, engine: AsyncEngine):
+    def __init__(self, engine: EngineClient):
         self._engine = engine
 
     def describe(self):
