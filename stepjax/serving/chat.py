@@ -1,117 +1,188 @@
-"""`/v1/chat/completions`."""
+"""`/v1/chat/completions`: prompt -> the engine's deltas -> rollouts -> choices, whole or streamed."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
-from typing import Any
+import dataclasses
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 
 from starlette.responses import Response
 
-from stepjax.inference.request import Delta, TokenLogprob
-from stepjax.interop.text_processor import starts_thinking
-from stepjax.processing.answer_stream import AnswerStream, add_piece
+from stepjax.errors import StepjaxError
+from stepjax.inference.request import Delta, SamplingParams, TokenLogprob
+from stepjax.interop.text_processor import AnyProcessor, starts_thinking
+from stepjax.processing.tokens import Example
+from stepjax.rollouts.engine import EnginePrompt, RolloutBuilder
+from stepjax.rollouts.rollout import Rollout
 from stepjax.serving.context import EngineContext
-from stepjax.serving.generation import Usage, generate
-from stepjax.serving.logprobs import chat_logprobs
-from stepjax.serving.pacore_chat import PacoreChat
-from stepjax.serving.pacore_options import pacore_config
-from stepjax.serving.pacore_sampler import RequestSampler
-from stepjax.serving.replies import ChatReply, respond
+from stepjax.serving.errors import engine_failed, shutting_down
+from stepjax.serving.pacore import PacoreChat, RequestSampler, pacore_config
 from stepjax.serving.schemas import ChatRequest
+from stepjax.serving.streams import Frame, Json, choice_of, respond, usage
 from stepjax.serving.validation import parse_request
 
+# Deltas that may wait for a slow reader. Then the engine is no longer asked; what it has is bounded by `max_tokens`.
+_MAX_WAITING_DELTAS = 64
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
-async def chat_completions(context: EngineContext, body: dict[str, Any]) -> Response:
-    """
-    Raises:
-        ApiError, StepjaxError: the request cannot be served.
-    """
+_log = logging.getLogger(__name__)
+
+
+async def chat_completions(context: EngineContext, body: Json) -> Response:
     request = parse_request(ChatRequest, body)
-    chosen = await context.names.choose(request.model)
+    model = await context.choose(request.model)
     context.check_samples(request.n)
-    if request.pacore is None and chosen.schedule is None:
-        chat = _Chat(context, request, chosen.name)
+    if request.pacore is None and model.schedule is None:
+        chat = EngineChat(context, request, model.name)
     else:
-        config = pacore_config(request, chosen, context.settings, max_context=context.engine.max_context)
-        chat = PacoreChat(context, request, chosen.name, config, RequestSampler(context, request))
-    return await respond(chat, request, context.settings.limits)
+        config = pacore_config(request, model, context)
+        chat = PacoreChat(context, request, model.name, config, RequestSampler(context, request))
+    return await respond(chat, stream=request.stream, limits=context.settings.limits)
 
 
-class _Chat:
-    def __init__(self, context: EngineContext, request: ChatRequest, name: str):
-        self._context = context
-        self._request = request
-        self._params = request.params()
-        self._answers: list[AnswerStream] = []  # of the samples, once there is a prompt
-        self._usage = Usage()
-        self._reply = ChatReply(request, name)
+class EngineChat:
+    """An `Answer` by the engine. Whole and streamed, it is parsed in one way, so that both say the same."""
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece. It is taken apart as a streamed one is, so that both say the same."""
-        count = self._request.n
-        messages: list[dict[str, Any]] = [{"role": "assistant", "content": None} for _ in range(count)]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in range(count)]
-        ends: list[Delta | None] = [None] * count
-        async with contextlib.aclosing(self._deltas()) as batches:
+    def __init__(self, context: EngineContext, request: ChatRequest, model: str):
+        self._context, self._request = context, request
+        self._frame = Frame(request, model)
+        self._rollouts: list[RolloutBuilder] = []  # of the samples, once there is a prompt
+
+    async def whole(self) -> Json:
+        async with self._sampling() as batches:
             async for batch in batches:
                 for delta in batch:
-                    for part in self._answers[delta.sample].take(delta.text, is_last=delta.finish_reason is not None):
-                        add_piece(messages[delta.sample], part)
-                    logprobs[delta.sample] += delta.logprobs
-                    ends[delta.sample] = delta
-        choices = []
-        for index, (answer, message, end) in enumerate(zip(self._answers, messages, ends, strict=True)):
-            assert end is not None and end.finish_reason is not None
-            if message["content"] is None and not answer.num_calls:
-                message["content"] = ""
-            choice = self._choice(index, answer, end)
-            choices.append({**choice, "message": message, "logprobs": self._logprobs(logprobs[index])})
-        return self._reply.whole(choices, self._usage.as_json())
+                    self._rollouts[delta.sample].add(delta)
+        rollouts = [each.rollout() for each in self._rollouts]
+        choices = [
+            choice_of(index, rollout, self._logprobs(made.logprobs))
+            for index, (rollout, made) in enumerate(zip(rollouts, self._rollouts, strict=True))
+        ]
+        return self._frame.whole(choices, _usage(rollouts))
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self._request.n)]  # of tokens whose text is held back
-        has_begun = [False] * self._request.n
-        async with contextlib.aclosing(self._deltas()) as batches:
+    async def chunks(self) -> AsyncGenerator[Json, None]:
+        num_sent: dict[int, int] = {}  # log-probabilities, by sample: those of text that is held back wait with it
+        async with self._sampling() as batches:
             async for batch in batches:
                 for delta in batch:
-                    index = delta.sample
-                    if not has_begun[index]:
-                        has_begun[index] = True
-                        yield self._reply.chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
-                    logprobs[index] += delta.logprobs
-                    for part in self._answers[index].take(delta.text, is_last=delta.finish_reason is not None):
-                        yield self._reply.chunk(
-                            {"index": index, "delta": part, "logprobs": self._logprobs(logprobs[index])}
-                        )
-                        logprobs[index] = []
+                    index, made = delta.sample, self._rollouts[delta.sample]
+                    if index not in num_sent:
+                        num_sent[index] = 0
+                        yield self._chunk(index, {"role": "assistant", "content": ""})
+                    for piece in made.add(delta):
+                        yield self._chunk(index, piece, self._logprobs(made.logprobs[num_sent[index] :]))
+                        num_sent[index] = len(made.logprobs)
                     if delta.finish_reason is not None:
-                        choice = self._choice(index, self._answers[index], delta)
-                        yield self._reply.chunk({**choice, "delta": {}, "logprobs": self._logprobs(logprobs[index])})
-        for chunk in self._reply.usage_chunks(self._usage.as_json()):
+                        end = {"finish_reason": made.finish_reason, "stop_reason": delta.stop_reason}
+                        yield self._chunk(index, {}, self._logprobs(made.logprobs[num_sent[index] :]), **end)
+        for chunk in self._frame.usage_chunks(_usage([each.rollout() for each in self._rollouts])):
             yield chunk
 
-    async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
-        context = self._context
-        async with context.prompts.chat(self._request) as prompt:
-            self._answers = [
-                AnswerStream(
-                    starts_thinking=starts_thinking(context.processor, prompt), parses_calls=self._request.uses_tools
-                )
-                for _ in range(self._request.n)
-            ]
-            batches = generate(
-                context.engine, context.admission, [prompt], self._params, self._usage, request_id=self._reply.id
-            )
+    @contextlib.asynccontextmanager
+    async def _sampling(self) -> AsyncIterator[AsyncIterator[list[Delta]]]:
+        context, request = self._context, self._request
+        async with context.prompts.chat(request) as example:
+            prompt = EnginePrompt(example, starts_thinking(context.processor, example), request.uses_tools)
+            self._rollouts = [RolloutBuilder(prompt, call_prefix=uuid.uuid4().hex[:16]) for _ in range(request.n)]
+            batches = generate(context, [example], request.params(), request_id=self._frame.id)
             async with contextlib.aclosing(batches):
-                async for batch in batches:
-                    yield batch
+                yield batches
 
-    def _choice(self, index: int, answer: AnswerStream, end: Delta) -> dict[str, Any]:
-        assert end.finish_reason is not None
-        return {
-            "index": index,
-            "finish_reason": answer.finish_reason(end.finish_reason),
-            "stop_reason": end.stop_reason,
-        }
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, **end: object) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **end}
+        return self._frame.chunk(choice)
 
-    def _logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         return chat_logprobs(logprobs, self._context.processor) if self._request.logprobs else None
+
+
+def _usage(rollouts: Sequence[Rollout]) -> Json:
+    """Of samples of one prompt, which counts once."""
+    first = rollouts[0]
+    return usage(first.num_prompt_tokens, first.num_cached_tokens, sum(each.num_tokens for each in rollouts))
+
+
+def chat_logprobs(logprobs: Iterable[TokenLogprob], processor: AnyProcessor) -> Json:
+    """The model's own, before temperature and filters, for every token drawn, in reasoning and markup, too."""
+
+    def entry(token: int, logprob: float) -> Json:
+        text = processor.decode([token], False)
+        # Part of a character; the tokenizer does not give its bytes.
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
+
+    return {
+        "content": [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]} for each in logprobs
+        ]
+    }
+
+
+async def generate(
+    context: EngineContext, prompts: Sequence[Example], params: SamplingParams, *, request_id: str
+) -> AsyncGenerator[list[Delta], None]:
+    """Samples all prompts; those of prompt i are numbered from i * n.
+
+    Yields what has come since the last time, at most one delta of each sample, so that a loaded server sends fewer and
+    longer chunks. Closing it cancels the requests.
+
+    Raises:
+        RequestError, BusyError: one of the prompts is not taken.
+        ApiError: 500, the engine failed or a sample did; 503, it was cancelled because the server shuts down.
+    """
+    waiting: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MAX_WAITING_DELTAS)
+
+    async def pump(index: int, prompt: Example) -> None:
+        try:
+            stream = context.engine.stream(prompt, params, request_id=f"{request_id}-{index}")
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    if index:
+                        delta = dataclasses.replace(delta, sample=index * params.n + delta.sample)
+                    await waiting.put(delta)
+            await waiting.put(None)
+        except Exception as error:
+            await waiting.put(error)
+
+    tasks = [asyncio.create_task(pump(index, prompt)) for index, prompt in enumerate(prompts)]
+    num_ended = 0
+    try:
+        while num_ended < len(tasks):
+            batch: dict[int, Delta] = {}
+            items = [await waiting.get()]
+            while not waiting.empty():
+                items.append(waiting.get_nowait())
+            for item in items:
+                if item is None:
+                    num_ended += 1
+                elif isinstance(item, Exception):
+                    raise _as_error(item)
+                elif item.finish_reason in ("cancelled", "error"):
+                    if item.finish_reason == "cancelled" and context.admission.is_draining:
+                        raise shutting_down()
+                    raise _as_error(RuntimeError(f"sample {item.sample} ended with {item.finish_reason!r}"))
+                else:
+                    batch[item.sample] = _joined(batch[item.sample], item) if item.sample in batch else item
+            if batch:
+                yield list(batch.values())
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return dataclasses.replace(
+        second,
+        tokens=first.tokens + second.tokens,
+        text=first.text + second.text,
+        logprobs=first.logprobs + second.logprobs,
+    )
+
+
+def _as_error(error: Exception) -> Exception:
+    if isinstance(error, StepjaxError):
+        return error
+    _log.error("the engine failed", exc_info=error)
+    return engine_failed()

@@ -1,11 +1,9 @@
-"""`stepjax serve`: its arguments, and the server's life from loading to the last answer."""
+"""`stepjax serve` and `stepjax pacore serve`: their options, and a server's life from loading to the last answer."""
 
 import asyncio
 import dataclasses
 import logging
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,115 +11,87 @@ import tyro
 
 from stepjax.errors import ConfigError
 from stepjax.interop.engines import EngineArguments, load_engines
-from stepjax.serving.logs import start_log
-from stepjax.serving.settings import Limits, ServerSettings
+from stepjax.pacore.config import PacoreConfig, num_calls, show
+from stepjax.pacore.template import Template
+from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
+from stepjax.serving.settings import LOOPBACK, PACORE, ServerSettings
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
-_log = logging.getLogger("stepjax.serving")
-LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+_log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class ServeArguments:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
     """Answer OpenAI's chat and completion requests, and show a page to chat in a browser."""
 
     # A Hugging Face directory, a converted checkpoint, or a run.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; give an API key then
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()  # any of them opens the server; better in the environment: STEPJAX_API_KEY=KEY,KEY
-    model_name: str | None = None  # what requests call the model; by default the directory's name
+    server: Annotated[ServerSettings, tyro.conf.arg(name="")] = ServerSettings()
     warm_up: bool = True  # compile before listening, not while the first requests wait
-    allow_remote_images: bool = False  # fetch images from public addresses of the Internet
-    drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
-    workers: int = 2  # threads that read images and make prompts
     local: Annotated[EngineArguments, tyro.conf.arg(name="")] = EngineArguments()
-    limits: Limits = Limits()
+    pacore: PacoreConfig = PACORE  # for requests with PaCoRe, as far as they do not say otherwise
 
-    def __post_init__(self):
-        check_address(self.port, self.drain_seconds)
+    def run(self) -> int:
+        """Serves until a signal; returns the exit status: 0 stopped in order, 70 the engine failed."""
         self.local.check()
+        settings = _prepared(self.server, self.pacore, model_name=Path(self.model).expanduser().absolute().name)
+        from stepjax.inference.replicas import AsyncReplicas
+        from stepjax.serving.app import make_app
+        from stepjax.serving.server import bind, serve
 
-    def settings(self, environment: str | None) -> ServerSettings:
-        """
-        Args:
-            environment: API keys, separated by commas.
-        """
-        keys = api_keys(self.api_keys, environment)
-        return ServerSettings(
-            model_name=self.model_name or Path(self.model).expanduser().absolute().name,
-            api_keys=keys,
-            hosts=LOOPBACK if self.host in LOOPBACK and not keys else (),
-            limits=self.limits,
-            allow_remote_images=self.allow_remote_images,
-            workers=self.workers,
-        )
+        async def main() -> int:
+            async with AsyncReplicas(engines) as running:
+                return await serve(make_app(running, processor, settings, self.pacore), bound)
+
+        with bind(settings.host, settings.port) as bound:  # first, since loading takes minutes
+            engines, processor = load_engines(self.model, self.local)
+            if self.warm_up:
+                count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
+                _log.info("%d programs are compiled", count)
+            return asyncio.run(main())
 
 
-def check_address(port: int, drain_seconds: float) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PacoreServe:
+    """Answer OpenAI's chat requests with PaCoRe over another server, and show its rounds in a browser.
+
+    The other server's key, if it wants one, is taken from the environment: STEPJAX_UPSTREAM_API_KEY or OPENAI_API_KEY.
     """
-    Raises:
-        ConfigError: one of them cannot work.
-    """
-    if not 0 <= port < 65536:
-        raise ConfigError(f"--port {port}: must be from 0 (any) to 65535")
-    if not drain_seconds >= 0:
-        raise ConfigError(f"--drain-seconds {drain_seconds}: must not be negative")
+
+    upstream: EndpointConfig
+    pacore: Annotated[PacoreConfig, tyro.conf.arg(name="")] = PACORE  # each request may say otherwise
+    server: Annotated[ServerSettings, tyro.conf.arg(name="")] = ServerSettings()
+
+    def run(self) -> int:
+        """Serves until a signal; returns the exit status, 0."""
+        settings = _prepared(self.server, self.pacore, model_name=None)
+        from stepjax.serving.app import make_upstream_app
+        from stepjax.serving.server import bind, serve
+
+        async def main() -> int:
+            return await serve(make_upstream_app(EndpointSampler(self.upstream), settings, self.pacore), bound)
+
+        for name in ("httpx", "httpx2"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # a line for each call
+        with bind(settings.host, settings.port) as bound:
+            return asyncio.run(main())
 
 
-def api_keys(given: tuple[str, ...], environment: str | None) -> tuple[str, ...]:
-    """Those of the command line, and those of the environment, separated by commas."""
-    return (*given, *(key.strip() for key in (environment or "").split(",") if key.strip()))
-
-
-def check_installed() -> None:
-    """
-    Raises:
-        ConfigError: what a server needs is not installed.
-    """
+def _prepared(server: ServerSettings, pacore: PacoreConfig, *, model_name: str | None) -> ServerSettings:
+    """The settings in full; starts the log. Raises ConfigError if an option cannot work or a library is missing."""
+    calls, most = num_calls(pacore.schedule), server.limits.pacore_calls
+    if calls > most:
+        raise ConfigError(f"--schedule {show(pacore.schedule)}: takes more calls than --limits.pacore-calls {most}")
+    Template(pacore)  # fails now, not for the first client
+    settings = server.completed(environment=os.environ.get(KEY_VARIABLE), model_name=model_name)
     try:
         import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+
+        from stepjax.serving.server import start_log
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'stepjax[serve]'") from error
-
-
-def warn_if_open(program: str, host: str, settings: ServerSettings) -> None:
-    if not settings.api_keys and host not in LOOPBACK:
-        print(f"{program}: no API key: whoever reaches {host} can use the model", file=sys.stderr)
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Serves until a signal; returns the exit status: 0 stopped in order, 70 the engine failed, 130 interrupted before
-    it listened.
-
-    Raises:
-        StepjaxError: the model cannot be loaded, or an argument is not usable.
-    """
-    args = tyro.cli(ServeArguments, args=list(arguments), prog="stepjax serve")
-    settings = args.settings(os.environ.get(KEY_VARIABLE))
-    check_installed()
     start_log()
-    warn_if_open("stepjax serve", args.host, settings)
-    try:
-        return _load_and_serve(args, settings)
-    except KeyboardInterrupt:  # while the model was being loaded
-        return 130
-
-
-def _load_and_serve(args: ServeArguments, settings: ServerSettings) -> int:
-    from stepjax.inference.replicas import AsyncReplicas
-    from stepjax.serving.app import make_app
-    from stepjax.serving.server import bind, serve
-
-    async def main() -> int:
-        async with AsyncReplicas(engines) as running:
-            return await serve(make_app(running, processor, settings), bound, drain_seconds=args.drain_seconds)
-
-    with bind(args.host, args.port) as bound:  # first, since loading takes minutes
-        engines, processor = load_engines(args.model, args.local)
-        if args.warm_up:
-            count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
-            _log.info("%d programs are compiled", count)
-        return asyncio.run(main())
+    if not settings.api_keys and settings.host not in LOOPBACK:
+        _log.warning("no API key: whoever reaches %s can use the model", settings.host)
+    return settings

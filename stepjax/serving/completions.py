@@ -2,131 +2,129 @@
 
 import asyncio
 import contextlib
-import time
-import uuid
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from stepjax.inference.request import Delta, TokenLogprob
-from stepjax.serving.bounds import check_text, utf8_length
+from stepjax.processing.tokens import Example
+from stepjax.serving.chat import LEAST_LOGPROB, generate
 from stepjax.serving.context import EngineContext
-from stepjax.serving.errors import ApiError
-from stepjax.serving.generation import Usage, generate
-from stepjax.serving.logprobs import CompletionLogprobs
+from stepjax.serving.errors import invalid
 from stepjax.serving.schemas import CompletionRequest
-from stepjax.serving.sse import EventStream, start
-from stepjax.serving.validation import parse_request
+from stepjax.serving.streams import Frame, Json, respond, usage
+from stepjax.serving.validation import check_text, parse_request, utf8_length
 
 
-async def completions(context: EngineContext, body: dict[str, Any]) -> Response:
-    """
-    Raises:
-        ApiError, StepjaxError: the request cannot be served.
-    """
+async def completions(context: EngineContext, body: Json) -> Response:
     request = parse_request(CompletionRequest, body)
-    chosen = await context.names.choose(request.model)
-    if chosen.schedule is not None:
-        message = f"model {chosen.name!r}: PaCoRe answers chats; ask /v1/chat/completions"
-        raise ApiError(400, message, param="model", code="invalid_value")
-    completion = _Completion(context, request, chosen.name)
-    if request.stream:
-        return EventStream(await start(completion.chunks()), write_seconds=context.settings.limits.write_seconds)
-    return JSONResponse(await completion.whole())
+    model = await context.choose(request.model)
+    if model.schedule is not None:
+        raise invalid(f"model {model.name!r}: PaCoRe answers chats; ask /v1/chat/completions", "model")
+    completion = Completion(context, request, model.name)
+    return await respond(completion, stream=request.stream, limits=context.settings.limits)
 
 
-class _Completion:
-    def __init__(self, context: EngineContext, request: CompletionRequest, name: str):
-        self._context = context
-        self._request = request
-        self._name = name
-        self._params = request.params()
+class Completion:
+    """An `Answer` by the engine. Samples of prompt i are numbered from i * n."""
+
+    def __init__(self, context: EngineContext, request: CompletionRequest, model: str):
+        self._context, self._request = context, request
+        self._frame = Frame(request, model)
         self._prompts = _prompts(request.prompt)
-        self._num_samples = len(self._prompts) * request.n
         context.check_samples(request.n, len(self._prompts))
-        self._usage = Usage()
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._samples = [_Sample() for _ in range(len(self._prompts) * request.n)]
+        self._examples: Sequence[Example] = ()
 
-    async def whole(self) -> dict[str, Any]:
-        texts = [""] * self._num_samples
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
-        ends: list[Delta | None] = [None] * self._num_samples
-        async with contextlib.aclosing(self._deltas()) as batches:
+    async def whole(self) -> Json:
+        async with self._sampling() as batches:
             async for batch in batches:
                 for delta in batch:
-                    texts[delta.sample] += delta.text
-                    logprobs[delta.sample] += delta.logprobs
-                    ends[delta.sample] = delta
-        choices = [
-            self._choice(index, text, end, CompletionLogprobs(self._context.processor), each)
-            for index, (text, end, each) in enumerate(zip(texts, ends, logprobs, strict=True))
-        ]
-        return {**self._head(), "choices": choices, "usage": self._usage.as_json()}
+                    self._samples[delta.sample].add(delta)
+        return self._frame.whole([self._choice(index) for index in range(len(self._samples))], self._usage())
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        shapes = [CompletionLogprobs(self._context.processor) for _ in range(self._num_samples)]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in shapes]  # of tokens whose text is held back
-        usage = {"usage": None} if self._request.includes_usage else {}
-        async with contextlib.aclosing(self._deltas()) as batches:
+    async def chunks(self) -> AsyncGenerator[Json, None]:
+        async with self._sampling() as batches:
             async for batch in batches:
                 for delta in batch:
-                    index = delta.sample
-                    logprobs[index] += delta.logprobs
+                    self._samples[delta.sample].add(delta)
                     if delta.text or delta.finish_reason is not None:
-                        choice = self._choice(index, delta.text, delta, shapes[index], logprobs[index])
-                        logprobs[index] = []
-                        yield {**self._head(), "choices": [choice], **usage}
-        if self._request.includes_usage:
-            yield {**self._head(), "choices": [], "usage": self._usage.as_json()}
+                        yield self._frame.chunk(self._choice(delta.sample))
+        for chunk in self._frame.usage_chunks(self._usage()):
+            yield chunk
 
-    async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
+    @contextlib.asynccontextmanager
+    async def _sampling(self) -> AsyncIterator[AsyncIterator[list[Delta]]]:
         context = self._context
         texts = [prompt for prompt in self._prompts if isinstance(prompt, str)]
         check_text(sum(map(utf8_length, texts)), "prompt", context.settings.limits)
-        examples = await asyncio.gather(
-            *(
-                context.prompts.completion(prompt, "prompt" if len(self._prompts) == 1 else f"prompt[{i}]")
-                for i, prompt in enumerate(self._prompts)
-            )
-        )
-        batches = generate(context.engine, context.admission, examples, self._params, self._usage, request_id=self._id)
+        names = ["prompt"] if len(self._prompts) == 1 else [f"prompt[{i}]" for i in range(len(self._prompts))]
+        self._examples = await asyncio.gather(*map(context.prompts.completion, self._prompts, names))
+        batches = generate(context, self._examples, self._request.params(), request_id=self._frame.id)
         async with contextlib.aclosing(batches):
-            async for batch in batches:
-                yield batch
+            yield batches
 
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._name,
-        }
-
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        end: Delta | None,
-        shape: CompletionLogprobs,
-        logprobs: list[TokenLogprob],
-    ) -> dict[str, Any]:
-        assert end is not None
+    def _choice(self, index: int) -> Json:
+        """What has come of a sample since the last time."""
+        sample = self._samples[index]
+        assert sample.last is not None
+        text, logprobs = "".join(sample.text), self._logprobs(sample)
+        sample.text, sample.logprobs = [], []
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self._request.logprobs is None else shape.take(logprobs),
-            "finish_reason": end.finish_reason,
-            "stop_reason": end.stop_reason,
+            "logprobs": logprobs,
+            "finish_reason": sample.last.finish_reason,
+            "stop_reason": sample.last.stop_reason,
         }
+
+    def _logprobs(self, sample: "_Sample") -> Json | None:
+        """Parallel lists, and where in the text each token begins."""
+        if self._request.logprobs is None:
+            return None
+        made: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for each in sample.logprobs:
+            text = self._text(each.token)
+            made["tokens"].append(text)
+            made["token_logprobs"].append(max(each.logprob, LEAST_LOGPROB))
+            made["top_logprobs"].append({self._text(token): max(p, LEAST_LOGPROB) for token, p in each.top})
+            made["text_offset"].append(sample.offset)
+            sample.offset += len(text)
+        return made
+
+    def _text(self, token: int) -> str:
+        return self._context.processor.decode([token], False)
+
+    def _usage(self) -> Json:
+        firsts = [each.last for each in self._samples[:: self._request.n] if each.last is not None]
+        return usage(
+            sum(len(example.tokens) for example in self._examples),
+            sum(each.num_cached_tokens for each in firsts),
+            sum(each.num_tokens for each in self._samples),
+        )
+
+
+class _Sample:
+    """What has come of a sample and is not sent yet."""
+
+    def __init__(self):
+        self.text: list[str] = []
+        self.logprobs: list[TokenLogprob] = []  # those of text that is held back wait with it
+        self.num_tokens = self.offset = 0
+        self.last: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.logprobs += delta.logprobs
+        self.num_tokens += len(delta.tokens)
+        self.last = delta
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise ApiError(400, "prompt is an empty list", param="prompt", code="invalid_value")
+        raise invalid("prompt is an empty list", "prompt")
     if isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
     return list(prompt)  # type: ignore[arg-type]

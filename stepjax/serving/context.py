@@ -1,44 +1,121 @@
-"""What the routes share."""
+"""What the routes share: settings, threads, who is let in, what is counted, and what requests may call the model."""
 
 import dataclasses
+import time
+from collections.abc import Awaitable, Callable
 
+from stepjax.inference.request import EngineClient
 from stepjax.interop.text_processor import AnyProcessor
-from stepjax.serving.admission import Admission
-from stepjax.serving.engine import AsyncEngine
-from stepjax.serving.errors import ApiError
+from stepjax.pacore.config import PRESETS, PacoreConfig, Schedule
+from stepjax.serving.errors import ApiError, invalid
+from stepjax.serving.fetch import Fetcher
 from stepjax.serving.metrics import Metrics
-from stepjax.serving.model_names import ModelNames
 from stepjax.serving.prompts import PromptMaker
 from stepjax.serving.settings import ServerSettings
-from stepjax.serving.threads import Threads
+from stepjax.serving.streams import Bodies, Json
+from stepjax.serving.threads import Admission, Threads
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
+class ChosenModel:
+    """
+    Attributes:
+        name: as the request spells it, or the model's own.
+        schedule: of PaCoRe, where the name asks for one.
+    """
+
+    name: str
+    schedule: Schedule | None = None
+
+
 class Context:
-    """Of any server."""
+    """Of any server. Requests call the model by its name, or by `NAME:pacore-low` and so on for answers with PaCoRe."""
 
-    names: ModelNames
-    threads: Threads
-    admission: Admission
-    metrics: Metrics
-    settings: ServerSettings
+    def __init__(
+        self,
+        settings: ServerSettings,
+        pacore: PacoreConfig,
+        *,
+        model_name: Callable[[], Awaitable[str]],
+        max_context: int | None,
+        default_schedule: Schedule | None = None,
+        engine: EngineClient | None = None,
+    ):
+        """
+        Args:
+            pacore: how requests with PaCoRe are answered, as far as they leave it open.
+            model_name: the model's own; an upstream has to be asked for it.
+            max_context: of the model, where it is known.
+            default_schedule: how the model's own name is answered, where that is with PaCoRe.
+        """
+        self.settings, self.pacore, self.max_context = settings, pacore, max_context
+        self.threads = Threads(settings.workers, "requests")
+        self.admission = Admission(settings.limits.requests, lambda: engine is None or engine.healthy)
+        self.bodies = Bodies(max(settings.limits.requests, 64), settings.limits)
+        self.metrics = Metrics(engine, self.admission)
+        self._model_name, self._default_schedule = model_name, default_schedule
+        self._created = int(time.time())
+
+    def close(self) -> None:
+        self.threads.close()
+
+    async def choose(self, asked: str | None) -> ChosenModel:
+        """Raises ApiError: 404, another model is asked for; 502, the upstream did not report a model name."""
+        own = await self._model_name()
+        if asked is None or asked == own:
+            return ChosenModel(own)
+        for preset, schedule in PRESETS.items():
+            if asked == f"{own}:pacore-{preset}":
+                return ChosenModel(asked, schedule)
+        message = f"there is no model {asked[:200]!r}; there is {own!r}, and '{own}:pacore-low' and the like"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def models(self) -> list[Json]:
+        """As in OpenAI's API, the model's own name first. `pacore` says how a name is answered. Raises as `choose`."""
+        own = await self._model_name()
+        schedules = {own: self._default_schedule, **{f"{own}:pacore-{name}": each for name, each in PRESETS.items()}}
+        common: Json = {"object": "model", "created": self._created, "owned_by": "stepjax"}
+        if self.max_context is not None:
+            common["max_model_len"] = self.max_context
+        return [
+            {"id": name, **common, **({} if schedule is None else {"pacore": {"schedule": list(schedule)}})}
+            for name, schedule in schedules.items()
+        ]
 
     def check_samples(self, n: int, prompts: int = 1) -> None:
-        """
-        Raises:
-            ApiError: 400, a request wants too many samples.
-        """
+        """Raises ApiError: 400, a request wants too many samples."""
         most = self.settings.limits.samples
         if n * prompts > most:
             many = "" if prompts == 1 else f"{prompts} prompts with "
             message = f"{many}n={n}: {n * prompts} samples are more than the limit of {most} for a request"
-            raise ApiError(400, message, param="n" if n > 1 else "prompt", code="invalid_value")
+            raise invalid(message, "n" if n > 1 else "prompt")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineContext(Context):
     """Of a server that has the model."""
 
-    engine: AsyncEngine
-    processor: AnyProcessor
-    prompts: PromptMaker
+    def __init__(self, engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig):
+        name = settings.model_name
+        assert name is not None
+
+        async def model_name() -> str:
+            return name
+
+        super().__init__(settings, pacore, model_name=model_name, max_context=engine.max_context, engine=engine)
+        limits = settings.limits
+        self.engine, self.processor = engine, processor
+        # Images may take long, and then keep only others with images waiting.
+        self.image_threads, self._fetches = Threads(settings.workers, "images"), Threads(8, "fetches")
+        fetcher = Fetcher(self._fetches, max_bytes=limits.image_bytes, seconds=settings.fetch_seconds)
+        self.prompts = PromptMaker(
+            processor,
+            limits,
+            max_context=engine.max_context,
+            threads=self.threads,
+            image_threads=self.image_threads,
+            fetcher=fetcher if settings.allow_remote_images else None,
+        )
+
+    def close(self) -> None:
+        for each in (self.threads, self.image_threads, self._fetches):
+            each.close()

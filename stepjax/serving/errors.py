@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, for all that can go wrong."""
 
 import logging
 from collections.abc import Mapping
@@ -9,12 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from stepjax.errors import BusyError, ContextLengthError, StepjaxError
 
-RETRY_SECONDS = 1
-
+_RETRY_SECONDS = 1
 _MAX_MESSAGE = 2000  # characters; messages quote requests
-
-_log = logging.getLogger("stepjax.serving")
-
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -26,13 +22,15 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 
+_log = logging.getLogger(__name__)
+
 
 class ApiError(Exception):
     """An answer that is an error.
 
     Attributes:
         param: the field of the request that is to blame.
-        code: what programs tell errors of one status apart by.
+        code: tells programs apart what one status stands for.
     """
 
     def __init__(
@@ -44,13 +42,10 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        message = _valid(message[:_MAX_MESSAGE])
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = None if param is None else _valid(param)
-        self.code = code
+        self.status, self.message = status, _valid(message[:_MAX_MESSAGE])
+        self.param, self.code = None if param is None else _valid(param), code
         self.headers = dict(headers or {})
+        super().__init__(self.message)
 
     def body(self) -> dict:
         kind = _TYPES.get(self.status, "invalid_request_error")
@@ -77,17 +72,17 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
 def busy(message: str) -> ApiError:
-    return ApiError(429, message, code="server_busy", headers={"retry-after": str(RETRY_SECONDS)})
+    return ApiError(429, message, code="server_busy", headers={"retry-after": str(_RETRY_SECONDS)})
 
 
 def shutting_down() -> ApiError:
-    return ApiError(
-        503,
-        "the server is shutting down: ask another one, or later",
-        code="shutting_down",
-        headers={"retry-after": "5", "connection": "close"},
-    )
+    message = "the server is shutting down: ask another one, or later"
+    return ApiError(503, message, code="shutting_down", headers={"retry-after": "5", "connection": "close"})
 
 
 def engine_failed() -> ApiError:
@@ -95,7 +90,7 @@ def engine_failed() -> ApiError:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """The answer to an exception. Users' mistakes are told as they are, anything else is logged and kept inside."""
+    """The answer to an exception. Users see their mistakes as they are; anything else is logged and kept inside."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
@@ -109,13 +104,9 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 async def answer_exception(request: Request, error: Exception) -> Response:
-    """Handles exceptions of routes."""
-    return as_api_error(error).response()
-
-
-async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """Handles what the framework raises: unknown paths and methods."""
-    assert isinstance(error, HTTPException)
+    """Handles exceptions of routes, and what the framework raises for unknown paths and methods."""
+    if not isinstance(error, HTTPException):
+        return as_api_error(error).response()
     messages = {
         404: f"there is no {request.url.path}; there are /v1/chat/completions, /v1/completions and /v1/models",
         405: f"{request.url.path} does not take {request.method}",

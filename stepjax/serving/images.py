@@ -1,59 +1,97 @@
-"""Images of requests: from a URI to the bytes of a file, and to pixels, within limits.
+"""Images of requests: from a URL to the bytes of a file, to pixels and to what the model sees, within limits.
 
-Sizes are checked before a pixel is decoded. What a decoder does with a file that was made to hurt it nobody can check,
-so headers and pixels are read in processes that have limits.
+Sizes are checked before a pixel is decoded. A decoder may run for ever on a file that was made to hurt it, so headers
+and pixels are read in processes that have limits.
 """
 
+import base64
+import io
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from stepjax.config import ImageConfig
 from stepjax.errors import ImageError, ImageSizeError, LimitError
+from stepjax.interop.text_processor import AnyProcessor, TextProcessor
 from stepjax.processing import bounded
 from stepjax.processing.image_files import decode_base64, pixels_of, size_of, split_data_uri
-from stepjax.processing.images import ViewPlan, plan_views
-from stepjax.serving.errors import ApiError
+from stepjax.processing.images import ViewPlan, make_views, plan_views
+from stepjax.serving.errors import ApiError, invalid
+from stepjax.serving.schemas import ChatRequest, ImagePart, ViewsRequest
 from stepjax.serving.settings import Limits
 
 _Result = TypeVar("_Result")
 
+Place = tuple[int, int]  # of an image in a conversation: the indices of its message and part
+
 SECONDS = 10.0  # of processor time for an image; 32 million pixels take about one
 _MEMORY = 256 * 2**20
 _PIXEL_BYTES = 24  # of an image in 32-bit grey, or with alpha, and its copies while it becomes RGB
+_PICTURE_SIDE = 256  # pixels of the picture of a view
+
+
+def image_config(processor: AnyProcessor) -> ImageConfig:
+    """Raises ApiError: 400, the model reads text only."""
+    if isinstance(processor, TextProcessor):
+        raise invalid("this model reads text only: send no images", None, "images_not_supported")
+    return processor.image_config
+
+
+def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> dict[Place, str]:
+    """Raises ApiError: 400, there are too many, or one would have to be fetched and that is not allowed."""
+    urls = {
+        (i, j): part.image_url.url
+        for i, message in enumerate(request.messages)
+        if isinstance(message.content, list)
+        for j, part in enumerate(message.content)
+        if isinstance(part, ImagePart)
+    }
+    if len(urls) > limits.images:
+        message = f"messages hold {len(urls)} images, more than the limit of {limits.images}"
+        raise invalid(message, "messages", "too_many_images")
+    for place, url in urls.items():
+        if not is_data_uri(url) and not allow_remote:
+            where = name_of(place)
+            message = f"{where}: images are not fetched from URLs here; send a data URI: data:image/...;base64,..."
+            raise invalid(message, where, "remote_images_not_allowed")
+    return urls
+
+
+def is_data_uri(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def name_of(place: Place) -> str:
+    """What errors call an image."""
+    return f"messages[{place[0]}].content[{place[1]}].image_url.url"
 
 
 def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
-    """The file in a `data:image/...;base64,...` URI.
-
-    Raises:
-        ApiError: 400, it is not one; 413, it is too large.
-    """
+    """The file in a `data:image/...;base64,...` URI. Raises ApiError: 400, it is not one; 413, it is too large."""
+    message = f"{where}: the image is larger than {limits.image_bytes} bytes: scale it down"
+    too_large = ApiError(413, message, param=where, code="image_too_large")
     parts = split_data_uri(uri)
     if parts is None:
-        raise ApiError(400, f"{where}: {uri[:60]!r} is no data URI of an image", param=where, code="invalid_image")
+        raise invalid(f"{where}: {uri[:60]!r} is no data URI of an image", where, "invalid_image")
     payload, is_base64 = parts
     if not is_base64:
-        raise ApiError(400, f"{where}: encode the image as base64", param=where, code="invalid_image")
-    if len(payload) > 2 * limits.image_bytes:  # white space and escapes are generously allowed for
-        raise _too_large(limits, where)
+        raise invalid(f"{where}: encode the image as base64", where, "invalid_image")
+    if len(payload) > 2 * limits.image_bytes:  # generous, for white space and escapes
+        raise too_large
     try:
         data = decode_base64(payload)
     except ValueError as error:
-        raise ApiError(
-            400, f"{where}: its base64 text is broken ({error})", param=where, code="invalid_image"
-        ) from None
+        raise invalid(f"{where}: its base64 text is broken ({error})", where, "invalid_image") from None
     if len(data) > limits.image_bytes:
-        raise _too_large(limits, where)
+        raise too_large
     return data
 
 
 def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str, frame: int | None = None) -> ViewPlan:
-    """How the image will be cut, by its header alone. Upright it may turn out to be on its side.
-
-    Raises:
-        ApiError: 400, it is no image, is too large, or cannot be cut.
+    """How the image will be cut, by its header alone; turned upright it may be cut otherwise. Raises ApiError 400 if it
+    is no image, is too large, or cannot be cut.
     """
     try:
         width, height = _bounded(size_of, data, limits, where, frame)
@@ -61,11 +99,11 @@ def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str, frame:
         raise image_error(error, where) from None
     if width * height > limits.image_pixels:
         message = f"{width}x{height} pixels are more than the limit of {limits.image_pixels}: scale it down"
-        raise ApiError(400, f"{where}: {message}", param=where, code="image_too_large")
+        raise invalid(f"{where}: {message}", where, "image_too_large")
     try:
         return plan_views(width, height, config)
     except ImageError as error:
-        raise ApiError(400, f"{where}: {error}", param=where, code="invalid_image") from None
+        raise invalid(f"{where}: {error}", where, "invalid_image") from None
 
 
 def opener(limits: Limits) -> Callable[..., Image.Image]:
@@ -80,16 +118,16 @@ def opener(limits: Limits) -> Callable[..., Image.Image]:
 
 def image_error(error: ImageError, where: str) -> ApiError:
     """The answer to an image that cannot be used."""
-    code = "image_too_large" if isinstance(error, ImageSizeError) else "invalid_image"
-    return ApiError(400, str(error), param=where, code=code)
+    return invalid(str(error), where, "image_too_large" if isinstance(error, ImageSizeError) else "invalid_image")
+
+
+def view_bytes(plan: ViewPlan, config: ImageConfig) -> int:
+    """Memory of the views, twice: they are copied when the prompt is laid out."""
+    return 2 * 12 * (config.global_size**2 + plan.num_crops * config.crop_size**2)
 
 
 def _bounded(
-    function: Callable[[bytes, str, int | None], _Result],
-    data: bytes,
-    limits: Limits,
-    name: str,
-    frame: int | None,
+    function: Callable[[bytes, str, int | None], _Result], data: bytes, limits: Limits, name: str, frame: int | None
 ) -> _Result:
     memory = _MEMORY + _PIXEL_BYTES * limits.image_pixels
     try:
@@ -98,11 +136,34 @@ def _bounded(
         raise ImageSizeError(f"{name}: {error}; save it anew, as a smaller PNG or JPEG") from None
 
 
-def view_bytes(plan: ViewPlan, config: ImageConfig) -> int:
-    """Memory of the views, twice: they are copied when the prompt is laid out."""
-    return 2 * 12 * (config.global_size**2 + plan.num_crops * config.crop_size**2)
+def show_views(request: ViewsRequest, processor: AnyProcessor, limits: Limits) -> dict[str, Any]:
+    """What the model sees of an image, made from the very pixels that go into the encoder."""
+    config = image_config(processor)
+    data = data_uri_bytes(request.image, limits, "image")
+    plan_of(data, config, limits, "image", request.frame)
+    views = make_views(opener(limits)(data, name="image", frame=request.frame), config)
+    plan = views.plan
+    whole = {"size": config.global_size, "tokens": config.global_tokens}
+    crop = {"size": config.crop_size, "tokens": config.crop_tokens}
+    return {
+        "object": "stepjax.views",
+        "width": plan.image_size[0],
+        "height": plan.image_size[1],
+        "tokens": plan.num_tokens(config),
+        "global_view": {**whole, "image": _picture(views.global_view_HWC, config)},
+        "columns": plan.columns,
+        "rows": plan.rows,
+        "crops": [
+            {"row": i // plan.columns, "column": i % plan.columns, **crop, "image": _picture(crop_HWC, config)}
+            for i, crop_HWC in enumerate(views.crops_NHWC)
+        ],
+    }
 
 
-def _too_large(limits: Limits, where: str) -> ApiError:
-    message = f"{where}: the image is larger than {limits.image_bytes} bytes: scale it down"
-    return ApiError(413, message, param=where, code="image_too_large")
+def _picture(view_HWC: np.ndarray, config: ImageConfig) -> str:
+    pixels_HWC = (view_HWC * np.asarray(config.std, np.float32) + np.asarray(config.mean, np.float32)) * 255
+    picture = Image.fromarray(np.rint(pixels_HWC.clip(0, 255)).astype(np.uint8))
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -6,9 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from stepjax.inference.request import EngineStats
-from stepjax.serving.admission import Admission
-from stepjax.serving.engine import AsyncEngine
+from stepjax.inference.request import EngineClient, EngineStats
+from stepjax.serving.threads import Admission
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # of EngineStats; the others are totals
@@ -17,63 +16,50 @@ _NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # of Engin
 class Metrics:
     """A registry of its own for each app."""
 
-    def __init__(self, engine: AsyncEngine | None, admission: Admission):
+    def __init__(self, engine: EngineClient | None, admission: Admission):
         """
         Args:
             engine: None where the model is another server's.
         """
-        self._registry = registry = CollectorRegistry()
-        self.requests = Counter("stepjax_requests", "Answered requests", ["path", "status"], registry=registry)
-        self.seconds = Histogram(
-            "stepjax_request_seconds",
-            "From a request to the end of its answer",
-            ["path"],
-            buckets=_SECONDS,
-            registry=registry,
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"stepjax_{name}", text, labels, registry=self._registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"stepjax_{name}", text, ["path"], buckets=_SECONDS, registry=self._registry)
+
+        self.requests = counter("requests", "Answered requests", "path", "status")
+        self.seconds = histogram("request_seconds", "From a request to the end of its answer")
+        self.first_byte_seconds = histogram(
+            "first_byte_seconds", "From a request to the first byte of its answer: its first token where it is streamed"
         )
-        self.first_byte_seconds = Histogram(
-            "stepjax_first_byte_seconds",
-            "From a request to the first byte of its answer: its first token where it is streamed",
-            ["path"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.disconnects = Counter(
-            "stepjax_disconnects", "Requests whose client left before the end", registry=registry
-        )
-        self.pacore_requests = Counter(
-            "stepjax_pacore_requests",
+        self.disconnects = counter("disconnects", "Requests whose client left before the end")
+        self.pacore_requests = counter(
+            "pacore_requests",
             "Requests with PaCoRe, by what answered: synthesis, agreement, fallback; else failed, or cancelled",
-            ["answered_by"],
-            registry=registry,
+            "answered_by",
         )
-        self.pacore_rounds = Counter("stepjax_pacore_rounds", "Rounds of PaCoRe that have ended", registry=registry)
-        self.pacore_calls = Counter(
-            "stepjax_pacore_calls",
+        self.pacore_rounds = counter("pacore_rounds", "Rounds of PaCoRe that have ended")
+        self.pacore_calls = counter(
+            "pacore_calls",
             "Calls of PaCoRe: ok, error, timeout or cancelled; those of a request that was cancelled do not count",
-            ["status"],
-            registry=registry,
+            "status",
         )
-        self.pacore_attempts = Counter(
-            "stepjax_pacore_failed_attempts", "Tries of calls that led to nothing", ["status"], registry=registry
-        )
-        self.pacore_losses = Counter(
-            "stepjax_pacore_losses", "Trajectories that left no message, by the reason", ["reason"], registry=registry
-        )
-        self.pacore_tokens = Counter(
-            "stepjax_pacore_output_tokens", "Tokens of trajectories that have ended", registry=registry
-        )
-        under_way = Gauge("stepjax_requests_under_way", "Requests that are being answered", registry=registry)
+        self.pacore_attempts = counter("pacore_failed_attempts", "Attempts of calls that failed", "status")
+        self.pacore_losses = counter("pacore_losses", "Trajectories that left no message, by the reason", "reason")
+        self.pacore_tokens = counter("pacore_output_tokens", "Tokens of trajectories that have ended")
+        under_way = Gauge("stepjax_requests_under_way", "Requests that are being answered", registry=self._registry)
         under_way.set_function(lambda: admission.count)
         if engine is not None:
-            registry.register(_EngineCollector(engine))
+            self._registry.register(_EngineCollector(engine))
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):
-    def __init__(self, engine: AsyncEngine):
+    def __init__(self, engine: EngineClient):
         self._engine = engine
 
     def describe(self):

@@ -1,4 +1,4 @@
-"""Rounds as clients are told of them: events of a stream, and the field `pacore` of a whole answer.
+"""Rounds as clients see them: events of a stream, and the field `pacore` of a whole answer.
 
 How much is said of a trajectory is the request's `include`: counts alone, the messages that they leave, or all that
 they wrote. Of the final call only counts are said, since its text is the answer.
@@ -18,7 +18,6 @@ from stepjax.pacore.records import (
     Round,
     RoundEnded,
     RoundStarted,
-    Totals,
     Trajectory,
     TrajectoryEnded,
 )
@@ -27,35 +26,30 @@ from stepjax.rollouts.sampler import TokenCounter
 Include = Literal["summary", "messages", "full"]
 
 
-class Teller:
+class RoundsJson:
     def __init__(self, config: PacoreConfig, tokens: TokenCounter | None, include: Include):
         """
         Args:
             tokens: of the sampler.
         """
         self._config, self._tokens, self._include = config, tokens, include
-        self._references: dict[int, int] = {}  # how many each round's prompt holds
+        self._num_references: dict[int, int] = {}  # of each round's prompt
 
     def event(self, event: Event) -> dict[str, Any] | None:
-        """None for pieces of messages, which are told as such."""
+        """None for pieces of messages, which are sent as deltas."""
         if isinstance(event, RoundStarted):
-            self._references[event.number] = len(event.references)
+            self._num_references[event.number] = len(event.references)
             return {
                 "type": "round_started",
                 "round": event.number,
                 "is_final": self._is_final(event.number),
                 "width": event.width,
                 "references": _references(event.references),
-                "seconds": _rounded(event.seconds),
+                "seconds": round(event.seconds, 3),
             }
         if isinstance(event, AttemptFailed):
-            return {
-                "type": "attempt_failed",
-                "round": event.round,
-                "index": event.index,
-                "is_final": self._is_final(event.round),
-                **_seconds_rounded(dataclasses.asdict(event.attempt)),
-            }
+            place = {"round": event.round, "index": event.index, "is_final": self._is_final(event.round)}
+            return {"type": "attempt_failed", **place, **_as_dict(event.attempt)}
         if isinstance(event, TrajectoryEnded):
             return {"type": "trajectory_ended", **self._trajectory(event.trajectory)}
         if isinstance(event, RoundEnded):
@@ -68,14 +62,14 @@ class Teller:
             "schedule": list(self._config.schedule),
             "seed": self._config.seed,
             "answered_by": outcome.answered_by,
-            "chosen": list(outcome.chosen),
-            "seconds": _rounded(outcome.seconds),
-            "totals": _totals(outcome.totals),
+            "chosen": outcome.chosen and list(outcome.chosen),
+            "seconds": round(outcome.seconds, 3),
+            "totals": _as_dict(outcome.totals),
         }
 
     def rounds(self, outcome: Outcome) -> list[dict[str, Any]]:
         """Every round, with its trajectories."""
-        self._references = {each.number: len(each.references) for each in outcome.rounds}
+        self._num_references = {each.number: len(each.references) for each in outcome.rounds}
         return [
             {
                 **self._round(each),
@@ -98,7 +92,7 @@ class Teller:
             "cut_references": round_.cut_references,
             "cut_answers": round_.cut_answers,
             "cites": self._cites(round_.number, *round_.trajectories),
-            "totals": _totals(round_.totals),
+            "totals": _as_dict(round_.totals),
         }
 
     def _trajectory(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -115,8 +109,8 @@ class Teller:
             "prompt_tokens": rollout.num_prompt_tokens,
             "cached_tokens": rollout.num_cached_tokens,
             "output_tokens": rollout.num_tokens,
-            "start": _rounded(rollout.start),
-            "seconds": _rounded(rollout.seconds),
+            "start": round(rollout.start, 3),
+            "seconds": round(rollout.seconds, 3),
             "cites": self._cites(trajectory.round, trajectory),
         }
         if self._is_final(trajectory.round) or self._include == "summary":
@@ -129,9 +123,9 @@ class Teller:
         return told
 
     def _cites(self, number: int, *trajectories: Trajectory) -> dict[str, int]:
-        """How often each reference is spoken of, in thought and answer, by its number in the prompt."""
+        """How often reasoning and answer speak of each reference, by its number in the prompt."""
         text = "\n".join(f"{each.rollout.reasoning or ''}\n{each.rollout.content}" for each in trajectories)
-        found = citations(text, self._references.get(number, 0))
+        found = citations(text, self._num_references.get(number, 0))
         return {str(reference): count for reference, count in found.items()}
 
 
@@ -140,13 +134,6 @@ def _references(references: Sequence[Reference]) -> list[dict[str, Any]]:
     return [{"index": reference.index, "was_cut": reference.was_cut} for reference in references]
 
 
-def _totals(totals: Totals) -> dict[str, Any]:
-    return _seconds_rounded(dataclasses.asdict(totals))
-
-
-def _seconds_rounded(fields: dict[str, Any]) -> dict[str, Any]:
-    return {**fields, "seconds": _rounded(fields["seconds"])}
-
-
-def _rounded(seconds: float) -> float:
-    return round(seconds, 3)
+def _as_dict(record: Any) -> dict[str, Any]:
+    fields = dataclasses.asdict(record)
+    return {**fields, "seconds": round(fields["seconds"], 3)}

@@ -1,8 +1,7 @@
-"""What requests may hold. Everything else is refused by name; nothing that would change an answer is ignored.
+"""What requests may hold. Everything else is refused by name; nothing that would change an answer is ignored. A null
+counts as left out, in every object of a request."""
 
-Null is as if left out, in every object of a request.
-"""
-
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -13,15 +12,16 @@ from pydantic_core import PydanticCustomError
 
 from stepjax.errors import RequestError
 from stepjax.inference.request import SamplingParams
-from stepjax.serving.errors import ApiError
+from stepjax.serving.errors import invalid
 
 _MAX_DEPTH = 64  # of a JSON schema
 _MAX_ITEMS = 8192  # messages, their parts and their calls; conversations of agents have some thousand
 _MAX_TOOLS = 512
 _MAX_NAME = 64  # characters of a tool's name, as OpenAI's
+_DEFAULTS = SamplingParams()
 
 _Item = TypeVar("_Item")
-# A million mistakes in a list are told as one.
+# Of a million mistakes in a list, the first is reported.
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 _Int = Annotated[int, Field(ge=-(2**64), le=2**64)]  # what is beyond is out of range for every field
 
@@ -43,8 +43,8 @@ _ANY = None  # any value of a field that changes no answer
 class _Strict(pydantic.BaseModel):
     """
     Attributes:
-        neutral: fields of OpenAI's and of other servers that are taken with these values alone, since clients spell
-            defaults out, and send back what they were sent; then they are dropped. With no values: known, so that they
+        neutral: fields of OpenAI's and of other servers that are taken, and dropped, with these values alone, since
+            clients spell defaults out and send back what they were sent. Those without values are known, so that they
             are refused as unsupported, not as misspelt.
     """
 
@@ -68,13 +68,10 @@ class _Strict(pydantic.BaseModel):
             context = {"field": name, "fields": list(cls.model_fields), "neutral": list(cls.neutral)}
             raise PydanticCustomError("unknown", "unknown", context)
         values = cls.neutral[name]
-        if values is not None and not any(_equal(value, each) for each in values):
+        is_bool = isinstance(value, bool)
+        if values is not None and not any(value == each and is_bool == isinstance(each, bool) for each in values):
             raise PydanticCustomError("unsupported", "unsupported", {"field": name, "values": values})
         return False
-
-
-def _equal(value: object, other: object) -> bool:
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 class StreamOptions(_Strict):
@@ -122,35 +119,29 @@ class _Sampling(_Strict):
     ignore_eos: bool = False
 
     def _sampling_params(
-        self, *, max_tokens: int | None, logprobs: int | None, names: Mapping[str, str]
+        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None, names: Mapping[str, str]
     ) -> SamplingParams:
         """
         Args:
+            defaults: of what the request leaves out.
             names: of `SamplingParams`, as the request calls them.
 
         Raises:
             ApiError: 400, a value is out of range.
         """
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "seed")}
-        top_k = 0 if self.top_k == -1 else self.top_k  # other servers spell "off" so
+        fields = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "seed", "n")}
+        fields["top_k"] = 0 if self.top_k == -1 else self.top_k  # other servers spell "off" so
+        fields["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        fields["stop_ids"] = self.stop_token_ids
+        fields |= {"max_tokens": max_tokens, "ignore_eos": self.ignore_eos or None, "logprobs": logprobs}
+        given = {name: value for name, value in fields.items() if value is not None}
+        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         try:
-            return SamplingParams(
-                **{name: value for name, value in {**given, "top_k": top_k}.items() if value is not None},
-                n=self.n,
-                max_tokens=max_tokens,
-                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-                stop_ids=tuple(self.stop_token_ids or ()),
-                ignore_eos=self.ignore_eos,
-                logprobs=logprobs,
-            )
+            return dataclasses.replace(defaults, **given)
         except RequestError as error:
             name, equals, rest = str(error).partition("=")
             name = {"stop_ids": "stop_token_ids", **names}.get(name, name)
-            raise ApiError(400, f"{name}{equals}{rest}", param=name, code="invalid_value") from None
-
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+            raise invalid(f"{name}{equals}{rest}", name) from None
 
 
 class TextPart(_Strict):
@@ -198,7 +189,7 @@ class ToolCall(_Strict):
     function: CalledFunction
 
 
-class Message(_Strict):
+class ChatMessage(_Strict):
     neutral = {
         "cache_control": _ANY,
         "annotations": ([],),
@@ -266,7 +257,7 @@ class PacoreOptions(_Strict):
 
 
 class ChatRequest(_Sampling):
-    messages: Annotated[_List[Message], Field(min_length=1)]
+    messages: Annotated[_List[ChatMessage], Field(min_length=1)]
     max_completion_tokens: _Int | None = None
     logprobs: bool = False
     top_logprobs: _Int | None = None
@@ -290,10 +281,10 @@ class ChatRequest(_Sampling):
     def _check(self) -> "ChatRequest":
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             message = f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ"
-            raise ApiError(400, f"{message}: give one of them", param="max_completion_tokens", code="invalid_value")
+            raise invalid(f"{message}: give one of them", "max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             message = f"top_logprobs={self.top_logprobs} is set, but not logprobs: set it to true"
-            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+            raise invalid(message, "top_logprobs")
         self.params()
         return self
 
@@ -301,12 +292,11 @@ class ChatRequest(_Sampling):
     def uses_tools(self) -> bool:
         return bool(self.tools) and self.tool_choice != "none"
 
-    def params(self) -> SamplingParams:
+    def params(self, defaults: SamplingParams = _DEFAULTS) -> SamplingParams:
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(
-            max_tokens=getattr(self, limit), logprobs=logprobs, names={"logprobs": "top_logprobs", "max_tokens": limit}
-        )
+        names = {"logprobs": "top_logprobs", "max_tokens": limit}
+        return self._sampling_params(defaults, max_tokens=getattr(self, limit), logprobs=logprobs, names=names)
 
 
 def _prompt_tag(prompt: Any) -> str | None:
@@ -331,7 +321,7 @@ class CompletionRequest(_Sampling):
 
     def params(self) -> SamplingParams:
         max_tokens = 16 if self.max_tokens is None else self.max_tokens  # as OpenAI's
-        return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs, names={})
+        return self._sampling_params(_DEFAULTS, max_tokens=max_tokens, logprobs=self.logprobs, names={})
 
 
 class ViewsRequest(_Strict):

@@ -1,20 +1,19 @@
-"""What a server allows, and for how long."""
+"""How a server listens and answers, and what it allows. Comments of the fields are what `--help` shows."""
 
 import dataclasses
 
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, require_positive
+from stepjax.inference.request import SamplingParams
 from stepjax.pacore.config import PacoreConfig
 
 MiB = 2**20
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+PACORE = PacoreConfig(sampling=SamplingParams())  # a seed is drawn for each request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds on requests. What is over one is refused by name, before it costs memory or time.
-
-    Raises:
-        ConfigError: a limit is not positive.
-    """
+    """Bounds on requests. What exceeds one is refused by name, before it costs memory or time."""
 
     requests: int = 256  # under way at a time; more are answered with status 429
     connections: int = 1024  # open at a time; of more, the one that has been without a request for longest is closed
@@ -33,34 +32,45 @@ class Limits:
     write_seconds: float = 60.0  # that a client may take to read what is ready; then its request is cancelled
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"limits.{field.name}={value!r}: must be positive")
+        names = (field.name for field in dataclasses.fields(self))
+        require_positive("limits", self, *(name for name in names if getattr(self, name) is not None))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How an app answers.
+    """Raises ConfigError: a value cannot work."""
 
-    Raises:
-        ConfigError: a value cannot work.
-    """
-
-    model_name: str | None  # None: the upstream's own, where there is one
-    api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # any of them opens the server; none: anybody
-    hosts: tuple[str, ...] = ()  # names in the header `Host` that are answered to; none: all
-    limits: Limits = Limits()
-    pacore: PacoreConfig = PacoreConfig()  # of what requests leave open
-    allow_remote_images: bool = False  # fetch images from public addresses
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; give an API key then
+    port: int = 8000  # 0: any free one
+    # Any of them opens the server; better in the environment: STEPJAX_API_KEY=KEY,KEY
+    api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    hosts: tuple[str, ...] = ()  # names in the header `Host` to answer to; by default all, without a key the loopback's
+    model_name: str | None = None  # what requests call the model; by default its directory's name, or the upstream's
+    allow_remote_images: bool = False  # fetch images from public addresses, or let the upstream fetch them
     fetch_seconds: float = 10.0  # for one remote image, redirects included
+    drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
     workers: int = 2  # threads that read images and make prompts
+    limits: Limits = Limits()
 
     def __post_init__(self):
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"--port {self.port}: must be from 0 (any) to 65535")
+        if not self.drain_seconds >= 0:
+            raise ConfigError(f"--drain-seconds {self.drain_seconds}: must not be negative")
         if self.model_name == "":
             raise ConfigError(f"model_name={self.model_name!r}: must not be empty")
         if not all(key.strip() and key.isascii() for key in self.api_keys):
             raise ConfigError("an API key is empty or not ASCII: give a long random one")
-        for name in ("fetch_seconds", "workers"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be positive")
+        require_positive("", self, "fetch_seconds", "workers")
+
+    def completed(self, *, environment: str | None, model_name: str | None = None) -> "ServerSettings":
+        """With what the environment and the model say.
+
+        Args:
+            environment: API keys, separated by commas.
+            model_name: where none is given.
+        """
+        more = tuple(key.strip() for key in (environment or "").split(",") if key.strip())
+        made = dataclasses.replace(self, api_keys=(*self.api_keys, *more), model_name=self.model_name or model_name)
+        is_local = made.host in LOOPBACK and not made.api_keys
+        return dataclasses.replace(made, hosts=made.hosts or (LOOPBACK if is_local else ()))

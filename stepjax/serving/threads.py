@@ -1,20 +1,108 @@
-"""Threads for what would hold up the event loop: large JSON, images, tokens."""
+"""Who works when: threads beside the event loop, memory in order of arrival, and the requests that are let in."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from stepjax.serving.errors import ApiError, busy, shutting_down
 
 _Result = TypeVar("_Result")
 
 
 class Threads:
+    """Threads for what would hold up the event loop: large JSON, images, tokens."""
+
     def __init__(self, count: int, name: str):
-        self.executor = ThreadPoolExecutor(count, thread_name_prefix=name)  # threads start when they are needed
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix=name)  # threads start when they are needed
 
     async def run(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self.executor, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     def close(self) -> None:
-        """What has not begun is given up; nobody is waited for."""
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        """Drops what has not begun; waits for nothing."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class ByteBudget:
+    """Memory that is handed out first come, first served.
+
+    Attributes:
+        free: bytes.
+    """
+
+    def __init__(self, total: int):
+        self.free = self.total = total
+        self._turn = asyncio.Lock()  # fair: the first that waits is the next
+        self._returned = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, size: int) -> AsyncIterator[None]:
+        """Waits for `size` bytes of at most `total`, and holds them."""
+        assert size <= self.total
+        async with self._turn:
+            while size > self.free:
+                self._returned.clear()
+                await self._returned.wait()
+            self.free -= size
+        try:
+            yield
+        finally:
+            self.free += size
+            self._returned.set()
+
+
+class Admission:
+    """Lets requests in: only so many at a time, and none while the server shuts down."""
+
+    def __init__(self, max_requests: int, is_healthy: Callable[[], bool]):
+        """
+        Args:
+            is_healthy: whether the engine takes requests.
+        """
+        self._max_requests = max_requests
+        self._under_way: set[asyncio.Task[None]] = set()
+        self.is_draining = False
+        self.is_healthy = is_healthy
+
+    @property
+    def count(self) -> int:
+        """Requests under way."""
+        return len(self._under_way)
+
+    def check_open(self) -> None:
+        """Raises ApiError: 503, the engine has failed, or the server is shutting down."""
+        if not self.is_healthy():
+            raise ApiError(503, "the engine has failed; the server is being ended", code="engine_failed")
+        if self.is_draining:
+            raise shutting_down()
+
+    def check_room(self) -> None:
+        """Raises ApiError: 429, there are too many requests; 503, as `check_open`."""
+        self.check_open()
+        if self.count >= self._max_requests:
+            raise busy(f"{self._max_requests} requests are under way, which is the limit; try again")
+
+    def start(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts a request's answer, which counts until it has ended, and which `drain` may cancel."""
+        task = asyncio.create_task(answering)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
+
+    async def drain(self, seconds: float) -> int:
+        """Takes no more requests, waits for those under way, and cancels what is left after `seconds`.
+
+        Returns:
+            How many were cancelled.
+        """
+        self.is_draining = True
+        if not self._under_way:
+            return 0
+        _, left = await asyncio.wait(self._under_way, timeout=seconds)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=5)  # they still tell their clients
+        return len(left)

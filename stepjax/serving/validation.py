@@ -1,25 +1,63 @@
-"""From JSON to the types of `schemas`, and from their complaints to errors that name the field."""
+"""From the bytes of a body to a request of `schemas`. What it may cost is bounded before anything is made of it, and
+complaints name the field as the client wrote it.
+"""
 
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import pydantic
+from pydantic_core import from_json
 
-from stepjax.serving.errors import ApiError
+from stepjax.serving.errors import ApiError, TooLongError, invalid
+from stepjax.serving.schemas import ChatMessage, ChatRequest, ImagePart
+from stepjax.serving.settings import Limits
 
+# Tokens mostly have more bytes, so the excess in tokens is not overstated.
+_BYTES_PER_TOKEN = 2
 _MAX_NAME = 100  # characters of a field's name that are looked at, and shown
+# A string, which may hold what looks like structure, or the beginning of a value beside the first.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,:{[]', re.DOTALL)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
 
 _Request = TypeVar("_Request", bound=pydantic.BaseModel)
 
 
+def parse_object(body: bytes, max_values: int) -> dict[str, Any]:
+    """Raises ApiError: 400, it is not a JSON object, or holds too many values."""
+    if has_more_values(body, max_values):
+        message = f"the body holds more than {max_values} values: names of fields, texts, numbers, lists and objects"
+        raise invalid(message, None, "too_many_values")
+    try:
+        value = from_json(body)
+    except ValueError as error:
+        reason = str(error).replace(" column", ", column").replace("recursion limit exceeded", "nested too deeply")
+        if "hex escape" in reason:
+            reason += "; half of a surrogate pair is no character"
+        raise invalid(f"the body is not JSON: {reason:.200}", None, "invalid_json") from None
+    if not isinstance(value, dict):
+        raise invalid(f"the body is a JSON {type(value).__name__}: send an object", None, "invalid_json")
+    return value
+
+
+def has_more_values(body: bytes, count: int) -> bool:
+    """Whether JSON holds more than so many values.
+
+    Every value but the first follows one of four signs. A value costs far more than its one or two bytes, so they
+    are counted before any is made: all the signs, which is quick, and only where these are too many those outside of
+    texts.
+    """
+    if sum(map(body.count, (b",", b":", b"{", b"["))) <= count:
+        return False
+    return any(index >= 2 * count for index, _ in enumerate(_TOKEN.finditer(body)))  # it finds texts, too
+
+
 def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
-    """
-    Raises:
-        ApiError: 400, a field is missing, unknown, not supported, out of range or of the wrong type; names it.
-    """
+    """Raises ApiError: 400, a field is missing, unknown, not supported, out of range or of the wrong type; names it."""
     try:
         return kind.model_validate(body)
     except pydantic.ValidationError as error:
@@ -40,8 +78,9 @@ def _as_api_error(error: pydantic.ValidationError) -> ApiError:
     if field is not None:
         location.append(field[:_MAX_NAME])
         kind, value = kind if field in value else "missing", value.get(field)
-    where = _path(location)
-    code = "invalid_value"
+    # Such as `messages[0].content[1].text`.
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location).removeprefix(".")
+    shown, code = f"{where}={_SHORT.repr(value)}", "invalid_value"
     if kind == "unknown" and field is not None:
         code = "unknown_parameter"
         close = difflib.get_close_matches(field[:_MAX_NAME], context["fields"] + context["neutral"], n=1)
@@ -49,26 +88,47 @@ def _as_api_error(error: pydantic.ValidationError) -> ApiError:
         message = f"{where} is not a known field; {hint}"
     elif kind == "unsupported":
         code = "unsupported_parameter"
-        shown = " or ".join(json.dumps(each) for each in context["values"])
-        remedy = f"leave it out, or give {shown}" if shown else "leave it out"
-        message = f"{where}={_shown(value)} is not supported: {remedy}"
+        values = " or ".join(json.dumps(each) for each in context["values"])
+        message = f"{shown} is not supported: leave it out{values and f', or give {values}'}"
     elif kind == "missing":
         message = f"{where} is missing"
     elif kind == "value_error":
         message = f"{where}: {reason.removeprefix('value error, ')}"
     else:
-        message = f"{where}={_shown(value)}: {reason}"
-    return ApiError(400, message, param=where, code=code)
+        message = f"{shown}: {reason}"
+    return invalid(message, where, code)
 
 
-def _path(location: list[int | str]) -> str:
-    """`messages[0].content[1].text`."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location).removeprefix(".")
+def check_chat_text(request: ChatRequest, limits: Limits) -> None:
+    """Raises ApiError: messages and tools together hold too much, or the arguments of a call do."""
+    tools = sum(len(tool.model_dump_json().encode()) for tool in request.tools or ())
+    check_text(tools + sum(_text_bytes(message) for message in request.messages), "messages", limits)
+    for i, message in enumerate(request.messages):
+        for j, call in enumerate(message.tool_calls or ()):
+            if has_more_values(call.function.arguments.encode(errors="replace"), limits.body_values):
+                where = f"messages[{i}].tool_calls[{j}].function.arguments"
+                raise invalid(
+                    f"{where}: its JSON holds more than {limits.body_values} values", where, "too_many_values"
+                )
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
+def check_text(size: int, where: str, limits: Limits) -> None:
+    """Raises TooLongError: so many bytes are too many."""
+    if size > limits.text_bytes:
+        message = f"{where}: {size} bytes of text are more than the limit of {limits.text_bytes}"
+        raise TooLongError(message, param=where, excess=1 + (size - limits.text_bytes) // _BYTES_PER_TOKEN)
 
 
-def _shown(value: object) -> str:
-    return _SHORT.repr(value)
+def utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _text_bytes(message: ChatMessage) -> int:
+    texts = [message.reasoning_content, message.name, message.tool_call_id]
+    if isinstance(message.content, str):
+        texts.append(message.content)
+    elif message.content is not None:
+        texts += [part.text for part in message.content if not isinstance(part, ImagePart)]
+    for call in message.tool_calls or ():
+        texts += [call.id, call.function.name, call.function.arguments]
+    return sum(utf8_length(text) for text in texts if text)

@@ -39,6 +39,7 @@ class FakeEngine:
         self.served: list[tuple[Example, SamplingParams]] = []
         self.cancelled: list[str] = []
         self.generated = self.finished = 0
+        self.most_requests = 0  # at a time
         self.failure: Exception | None = None
         self._stepping: asyncio.Task | None = None
 
@@ -58,6 +59,7 @@ class FakeEngine:
         scripts = [self.script(prompt, params, sample) for sample in range(params.n)]
         request = _Request(request_id, prompt, params, scripts, [0] * params.n, asyncio.Queue())
         self.requests[request_id] = request
+        self.most_requests = max(self.most_requests, len(self.requests))
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.create_task(self._run())
         unfinished = params.n

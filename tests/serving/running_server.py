@@ -5,6 +5,9 @@ import base64
 import contextlib
 import io
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +17,7 @@ from PIL import Image
 
 from stepjax.serving.app import make_app
 from stepjax.serving.server import DrainingServer, bind
-from stepjax.serving.settings import ServerSettings
+from stepjax.serving.settings import PACORE, ServerSettings
 
 
 class Running:
@@ -37,33 +40,63 @@ class Running:
             time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def serving_process(make_arguments, **options):
+    """A process that begins to serve, and a client of it. Killed at the end, if it is still there.
+
+    Args:
+        make_arguments: of Python, from the port.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        subprocess.Popen([sys.executable, *make_arguments(port)], **options) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client,
+    ):
+        try:
+            yield process, client
+        finally:
+            process.kill()
+
+
+def wait_for(client, process=None, seconds=60):
+    """Until a server of another process listens."""
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(httpx.ConnectError):
+            return client.get("/health")
+        assert time.monotonic() < end and (process is None or process.poll() is None), "the server does not start"
+        time.sleep(0.05)
+
+
 def chat_body(content="hi", **fields):
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 
 @contextlib.contextmanager
-def running(processor, engine=None, *, drain_seconds=5.0, **settings):
+def running(processor, engine=None, *, pacore=PACORE, **settings):
     """Serves until the block ends."""
 
     async def make(stack):
         made = engine or FakeEngine()
         if hasattr(made, "__aenter__"):
             made = await stack.enter_async_context(made)
-        return made, make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}))
+        return made, make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}), pacore)
 
-    with running_app(make, drain_seconds=drain_seconds) as one:
+    with running_app(make) as one:
         yield one
 
 
 @contextlib.contextmanager
-def running_app(make, *, drain_seconds=5.0):
+def running_app(make):
     """Serves what `make` gives, called in the server's loop: an engine, or None, and an app."""
     ready, state = threading.Event(), {}
 
     async def main():
         async with contextlib.AsyncExitStack() as stack:
             made, app = await make(stack)
-            server = DrainingServer(app, drain_seconds=drain_seconds)
+            server = DrainingServer(app)
             state.update(server=server, loop=asyncio.get_running_loop(), engine=made, app=app)
             serving = asyncio.create_task(server.serve([bind("127.0.0.1", 0)]))
             while not server.started:

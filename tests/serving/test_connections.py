@@ -5,20 +5,18 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from running_server import chat_body
+from running_server import chat_body, serving_process, wait_for
 
 from stepjax.errors import ConfigError
-from stepjax.serving import connections
-from stepjax.serving.logs import OncePerMinute
+from stepjax.serving.server import RESERVED_FILES, OncePerMinute, affordable
 from stepjax.serving.settings import Limits
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -66,7 +64,7 @@ def test_connections_without_a_request_shut_nobody_out(start, data):
     server.wait_until(lambda: open_files() <= before)
 
 
-def test_what_drips_does_not_prolong_the_time(start):
+def test_a_head_that_drips_gets_no_more_time(start):
     server = start(limits=Limits(head_seconds=0.6))
     answered = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
     for first in (b"", answered):
@@ -111,7 +109,7 @@ def test_an_answer_that_nobody_reads_is_given_up(start):
         server.wait_until(lambda: not server.server.server_state.connections, seconds=8)
 
 
-def test_a_connection_too_many_is_told(start):
+def test_a_connection_over_the_limit_gets_503(start):
     server = start(FakeEngine(lambda *_: ["</think>"] + ["x"] * 10_000), limits=Limits(connections=8))
     body = json.dumps(chat_body(stream=True)).encode()
     with clients(server.port, 8, HEAD + b"content-length: %d\r\n\r\n" % len(body) + body):
@@ -139,7 +137,7 @@ def test_heads_are_bounded_however_they_come(start):
 def test_bodies_that_never_come_take_no_places(start):
     server = start(limits=Limits(requests=2))
     with clients(server.port, 300, NO_BODY + b"{") as opened:
-        arriving = server.context.admission.arrivals._arriving
+        arriving = server.context.bodies.arriving
         server.wait_until(lambda: len(arriving) == 64)
         assert server.context.admission.count == 0
         assert seconds_of_a_chat(server) < SOON
@@ -151,7 +149,7 @@ def test_bodies_that_never_come_take_no_places(start):
 def test_the_slowest_body_gives_way(start):
     server = start(limits=Limits(requests=2))
     body = json.dumps(chat_body("x" * 200_000)).encode()
-    arriving = server.context.admission.arrivals._arriving
+    arriving = server.context.bodies.arriving
     with contextlib.ExitStack() as stack:
         stack.enter_context(clients(server.port, 64, NO_BODY))
         server.wait_until(lambda: len(arriving) == 64)
@@ -169,13 +167,13 @@ def test_clients_without_a_key_hold_nothing(start):
     server = start(api_keys=("key",), limits=Limits(requests=2))
     with clients(server.port, 100, NO_BODY) as opened:
         assert {status(each) for each in opened} == {401}
-        assert not server.context.admission.arrivals._arriving and server.context.admission.count == 0
+        assert not server.context.bodies.arriving and server.context.admission.count == 0
 
 
 # Open files and lines of the log --------------------------------------------------------------------------------------
 
 PROGRAM = """
-import asyncio, resource, sys, threading
+import asyncio, resource, signal, sys
 
 sys.path.insert(0, {folder!r})
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
@@ -183,59 +181,51 @@ from fake_engine import FakeEngine
 from stepjax.config import ImageConfig, TokenizerConfig
 from stepjax.processing.processor import Processor
 from stepjax.serving.app import make_app
-from stepjax.serving.logs import start_log
-from stepjax.serving.server import bind, serve
+from stepjax.serving.server import bind, serve, start_log
 from stepjax.serving.settings import ServerSettings
 
 start_log()
 open_files = []
+signal.signal(signal.SIGUSR1, lambda *_: open_files.extend(open("/dev/null") for _ in range(160)))
 
 async def main():
-    settings = ServerSettings(model_name="m")
+    settings = ServerSettings(model_name="m", drain_seconds=1)
     app = make_app(FakeEngine(), Processor.from_config(ImageConfig(), TokenizerConfig()), settings)
-    await serve(app, bind("127.0.0.1", {port}), drain_seconds=1)
+    await serve(app, bind("127.0.0.1", {port}))
 
-def open_more():
-    open_files.extend(open("/dev/null") for _ in range({more}))
-
-threading.Timer(1, open_more).start()
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("more", [0, 160], ids=["all is counted", "others take the reserve"])
-def test_open_files_are_not_exhausted_and_the_log_stays_small(tmp_path, more):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = PROGRAM.format(folder=str(Path(__file__).parent), port=port, more=more)
+def test_open_files_are_not_exhausted_and_the_log_stays_small(tmp_path):
+    """Neither by many connections, nor where others take the reserve."""
     log = tmp_path / "log"
-    with (
-        log.open("wb") as file,
-        subprocess.Popen([sys.executable, "-c", program], stderr=file) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=5) as client,
-    ):
-        try:
-            end = time.monotonic() + 30
-            while time.monotonic() < end:
-                with contextlib.suppress(httpx.ConnectError):
-                    client.get("/health")
-                    break
-                time.sleep(0.05)
-            time.sleep(1)  # it opens more
+
+    def program(port):
+        return ["-c", PROGRAM.format(folder=str(Path(__file__).parent), port=port)]
+
+    with log.open("wb") as file, serving_process(program, stderr=file) as (process, client):
+        port = client.base_url.port
+
+        def health():
+            return httpx.get(f"{client.base_url}/health", trust_env=False, timeout=20).status_code
+
+        wait_for(client, process)
+        for others in (False, True):
+            if others:
+                process.send_signal(signal.SIGUSR1)
             with clients(port, 400), clients(port, 50, b"nonsense\r\n\r\n"):
-                if not more:
+                if not others:
                     begin = time.monotonic()
-                    assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+                    assert health() == 200
                     assert time.monotonic() - begin < SOON
                 time.sleep(1)
-            assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=20).status_code == 200
-        finally:
-            process.terminate()
+            assert health() == 200
+            assert ("out of system resource" in log.read_text()) == others
     text = log.read_text()
     assert len(text) < 10_000, text[:3000]
     assert "the limit on open files is 300" in text and text.count("Invalid HTTP request") <= 1
-    assert text.count("out of system resource") == (1 if more else 0)
+    assert text.count("out of system resource") == 1
 
 
 @pytest.mark.parametrize(
@@ -249,14 +239,14 @@ def test_connections_follow_the_limit_on_open_files(monkeypatch, limits, wanted,
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: raised.append(new))
     if expected is ConfigError:
         with pytest.raises(ConfigError, match="open files is 100: raise it"):
-            connections.affordable(wanted)
+            affordable(wanted)
         return
-    most = connections.affordable(wanted)
-    room = connections._RESERVE
+    most = affordable(wanted)
+    room = RESERVED_FILES
     assert most == wanted and raised[0][0] >= wanted + room if expected else 8 <= most < limits[0] - room
 
 
-def test_one_line_a_kind_and_minute(caplog):
+def test_the_log_has_one_line_a_kind_and_minute(caplog):
     now, lines = [0.0], []
     limit = OncePerMinute(lambda: now[0])
     log = logging.getLogger("test.logs")

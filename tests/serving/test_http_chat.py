@@ -19,7 +19,7 @@ def ask(text="hi", *images):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def test_a_whole_answer(client, server):
+def test_a_whole_answer_has_openais_fields(client, server):
     answer = client.chat.completions.create(
         model="tiny", messages=ask("hi", picture()), n=2, logprobs=True, top_logprobs=2
     )
@@ -66,7 +66,7 @@ def test_a_streamed_answer_adds_up_to_the_whole_one(client):
     assert first_reasoning < first_content
 
 
-def test_events_on_the_wire(server):
+def test_a_stream_is_server_sent_events(server):
     with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         events = response.read().decode().split("\n\n")
@@ -80,7 +80,7 @@ def tool_script(prompt, params, sample):
     return [text[i : i + 7] for i in range(0, len(text), 7)]
 
 
-def test_tool_calls_whole_and_streamed(processor):
+def test_tool_calls_are_parsed_whole_and_streamed(processor):
     with (
         running(processor, FakeEngine(tool_script)) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,
@@ -199,7 +199,7 @@ def test_what_cannot_be_done_is_refused_by_name(server, fields, param, part):
         ("file:///etc/hostname", 400, "not fetched"),
     ],
 )
-def test_images_that_are_none(server, url, status, part):
+def test_invalid_images_are_refused(server, url, status, part):
     response = server.chat([{"type": "image_url", "image_url": {"url": url}}])
     assert response.status_code == status and part in response.json()["error"]["message"], response.text
 
@@ -209,7 +209,7 @@ def test_another_model_is_not_found(server):
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 
 
-def test_models(client):
+def test_models_are_listed_with_their_pacore_names(client):
     suffixes = ["", ":pacore-low", ":pacore-medium", ":pacore-high"]
     assert [model.id for model in client.models.list()] == [f"tiny{suffix}" for suffix in suffixes]
     assert client.models.retrieve("tiny").id == "tiny"

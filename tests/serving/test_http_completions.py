@@ -8,7 +8,7 @@ def client(server):
         yield client
 
 
-def test_text_tokens_and_lists_of_them(client, server, processor):
+def test_prompts_are_text_tokens_or_lists_of_them(client, server, processor):
     ids = processor.tokenizer.encode("one two")
     whole = "Let me see.\n</think>\n\nHello, world"
     for prompt in ("one two", ids):
@@ -23,7 +23,7 @@ def test_text_tokens_and_lists_of_them(client, server, processor):
         assert answer.usage.completion_tokens == 36
 
 
-def test_streams_of_several_prompts(client):
+def test_several_prompts_are_streamed_together(client):
     texts, ends = {}, {}
     chunks = list(
         client.completions.create(
@@ -41,7 +41,7 @@ def test_streams_of_several_prompts(client):
     assert chunks[-1].usage.completion_tokens == 36
 
 
-def test_logprobs_and_length(client, server):
+def test_logprobs_are_parallel_lists_up_to_the_length(client, server):
     choice = client.completions.create(model="tiny", prompt="a", logprobs=2, max_tokens=3).choices[0]
     assert choice.finish_reason == "length" and len(choice.logprobs.tokens) == 3
     assert choice.logprobs.token_logprobs == [-0.5] * 3 and len(choice.logprobs.top_logprobs[0]) == 2

@@ -32,7 +32,7 @@ def error(response, status):
         (b'{"seed": ' + b"9" * 10_000 + b"}", "not JSON"),
     ],
 )
-def test_bodies_that_are_not_json_objects(server, body, part):
+def test_bodies_that_are_not_json_objects_are_refused(server, body, part):
     response = server.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert part in error(response, 400)["message"]
 
@@ -52,7 +52,7 @@ def test_a_million_mistakes_take_no_time(server, path, value):
 
 
 @pytest.mark.parametrize("depth, status", [(60, 200), (65, 400), (300, 400), (900, 400)])
-def test_tools_that_are_nested_too_deep(server, depth, status):
+def test_tools_nested_too_deep_are_refused(server, depth, status):
     deep = '{"a":' * depth + "1" + "}" * depth
     body = '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": '
     body += f'{{"name": "f", "parameters": {deep}}}}}]}}'
@@ -62,7 +62,7 @@ def test_tools_that_are_nested_too_deep(server, depth, status):
     assert response.status_code == status, response.text
 
 
-def test_other_paths_methods_and_types(server):
+def test_other_paths_methods_and_types_are_refused(server):
     assert "/v1/chat/completions" in error(server.http.get("/v1/nothing"), 404)["message"]
     assert "GET" in error(server.http.get("/v1/chat/completions"), 405)["message"]
     error(server.http.post("/v1/models"), 405)
@@ -70,7 +70,7 @@ def test_other_paths_methods_and_types(server):
         error(server.http.post("/v1/chat/completions", content=b"{}", headers=headers), 415)
 
 
-def test_api_keys(start):
+def test_requests_need_an_api_key(start):
     server = start(api_keys=("first key", "second"))
     for headers in (
         {},
@@ -84,7 +84,7 @@ def test_api_keys(start):
         error(server.http.post("/stepjax/views", json={"image": picture()}, headers=headers), 401)
     for key in ("first key", "second"):
         assert server.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
-    for path in ("/", "/page.css", "/page.js", "/health"):
+    for path in ("/", "/style.css", "/chat.js", "/health"):
         assert server.http.get(path).status_code == 200
 
 
@@ -96,7 +96,7 @@ def test_other_names_are_not_answered_to(start):
         assert error(server.http.get("/v1/models", headers={"host": name}), 403)["code"] == "host_not_allowed"
 
 
-def test_bodies_that_are_too_large_or_too_slow(start):
+def test_bodies_too_large_or_too_slow_are_refused(start):
     server = start(limits=Limits(body_bytes=10_000, body_seconds=0.3))
     large = json.dumps(chat_body("x" * 20_000)).encode()
     headers = {"content-type": "application/json"}
@@ -115,7 +115,7 @@ def test_bodies_that_are_too_large_or_too_slow(start):
     server.wait_until(lambda: server.context.admission.count == 0)
 
 
-def test_images_that_are_too_many_or_too_large(start):
+def test_images_too_many_or_too_large_are_refused(start):
     server = start(limits=Limits(images=2, image_bytes=3000, image_pixels=10_000))
 
     def images(*urls):
@@ -167,33 +167,29 @@ def test_work_is_bounded_before_it_begins(start):
         assert time.monotonic() - begin < 5, part
 
 
-def test_prompts_that_are_too_long(start):
+def test_prompts_that_are_too_long_are_refused(start):
     server = start(limits=Limits(prompt_tokens=40, text_bytes=1000))
     assert server.chat("hi").status_code == 200
     assert error(server.chat("hi " * 100), 400)["code"] == "context_length_exceeded"
     assert error(server.chat("x" * 1001), 400)["code"] == "context_length_exceeded"
     wide = [{"type": "image_url", "image_url": {"url": picture(112, 112)}}]
     assert "the images alone" in error(server.chat(wide), 400)["message"]
-    assert not server.context.prompts._view_budget._waiting
+    assert server.context.prompts.view_budget.free == server.context.prompts.view_budget.total
 
 
 def test_views_wait_for_memory(start):
     one = 2 * 12 * (56**2 + 4 * 28**2)  # 60 x 40 pixels are cut into four crops
-    server = start(FakeEngine(step_seconds=0.01), limits=Limits(view_bytes=2 * one))
+    server = start(FakeEngine(step_seconds=0.05), limits=Limits(view_bytes=2 * one))
     content = [{"type": "image_url", "image_url": {"url": picture()}}]
-    peak = 0
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(server.chat, content) for _ in range(6)]
-        while not all(answer.done() for answer in answers):
-            peak = max(peak, len(server.engine.requests))
-            time.sleep(0.002)
     assert [answer.result().status_code for answer in answers] == [200] * 6
-    assert peak == 2
+    assert server.engine.most_requests == 2
     too_many = server.chat(content * 3)
     assert "memory" in error(too_many, 400)["message"]
 
 
-def test_too_many_requests(start):
+def test_requests_over_the_limit_get_429(start):
     server = start(FakeEngine(step_seconds=0.05), limits=Limits(requests=2))
     with ThreadPoolExecutor(8) as pool:
         answers = [answer.result() for answer in [pool.submit(server.chat) for _ in range(8)]]
@@ -210,7 +206,7 @@ def test_a_full_queue_of_the_engine_is_busy(start):
         assert error(response, 429)["type"] == "rate_limit_error" and response.headers["retry-after"]
 
 
-def test_a_failed_engine(start):
+def test_a_failed_engine_ends_streams_and_the_server(start):
     server = start(FakeEngine(lambda *_: ["</think>"] + ["x"] * 10_000))
     with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
         lines = response.iter_lines()
@@ -222,7 +218,7 @@ def test_a_failed_engine(start):
     assert not server.thread.is_alive() and server.server.has_failed
 
 
-def test_a_failure_that_is_not_known_yet(start):
+def test_an_unexpected_failure_is_not_told(start):
     server = start(FakeEngine())
     server.engine.failure = RuntimeError("a secret of the inside")
     assert "secret" not in error(server.chat(), 500)["message"]
@@ -244,7 +240,7 @@ def test_a_server_whose_engine_failed_answers_what_is_under_way_and_ends(start):
     assert not server.thread.is_alive() and server.server.has_failed
 
 
-def test_metrics(start):
+def test_metrics_count_requests_and_tokens(start):
     server = start()
     assert server.chat().status_code == 200
     server.chat(temperature=-1)
@@ -263,7 +259,7 @@ def test_metrics(start):
         assert line in text, text
 
 
-def test_views(server):
+def test_views_are_those_of_the_model(server):
     views = server.http.post("/stepjax/views", json={"image": picture(112, 60)}).json()
     assert (views["width"], views["height"], views["columns"], views["rows"]) == (112, 60, 4, 2)
     assert len(views["crops"]) == 8 and views["crops"][5]["row"] == 1 and views["crops"][5]["column"] == 1
@@ -273,11 +269,11 @@ def test_views(server):
     error(server.http.post("/stepjax/views", json={"picture": "x"}), 400)
 
 
-def test_the_page(server):
+def test_the_page_is_served_with_its_policy(server):
     page = server.http.get("/")
     assert (
         page.headers["content-type"].startswith("text/html")
         and "default-src 'none'" in page.headers["content-security-policy"]
     )
-    assert server.http.get("/page.js").headers["content-type"].startswith("text/javascript")
-    assert server.http.get("/page.css").headers["content-type"].startswith("text/css")
+    assert server.http.get("/chat.js").headers["content-type"].startswith("text/javascript")
+    assert server.http.get("/style.css").headers["content-type"].startswith("text/css")

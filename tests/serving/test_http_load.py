@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,13 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from running_server import ask_many, chat_body, picture, running
+from running_server import ask_many, chat_body, picture, running, serving_process, wait_for
 
 from stepjax.serving.settings import Limits
 
 
 def long_answer(*_):
-    return ["</think>", *["word "] * 2000]
+    return ["</think>", *["word "] * 500]
 
 
 def endless(*_):
@@ -145,37 +143,26 @@ from stepjax.serving.server import bind, serve
 from stepjax.serving.settings import ServerSettings
 
 async def main():
-    engine = FakeEngine(lambda *_: ["</think>"] + ["w "] * 600, step_seconds=0.002)
+    engine = FakeEngine(lambda *_: ["</think>"] + ["w "] * 300, step_seconds=0.002)
     app = make_app(engine, Processor.from_config(ImageConfig(), TokenizerConfig()), ServerSettings(model_name="m"))
-    await serve(app, bind("127.0.0.1", {port}), drain_seconds=20)
+    await serve(app, bind("127.0.0.1", {port}))
 
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_process_ends_in_order_at_a_signal(name):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = PROGRAM.format(folder=str(Path(__file__).parent), port=port)
-    with (
-        subprocess.Popen([sys.executable, "-c", program]) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client,
-    ):
-        for _ in range(200):
-            try:
-                client.get("/health")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.05)
+def test_a_process_ends_in_order_at_ctrl_c():
+    """At SIGTERM, too: see the tests of the commands."""
+    folder = str(Path(__file__).parent)
+    with serving_process(lambda port: ["-c", PROGRAM.format(folder=folder, port=port)]) as (started, client):
+        wait_for(client)
         with client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
             reader = response.iter_lines()
             next(reader)
-            process.send_signal(getattr(signal, name))
+            started.send_signal(signal.SIGINT)
             lines = [line for line in reader if line]
         assert lines[-1] == "data: [DONE]"
-        assert process.wait(10) == 0
+        assert started.wait(10) == 0
 
 
 def test_images_of_many_requests_are_given_back(start):
@@ -190,4 +177,4 @@ def test_images_of_many_requests_are_given_back(start):
         if round_ == 0:
             before = resident_bytes()
     assert before is not None and resident_bytes() - before < 16 * 2**20
-    assert server.context.prompts._view_budget._free == server.context.prompts._view_budget.total
+    assert server.context.prompts.view_budget.free == server.context.prompts.view_budget.total

@@ -1,5 +1,6 @@
 """PaCoRe in chat requests: what clients see, what is refused, what is left when they leave."""
 
+import dataclasses
 import itertools
 import json
 import signal
@@ -10,10 +11,11 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import chat_body, picture, running
 
-from stepjax.pacore.config import PacoreConfig, RoundLimits
-from stepjax.serving.settings import Limits
+from stepjax.inference.request import SamplingParams
+from stepjax.pacore.config import RoundLimits
+from stepjax.serving.settings import PACORE, Limits
 
-QUICK = PacoreConfig(limits=RoundLimits(backoff_seconds=0.01))
+QUICK = dataclasses.replace(PACORE, limits=RoundLimits(backoff_seconds=0.01))
 
 
 def is_synthesis(processor, prompt):
@@ -99,8 +101,8 @@ def test_an_unmodified_client_reads_a_stream_blindly(client):
     assert final.usage.completion_tokens == 4 * 4 + 6
 
 
-def test_events_of_a_stream(server, monkeypatch):
-    monkeypatch.setattr("stepjax.serving.pacore_chat.PROGRESS_SECONDS", 0.02)
+def test_a_stream_tells_of_its_rounds(server, monkeypatch):
+    monkeypatch.setattr("stepjax.serving.pacore.PROGRESS_SECONDS", 0.02)
     server.engine.step_seconds = 0.03
     options = {"schedule": [2], "include": "full"}
     events, chunks, error = events_of(server, pacore=options, seed=3, stream_options={"include_usage": True})
@@ -127,7 +129,7 @@ def test_events_of_a_stream(server, monkeypatch):
 
 
 @pytest.mark.parametrize("name, calls", [("low", 5), ("medium", 17), ("high", 37)])
-def test_names_with_a_suffix_and_presets(client, name, calls):
+def test_names_with_a_suffix_ask_for_a_preset(client, name, calls):
     assert ask(client, f"tiny:pacore-{name}").pacore["totals"]["calls"] == calls
     assert client.models.retrieve(f"tiny:pacore-{name}").pacore["schedule"]
     if calls == 5:
@@ -177,7 +179,7 @@ def test_what_cannot_be_done_is_refused_by_name(server, fields, param, part):
     assert len(error["message"]) < 1000 and not server.engine.served
 
 
-def test_other_names_and_routes(server):
+def test_other_names_and_routes_are_refused(server):
     response = server.chat(model="tiny:pacore-max")
     assert response.status_code == 404 and "tiny:pacore-low" in response.json()["error"]["message"]
     plain = server.http.post("/v1/completions", json={"prompt": "x", "model": "tiny:pacore-low"})
@@ -190,14 +192,22 @@ def test_the_number_of_calls_is_a_setting(start, engine):
     assert "limit of 4" in server.chat(pacore={"schedule": [4]}).json()["error"]["message"]
 
 
+def test_the_servers_sampling_holds_where_a_request_leaves_it_open(start, engine):
+    sampling = SamplingParams(temperature=0.5, top_k=5, seed=7)
+    server = start(engine, pacore=dataclasses.replace(QUICK, sampling=sampling))
+    told = server.chat(pacore={"schedule": [2]}, temperature=0.25).json()["pacore"]
+    assert told["seed"] == 7
+    assert {(params.temperature, params.top_k) for _, params in engine.served} == {(0.25, 5)}
+
+
 def test_images_reach_every_call_and_their_memory_is_given_back(server):
     content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": picture()}}]
     for place in ("before", "after"):
         server.engine.served.clear()
         assert server.chat(content, pacore={"schedule": [2], "images": place}).status_code == 200
         assert [len(prompt.global_views) for prompt, _ in server.engine.served] == [1, 1, 1]
-    budget = server.context.prompts._view_budget
-    assert budget._free == budget.total
+    budget = server.context.prompts.view_budget
+    assert budget.free == budget.total
     content[1]["image_url"]["url"] = "data:image/png;base64,aGVsbG8="
     assert server.chat(content, pacore={}).json()["error"]["code"] == "invalid_image"
 
@@ -240,7 +250,7 @@ def test_references_that_do_not_fit_are_shortened(start, processor):
     assert text.chat(pacore={"schedule": [4]}).json()["pacore"]["rounds"][1]["cut_references"] == 4
 
 
-def test_rounds_of_which_nothing_came(start):
+def test_a_round_without_messages_is_an_error(start):
     server = start(FakeEngine(lambda *_: ["only a thought"]), pacore=QUICK)
     answer = server.chat(pacore={"schedule": [3]})
     error = answer.json()["error"]
@@ -251,7 +261,7 @@ def test_rounds_of_which_nothing_came(start):
     assert error["code"] == "pacore_failed" and "3 empty" in error["message"]
 
 
-def test_a_final_call_that_fails_is_stood_in_for(start, processor):
+def test_the_plurality_stands_in_for_a_final_call_that_fails(start, processor):
     def script(prompt, params, sample):
         return ["hm"] if is_synthesis(processor, prompt) else ["</think>\n\n", r"It is \boxed{42}."]
 
@@ -286,7 +296,7 @@ def test_a_busy_engine_is_asked_again(start, engine):
     assert refused.status_code == 429 and refused.headers["retry-after"]
 
 
-def test_the_inside_of_an_engine_that_fails_is_not_told(start):
+def test_internal_errors_are_not_told(start):
     server = start(FakeEngine(lambda *_: ["</think>"] + ["x"] * 10_000), pacore=QUICK)
     with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, pacore={})) as response:
         lines = response.iter_lines()
@@ -325,7 +335,7 @@ def test_a_client_that_leaves_cancels_it_all(start, stream):
     assert 'stepjax_pacore_requests_total{answered_by="cancelled"} 1.0' in server.http.get("/metrics").text
 
 
-def test_the_end_of_the_server_is_told(processor):
+def test_shutdown_is_told(processor):
     engine = FakeEngine(lambda *_: ["</think>", *["on "] * 20_000], step_seconds=0.005)
     with running(processor, engine, drain_seconds=0.2) as server:
         with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, pacore={})) as response:
@@ -338,7 +348,7 @@ def test_the_end_of_the_server_is_told(processor):
         server.wait_until(lambda: not engine.requests)
 
 
-def test_metrics(server):
+def test_metrics_count_rounds_and_calls(server):
     server.chat(pacore={"schedule": [3]})
     server.engine.script = lambda *_: ["nothing"]
     server.chat(pacore={"schedule": [2]})

@@ -1,27 +1,24 @@
 """PaCoRe in front of another server, which fails now and then."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 
-import httpx
 import openai
 import pytest
 from fake_engine import FakeEngine
-from running_server import chat_body, picture, running, running_app
+from running_server import chat_body, picture, running, running_app, serving_process, wait_for
 from upstream import Upstream, answering, serving, text_of
 
-from stepjax.errors import ConfigError
-from stepjax.pacore.config import PacoreConfig, RoundLimits
+from stepjax.cli import main
+from stepjax.pacore.config import RoundLimits
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
-from stepjax.serving.pacore_command import PacoreServeArguments, run
-from stepjax.serving.settings import Limits, ServerSettings
-from stepjax.serving.upstream import make_upstream_app
+from stepjax.serving.app import make_upstream_app
+from stepjax.serving.settings import PACORE, Limits, ServerSettings
 
 ROUNDS = RoundLimits(backoff_seconds=0.01, max_backoff_seconds=0.05)
 
@@ -34,9 +31,8 @@ def serve():
         def start(url, *, schedule=(4,), rounds=ROUNDS, endpoint=None, **settings):
             async def make(_):
                 sampler = EndpointSampler(EndpointConfig(url=url, **(endpoint or {})))
-                pacore = PacoreConfig(schedule=schedule, limits=rounds)
-                fields = {"model_name": None, "pacore": pacore, **settings}
-                return None, make_upstream_app(sampler, ServerSettings(**fields))
+                pacore = dataclasses.replace(PACORE, schedule=schedule, limits=rounds)
+                return None, make_upstream_app(sampler, ServerSettings(**settings), pacore)
 
             return stack.enter_context(running_app(make))
 
@@ -132,7 +128,7 @@ def test_no_answer_is_lost_to_an_upstream_that_fails(serve, stream):
         ({"content": "x" * 20_000}, "has more than 10000 bytes"),
     ],
 )
-def test_answers_that_are_none_are_a_bad_gateway(serve, upstream, fields, named, stream):
+def test_malformed_answers_are_a_bad_gateway(serve, upstream, fields, named, stream):
     upstream.responds = lambda body: answering(body, **fields)
     server = serve(upstream.url, rounds=RoundLimits(retries=0), endpoint={"max_response_bytes": 10_000})
     if stream:
@@ -151,13 +147,13 @@ def test_odd_counts_are_not_relayed(serve, upstream):
 
 
 @pytest.mark.parametrize("models", ["x", {"data": 3}, {"data": [3]}, {"data": [{"id": 3}]}, {"data": []}])
-def test_an_upstream_that_names_no_model(serve, upstream, models):
+def test_an_upstream_without_a_model_is_a_bad_gateway(serve, upstream, models):
     upstream.models = models
     answer = serve(upstream.url).http.get("/v1/models")
     assert answer.status_code == 502 and answer.json()["error"]["code"] == "upstream_failed"
 
 
-def test_an_upstream_that_is_away_or_refuses(serve, upstream):
+def test_an_upstream_that_is_away_or_refuses_is_named(serve, upstream):
     rounds = RoundLimits(retries=0)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -179,7 +175,7 @@ def test_an_upstream_that_is_away_or_refuses(serve, upstream):
         assert answer.status_code == 502 and "refuses this server's key" in answer.text and "sk-" not in answer.text
 
 
-def test_in_front_of_our_own_server(serve, processor):
+def test_pacore_works_in_front_of_our_own_server(serve, processor):
     def script(prompt, params, sample):
         is_synthesis = "Reference 1:" in processor.decode(prompt.tokens)
         return ["Reference 1?", "</think>\n\n", "42" if is_synthesis else "41"]
@@ -198,7 +194,7 @@ def test_in_front_of_our_own_server(serve, processor):
         behind.wait_until(lambda: behind.context.admission.count == 0)
 
 
-def test_thoughts_within_the_content_are_told_apart(serve):
+def test_reasoning_within_the_content_is_split_off(serve):
     with serving(Upstream(lambda body: {"content": "hm, let me see </think> 42"})) as upstream:
         server = serve(upstream.url, schedule=(2,), endpoint={"opens_thinking": True})
         message = server.chat().json()["choices"][0]["message"]
@@ -209,7 +205,7 @@ def test_thoughts_within_the_content_are_told_apart(serve):
         assert "let me see" not in text_of(upstream.bodies[-1]["messages"])
 
 
-def test_who_is_let_in(serve, upstream):
+def test_keys_hosts_and_limits_hold(serve, upstream):
     server = serve(upstream.url, api_keys=("open sesame",))
     assert server.chat().status_code == server.http.get("/metrics").status_code == 401
     assert server.http.get("/").status_code == server.http.get("/health").status_code == 200
@@ -218,10 +214,6 @@ def test_who_is_let_in(serve, upstream):
     named.http.headers["host"] = "localhost"
     assert named.http.get("/v1/models").json()["data"][0]["id"] == "mine"
     assert "limit of 3" in named.chat().json()["error"]["message"]
-
-
-def arguments(*more):
-    return ["--upstream.url", "http://127.0.0.1:1/v1", *more]
 
 
 @pytest.mark.parametrize(
@@ -236,47 +228,32 @@ def arguments(*more):
         (["--template", "/nowhere/x.jinja"], "cannot be read"),
     ],
 )
-def test_arguments_that_cannot_work(capsys, given, part):
-    with pytest.raises((ConfigError, SystemExit)) as raised:
-        run(arguments(*given))
-    assert part in str(raised.value) + capsys.readouterr().err
+def test_options_that_cannot_work_are_named(capsys, given, part):
+    with contextlib.suppress(SystemExit):
+        assert main(["pacore", "serve", "--upstream.url", "http://127.0.0.1:1/v1", *given]) == 1
+    assert part in capsys.readouterr().err
 
 
-def test_arguments():
-    pacore = PacoreConfig(schedule=(8, 2), limits=RoundLimits(retries=7))
-    made = PacoreServeArguments(upstream=EndpointConfig(url="http://x/v1"), pacore=pacore, api_keys=("a",))
-    settings = made.settings("b")
-    assert settings.api_keys == ("a", "b") and settings.model_name is None and not settings.hosts
-    assert settings.pacore.schedule == (8, 2) and settings.pacore.limits.retries == 7
+def test_an_upstream_must_be_named(capsys):
+    assert main(["pacore", "serve", "--port", "0"]) == 1
+    assert "upstream.url is missing" in capsys.readouterr().err
 
 
 def test_the_command_serves_and_ends_in_order(upstream):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = "import sys; from stepjax.serving.pacore_command import run; code = run(sys.argv[1:]); "
+    program = "import sys; from stepjax.cli import main; code = main(sys.argv[1:]); "
     program += "assert 'jax' not in sys.modules; sys.exit(code)"
-    command = [sys.executable, "-c", program, "--upstream.url", upstream.url, "--port", str(port), "--schedule", "2"]
+    options = ["pacore", "serve", "--upstream.url", upstream.url, "--schedule", "2", "--port"]
     environment = {**os.environ, "STEPJAX_API_KEY": "secret", "STEPJAX_UPSTREAM_API_KEY": "inner"}
-    with (
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client,
-    ):
-        try:
-            for _ in range(400):
-                with contextlib.suppress(httpx.ConnectError):
-                    client.get("/health")
-                    break
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.05)
-            assert client.post("/v1/chat/completions", json=chat_body()).status_code == 401
-            client.headers["authorization"] = "Bearer secret"
-            answer = client.post("/v1/chat/completions", json=chat_body()).json()
-            assert answer["pacore"]["schedule"] == [2]
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-            log = process.stderr.read()
-        finally:
-            process.kill()
+    with serving_process(
+        lambda port: ["-c", program, *options, str(port)], env=environment, stderr=subprocess.PIPE, text=True
+    ) as (process, client):
+        wait_for(client, process)
+        assert client.post("/v1/chat/completions", json=chat_body()).status_code == 401
+        client.headers["authorization"] = "Bearer secret"
+        answer = client.post("/v1/chat/completions", json=chat_body()).json()
+        assert answer["pacore"]["schedule"] == [2]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        log = process.stderr.read()
     assert upstream.headers[0]["authorization"] == "Bearer inner"
     assert "listening on" in log and "secret" not in log and "inner" not in log and "Traceback" not in log, log

@@ -14,8 +14,8 @@ from stepjax.config import ImageConfig, TokenizerConfig
 from stepjax.pacore.config import PacoreConfig
 from stepjax.processing.processor import Processor
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
+from stepjax.serving.app import make_upstream_app
 from stepjax.serving.settings import ServerSettings
-from stepjax.serving.upstream import make_upstream_app
 
 SIZES = {"desktop": (1440, 900), "phone": (360, 780)}
 PICTURES = os.environ.get("STEPJAX_PAGE_PICTURES")  # a folder to leave screenshots in
@@ -358,8 +358,8 @@ def test_the_page_in_front_of_another_server(browser, large_views):
         behind = stack.enter_context(running(large_views, FakeEngine(lambda *_: ["</think>\n\n", "fine"])))
 
         async def make(_):
-            settings = ServerSettings(model_name=None, pacore=PacoreConfig(schedule=(3, 2)))
-            return None, make_upstream_app(EndpointSampler(EndpointConfig(url=f"{behind.url}/v1")), settings)
+            sampler = EndpointSampler(EndpointConfig(url=f"{behind.url}/v1"))
+            return None, make_upstream_app(sampler, ServerSettings(), PacoreConfig(schedule=(3, 2)))
 
         front = stack.enter_context(running_app(make))
         page = browser.new_page()

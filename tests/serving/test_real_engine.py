@@ -1,20 +1,15 @@
 """The server over the real engine and a tiny model."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
-from running_server import ask_many, chat_body, picture, running
+from running_server import ask_many, chat_body, picture, running, serving_process, wait_for
 from tiny_checkpoint import write_tiny_checkpoint
 
 from stepjax.config import NumericsConfig
@@ -75,7 +70,7 @@ def test_streamed_and_whole_say_the_same(client):
         assert again.choices[0].message == whole.choices[0].message
 
 
-def test_completions(client, tiny):
+def test_completions_continue_text_and_tokens_alike(client, tiny):
     ids = tiny[1].tokenizer.encode("one two three")
     by_text = client.completions.create(model="tiny", prompt="one two three", temperature=0, max_tokens=8, logprobs=2)
     by_ids = client.completions.create(model="tiny", prompt=[ids, ids], temperature=0, max_tokens=8)
@@ -83,7 +78,7 @@ def test_completions(client, tiny):
     assert by_text.usage.prompt_tokens == len(ids)
 
 
-def test_what_is_too_long_is_refused(server):
+def test_prompts_that_are_too_long_are_refused(server):
     response = server.chat("word " * 600)
     assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
     response = server.chat(max_tokens=512)
@@ -92,7 +87,7 @@ def test_what_is_too_long_is_refused(server):
 
 def test_two_hundred_at_once_are_all_answered(server):
     before = server.engine.stats()
-    answers = asyncio.run(ask_many(server, 200, max_tokens=6))
+    answers = asyncio.run(ask_many(server, 200, max_tokens=3))
     assert [status for status, _ in answers] == [200] * 200
     stats = server.engine.stats()
     assert stats.finished_samples - before.finished_samples == 200
@@ -110,7 +105,7 @@ def test_a_client_that_leaves_frees_its_pages(server):
     assert server.engine.stats().cancelled_samples - before == 4
 
 
-def test_rounds_of_pacore(server, client):
+def test_rounds_of_pacore_whole_streamed_and_cancelled(server, client):
     """Without a thought, which so small a model would not end."""
     fields = dict(model="tiny", messages=question("and this?", picture(60, 40)), seed=3, max_tokens=12)
     options = {"pacore": {"schedule": [3, 2]}, "chat_template_kwargs": {"enable_thinking": False}}
@@ -142,7 +137,7 @@ def test_rounds_of_pacore(server, client):
     assert server.engine.stats().pages_used == 0
 
 
-def test_metrics_of_the_engine(server):
+def test_metrics_show_the_engine(server):
     text = server.http.get("/metrics").text
     values = dict(line.split(" ") for line in text.splitlines() if line.startswith("stepjax_engine_"))
     assert float(values["stepjax_engine_generated_tokens_total"]) > 100
@@ -155,7 +150,7 @@ TEMPLATE = (
 )
 
 
-def test_a_text_model(directory, tiny):
+def test_a_text_model_answers_text_only(directory, tiny):
     text = TextProcessor.from_directory(directory)
     text.chat_templates = {"default": TEMPLATE}
     with running(text, AsyncEngine(Engine(tiny[0].decoder, text, CONFIG))) as server:
@@ -176,54 +171,15 @@ def test_a_text_model(directory, tiny):
         assert server.http.post("/stepjax/views", json={"image": picture()}).status_code == 400
 
 
-@contextlib.contextmanager
 def serving(directory, program, *options):
-    """A process that serves, and a client with its key. Killed at the end, if it is still there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, *program, "serve", str(directory), "--port", str(port), "--dtype", "float32", *options]
-    command += ["--engine.max-context", "128", "--limits.images", "1", "--no-warm-up"]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "STEPJAX_API_KEY": "secret",
-    }
-    with (
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client,
-    ):
-        try:
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    client.get("/health")
-                    break
-                except httpx.ConnectError:
-                    assert process.poll() is None and time.monotonic() < end
-                    time.sleep(0.05)
-            yield process, client
-        finally:
-            process.kill()
-
-
-def test_the_command_serves_and_ends_in_order(directory):
-    with serving(directory, ["-m", "stepjax.cli"], "--engine.max-sequences", "1") as (process, client):
-        assert client.post("/v1/chat/completions", json=chat_body()).status_code == 401
-        client.headers["authorization"] = "Bearer secret"
-        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
-        body = chat_body("hi", stream=True, ignore_eos=True, max_tokens=40)
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            reader = response.iter_lines()
-            next(reader)
-            process.send_signal(signal.SIGTERM)
-            lines = [line for line in reader if line]
-        assert lines[-1] == "data: [DONE]"
-        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        assert process.wait(20) == 0
-        log = process.stderr.read()
-    assert "listening on" in log and "SIGTERM" in log and "secret" not in log and "Traceback" not in log, log
+    options = ["--dtype", "float32", "--engine.max-context", "128", "--limits.images", "1", "--no-warm-up", *options]
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "STEPJAX_API_KEY": "secret"}
+    return serving_process(
+        lambda port: [*program, "serve", str(directory), "--port", str(port), *options],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 DYING = """
@@ -244,18 +200,48 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_an_engine_that_dies_takes_the_process_with_it(directory):
-    with serving(directory, ["-c", DYING], "--engine.max-sequences", "2") as (process, client):
-        client.headers["authorization"] = "Bearer secret"
-        body = chat_body("hi", ignore_eos=True, max_tokens=100)
-        with ThreadPoolExecutor(2) as pool:
-            whole = pool.submit(client.post, "/v1/chat/completions", json=body)
-            streamed = pool.submit(client.post, "/v1/chat/completions", json={**body, "stream": True})
-        assert whole.result().status_code == 500 and whole.result().json()["error"]["code"] == "engine_failed"
-        if streamed.result().status_code == 200:  # it had begun
-            last = [line for line in streamed.result().text.splitlines() if line][-1]
-            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
-        assert process.wait(20) == 70
-        log = process.stderr.read()
+@pytest.fixture(scope="module")
+def processes(directory):
+    """Of a server, and of one whose engine dies; both start at a time."""
+    with (
+        serving(directory, ["-m", "stepjax.cli"], "--engine.max-sequences", "1") as sound,
+        serving(directory, ["-c", DYING], "--engine.max-sequences", "2") as dying,
+    ):
+        yield sound, dying
+
+
+def test_the_command_serves_and_ends_in_order(processes):
+    process, client = processes[0]
+    wait_for(client, process)
+    assert client.post("/v1/chat/completions", json=chat_body()).status_code == 401
+    client.headers["authorization"] = "Bearer secret"
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    body = chat_body("hi", stream=True, ignore_eos=True, max_tokens=40)
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        reader = response.iter_lines()
+        next(reader)
+        process.send_signal(signal.SIGTERM)
+        lines = [line for line in reader if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert process.wait(20) == 0
+    log = process.stderr.read()
+    assert "listening on" in log and "SIGTERM" in log and "secret" not in log and "Traceback" not in log, log
+
+
+def test_an_engine_that_dies_takes_the_process_with_it(processes):
+    process, client = processes[1]
+    wait_for(client, process)
+    client.headers["authorization"] = "Bearer secret"
+    body = chat_body("hi", ignore_eos=True, max_tokens=100)
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(client.post, "/v1/chat/completions", json=body)
+        streamed = pool.submit(client.post, "/v1/chat/completions", json={**body, "stream": True})
+    assert whole.result().status_code == 500 and whole.result().json()["error"]["code"] == "engine_failed"
+    if streamed.result().status_code == 200:  # it had begun
+        last = [line for line in streamed.result().text.splitlines() if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert process.wait(20) == 70
+    log = process.stderr.read()
     assert "the engine has failed: ending with status 70" in log and log.count("Traceback") <= 2, log
     assert log.count("the device is lost") <= 3 and "never retrieved" not in log, log

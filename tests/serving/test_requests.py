@@ -7,10 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from stepjax.serving.bodies import has_more_values, parse_object
 from stepjax.serving.errors import ApiError
 from stepjax.serving.schemas import ChatRequest, CompletionRequest
-from stepjax.serving.validation import parse_request
+from stepjax.serving.validation import has_more_values, parse_object, parse_request
 
 URI = "data:image/png;base64,AAAA"
 TEXT = {"type": "text", "text": "hi"}
@@ -102,7 +101,7 @@ def test_the_field_that_is_wrong_is_named_as_the_client_wrote_it(fields, param, 
     [(5, "prompt"), ({}, "prompt"), ([1, "x"], "prompt[1]"), (["x", 1], "prompt[1]"), ([[1], ["x"]], "prompt[1][0]")]
     + [([None], "prompt[0]"), ([1.5], "prompt[0]"), ([[1], 2], "prompt[1]"), ([10**30], "prompt[0]")],
 )
-def test_prompts_of_the_wrong_kind(prompt, param):
+def test_prompts_of_the_wrong_kind_are_refused(prompt, param):
     assert refusal(CompletionRequest, {"prompt": prompt}).param == param
 
 
@@ -197,7 +196,7 @@ def test_arguments_that_are_left_out_are_an_empty_object():
         ({"messages": [{"role": "user", "content": "hi", "x" * 10**7: 1}]}, "not a known field"),
     ],
 )
-def test_what_is_countable_is_counted_first(body, part):
+def test_counts_are_bounded_first(body, part):
     error = refusal(ChatRequest, {"messages": [{"role": "user", "content": "hi"}], **body})
     assert part in error.message and len(error.message) < 1000
 
@@ -228,7 +227,7 @@ def test_counting_takes_no_time_whatever_is_broken(body):
     ['{"model": "\\ud800"}', '{"\\udfff": 1}', '{"tools": [{"a": "\\ud83dx"}]}', '{"a": 1} x', '{"a": 01}', "\ufeff{}"]
     + ["[1]", '{"a": ' + "9" * 5000 + "}", "[" * 500],
 )
-def test_bodies_that_are_no_json(text):
+def test_bodies_that_are_no_json_are_refused(text):
     with pytest.raises(ApiError) as caught:
         parse_object(text.encode(), 1000)
     assert caught.value.status == 400 and caught.value.code == "invalid_json"

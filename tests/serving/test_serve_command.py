@@ -4,36 +4,42 @@ import socket
 
 import pytest
 
-from stepjax.cli import USAGE, main
+from stepjax.cli import main
 from stepjax.errors import ConfigError
 from stepjax.interop.engines import EngineArguments
-from stepjax.serving.command import ServeArguments
+from stepjax.serving.command import Serve
 from stepjax.serving.settings import Limits, ServerSettings
 
 
-def test_usage_and_help(capsys):
-    assert "serve MODEL" in USAGE
+@pytest.mark.parametrize(
+    "verb, options",
+    [
+        ("serve", ("--engine.max-sequences", "--limits.body-bytes", "--allow-remote-images", "--pacore.schedule")),
+        ("pacore serve", ("--upstream.url", "--limits.body-bytes", "--drain-seconds", "--schedule", "--quorum")),
+    ],
+)
+def test_help_lists_the_options(capsys, verb, options):
     with pytest.raises(SystemExit):
-        main(["serve", "--help"])
+        main([*verb.split(), "--help"])
     shown = capsys.readouterr().out
-    for option in ("--engine.max-sequences", "--limits.body-bytes", "--allow-remote-images", "--drain-seconds"):
-        assert option in shown
+    assert all(option in shown for option in options)
 
 
 def test_keys_come_from_the_command_line_and_the_environment():
-    settings = ServeArguments("runs/tiny/", api_keys=("a",)).settings("b, c,")
+    settings = ServerSettings(api_keys=("a",)).completed(environment="b, c,", model_name="tiny")
     assert settings.api_keys == ("a", "b", "c") and settings.model_name == "tiny" and not settings.hosts
     assert "'a'" not in repr(settings)
-    assert "localhost" in ServeArguments("m").settings(None).hosts
-    assert not ServeArguments("m", host="0.0.0.0").settings(None).hosts
+    assert "localhost" in ServerSettings().completed(environment=None).hosts
+    assert not ServerSettings(host="0.0.0.0").completed(environment=None).hosts
+    assert ServerSettings(hosts=("mine",)).completed(environment=None).hosts == ("mine",)
 
 
 @pytest.mark.parametrize(
     "make, part",
     [
-        (lambda: ServeArguments("m", port=70_000), "--port 70000"),
-        (lambda: ServeArguments("m", drain_seconds=-1), "--drain-seconds -1"),
-        (lambda: ServeArguments("m", local=EngineArguments(tensor_parallel=0)), "--tensor-parallel 0"),
+        (lambda: ServerSettings(port=70_000), "--port 70000"),
+        (lambda: ServerSettings(drain_seconds=-1), "--drain-seconds -1"),
+        (lambda: Serve(model="m", local=EngineArguments(tensor_parallel=0)).run(), "--tensor-parallel 0"),
         (lambda: Limits(images=0), "limits.images=0"),
         (lambda: ServerSettings(model_name=""), "model_name=''"),
         (lambda: ServerSettings(model_name="m", api_keys=("",)), "API key"),
