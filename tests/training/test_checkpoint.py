@@ -315,7 +315,7 @@ def test_checkpoints_of_older_versions_are_read_with_a_note(tmp_path, two_steps,
     meta = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("arrays", "data", "digest")}
     path.write_text(json.dumps(meta | {"format": 1}))
     attempt(tmp_path / "run")
-    assert "run/8 has no digests, for an older version wrote it" in caplog.text
+    assert "run/8 was written by an older version, without digests" in caplog.text
 
 
 def test_other_format_is_refused(tmp_path):
