@@ -7,6 +7,7 @@ As a program it is that server. It reads a request a line, JSON, and answers wit
 
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -132,6 +133,7 @@ def run(request: dict) -> int:
 def serve() -> None:
     for name in PRELOADED:
         __import__(name)
+    logging.getLogger().handlers.clear()  # set up by a module that logged while it was imported
     waiting = 0
     for line in sys.stdin:
         request = json.loads(line)

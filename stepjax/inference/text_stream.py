@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from stepjax.processing.reasoning_stream import open_end
+from stepjax.processing.answer_stream import open_end
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
 _MAX_HELD = 8  # tokens; no character has more bytes, so what is still unreadable then is no beginning of one

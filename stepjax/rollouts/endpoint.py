@@ -23,7 +23,7 @@ import tokenizers
 
 from stepjax.errors import ConfigError, ContextLengthError, ImageError, TokenError
 from stepjax.inference.request import SamplingParams
-from stepjax.processing.assistant_message import split_reasoning
+from stepjax.processing.answer_stream import split_reasoning
 from stepjax.processing.image_files import open_image
 from stepjax.rollouts.endpoint_answer import EndpointAnswer, api_string, refuse, whole_text
 from stepjax.rollouts.rollout import Rollout

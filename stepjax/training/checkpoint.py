@@ -50,9 +50,9 @@ _log = logging.getLogger("stepjax.checkpoint")
 class Checkpointer:
     """Saves and restores a run's checkpoints; keeps the last `keep`. Use one per run, and close it.
 
-    `directory` may be local or a bucket ("gs://..."). `config` is a dataclass or plain data, stored with every checkpoint. Opening a
-    directory removes what killed saves left there: while a run is alive only its trainer may do so; others read with
-    `restore_model` and `read_meta`.
+    `directory` may be local or a bucket ("gs://..."). `config`, a dataclass or plain data, is stored with every
+    checkpoint. Opening a directory removes what killed saves left there: while a run is alive only its trainer may do
+    so; others read with `restore_model` and `read_meta`.
     """
 
     def __init__(self, directory: str | epath.PathLike, *, keep: int, config: Any = None):
@@ -75,17 +75,14 @@ class Checkpointer:
                 `data_state` (only strings as keys, lists for tuples).
         """
         self.wait()
-        latest = self._manager.latest_step()
         if step in self._manager.all_steps():
             return False
-        if latest is not None and step < latest:
+        if (latest := self._manager.latest_step()) is not None and step < latest:
             raise CheckpointError(
                 f"step {step} cannot be saved in {self.directory}: step {latest} is saved there and would be taken on "
                 f"resume; remove the later checkpoints, or give the run another name"
             )
-        data_copy = json.loads(
-            _json(data_state, "data_state")
-        )  # written in the background, it must not change meanwhile
+        data_copy = json.loads(_json(data_state, "data_state"))  # it is written in the background
         if data_copy != data_state:
             raise CheckpointError("data_state would be changed by JSON: use strings as keys, and lists for tuples")
         data_digest = _digest(data_copy)

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from run_files import RECIPE, read_metrics, steps_saved, without_speed
+from run_files import PRETRAIN_ONLY, read_metrics, steps_saved, without_speed
 from tiny_recipe import config as tiny
 
 import stepjax.training.loop as loop
@@ -131,20 +129,13 @@ def test_a_step_is_logged_before_it_is_saved(tmp_path, monkeypatch, quick_runs):
     assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4])]
 
 
-def test_profile_and_tensorboard(tmp_path):
+def test_profile_and_tensorboard(forked, tmp_path):
     """In a process of its own: JAX's profiler crashes where other tests have loaded libtpu without a TPU."""
-    program = (
-        f"import dataclasses, sys; sys.path.insert(0, {str(RECIPE.parent)!r})\n"
-        "from stepjax.config import LoggingConfig, Phase, ScheduleConfig\n"
-        "from stepjax.training.loop import pretrain\n"
-        "from tiny_recipe import config\n"
-        "logging = LoggingConfig(every=2, profile=(2, 3), tensorboard=True)\n"
-        "schedule = ScheduleConfig(phases=(Phase(tokens=4 * 256, start=1e-3, end=1e-3),))\n"
-        f"pretrain(dataclasses.replace(config, out={str(tmp_path)!r}, logging=logging, schedule=schedule))\n"
-    )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    options = ["--logging.profile", "2", "3", "--logging.tensorboard", "True"]
+    options += ["--schedule.phases.0.tokens", f"{4 * tiny.tokens_per_step}"]
+    log = tmp_path / "log"
+    status = forked.start(["pretrain", str(PRETRAIN_ONLY), "--out", str(tmp_path), *options], log).wait()
+    assert status == 0, log.read_text()
     assert list((tmp_path / "tiny" / "profile").rglob("*.xplane.pb"))
     (events,) = (tmp_path / "tiny" / "tensorboard").glob("events.out.tfevents.*")
     content = events.read_bytes()

@@ -47,9 +47,8 @@ def test_killed_at_any_instant_and_started_again_the_result_is_the_same(forked, 
     rng = random.Random(0)
     plan = [
         (signal.SIGKILL, "first step done", 0.02),
-        (signal.SIGKILL, SAVING, 0.005),
+        (signal.SIGKILL, SAVING, 0.03),
         (signal.SIGTERM, "step 6/", 0.02),
-        (signal.SIGKILL, SAVING, 0.05),
     ]
     delivered, saved = [], []
     for number, moment, spread in plan:
