@@ -110,8 +110,8 @@ class Checkpointer:
         """The train state of `step` (the latest by default), the data position, and the metadata.
 
         `state_like` gives the structure, shapes, types and shardings, by arrays or by `jax.ShapeDtypeStruct`s; every
-        array is read straight onto its sharding, whatever it was saved from. Leaves without a sharding go to the first
-        local device.
+        array is read straight onto its sharding, which may differ from the saved one. Leaves without a sharding go to
+        the first local device.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or it does not hold exactly these names, shapes

@@ -93,7 +93,7 @@ def pretrain(
         TrainingDivergedError: the loss or gradients stopped being finite; nothing is saved after the last good check.
     """
     began = time.monotonic()
-    # Set up: whatever can be wrong is found before anything is written.
+    # Set up: mistakes are found before anything is written.
     processor = make_processor(config)
     directory, local = run_directory(config), local_directory(config)
     mesh = make_mesh(config.mesh)
