@@ -131,7 +131,7 @@ def test_a_step_is_logged_before_it_is_saved(tmp_path, monkeypatch, quick_runs):
 
 def test_profile_and_tensorboard(forked, tmp_path):
     """In a process of its own: JAX's profiler crashes where other tests have loaded libtpu without a TPU."""
-    options = ["--logging.profile", "2", "3", "--logging.tensorboard", "True"]
+    options = ["--logging.profile", "2", "3", "--logging.tensorboard"]
     options += ["--schedule.phases.0.tokens", f"{4 * tiny.tokens_per_step}"]
     log = tmp_path / "log"
     status = forked.start(["pretrain", str(PRETRAIN_ONLY), "--out", str(tmp_path), *options], log).wait()
