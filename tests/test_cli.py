@@ -220,7 +220,7 @@ def test_a_signal_ends_with_its_status(tmp_path, capsys, monkeypatch, number, st
     monkeypatch.setattr(Checkpointer, "save", save_and_signal)
     assert main(["pretrain", str(RECIPE), "--out", str(tmp_path)]) == status
     captured = capsys.readouterr()
-    assert f"{number.name}: saved step 5 in " in captured.err and "run the same command to go on" in captured.err
+    assert f"{number.name}: saved step 5 in " in captured.err and "Rerun the same command to resume" in captured.err
     assert "accuracy" not in captured.out
 
 
