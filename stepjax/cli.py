@@ -137,9 +137,7 @@ def _parse(verb: str, arguments: list[str]) -> Any:
     import tyro
 
     module, name = VERBS[verb].split(":")
-    options, program = _load(module, name, verb), f"stepjax {verb}"
-    if isinstance(options, _OldVerb):
-        return dataclasses.replace(options, arguments=arguments)
+    options, program = getattr(importlib.import_module(module), name), f"stepjax {verb}"
     if any(field.name == "recipe" for field in dataclasses.fields(options)):
         from stepjax.config_file import load_recipe
 
@@ -176,31 +174,6 @@ def _with_recipe(verb: Any, preset: Any) -> Any:
 
     WithRecipe.__doc__ = verb.__doc__
     return WithRecipe
-
-
-# Verbs that are still functions of their arguments.
-
-
-@dataclasses.dataclass(frozen=True)
-class _OldVerb:
-    function: Any
-    arguments: Sequence[str] = ()
-
-    def run(self) -> int:
-        return self.function(self.arguments)
-
-
-def _load(module: str, name: str, verb: str) -> Any:
-    old = {
-        "convert verify": "stepjax.interop.command",
-        "pacore serve": "stepjax.serving.pacore_command",
-        "pacore trace": "stepjax.pacore.trace_command",
-    }.get(verb, module)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError):
-        run = importlib.import_module(old).run
-        return _OldVerb((lambda arguments: run(["verify", *arguments])) if verb == "convert verify" else run)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Runs of several processes: how one joins, and how it ends when another has died.
+"""Runs of several processes: how a process joins the others, and how it ends when one of them is lost.
 
-Every process runs the same command. It joins the others if told where they are,
+Every process runs the same command. It joins the others if the environment says where they are,
 
     JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=4  JAX_PROCESS_ID=0
 
-or if STEPJAX_DISTRIBUTED=auto says that JAX can find out by itself (Cloud TPU pods, GKE, Slurm, MPI). Otherwise it runs
-alone.
+or if STEPJAX_DISTRIBUTED=auto lets JAX find out (Cloud TPU pods, GKE, Slurm, MPI). Otherwise it runs alone.
 
-When the coordinator dies, JAX's runtime aborts the other processes from C++ with a stack dump that no Python code can
-catch. So each trains in a child process, and its parent, `supervise`, turns such an end into one line and the exit
-status TRY_AGAIN.
+JAX's coordination service notices a process that falls silent, and then aborts all others from C++, with a stack dump
+and SIGABRT, which no Python code can catch. So each trains in a child process, and its parent, `supervise`, turns that
+end into one line and the exit status TRY_AGAIN.
 """
 
 import ctypes
@@ -21,32 +20,35 @@ from collections.abc import Mapping, Sequence
 
 from stepjax.errors import ConfigError
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: another process was lost; the same command goes on from the checkpoint
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: another process was lost; rerun the same command to resume
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SUPERVISED = "STEPJAX_SUPERVISED"
-_SAY_AGAIN = "run the same command again on every machine to go on from the last checkpoint"
+_REMEDY = "Rerun the same command on every machine to resume from the last checkpoint"
 
 
 def is_distributed(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment says that there are other processes.
+    """Whether the environment names other processes.
 
     Raises:
-        ConfigError: it says so in part.
+        ConfigError: it names them incompletely.
     """
     automatic = environment.get("STEPJAX_DISTRIBUTED", "")
     if automatic not in ("", "0", "auto"):
-        raise ConfigError(f"STEPJAX_DISTRIBUTED={automatic}: must be auto, or not be set")
+        raise ConfigError(f"STEPJAX_DISTRIBUTED={automatic}: must be auto, or unset")
     present = [name for name in _VARIABLES if environment.get(name)]
-    # A coordinator's address alone may be there for JAX's own detection to use.
+    # JAX's own detection may use a coordinator's address alone.
     if 0 < len(present) < len(_VARIABLES) and automatic != "auto":
         missing = [name for name in _VARIABLES if name not in present]
         raise ConfigError(f"{', '.join(present)} set without {', '.join(missing)}: set all three, or none")
     return automatic == "auto" or len(present) == len(_VARIABLES)
 
 
-def initialize() -> None:
-    """Join the other processes, if there are any. Call it before anything asks JAX for devices.
+def initialize(lost_after: float) -> None:
+    """Joins the other processes, if there are any. Call it before anything asks JAX for devices.
+
+    Args:
+        lost_after: seconds of silence after which a process counts as lost, and the others end.
 
     Raises:
         ConfigError: the environment is contradictory, or the others cannot be reached.
@@ -56,24 +58,27 @@ def initialize() -> None:
     import jax
 
     address, *numbers = (os.environ.get(name) for name in _VARIABLES)
+    seconds = max(1, round(lost_after))
     try:
         if all(numbers):
             count, index = (int(number or "") for number in numbers)
-            jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+            jax.distributed.initialize(
+                address, count, index, cluster_detection_method="deactivate", heartbeat_timeout_seconds=seconds
+            )
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
     except (ValueError, RuntimeError) as error:
         values = " ".join(f"{name}={os.environ.get(name, '')}" for name in _VARIABLES)
         raise ConfigError(f"cannot join the other processes ({values}): {str(error).splitlines()[0]}") from error
 
 
 def must_supervise() -> bool:
-    """Whether this process is to leave the training to a child of its own."""
+    """Whether this process should leave the training to a child."""
     return _SUPERVISED not in os.environ and is_distributed()
 
 
 def supervise(arguments: Sequence[str]) -> int:
-    """Run `stepjax ARGUMENTS` in a child, hand it SIGTERM and SIGINT, and return a status that says what to do."""
+    """Runs `stepjax ARGUMENTS` in a child, passes SIGTERM and SIGINT on, and returns a status that says what to do."""
     # A session of its own keeps the terminal's Ctrl-C from reaching the child twice.
     child = subprocess.Popen(
         [sys.executable, "-m", "stepjax.cli", *arguments],
@@ -86,24 +91,21 @@ def supervise(arguments: Sequence[str]) -> int:
     status = child.wait()
     if status >= 0:
         return status
-    name = signal.Signals(-status).name
     if -status == signal.SIGABRT:
-        print(
-            f"stepjax: another process ended, or cannot be reached any more (see above); {_SAY_AGAIN}", file=sys.stderr
-        )
+        print(f"stepjax: another process ended or cannot be reached (see above). {_REMEDY}", file=sys.stderr)
         return TRY_AGAIN
-    print(f"stepjax: the training process was ended by {name}; {_SAY_AGAIN}", file=sys.stderr)
+    print(f"stepjax: {signal.Signals(-status).name} ended the training process. {_REMEDY}", file=sys.stderr)
     return 128 - status
 
 
 def leave(message: str) -> None:
-    """End this process at once with TRY_AGAIN: a collective that waits for the dead cannot be interrupted."""
-    print(f"stepjax: {message}; {_SAY_AGAIN}", file=sys.stderr, flush=True)
+    """Ends this process at once with TRY_AGAIN: nothing can interrupt a collective that waits for a lost process."""
+    print(f"stepjax: {message}. {_REMEDY}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(TRY_AGAIN)
 
 
 def _die_with_parent() -> None:
-    """Linux: whoever kills the parent, without a chance to tell, kills the child."""
+    """Linux: SIGKILL to the parent, which cannot pass it on, kills the child too."""
     parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

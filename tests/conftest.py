@@ -24,6 +24,7 @@ gc.set_threshold(50_000, 20, 50)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from forked import ForkServer  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from stepjax.config import DecoderConfig, ImageConfig, ModelConfig, NumericsConfig, VisionConfig  # noqa: E402
@@ -64,6 +65,35 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))  # stable: all else stays in its order
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """What one of the suite's processes has compiled, the others load."""
+    top = tmp_path_factory.getbasetemp()
+    path = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "compilation_cache"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def process_environment(compilation_cache):
+    """The environment of processes that run `stepjax`."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def forked(process_environment, tmp_path_factory):
+    """Starts `stepjax` in processes that need not import it."""
+    server = ForkServer(process_environment, tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 RECIPE = Path(__file__).parent / "tiny_recipe.py"
+PRETRAIN_ONLY = Path(__file__).parent / "tiny_pretrain_only.py"
 
 
 def read_metrics(directory: Path) -> list[dict]:

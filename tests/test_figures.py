@@ -1,6 +1,7 @@
-"""What others wrote, on a terminal."""
+"""Figures for people, and what others wrote, on a terminal."""
 
 import logging
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from stepjax.cli import main
 from stepjax.errors import RecordError
 from stepjax.evaluation.command import Eval
-from stepjax.figures import logging_to_stderr, printable
+from stepjax.figures import human_number, human_time, logging_to_stderr, printable
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,21 @@ def test_only_warnings_of_jax_and_orbax_are_told():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stderr.splitlines() == ["absl b", "jax._src b", "stepjax a", "stepjax b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0.00"), (0.5, "0.50"), (9.994, "9.99"), (9.996, "10.0"), (99.96, "100"), (999.4, "999"), (999.6, "1.00k")]
+    + [(12_345, "12.3k"), (999_600, "1.00M"), (1.2e12, "1.20T"), (4e15, "4000T"), (-1500, "-1.50k"), (math.inf, "inf")],
+)
+def test_numbers_have_three_digits_and_a_suffix(value, expected):
+    assert human_number(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.0042, "4ms"), (0.9996, "1.00s"), (9.99, "9.99s"), (9.996, "10s"), (62.4, "62s"), (119.6, "2m00s")]
+    + [(3599.6, "1h00m"), (26_031, "7h14m"), (48 * 3600, "2d00h"), (273_700, "3d04h"), (math.nan, "nan")],
+)
+def test_times_have_two_units(seconds, expected):
+    assert human_time(seconds) == expected

@@ -1,8 +1,6 @@
 """Ctrl-C and SIGTERM at many moments of every verb: one line, the status 130 or 143, and the same command goes on."""
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,53 +9,31 @@ from pathlib import Path
 import pytest
 from run_files import RECIPE, steps_saved
 
-PROGRAM = Path(__file__).parent / "press.py"
+PROGRAM = Path(__file__).parent / "forked.py"
 INT, TERM = signal.SIGINT, signal.SIGTERM
 OVERRIDES = ("--checkpoint.every", "4", "--evaluation.examples", "2")
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_LOG_COMPILES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-
-@pytest.fixture(scope="module")
-def press(environment, tmp_path_factory):
+def press(forked, process_environment, tmp_path_factory):
     """A function that presses at a moment of a command; returns the exit status and what was printed."""
-    log = tmp_path_factory.mktemp("press") / "log"
-    server = subprocess.Popen(
-        [sys.executable, "-P", str(PROGRAM)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=log.parent,
-    )
-
-    requests, statuses = server.stdin, server.stdout
-    assert requests is not None and statuses is not None
+    directory = tmp_path_factory.mktemp("press")
+    log = directory / "log"
 
     def press(arguments, moment, *, delay=0.0, number=INT, is_fresh=False):
-        request = dict(arguments=arguments, moment=moment, delay=delay, number=number, log=str(log))
+        log.unlink(missing_ok=True)
+        pressed = dict(moment=moment, delay=delay, number=number) if moment else None
         if is_fresh:
+            request = dict(arguments=arguments, log=str(log), press=pressed)
             command = [sys.executable, "-P", str(PROGRAM), json.dumps(request)]
-            status = subprocess.run(command, env=environment, cwd=log.parent, timeout=300, check=False).returncode
+            status = subprocess.run(
+                command, env=process_environment, cwd=directory, timeout=300, check=False
+            ).returncode
         else:
-            requests.write(json.dumps(request) + "\n")
-            requests.flush()
-            status = int(statuses.readline())
+            status = forked.start(arguments, log, press=pressed).wait()
         return status, log.read_text()
 
-    with contextlib.closing(requests):
-        yield press
-    server.wait(60)
+    return press
 
 
 def assert_stopped(answer, verb, number):

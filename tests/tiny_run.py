@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from run_files import RECIPE
 
 import stepjax.training.loop as loop
@@ -24,11 +24,6 @@ class FinishedRun:
     directory: Path
     stdout: str
     stderr: str
-
-
-@pytest.fixture(scope="session")
-def _cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compilation_cache")
 
 
 def _train_step(config: PretrainConfig, optimizer, schedule):
@@ -55,27 +50,27 @@ def _quick_runs(cache: Path) -> Iterator[None]:
         patch.setattr(loop, "make_train_step", _train_step)
         for name, value in options.items():
             jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        reset_cache()
         try:
             yield
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
-            compilation_cache.reset_cache()
+            reset_cache()
 
 
 @pytest.fixture
-def quick_runs(_cache) -> Iterator[None]:
-    with _quick_runs(_cache):
+def quick_runs(compilation_cache) -> Iterator[None]:
+    with _quick_runs(compilation_cache):
         yield
 
 
 @pytest.fixture(scope="session")
-def finished_run(_cache, tmp_path_factory) -> FinishedRun:
+def finished_run(compilation_cache, tmp_path_factory) -> FinishedRun:
     """The tiny recipe, trained and evaluated by the command line. Leave it as it is: all tests share it."""
     out = tmp_path_factory.mktemp("runs")
     stdout, stderr = io.StringIO(), io.StringIO()
-    with _quick_runs(_cache), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with _quick_runs(compilation_cache), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         status = main(["pretrain", str(RECIPE), "--out", str(out)])
     assert status == 0, stderr.getvalue()
     return FinishedRun(out, out / "tiny", stdout.getvalue(), stderr.getvalue())

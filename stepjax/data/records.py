@@ -5,7 +5,7 @@ A record is a dict with an `id` and one of
     text       a raw document, all of it trained
     content    an interleaved document of text and image items, all of its text trained
 
-and `images` beside them where the text has places for them (processing.record_images). Paths of images are relative to
+and `images` beside them where the text has places for them (processing.processor). Paths of images are relative to
 the file; `file://` URIs are paths.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from stepjax.config import ArrayRecordSource, DigitsSource, JsonlSource, Source
 from stepjax.data.digits import DigitsRecords
 from stepjax.errors import RecordError, TokenError
-from stepjax.processing.record_images import place_images
+from stepjax.processing.processor import place_images
 
 Record = dict[str, Any]
 

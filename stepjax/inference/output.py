@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING, Any
 
 from stepjax.inference.request import Completion, Delta, TokenLogprob
-from stepjax.processing.reasoning_stream import open_end
+from stepjax.processing.answer_stream import open_end
 
 if TYPE_CHECKING:
     from stepjax.inference.programs import Drawn

@@ -1,15 +1,43 @@
-"""One sample of a chat as it is written: reasoning, content and tool calls, as fields of OpenAI's messages."""
+"""An answer taken apart as it is written: reasoning, content and tool calls. `chat_template` does the reverse.
+
+    [<think>] REASONING </think> CONTENT      `<think>` is in the prompt already, or opens the text
+    CONTENT <think> REASONING </think> CONTENT
+
+`split_reasoning` does whole texts. Fed in pieces of any size, `ReasoningStream` gives parts that add up to the same, if
+at most one `</think>` is written and reasoning was open before it. What has been sent cannot be taken back: here
+reasoning ends at the first `</think>`, not at the last one, and a `</think>` that ends nothing is content.
+
+Tool calls are the JSON of a name and an object of arguments between `<tool_call>` and `</tool_call>`; anything else
+there stays content. `CallStream` holds a call back until it is complete. It strips the text between calls, and removes
+a `<tool_calls>` around them, which the public checkpoint is known to write.
+"""
 
 import json
+import re
 import uuid
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from stepjax.processing.call_stream import Call, CallStream
-from stepjax.processing.reasoning_stream import ReasoningStream
+_OPEN, _CLOSE = "<think>", "</think>"
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_WRAPPER, _WRAPPER_END = "<tool_calls>", "</tool_calls>"
+_MARKUP = re.compile(f"{_CALL}|{_WRAPPER}|{_WRAPPER_END}")
+_QUOTE_OR_ESCAPE = re.compile(r'["\\]')
+_OUTSIDE_STRINGS = re.compile(r"[\s\w,:+.-]")  # besides brackets and quotes
+
+
+class Part(NamedTuple):
+    kind: Literal["reasoning", "content"]
+    text: str
+
+
+class Call(NamedTuple):
+    name: str
+    arguments: dict[str, Any]
 
 
 class AnswerStream:
-    """
+    """One answer, as fields of OpenAI's messages.
+
     Attributes:
         num_calls: tool calls so far.
     """
@@ -25,7 +53,7 @@ class AnswerStream:
         self.num_calls = 0
 
     def take(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
-        """What is new with some more text: `reasoning_content`, `content` or `tool_calls`, one of them each."""
+        """What some more text adds: dicts of either `reasoning_content`, `content` or `tool_calls`."""
         parts = self._reasoning.feed(text) + (self._reasoning.finish() if is_last else [])
         made: list[dict[str, Any]] = []
         for kind, text in parts:
@@ -50,7 +78,7 @@ class AnswerStream:
 
 
 def add_piece(message: dict[str, Any], piece: dict[str, Any]) -> None:
-    """Puts a message together from what `AnswerStream.take` gives."""
+    """Adds to a message what `AnswerStream.take` gave."""
     for field, value in piece.items():
         if field == "tool_calls":
             calls = [{name: each for name, each in call.items() if name != "index"} for call in value]
@@ -73,3 +101,291 @@ def _call_json(call: Call) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": arguments},
     }
+
+
+def split_reasoning(text: str, *, starts_thinking: bool = False) -> tuple[str, str | None]:
+    """Content and reasoning of an assistant's whole text; text without reasoning is returned as it is, with None.
+
+    Args:
+        starts_thinking: the prompt has opened `<think>`. Text that never closes it is then reasoning alone, as of a
+            generation that was cut off.
+    """
+    head, is_closed, tail = text.rpartition(_CLOSE)
+    if not is_closed:
+        head = text
+    content = tail.lstrip("\n") if is_closed else ""
+    before, is_open, after = head.partition(_OPEN)
+    starts_reasoning = is_open and not before.strip()
+    if starts_reasoning or (is_open and is_closed and not starts_thinking):
+        # Text in front of the reasoning belongs to the answer.
+        return (before if before.strip() else "") + content, after.strip("\n")
+    if is_closed or starts_thinking:
+        return content, head.strip("\n")
+    return text, None
+
+
+_State = Literal["start", "reasoning", "content", "inner reasoning", "answer"]
+
+
+class ReasoningStream:
+    """Feed it text, then `finish`; each returns the parts that are certain by then.
+
+    States: `start` while only white space has come; `content` until reasoning begins, if it does; `inner reasoning`
+    from a `<think>` in the middle, which counts only if it is closed; `answer` after the reasoning.
+    """
+
+    def __init__(self, *, starts_thinking: bool):
+        """
+        Args:
+            starts_thinking: the prompt has opened `<think>`.
+        """
+        self._starts_thinking = starts_thinking
+        self._state: _State = "start"
+        self._held = ""  # what may yet turn out to be markup, or a newline that is cut off
+        self._drops_newlines = False  # those in front of reasoning, and of the answer
+
+    def feed(self, text: str) -> list[Part]:
+        self._held += text
+        return self._take(is_last=False)
+
+    def finish(self) -> list[Part]:
+        return self._take(is_last=True)
+
+    def _take(self, *, is_last: bool) -> list[Part]:
+        parts: list[Part] = []
+        while True:
+            state = self._state
+            step = {
+                "start": self._take_start,
+                "reasoning": self._take_reasoning,
+                "content": self._take_content,
+                "inner reasoning": self._take_inner_reasoning,
+                "answer": self._take_answer,
+            }[state]
+            parts += step(is_last)
+            if self._state == state:
+                return [part for part in parts if part.text]
+
+    def _take_start(self, is_last: bool) -> list[Part]:
+        text = self._held.lstrip()
+        if text.startswith(_OPEN):
+            self._held = text[len(_OPEN) :]
+            self._enter_reasoning()
+        elif is_last or not _OPEN.startswith(text):
+            if self._starts_thinking:
+                self._enter_reasoning()
+            else:
+                self._state = "content"
+        return []
+
+    def _enter_reasoning(self) -> None:
+        self._state, self._drops_newlines = "reasoning", True
+
+    def _enter_answer(self) -> None:
+        self._state, self._drops_newlines = "answer", True
+
+    def _take_reasoning(self, is_last: bool) -> list[Part]:
+        self._drop_newlines()
+        head, is_closed, tail = self._held.partition(_CLOSE)
+        if is_closed:
+            self._held = tail
+            self._enter_answer()
+            return [Part("reasoning", head.rstrip("\n"))]
+        if is_last:
+            self._held = ""
+            return [Part("reasoning", head.rstrip("\n"))]
+        certain = len(head[: len(head) - open_end(head, _CLOSE)].rstrip("\n"))
+        self._held = head[certain:]
+        return [Part("reasoning", head[:certain])]
+
+    def _take_content(self, is_last: bool) -> list[Part]:
+        head, is_open, tail = self._held.partition(_OPEN)
+        if is_open:
+            self._held = tail
+            self._state = "inner reasoning"
+            return [Part("content", head)]
+        certain = len(head) if is_last else len(head) - open_end(head, _OPEN)
+        self._held = head[certain:]
+        return [Part("content", head[:certain])]
+
+    def _take_inner_reasoning(self, is_last: bool) -> list[Part]:
+        head, is_closed, tail = self._held.partition(_CLOSE)
+        if is_closed:
+            self._held = tail
+            self._enter_answer()
+            return [Part("reasoning", head.strip("\n"))]
+        if is_last:
+            self._held = ""
+            return [Part("content", _OPEN + head)]
+        return []
+
+    def _take_answer(self, is_last: bool) -> list[Part]:
+        self._drop_newlines()
+        text, self._held = self._held, ""
+        return [Part("content", text)]
+
+    def _drop_newlines(self) -> None:
+        if self._drops_newlines:
+            self._held = self._held.lstrip("\n")
+            self._drops_newlines = not self._held
+
+
+def open_end(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that `marker` begins with, but is not all of."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
+
+
+class CallStream:
+    """Feed it content, then `finish`; each returns the parts, text and calls, that are certain by then."""
+
+    def __init__(self):
+        self._held = ""  # not looked at yet, or the beginning of markup
+        self._call: _ObjectScanner | None = None  # of the call whose `<tool_call>` came last, while it is open
+        self._num_calls = 0
+        self._open_wrappers = 0  # `<tool_calls>` that were left out, and whose end will be
+        self._space = ""  # dropped if a call follows, or the end after one
+        self._wrapper = ""  # `<tool_calls>` and white space, dropped if a call follows
+        self._begins_piece = True  # no word has come since the last call
+        self._has_text = False
+
+    def feed(self, text: str) -> list[str | Call]:
+        self._held += text
+        return self._take(is_last=False)
+
+    def finish(self) -> list[str | Call]:
+        parts = [*self._take(is_last=True), *self._words(self._wrapper)]
+        if self._space and not self._num_calls:
+            parts.append(self._space)
+        return parts
+
+    def _take(self, *, is_last: bool) -> list[str | Call]:
+        parts: list[str | Call] = []
+        while True:
+            if self._call is not None:
+                is_decided, call = self._take_call(self._call, is_last)
+                if not is_decided:
+                    return parts
+                self._call = None
+                parts += self._end_piece(call) if call else self._text(_CALL)
+                continue
+            markup = _MARKUP.search(self._held)
+            if markup is None:
+                unsure = 0 if is_last else max(open_end(self._held, m) for m in (_CALL, _WRAPPER, _WRAPPER_END))
+                end = len(self._held) - unsure
+                parts += self._text(self._held[:end])
+                self._held = self._held[end:]
+                return parts
+            parts += self._text(self._held[: markup.start()])
+            self._held = self._held[markup.end() :]
+            if markup[0] == _CALL:
+                self._call = _ObjectScanner()
+            elif markup[0] == _WRAPPER:
+                parts += self._words(self._wrapper)
+                self._wrapper = _WRAPPER
+            elif self._open_wrappers:
+                self._open_wrappers -= 1
+            else:
+                parts += self._text(_WRAPPER_END)
+
+    def _take_call(self, scanner: "_ObjectScanner", is_last: bool) -> tuple[bool, Call | None]:
+        """Whether it is decided what follows `<tool_call>`, and the call if it is one; that is then taken."""
+        end = scanner.scan(self._held)
+        if end is None:
+            return is_last or scanner.failed, None
+        call = _parsed(self._held[:end])
+        rest = self._held[end:].lstrip()
+        if call is None:
+            return True, None
+        if rest.startswith(_CALL_END):
+            self._held = rest[len(_CALL_END) :]
+        elif is_last and not rest:  # a generation may stop right after the JSON
+            self._held = ""
+        else:
+            return is_last or not _CALL_END.startswith(rest), None
+        return True, call
+
+    def _end_piece(self, call: Call) -> list[str | Call]:
+        self._open_wrappers += bool(self._wrapper)
+        self._wrapper = self._space = ""
+        self._begins_piece = True
+        self._num_calls += 1
+        return [call]
+
+    def _text(self, text: str) -> list[str | Call]:
+        if self._wrapper:
+            text = self._wrapper + text
+            if text[len(_WRAPPER) :].isspace() or text == _WRAPPER:
+                self._wrapper = text
+                return []
+        return self._words(text)
+
+    def _words(self, text: str) -> list[str | Call]:
+        """What is to be sent of text: pieces between calls are stripped, and joined by newlines."""
+        self._wrapper = ""
+        text = self._space + text
+        words = text.rstrip()
+        self._space = text[len(words) :]
+        if not words:
+            return []
+        if self._begins_piece and self._num_calls:
+            words = ("\n" if self._has_text else "") + words.lstrip()
+        self._begins_piece, self._has_text = False, True
+        return [words]
+
+
+class _ObjectScanner:
+    """Finds the end of a JSON object in a text that grows, looking at each character once.
+
+    Attributes:
+        failed: it is no object. Only JSON whose brackets are wrong in kind passes for one, until it is parsed.
+    """
+
+    def __init__(self):
+        self.failed = False
+        self._position = 0
+        self._depth = 0
+        self._in_string = False
+
+    def scan(self, text: str) -> int | None:
+        """The end of the object, once it is there. `text` begins as it did the last time."""
+        while self._position < len(text) and not self.failed:
+            if self._in_string:
+                mark = _QUOTE_OR_ESCAPE.search(text, self._position)
+                if mark is None:
+                    self._position = len(text)
+                elif mark[0] == '"':
+                    self._position, self._in_string = mark.end(), False
+                elif mark.end() == len(text):
+                    self._position = mark.start()
+                    return None
+                else:
+                    self._position = mark.end() + 1
+                continue
+            character = text[self._position]
+            if character in "}]" and self._depth == 1:
+                return self._position + 1
+            self._position += 1
+            if character in "{[":
+                self._depth += 1
+                self.failed = self._depth == 1 and character == "["
+            elif character in "}]":
+                self._depth -= 1
+            elif character == '"':
+                self._in_string = True
+            elif not _OUTSIDE_STRINGS.match(character):
+                self.failed = True
+            if not self._depth and not character.isspace():
+                self.failed = True
+        return None
+
+
+def _parsed(text: str) -> Call | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    name, arguments = (value.get("name"), value.get("arguments", {})) if isinstance(value, dict) else (None, None)
+    return Call(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None

@@ -1,8 +1,8 @@
-"""Calls on data from outside, in processes of their own: time and memory end where they are said to.
+"""Calls on untrusted data, in processes of their own, with limits of time and memory.
 
-Chat templates come with weights, pictures and answers from anybody. Each can keep one C call busy for hours, or have it
-allocate all there is; a thread that is in it can be neither stopped nor limited, a process can. A process is started
-when it is first needed, in about a third of a second, and then waits for the next call: there and back is under 1 ms.
+Chat templates come with weights; images and answers come from anybody. Each can keep one C call busy for hours, or make
+it allocate all memory. A thread in such a call can be neither stopped nor limited, but a process can. A process starts
+when it is first needed, in about a third of a second, and then waits for the next call: a round trip takes under 1 ms.
 """
 
 import atexit
@@ -20,22 +20,22 @@ from stepjax.errors import LimitError, StepjaxError
 
 _Result = TypeVar("_Result")
 
-# What a process needs of the environment, which may hold keys.
+# What a process needs from the environment, which may hold keys.
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "OPENBLAS_CORETYPE")
 _TIME_IS_UP = (-signal.SIGPROF, -signal.SIGALRM)
 _START = "import sys; from stepjax.processing.bounded import serve; serve(int(sys.argv[1]))"
 
 
 def call(function: Callable[..., _Result], *args: Any, seconds: float, memory: int) -> _Result:
-    """Calls a function of a module; it, its arguments and its result are pickled.
+    """Calls a module's function. The function, its arguments and its result are pickled.
 
     Args:
-        seconds: of processor time, so that a busy machine ends nothing that would have been in time; by the clock it is
-            six times as much, for a call that only waits.
-        memory: bytes, beside those of the process itself. Linux alone counts them.
+        seconds: of processor time, so that a busy machine fails nothing; six times as much by the clock, for a call
+            that only waits.
+        memory: bytes, on top of the process's own; enforced on Linux alone.
 
     Raises:
-        LimitError: it took more, or failed in a way that it does not foresee.
+        LimitError: it took more, or failed with an unexpected exception.
         StepjaxError: raised by the function.
     """
     worker = _take()
@@ -48,7 +48,7 @@ def call(function: Callable[..., _Result], *args: Any, seconds: float, memory: i
             f"more than {seconds:g} seconds" if status in _TIME_IS_UP else f"its process down, with status {status}"
         )
         raise LimitError(f"it takes {reason}") from None
-    except BaseException:  # Ctrl-C, for one: there may be an answer that nobody has read
+    except BaseException:  # such as Ctrl-C: an unread answer may be on its way
         worker.end()
         raise
     _idle.append(worker)
@@ -61,14 +61,14 @@ class _Worker:
     def __init__(self):
         self.channel, theirs = Pipe()
         with theirs:
-            # The same modules are found as here. Threads of libraries, and their heaps, would count as memory.
+            # The process finds the same modules. Libraries' threads, and their heaps, would count as memory.
             paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
             environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
             environment |= {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # whatever libraries print
+                stdout=subprocess.DEVNULL,  # libraries may print
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent
@@ -79,7 +79,7 @@ class _Worker:
         return self._process.poll() is None
 
     def end(self) -> int:
-        """Its exit status; of one that ended by itself, that one."""
+        """Ends the process, unless it has ended by itself; returns its exit status."""
         self.channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(0.5)
@@ -87,10 +87,10 @@ class _Worker:
         return self._process.wait()
 
 
-_idle: list[_Worker] = []  # taking and giving back is atomic: as many as threads that call at a time
+_idle: list[_Worker] = []  # pop and append are atomic; as many as threads call at a time
 
 
-os.register_at_fork(after_in_child=_idle.clear)  # they answer to one process
+os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
 
 
 def _take() -> _Worker:
@@ -110,9 +110,9 @@ def _end_idle() -> None:
 
 
 def serve(descriptor: int) -> None:
-    """The other side: answers calls until nobody asks any more."""
+    """The process's side: answers calls until the channel closes."""
     for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)  # ends the process, wherever it is
+        signal.signal(number, signal.SIG_DFL)  # ends the process in any call
     channel = Connection(descriptor)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -120,14 +120,14 @@ def serve(descriptor: int) -> None:
 
 
 def set_limit(seconds: float) -> None:
-    """Sets the time that is left to the call under way, in its process; 0 lifts the limit."""
+    """Sets how much time the current call has left; 0 lifts the limit. Call it in the process itself."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
 
 
 def _outcome(function: Callable[..., Any], args: tuple, seconds: float, memory: int) -> tuple[bool, Any]:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError, ValueError):  # /proc is Linux's; elsewhere the limit is not kept, or not taken
+    with contextlib.suppress(OSError, ValueError):  # /proc is Linux's; elsewhere there is no limit
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))

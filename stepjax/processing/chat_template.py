@@ -1,4 +1,4 @@
-r"""Conversations as ChatML. `assistant_message` parses what the model writes in turn.
+r"""Conversations as ChatML. `answer_stream` takes apart what the model writes in turn.
 
     <|im_start|>ROLE\nCONTENT<|im_end|>\n                       a turn
     <think>\nREASONING\n</think>\n                              before the content of an assistant's turn
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from stepjax.errors import TokenError
-from stepjax.processing.assistant_message import split_reasoning
+from stepjax.processing.answer_stream import split_reasoning
 
 TrainedTurns = Literal["all", "last", "none"]
 

@@ -1,9 +1,8 @@
 """Anything that a record may hold as an image -> one upright RGB picture, or an `ImageError` that names it.
 
-Three things are decided here because PIL would decide them silently, and badly for a training set: transparency is
-laid on white, greyscale deeper than 8 bits is scaled instead of clipped, and animations are refused instead of losing
-all but their first frame. And one because PIL refuses it: a picture is as good as its pixels, whatever stands in
-metadata that nobody reads.
+PIL would silently do badly for a training set in three cases: here transparency is composited on white, greyscale
+deeper than 8 bits is scaled instead of clipped, and animations are refused instead of losing all frames but the first.
+And PIL refuses files with broken metadata that nobody needs: here a picture is as good as its pixels.
 """
 
 import base64
@@ -27,9 +26,8 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryv
 # Checked against the header, before a pixel is decoded. PIL's own threshold: a quarter of a gibibyte of 24-bit colour.
 MAX_PIXELS = 89_478_485
 
-# What is tried on encoded bytes: formats whose header says how large the picture is. An icon may hold one of any other
-# size, PPM and QOI are decoded in Python, EPS and WMF run other programs. JPEG covers the multi-picture files (MPO) of
-# cameras and phones.
+# Formats whose header says how large the picture is. Not so an icon's; PPM and QOI are decoded in Python; EPS and WMF
+# run other programs. JPEG covers the multi-picture files (MPO) of cameras and phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF")
 
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
@@ -92,7 +90,7 @@ def pixels_of(data: bytes, name: str, frame: int | None) -> tuple[tuple[int, int
 
 
 def _read(source: ImageSource, name: str | None, use: Callable[[Image.Image, str], _Result]) -> _Result:
-    """What `use` makes of an image and its name."""
+    """Opens an image, and returns what `use` makes of it and its name."""
     label = name if name is not None else _describe(source)
     try:
         if isinstance(source, Image.Image):
@@ -105,7 +103,7 @@ def _read(source: ImageSource, name: str | None, use: Callable[[Image.Image, str
                 return use(image, label)
         except (ImageError, FileNotFoundError, MemoryError):
             raise
-        except Exception:  # perhaps of metadata: of a text that is too long, a profile that is broken
+        except Exception:  # perhaps of metadata: a text that is too long, a broken profile
             bare = _bare(file)
             if bare is None:
                 raise
@@ -181,7 +179,7 @@ def _check_size(image: Image.Image, label: str) -> None:
             f"{label}: {width}x{height} pixels are more than the limit of {MAX_PIXELS}; scale it down first"
         )
     tags = getattr(image, "tag_v2", {})
-    tile = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)  # memory for a whole one is taken
+    tile = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)  # PIL allocates a whole one
     if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > max(width * height, _MAX_TILE_PIXELS):
         raise ImageSizeError(
             f"{label}: {width}x{height} pixels in tiles of {tile[0]}x{tile[1]}; save it with smaller ones"
@@ -214,11 +212,11 @@ def _to_frame(image: Image.Image, label: str, frame: int | None) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The value of the one tag, whatever the others are; 1 where none says otherwise."""
+    """The value of the tag, even if others are broken; 1 by default."""
     try:
         value = _exif_orientation(image.info.get("exif", b""))
         return image.getexif().get(ExifTags.Base.Orientation, 1) if value is None else value
-    except Exception:  # PIL raises many kinds on garbled EXIF; such a block states no orientation, the picture is sound
+    except Exception:  # PIL raises many kinds on garbled EXIF, which states no orientation; the picture is sound
         return 1
 
 

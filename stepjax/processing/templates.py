@@ -1,8 +1,7 @@
-"""Jinja templates that come from outside, rendered within limits.
+"""Untrusted Jinja templates, rendered within limits.
 
-They are programs. Jinja's sandbox keeps them from the machine, but not from `{% for %}` inside `{% for %}`, or
-`'a' * 10 ** 10`: what they may allocate in one operation is as endless as what they may repeat, and nobody can list it.
-So they run in a process of their own.
+Templates are programs. Jinja's sandbox keeps them off the machine, but cannot stop nested loops or `'a' * 10 ** 10`, so
+they run in a process of their own.
 """
 
 import datetime
@@ -29,10 +28,10 @@ def render(template: str, variables: Mapping[str, Any], *, name: str, is_chat: b
     """What a template writes.
 
     Args:
-        variables: whatever is not of JSON reaches the template as the name of its type, as in Transformers.
+        variables: values that JSON lacks reach the template as the names of their types, as in Transformers.
         name: what errors call the template.
-        is_chat: render as Transformers renders chat templates; otherwise as Jinja does by default, and variables that
-            there are not are errors.
+        is_chat: render as Transformers renders chat templates; otherwise as Jinja does by default, with undefined
+            variables as errors.
 
     Raises:
         TokenError: the template is wrong, refuses, fails, or does not end in time.
@@ -57,7 +56,7 @@ def _render(template: str, data: str, is_chat: bool) -> str:
             parts.append(part)
     except (TokenError, MemoryError):
         raise
-    except Exception as error:  # templates compute: they fail in as many ways as programs
+    except Exception as error:  # templates fail in as many ways as programs
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _FILE]
         line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else lines[-1] if lines else "?"
         raise TokenError(f"cannot render: line {line}: {type(error).__name__}: {error}"[:500]) from None
@@ -69,7 +68,7 @@ _FILE = "<template>"  # what Jinja calls templates without a file
 
 @functools.lru_cache(maxsize=16)
 def compiled(template: str, is_chat: bool = False) -> jinja2.Template:
-    """See `render`, which has the limits."""
+    """The template, to be rendered without limits: see `render`."""
     if not is_chat:
         return jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(template)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -82,7 +81,7 @@ def compiled(template: str, is_chat: bool = False) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says, for training; it writes what stands in it."""
+    """`{% generation %}` marks the assistant's text, for training; it writes its body."""
 
     tags = {"generation"}
 

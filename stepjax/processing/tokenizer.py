@@ -69,7 +69,7 @@ class SpecialTokens:
 class Tokenizer:
     """A `tokenizers.Tokenizer` that keeps control tokens and text apart. Pickles, for data workers.
 
-    `encode` never yields a control token, whatever the text spells: a user who writes "<|im_end|>" ends no turn.
+    `encode` never yields a control token: a user who writes "<|im_end|>" ends no turn.
     Control tokens are asked for by name with `special` and `encode_marker`.
     """
 

@@ -74,9 +74,7 @@ def check_length(count: int, most: int | None, name: str, *, at_least: bool = Fa
 
 
 def least_tokens(text: str, longest_token: int) -> int:
-    """How many a text has at least, told without looking at it. Normalizers leave three bytes of four characters, or
-    more.
-    """
+    """The fewest tokens a text can have, from its length alone: normalizers leave at least 3 bytes of 4 characters."""
     return len(text) * 3 // (4 * longest_token)
 
 
@@ -117,44 +115,32 @@ def assemble(
     next_crop_feature = 0
     next_global_feature = sum(image.plan.num_crops for image in images) * config.crop_tokens
 
-    tokens: list[np.ndarray] = []
-    loss_weights: list[np.ndarray] = []
-    feature_index: list[np.ndarray] = []
+    tokens, loss_weights, feature_index = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int32)]
     for span in spans:
-        if isinstance(span, TextSpan):
-            tokens_T = np.asarray(span.ids, np.int32)
-            weights_T = np.full(len(tokens_T), span.loss_weight, np.float32)
-            features_T = np.full(len(tokens_T), -1, np.int32)
-        else:
+        is_text = isinstance(span, TextSpan)
+        tokens_T = np.asarray(span.ids if is_text else image_tokens(span.plan, config, special_tokens), np.int32)
+        features_T = np.full(len(tokens_T), -1, np.int32)
+        if not is_text:
             assert len(span.crops_NHWC) == span.plan.num_crops == len(span.plan.newline_after)
-            tokens_T = np.asarray(image_tokens(span.plan, config, special_tokens), np.int32)
-            weights_T = np.zeros(len(tokens_T), np.float32)
-            features_T = np.full(len(tokens_T), -1, np.int32)
-            num_crop_features = span.plan.num_crops * config.crop_tokens
-            features_T[tokens_T == special_tokens.image_patch] = np.concatenate(
-                [
-                    np.arange(next_crop_feature, next_crop_feature + num_crop_features),
-                    np.arange(next_global_feature, next_global_feature + config.global_tokens),
-                ]
-            )
-            next_crop_feature += num_crop_features
-            next_global_feature += config.global_tokens
+            crop_rows = next_crop_feature + np.arange(span.plan.num_crops * config.crop_tokens)
+            global_rows = next_global_feature + np.arange(config.global_tokens)
+            features_T[tokens_T == special_tokens.image_patch] = np.concatenate([crop_rows, global_rows])
+            next_crop_feature += len(crop_rows)
+            next_global_feature += len(global_rows)
         tokens.append(tokens_T)
-        loss_weights.append(weights_T)
+        loss_weights.append(np.full(len(tokens_T), span.loss_weight if is_text else 0, np.float32))
         feature_index.append(features_T)
 
-    weights_T = np.concatenate([np.zeros(0, np.float32), *loss_weights])
+    weights_T = np.concatenate(loss_weights)
     weights_T[:1] = 0
     size, crop_size = config.global_size, config.crop_size
+    views = np.asarray([image.global_view_HWC for image in images], np.float32)
+    crops = np.zeros((0, crop_size, crop_size, 3), np.float32), *(image.crops_NHWC for image in images)
     return Example(
         name=name,
-        tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
+        tokens=np.concatenate(tokens),
         loss_weights=weights_T,
-        feature_index=np.concatenate([np.zeros(0, np.int32), *feature_index]),
-        global_views=np.asarray([image.global_view_HWC for image in images], np.float32).reshape(
-            len(images), size, size, 3
-        ),
-        crops=np.concatenate(
-            [np.zeros((0, crop_size, crop_size, 3), np.float32), *(image.crops_NHWC for image in images)]
-        ),
+        feature_index=np.concatenate(feature_index),
+        global_views=views.reshape(len(images), size, size, 3),
+        crops=np.concatenate(crops),
     )

@@ -27,7 +27,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from stepjax.errors import ConfigError, ImageError, TokenError, require_positive
 from stepjax.inference.request import SamplingParams
-from stepjax.processing.assistant_message import split_reasoning
+from stepjax.processing.answer_stream import split_reasoning
 from stepjax.processing.image_files import open_image
 from stepjax.rollouts.endpoint_answer import EndpointAnswer, api_string, refuse, whole_text
 from stepjax.rollouts.rollout import Rollout

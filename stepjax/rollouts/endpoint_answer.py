@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from stepjax.processing.reasoning_stream import Part, ReasoningStream
+from stepjax.processing.answer_stream import Part, ReasoningStream
 from stepjax.rollouts.sampler import Listener, SamplerError
 
 _MOST_TEXT = 16 << 20  # characters of an answer: content, reasoning and tool calls

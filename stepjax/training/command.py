@@ -39,7 +39,7 @@ class Pretrain:
 
         if must_supervise():
             return supervise(sys.argv[1:])
-        initialize()
+        initialize(config.heartbeat.lost_after)
         for line in differences(config, preset):
             print(f"override  {line}")
 

@@ -1,8 +1,8 @@
-"""Digests of arrays: whether what is read is what was saved.
+"""Digests of arrays, to tell whether what is read is what was saved.
 
-A digest is the sum, modulo 2^32, of all words of an array, each times an odd number that is made of its index. One word
-that changed always changes it, and anything else all but once in 2^32. As it is a sum, the parts of an array may be
-taken in any order and wherever they lie: it depends on the values alone, never on shardings or chunks.
+A digest is the sum, modulo 2^32, of all words of an array, each times an odd number made from its index. One changed
+word always changes it; any other change does, but once in 2^32. A sum takes the parts of an array in any order and
+place, so the digest depends on the values alone, never on shardings or chunks.
 """
 
 import functools
@@ -36,7 +36,7 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def part_digest(values: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """What the part of an array of `shape` that begins at `start` adds to its digest; the sum is modulo 2^32."""
+    """The term, modulo 2^32, of the part that begins at `start` of an array of `shape`."""
     words = _words(values)
     strides = _strides((*shape, *words.shape[values.ndim :]))
     return _sum(words, sum(a * b for a, b in zip(start, strides, strict=False)), strides) % _MODULUS
@@ -48,7 +48,7 @@ def add_up(parts: list[int]) -> int:
 
 
 def _here(array: jax.Array) -> int:
-    """What the shards of this process add; of copies, one."""
+    """The term of this process's shards, counting one of each set of copies."""
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     starts = [tuple(index.indices(n)[0] for index, n in zip(s.index, array.shape, strict=True)) for s in shards]
     return add_up([part_digest(np.asarray(s.data), a, array.shape) for s, a in zip(shards, starts, strict=True)])
@@ -68,12 +68,12 @@ def _on_devices(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _weighed(words: Any, spread: Any) -> Any:
-    # The high half is folded into the low one: of bfloat16 values that are held in float32, all low halves are zero.
+    # Folds the high half into the low one: bfloat16 values held in float32 have zeros there.
     return (words ^ (words >> np.uint32(16))) * (spread | np.uint32(1))
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-    """The bits, in words of at most 32; wider values have two, in a dimension of their own."""
+    """The bits, in words of at most 32; wider values have two, in an axis of their own."""
     if values.dtype.itemsize <= 4:
         return values.view(f"u{values.dtype.itemsize}")
     return np.ascontiguousarray(values)[..., None].view(np.uint32)

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
-import os
-import re
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -25,21 +22,19 @@ from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import HostBatch, Loader
 from stepjax.data.packing import StreamState
-from stepjax.errors import CheckpointError, ConfigError, StepjaxError
+from stepjax.errors import CheckpointError, ConfigError
 from stepjax.interop import init_from
 from stepjax.models.step_vl import StepVL, abstract_model, num_parameters
 from stepjax.processing.processor import Processor
+from stepjax.progress import progress
 from stepjax.sharding import check_batch, make_mesh, rows_here, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
-from stepjax.training.heartbeat import Heartbeat
-from stepjax.training.meter import Meter, Profile
-from stepjax.training.metrics import make_trackers
+from stepjax.training.interruption import StopRequest, Watchdog
+from stepjax.training.metrics import Meter, Profile, fetch_rows, format_line, interval_means
 from stepjax.training.optimizer import learning_rate, make_optimizer
-from stepjax.training.preemption import StopRequest
-from stepjax.training.progress import ProgressLine
-from stepjax.training.rows import fetch_rows, interval_means
 from stepjax.training.run_directory import (
     INIT_FROM,
+    explaining_disk_errors,
     fetch,
     is_remote,
     local_directory,
@@ -48,6 +43,9 @@ from stepjax.training.run_directory import (
     run_directory,
 )
 from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
+from stepjax.training.trackers import make_trackers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +79,21 @@ def pretrain(
     *,
     on_evaluation: Callable[[StepVL, Processor, int], None] | None = None,
 ) -> Outcome:
-    """Train until the schedule ends, or a signal asks to stop; continue from the last checkpoint if there is one.
+    """Trains until the schedule ends or a signal asks to stop; resumes from the last checkpoint if there is one.
 
     Every step is a pure function of the state and the batch, keys derive from the seed, and the data position is saved
-    with the state: a run that was killed and started again leaves the same losses as one that was not.
+    with the state: a run that was killed and resumed leaves the same losses as an unbroken one.
 
     Args:
         on_evaluation: called with the model, its processor and the step, every `evaluation.every` steps.
 
     Raises:
-        ConfigError, RecordError: the configuration or the data is not usable.
+        ConfigError, RecordError: the configuration or the data cannot be used.
         CheckpointError: the directory holds a run of another configuration, or a source of `init_from` does not fit.
         TrainingDivergedError: the loss or gradients stopped being finite; nothing is saved after the last good check.
     """
     began = time.monotonic()
-    # Set up: everything that can be wrong is found out before anything is written.
+    # Set up: mistakes are found before anything is written.
     processor = make_processor(config)
     directory, local = run_directory(config), local_directory(config)
     mesh = make_mesh(config.mesh)
@@ -105,15 +103,17 @@ def pretrain(
     if not (directory / "checkpoints").exists():
         init_from.plan_start(config)
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
+    is_first = jax.process_index() == 0
+    say = _log.info if is_first else _log.debug
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(owned(local))  # before anything there is touched
         stack.enter_context(jax.set_mesh(mesh))
         checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep, config=to_json(config))
-        stack.enter_context(_naming_the_last_step(checkpointer.directory))
+        stack.enter_context(explaining_disk_errors(checkpointer.directory))
         stack.callback(checkpointer.close)
 
-        # Resume where the last checkpoint stands, or start from random parameters.
+        # Resume from the last checkpoint, or start from random parameters or those of `init_from`.
         start = checkpointer.latest_step()
         state, data_state, starts = _restore_or_init(config, checkpointer, optimizer, mesh, start)
         own_rows = rows_here(mesh, config.batch.rows)
@@ -127,20 +127,11 @@ def pretrain(
             rows=own_rows,
             state=data_state,
         )
-        first_step = start or 0
-        progress = ProgressLine(config.num_steps, every=config.logging.every)
-        stack.callback(progress.close)
-        say = progress.print if jax.process_index() == 0 else lambda message: None
-        copied = is_remote(config) and jax.process_index() == 0
-        if copied:
+        if is_remote(config) and is_first:
             fetch(directory, local)
         trackers = make_trackers(config.logging, local, to_json(config), start)
         for tracker in trackers:
             stack.callback(tracker.close)
-
-        def log(step: int, row: dict[str, float]) -> None:
-            for tracker in trackers:
-                tracker.log(step, row)
 
         say(
             f"{config.name}: {num_parameters(state.model):,} parameters, {config.num_steps} steps of "
@@ -148,10 +139,12 @@ def pretrain(
         )
         for line in init_from.describe(starts, config):
             say(line)
-        if starts and jax.process_index() == 0:
-            (directory / INIT_FROM).write_text(json.dumps({start.part: start.to_json() for start in starts}, indent=1))
+        if starts and is_first:
+            origins = {start.part: start.to_json() for start in starts}
+            (directory / INIT_FROM).write_text(json.dumps(origins, indent=1))
         if start is not None:
             say(f"resumed at step {start} from {checkpointer.directory}")
+        first_step = start or 0
         if first_step >= config.num_steps:
             say("the schedule has ended already; nothing to train")
             return Outcome(state.model, processor, first_step, None, local)
@@ -161,21 +154,25 @@ def pretrain(
         batches = iter(loader)
         stack.callback(batches.close)
         stop = StopRequest()
-        heart = stack.enter_context(Heartbeat(config.heartbeat, progress.print))
+        watchdog = stack.enter_context(Watchdog(config.heartbeat))
         profile = stack.enter_context(Profile(config.logging.profile, local / "profile"))
+        is_shown = is_first and sys.stderr.isatty()  # elsewhere the lines below tell as much
+        bar = progress(config.num_steps, unit="step", description=config.name, done=first_step, shown=is_shown)
+        stack.enter_context(bar)
         stack.enter_context(jax.transfer_guard("disallow"))
         step, pending, saved_at, stopped_by = first_step, [], time.monotonic(), None
         while step < config.num_steps and stopped_by is None:
             profile.before(step + 1)
-            heart.at("data", step + 1)
+            watchdog.at("data", step + 1)
             batch = meter.wait_for(batches)
-            heart.at("step", step + 1)
+            watchdog.at("step", step + 1)
             state, metrics = train_step(state, _to_devices(batch, mesh))
             step += 1
+            bar.update()
             profile.after(step, state)
             pending.append((step, metrics, batch.skipped))
-            for skipped in batch.skipped:  # each process tells of its own
-                progress.print(f"skipped {skipped.name}: {skipped.reason}")
+            for skipped in batch.skipped:  # each process reports its own
+                _log.info(f"skipped {skipped.name}: {skipped.reason}")
             if step == first_step + 1:
                 # Compilation is over: leave it out of the rates. From now on there is something for a signal to save.
                 jax.block_until_ready(metrics)
@@ -183,7 +180,7 @@ def pretrain(
                 say(f"first step done {time.monotonic() - began:.0f} s after the start, compilation included")
                 meter.reset()
 
-            # Looked at once a step: a signal that comes during what follows is for the next step to save.
+            # Read once a step: a signal that comes during what follows is acted on after the next step.
             stopped_by = stop.after(step, agree_every=config.logging.every)
             last = step == config.num_steps
             save = last or step % config.checkpoint.every == 0 or stopped_by is not None
@@ -191,53 +188,30 @@ def pretrain(
                 rows, pending = fetch_rows(config, pending), []
                 speed = meter.summary()
                 for row_step, row in rows:
-                    log(row_step, row if row_step < step else row | {f"speed/{k}": v for k, v in speed.items()})
-                shown = rows[-1][1] | interval_means(rows) | speed
-                progress.update(step, shown | {"seconds_since_checkpoint": time.monotonic() - saved_at})
+                    logged = row if row_step < step else row | {f"speed/{key}": value for key, value in speed.items()}
+                    for tracker in trackers:
+                        tracker.log(row_step, logged)
+                if last or step % config.logging.every == 0:
+                    shown = {**rows[-1][1], **interval_means(rows), **speed}
+                    shown["seconds_since_checkpoint"] = time.monotonic() - saved_at
+                    _log.info(format_line(step, config.num_steps, shown))
             if save:
-                heart.at("saving", step + 1)
+                watchdog.at("saving", step + 1)
                 with jax.transfer_guard("allow"):  # the state goes to the host, and is meant to
                     checkpointer.save(step, state, loader.state(_all_streams(own_rows, batch.states)))
-                if copied:
+                if is_remote(config) and is_first:
                     publish(directory, local)
                 saved_at = time.monotonic()
             every = config.evaluation.every
             if on_evaluation is not None and every and step % every == 0 and not last and stopped_by is None:
-                heart.at("evaluating", step + 1)
+                watchdog.at("evaluating", step + 1)
                 with jax.transfer_guard("allow"), meter.paused():
                     on_evaluation(state.model, processor, step)
         checkpointer.wait()
         stopped_by = stopped_by or stop.received  # one may have come while the last step was saved
         if stopped_by is not None:
-            say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}; run the same command to go on")
+            say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}. Rerun the same command to resume.")
         return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
-
-
-def _is_no_full_disk(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    return "os_error_code=" not in str(error) and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def _naming_the_last_step(checkpoints: epath.Path) -> Iterator[None]:
-    """A full disk, or another one that is lost while training, is one line that says what is safe."""
-    # Orbax's thread logs the traceback of what is raised here too, and its tasks do once more as the process ends.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_no_full_disk)
-    try:
-        yield
-    except StepjaxError:
-        raise
-    except Exception as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore says it, in a ValueError
-        if not isinstance(error, OSError) and code is None:
-            raise
-        place = getattr(error, "filename", None) or checkpoints
-        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
-        with contextlib.suppress(OSError):
-            steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
-            reason = f"{reason}; the last step saved is {max(steps, default='none')}"
-        raise CheckpointError(f"{place}: {reason}. Mend that, and run the same command to go on") from error
 
 
 def _restore_or_init(
@@ -247,9 +221,9 @@ def _restore_or_init(
     mesh: Mesh,
     start: int | None,
 ) -> tuple[TrainState, dict[str, Any] | None, list[init_from.PartStart]]:
-    """The state, the data position, and where parameters came from if the run is new.
+    """The state, the data position, and where the parameters of a new run came from.
 
-    Sources of parameters are not looked at where there is a checkpoint to go on from: they may be gone.
+    A run that resumes does not look at the sources of its parameters: they may be gone.
     """
     abstract = abstract_state(config, optimizer)
     layout = shardings(abstract, mesh)
@@ -264,7 +238,7 @@ def _restore_or_init(
     return state, data_state, []
 
 
-# What may change when a run goes on: where it lives, what it prints, how it is spread over machines, when it is saved.
+# What may change when a run resumes: where it lives, what it prints, how it is spread over machines, when it is saved.
 _MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation", "heartbeat")
 _MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records", "data.changed_files")
 
@@ -274,18 +248,18 @@ def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:
     decisive = [line for line in changes if not line.startswith(tuple(f"{s}{p}" for s in _MAY_CHANGE for p in ".:"))]
     if decisive:
         raise CheckpointError(
-            f"the run in this directory was made with another configuration: {'; '.join(decisive)}. Restore the old "
-            f"values, or give the new run another --name"
+            f"this directory holds a run of another configuration: {'; '.join(decisive)}. Restore the old values, or "
+            f"give the new run another --name"
         )
 
 
 def _to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process hands its rows to its own devices; rows are spread over the data axes."""
+    """Each process hands its rows to its own devices; the rows are spread over the data axes."""
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("batch")), x)
 
-    with jax.transfer_guard("allow"):  # JAX counts the part of one process among several as moved unasked
+    with jax.transfer_guard("allow"):  # among several processes JAX counts this as moved unasked
         return {name: put(x) for name, x in batch.arrays.items()}
 
 

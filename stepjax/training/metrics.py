@@ -1,172 +1,190 @@
-"""Where metrics go: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked for.
+"""What a run measures: losses that the device returned, rates and slot use, and the line that shows them.
 
-Every tracker takes the same thing: a step and a flat dict of numbers. Only the first process writes. On resume the
-records after the restored step are taken out, so that a run killed and resumed leaves the file of an unbroken one.
+    step 1200/50000  533ms  loss 2.341 (img 2.51 txt 2.10)  grad 0.831  lr 4.98e-5  12.3k tok/s  85.1 img/s  mfu 43.1%
+    wait 0.4%  pack 98/84%  ckpt 62s  eta 7h14m
+
+(one line; after the step its duration; "pack" is the share of token slots and of view slots in use, "ckpt" the time
+since the last checkpoint)
 """
 
-import importlib
-import json
-import math
-import os
-import pathlib
-import secrets
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
-from stepjax.config import LoggingConfig
-from stepjax.errors import ConfigError
+from stepjax.config import PretrainConfig
+from stepjax.data.loader import HostBatch
+from stepjax.errors import TrainingDivergedError
+from stepjax.figures import human_number, human_time
+from stepjax.models.flops import training_flops
+
+Row = dict[str, float]
+
+_PLAIN = ("loss", "accuracy", "z", "grad_norm", "param_norm", "update_norm", "learning_rate")
 
 
-class Tracker(Protocol):
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records the metrics of a step: numbers, or 0-d arrays on the host."""
-        ...
+def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) -> list[tuple[int, Row]]:
+    """One row of plain numbers a step, from (step, device metrics, skipped records) of the steps since the last fetch.
 
-    def close(self) -> None: ...
-
-
-def make_trackers(
-    config: LoggingConfig, out_dir: str | os.PathLike, run_config: Mapping[str, Any], resume_step: int | None
-) -> list[Tracker]:
-    """The trackers of a run that lives in `out_dir`; on processes other than the first, none.
-
-    `run_config` is the configuration as plain data, shown beside the curves. `resume_step` is the step that was
-    restored, or None for a run from the start: then what an earlier attempt logged there is taken out.
-
-    Raises ConfigError when a package that the configuration asks for is not installed.
+    Raises:
+        TrainingDivergedError: a loss or gradient norm is not finite; names the first bad step and the range checked.
     """
-    if jax.process_index() != 0:
-        return []
-    out_dir = pathlib.Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # Optional packages first: when one is missing, nothing was touched.
-    tensorboard = _optional("tensorboardX", "logging.tensorboard") if config.tensorboard else None
-    wandb = _optional("wandb", "logging.wandb") if config.wandb else None
-    trackers: list[Tracker] = [JsonlTracker(out_dir / "metrics.jsonl", resume_step)]
-    if tensorboard is not None:
-        trackers.append(TensorBoardTracker(tensorboard, out_dir / "tensorboard", run_config, resume_step))
-    if wandb is not None:
-        trackers.append(WandbTracker(wandb, out_dir, run_config, resume_step))
-    return trackers
+    names = [source.name for source in config.data.sources]
+    rows = []
+    for step, metrics, skipped in jax.device_get(pending):
+        row = {key: float(metrics[key]) for key in _PLAIN}
+        # Groups are numbered 2 * source + has_images.
+        loss, correct, weight = (metrics[key].reshape(len(names), 2) for key in ("loss_X", "correct_X", "weight_X"))
+        for column, modality in enumerate(("text", "image")):
+            if total := weight[:, column].sum():
+                row[f"loss/{modality}"] = float(loss[:, column].sum() / total)
+        for i, name in enumerate(names):
+            if total := weight[i].sum():
+                row[f"loss/source/{name}"] = float(loss[i].sum() / total)
+                row[f"accuracy/source/{name}"] = float(correct[i].sum() / total)
+        if skipped:
+            row["skipped"] = len(skipped)
+        rows.append((step, row))
 
-
-def _optional(package: str, field: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"{field}=True needs {package!r}: `pip install stepjax[tracking]`, or set {field}=False ({error})"
-        ) from error
-
-
-class JsonlTracker:
-    """One JSON object a line, with "step" first, written at once so that `tail -f` and a kill see whole lines.
-
-    JSON has no NaN: numbers that are not finite are written as the strings "NaN", "Infinity", "-Infinity", which
-    `float` reads back.
-    """
-
-    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
-        self.path = pathlib.Path(path)
-        self.removed = truncate_after(self.path, -1 if resume_step is None else resume_step)
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        record = {"step": int(step)} | {name: _json_number(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _json_number(value: Any) -> int | float | str:
-    number = value if type(value) is int else float(value)
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
-
-
-def truncate_after(path: str | os.PathLike, step: int) -> int:
-    """Takes the records after `step`, and a torn last line, out of a metrics file; returns how many lines that was.
-
-    The file is replaced in one move, or left alone when nothing is to go. A missing file counts as empty. Raises
-    ConfigError for a damaged line elsewhere than at the end: that is not the mark of a kill.
-    """
-    path = pathlib.Path(path)
-    if not path.exists():
-        return 0
-    records = list(_records(path))
-    kept = [line for line, record_step in records if record_step is not None and record_step <= step]
-    if len(kept) < len(records):
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    return len(records) - len(kept)
-
-
-def _records(path: pathlib.Path) -> Iterator[tuple[str, int | None]]:
-    """Lines and their steps; None for a last line that was not completed."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        torn = None
-        for number, line in enumerate(file, start=1):
-            if torn is not None:
-                raise ConfigError(f"{path}, line {torn}: not a metrics record; repair or remove the line")
-            try:
-                step = json.loads(line)["step"] if line.endswith("\n") else None
-            except (json.JSONDecodeError, KeyError, TypeError):
-                step = None
-            if step is None:
-                torn = number
-            yield line, step
-
-
-class TensorBoardTracker:
-    """Scalars for TensorBoard; steps after the restored one are marked void, as TensorBoard does for restarts."""
-
-    def __init__(self, package: Any, directory: pathlib.Path, run_config: Mapping[str, Any], resume_step: int | None):
-        self._writer = package.SummaryWriter(
-            logdir=str(directory), purge_step=0 if resume_step is None else resume_step + 1, flush_secs=10
+    bad = [step for step, row in rows if not np.isfinite([row["loss"], row["grad_norm"]]).all()]
+    if bad:
+        raise TrainingDivergedError(
+            f"loss or gradient norm is not finite at step {bad[0]} (checked steps {rows[0][0]} to {rows[-1][0]}); "
+            f"nothing was saved since. Start a run of another --name with lower learning rates (schedule.phases) or a "
+            f"lower optimizer.clip_norm, or look at the records of these steps"
         )
-        if resume_step is None:
-            self._writer.add_text("config", f"```json\n{json.dumps(run_config, indent=2, default=str)}\n```", 0)
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), int(step))
-
-    def close(self) -> None:
-        self._writer.close()
+    return rows
 
 
-class WandbTracker:
-    """Weights & Biases. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and the rest of its environment keep their meaning.
+def interval_means(rows: list[tuple[int, Row]]) -> Row:
+    """Mean losses over some steps, for the line: single steps are noisy."""
+    values = {key: [row[key] for _, row in rows if key in row] for key in ("loss", "loss/image", "loss/text")}
+    return {key: float(np.mean(numbers)) for key, numbers in values.items() if numbers}
 
-    A resumed run goes on under its id, which is kept in `out_dir`. Curves are drawn over the logged "step" and not over
-    W&B's own counter, which would refuse the steps that are taken again after a resume.
+
+class Meter:
+    """Wall time, time spent waiting for data, and slots in use, since the last summary.
+
+    `share` is the part of the global batch's rows that this process sees.
     """
 
-    def __init__(self, package: Any, out_dir: pathlib.Path, run_config: Mapping[str, Any], resume_step: int | None):
-        id_file = out_dir / "wandb_id"
-        if resume_step is None or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        self._run = package.init(
-            project=os.environ.get("WANDB_PROJECT", "stepjax"),
-            name=out_dir.name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            dir=str(out_dir),
-            config=dict(run_config),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+    def __init__(self, config: PretrainConfig, peak_flops: float | None, num_devices: int, *, share: float = 1.0):
+        self._config, self._peak_flops, self._num_devices, self._share = config, peak_flops, num_devices, share
+        self.reset()
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._run.log({"step": int(step)} | {name: float(value) for name, value in metrics.items()})
+    def reset(self) -> None:
+        self._since, self._waited, self._used, self._steps = time.monotonic(), 0.0, np.zeros(4), 0
 
-    def close(self) -> None:
-        self._run.finish()
+    def wait_for(self, batches: Iterator[HostBatch]) -> HostBatch:
+        start = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - start
+        self._used += batch.used
+        self._steps += 1
+        return batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
+
+    def summary(self) -> Row:
+        """Rates over all devices since the last summary; starts the next interval.
+
+        Empty if there was no step since: after a first step, whose time is that of its compilation.
+        """
+        if not self._steps:
+            return {}
+        config, batch, seconds, steps = self._config, self._config.batch, time.monotonic() - self._since, self._steps
+        # Other processes' rows hold as much, to a good approximation.
+        tokens, views, crops, pairs = (float(used) for used in self._used / self._share)
+        rows = steps * batch.rows
+        summary = {
+            "step_seconds": seconds / steps,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": views / seconds,
+            "data_wait": self._waited / seconds,
+            "packing/tokens": tokens / (rows * batch.tokens),
+            "packing/vision": (views + crops) / max(rows * (batch.global_views + batch.crops), 1),
+        }
+        if self._peak_flops is not None:
+            flops = training_flops(
+                config.model,
+                tokens=tokens,
+                attention_pairs=pairs,
+                global_views=views,
+                crops=crops,
+                global_grid=config.images.global_grid,
+                crop_grid=config.images.crop_grid,
+            )
+            summary["mfu"] = flops / seconds / (self._peak_flops * self._num_devices)
+        self.reset()
+        return summary
+
+
+def format_line(step: int, num_steps: int, metrics: Mapping[str, Any]) -> str:
+    """The line of a step, with those of its fields that `metrics` has a number for. NaN is shown as NaN."""
+    parts = [f"step {step}/{num_steps}"]
+    for keys, text in _FIELDS:
+        values = [float(metrics[key]) if key in metrics else None for key in keys]
+        if any(value is not None for value in values):
+            parts.append(text(*values))
+    if "step_seconds" in metrics and step < num_steps:
+        parts.append(f"eta {human_time((num_steps - step) * float(metrics['step_seconds']))}")
+    return "  ".join(parts)
+
+
+def _losses(loss: float | None, image: float | None, text: float | None) -> str:
+    parts = [f"{name} {value:.2f}" for name, value in (("img", image), ("txt", text)) if value is not None]
+    whole = "" if loss is None else f" {loss:.3f}"
+    return f"loss{whole}" + (f" ({' '.join(parts)})" if parts else "")
+
+
+def _packing(tokens: float | None, vision: float | None) -> str:
+    return "pack " + "/".join("-" if share is None else f"{100 * share:.0f}" for share in (tokens, vision)) + "%"
+
+
+# Metrics, and the text of their values; None stands for an absent one of several.
+_FIELDS: tuple[tuple[tuple[str, ...], Callable[..., str]], ...] = (
+    (("step_seconds",), human_time),
+    (("loss", "loss/image", "loss/text"), _losses),
+    (("grad_norm",), lambda norm: f"grad {norm:.3g}"),
+    (("learning_rate",), lambda rate: "lr " + f"{rate:.2e}".replace("e-0", "e-")),
+    (("tokens_per_second",), lambda rate: f"{human_number(rate)} tok/s"),
+    (("images_per_second",), lambda rate: f"{human_number(rate)} img/s"),
+    (("mfu",), lambda fraction: f"mfu {100 * fraction:.1f}%"),
+    (("data_wait",), lambda fraction: f"wait {100 * fraction:.1f}%"),
+    (("packing/tokens", "packing/vision"), _packing),
+    (("seconds_since_checkpoint",), lambda seconds: f"ckpt {human_time(seconds)}"),
+)
+
+
+class Profile:
+    """Traces the steps of `logging.profile`, first to last, for xprof or Perfetto."""
+
+    def __init__(self, steps: tuple[int, int] | None, directory: Path):
+        self._first, self._last = steps or (0, 0)
+        self._directory, self._running = directory, False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._running and step == self._last:
+            jax.block_until_ready(state)
+            self.__exit__()

@@ -75,7 +75,7 @@ def trained_names(config: OptimizerConfig, params_like: Any) -> frozenset[str]:
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, params_like: Any) -> optax.GradientTransformation:
     """AdamW over the trained parameters of a model.
 
-    Per trained parameter p with gradient g, all in float32 whatever the parameters' type:
+    Per trained parameter p with gradient g, all in float32:
 
         g <- g * min(1, clip_norm / |g|)                 the norm is over all trained parameters together
         p <- p - rate(step) * scale * (adam(g) + weight_decay * p)

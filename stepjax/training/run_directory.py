@@ -1,14 +1,17 @@
-"""Where a run leaves its files: OUT/NAME, which may be in an object store.
+"""Where a run keeps its files: OUT/NAME, which may be in an object store.
 
-Checkpoints go there directly. Metrics grow by a line a step, and objects in a store cannot grow: where OUT is a URL
-such as gs://bucket/runs, they and the logs are written to runs/NAME on the first process's machine, `publish` copies
-the metrics to OUT/NAME with every checkpoint, and `fetch` brings them to a machine that takes the run over.
+Checkpoints go there directly. Metrics grow by a line a step, and objects in a store cannot grow: if OUT is a URL such
+as gs://bucket/runs, the first process writes metrics and logs to runs/NAME on its machine. `publish` copies the metrics
+to OUT/NAME with every checkpoint, and `fetch` brings them to a machine that takes the run over.
 
-The first process locks its directory. Where OUT is a URL, that keeps a second start on the same machine off, not one on
-another.
+The first process locks its local directory. If OUT is a URL, that refuses a second start on the same machine only.
 """
 
 import contextlib
+import errno
+import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,28 +22,29 @@ from jax.experimental import multihost_utils
 
 from stepjax.config import PretrainConfig
 from stepjax.directory_lock import locked
-from stepjax.errors import CheckpointError
+from stepjax.errors import CheckpointError, StepjaxError
 
 METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"  # where the parameters came from: stepjax.interop.init_from
-
-
-def run_directory(config: PretrainConfig) -> epath.Path:
-    return epath.Path(config.out) / config.name
-
-
-def local_directory(config: PretrainConfig) -> Path:
-    """The directory of this machine: OUT/NAME itself, or runs/NAME where OUT is a URL."""
-    return Path("runs" if is_remote(config) else config.out) / config.name
 
 
 def is_remote(config: PretrainConfig) -> bool:
     return "://" in config.out
 
 
+def run_directory(config: PretrainConfig) -> epath.Path:
+    """OUT/NAME, which every process sees."""
+    return epath.Path(config.out) / config.name
+
+
+def local_directory(config: PretrainConfig) -> Path:
+    """The directory on this machine: OUT/NAME itself, or runs/NAME if OUT is a URL."""
+    return Path("runs" if is_remote(config) else config.out) / config.name
+
+
 @contextlib.contextmanager
-def owned(local: Path) -> Iterator[None]:
-    """The directory is this run's until the block ends. Every process calls this, and all are refused with the first.
+def owned(directory: Path) -> Iterator[None]:
+    """Keeps a local directory to this run until the block ends. Every process calls this; all are refused if one is.
 
     Raises:
         CheckpointError: another run has it, or it cannot be made.
@@ -49,7 +53,7 @@ def owned(local: Path) -> Iterator[None]:
         refused = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(locked(local))
+                stack.enter_context(locked(directory))
             except CheckpointError as error:
                 refused = error
         if jax.process_count() > 1 and np.max(multihost_utils.process_allgather(np.array(refused is not None))):
@@ -60,13 +64,41 @@ def owned(local: Path) -> Iterator[None]:
 
 
 def fetch(directory: epath.Path, local: Path) -> None:
-    """Bring the metrics here, unless this machine has the run's already."""
+    """Copies the metrics to this machine, unless it has the run's already."""
     if (directory / METRICS).exists() and not (local / METRICS).exists():
         local.mkdir(parents=True, exist_ok=True)
         (local / METRICS).write_text((directory / METRICS).read_text())
 
 
 def publish(directory: epath.Path, local: Path) -> None:
+    """Copies this machine's metrics to the shared directory."""
     if (local / METRICS).exists():
         directory.mkdir(parents=True, exist_ok=True)
         (directory / METRICS).write_text((local / METRICS).read_text())
+
+
+@contextlib.contextmanager
+def explaining_disk_errors(checkpoints: epath.Path) -> Iterator[None]:
+    """Turns a full disk, or one that is lost while training, into one line that names the last step saved."""
+    # Orbax's thread logs the traceback of what is raised here too, and its tasks do so again as the process ends.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_full_disk)
+    try:
+        yield
+    except StepjaxError:
+        raise
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore raises ValueErrors
+        if not isinstance(error, OSError) and code is None:
+            raise
+        place = getattr(error, "filename", None) or checkpoints
+        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
+        with contextlib.suppress(OSError):
+            steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
+            reason = f"{reason}; the last step saved is {max(steps, default='none')}"
+        raise CheckpointError(f"{place}: {reason}. Fix that, and rerun the same command to resume") from error
+
+
+def _is_no_full_disk(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return "os_error_code=" not in str(error) and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)

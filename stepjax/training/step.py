@@ -89,8 +89,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for this configuration; jit it with the state donated.
 
-    The loss is the weighted mean over all tokens of the step, whatever micro-batch they fall in: accumulation changes
-    memory, not the result.
+    The loss is the weighted mean over all tokens of the step, across micro-batches: accumulation changes memory, not
+    the result.
     """
 
     def gradients(model: StepVL, batch: Batch) -> tuple[Any, Metrics]:

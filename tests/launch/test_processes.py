@@ -3,7 +3,6 @@
 Every run trains the tiny recipe on four simulated devices, spread over one, two or four processes.
 """
 
-import os
 import re
 import signal
 import socket
@@ -14,49 +13,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_files import RECIPE, read_metrics, steps_saved
+from run_files import PRETRAIN_ONLY, read_metrics, steps_saved
+
+from stepjax.cli import main
 
 DEVICES, STEPS, TIMEOUT = 4, 12, 300
+OPTIONS = ("--batch.rows", "4", "--heartbeat.every", "0.5", "--heartbeat.lost-after", "8")
+ROWS_OVER_BOTH = ("--mesh.fsdp", "1", "--mesh.context", "4")  # each of two processes feeds the rows of both
+OPTIONS += ("--schedule.phases.0.tokens", f"{STEPS * 512}", "--schedule.warmup-tokens", "512")
 
 
 class Job:
     """`stepjax pretrain` in several processes, one output file each."""
 
-    def __init__(self, out: Path, cache: Path, processes: int, *arguments: str):
+    def __init__(self, start, out: Path, processes: int, *arguments: str):
+        """`start` starts one of them; it takes arguments, a log, an environment and a number of devices."""
         self.out, self.directory = out, out / "tiny"
         out.mkdir(exist_ok=True)
-        recipe = out / "recipe.py"
-        recipe.write_text(
-            f"import dataclasses, sys\nsys.path.insert(0, {str(RECIPE.parent)!r})\nfrom tiny_recipe import config\n"
-            "from stepjax.config import BatchConfig, EvaluationConfig, HeartbeatConfig, Phase, ScheduleConfig\n"
-            "config = dataclasses.replace(config, evaluation=EvaluationConfig(),\n"
-            "    batch=BatchConfig(rows=4, tokens=128, global_views=3, crops=24),\n"
-            f"    schedule=ScheduleConfig(phases=(Phase(tokens={STEPS} * 512, start=3e-3, end=3e-4),),\n"
-            "                            warmup_tokens=512),\n"
-            "    heartbeat=HeartbeatConfig(every=0.5, lost_after=8))\n"
-        )
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        shared = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(cache / str(processes)),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
-        self.logs = [open(out / f"log{index}", "w+") for index in range(processes)]
         self.processes = []
-        for index, log in enumerate(self.logs):
+        for index in range(processes):
+            (out / f"log{index}").write_text("")
             place = {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
             }
-            command = [sys.executable, "-m", "stepjax.cli", "pretrain", str(recipe), "--out", str(out), *arguments]
-            environment = shared | (place if processes > 1 else {})
-            self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            command = ["pretrain", str(PRETRAIN_ONLY), "--out", str(out), *OPTIONS, *arguments]
+            environment = place if processes > 1 else {}
+            self.processes.append(start(command, out / f"log{index}", environment, DEVICES // processes))
 
     def output(self, index: int) -> str:
         return (self.out / f"log{index}").read_text()
@@ -74,8 +61,6 @@ class Job:
         finally:
             for process in self.processes:
                 process.kill()  # where it hangs, or the test is interrupted
-            for log in self.logs:
-                log.close()
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -83,14 +68,33 @@ def losses(directory: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def quickly(forked):
+    """Starts a process that imports nothing and has no parent of its own that turns its status into another."""
+
+    def start(command, log, environment, devices):
+        return forked.start(command, log, environment=environment | {"STEPJAX_SUPERVISED": "1"}, devices=devices)
+
+    return start
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
+def really(process_environment):
+    """Starts a process as users do."""
+
+    def start(command, log, environment, devices):
+        environment = process_environment | environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        with open(log, "w") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "stepjax.cli", *command], env=environment, stdout=output, stderr=output
+            )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quickly):
     """The losses of one process with all four devices."""
-    job = Job(tmp_path_factory.mktemp("whole"), cache, 1)
+    job = Job(quickly, tmp_path_factory.mktemp("whole"), 1)
     assert job.end() == [0], job.output(0)
     assert sorted(losses(job.directory)) == list(range(1, STEPS + 1))
     return losses(job.directory)
@@ -102,68 +106,56 @@ def assert_same(actual: dict[int, float], expected: dict[int, float]) -> None:
     np.testing.assert_allclose([actual[s] for s in expected], list(expected.values()), rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "processes, arguments",
-    [
-        # Those two are in the tests of killed processes too, up to the step of the kill and from there on.
-        pytest.param(2, (), marks=pytest.mark.slow),
-        pytest.param(4, (), marks=pytest.mark.slow),
-        (2, ("--mesh.fsdp", "1", "--mesh.context", "4")),
-    ],
-)
-def test_losses_are_those_of_one_process(tmp_path, cache, whole, processes, arguments):
-    """The last mesh spreads every row over both processes: each must feed the rows of both."""
-    job = Job(tmp_path / "job", cache, processes, *arguments)
+@pytest.mark.slow  # the tests of killed processes compare these up to the step of the kill, and from there on
+@pytest.mark.parametrize("processes, arguments", [(2, ()), (4, ()), (2, ROWS_OVER_BOTH)])
+def test_losses_are_those_of_one_process(quickly, tmp_path, whole, processes, arguments):
+    job = Job(quickly, tmp_path / "job", processes, *arguments)
     assert job.end() == [0] * processes, job.output(0)
     assert_same(losses(job.directory), whole)
 
 
-def test_one_killed_the_others_say_so_and_another_number_of_processes_goes_on(tmp_path, cache, whole):
-    job = Job(tmp_path / "job", cache, 2)
+def test_one_killed_the_others_say_so_and_another_number_of_processes_resumes(really, quickly, tmp_path, whole):
+    job = Job(really, tmp_path / "job", 2, *ROWS_OVER_BOTH)
     job.wait_for(f"step 6/{STEPS}")
     job.processes[1].kill()
-    statuses = job.end()
-    assert statuses == [75, -signal.SIGKILL], job.output(0)
+    assert job.end() == [75, -signal.SIGKILL], job.output(0)
     message = job.output(0).strip().splitlines()[-1]
-    assert re.search(r"process 1 on \S+ has been silent for .*run the same command again", message) or (
-        "another process ended" in message and "run the same command again" in message
-    ), job.output(0)
+    assert "another process ended" in message and "Rerun the same command on every machine" in message
     assert "Traceback" not in job.output(0)
 
     resumed_from = max(steps_saved(job.directory))
     assert 4 <= resumed_from < STEPS
-    again = Job(tmp_path / "job", cache, 4)
+    again = Job(quickly, tmp_path / "job", 4)
     assert again.end() == [0] * 4, again.output(0)
     assert f"resumed at step {resumed_from}" in again.output(0)
     assert_same(losses(job.directory), whole)
 
 
 @pytest.mark.slow
-def test_coordinator_killed_the_others_end_with_the_status_that_asks_for_a_restart(tmp_path, cache):
-    job = Job(tmp_path / "job", cache, 2)
+def test_coordinator_killed_the_others_end_with_the_status_that_asks_for_a_restart(really, tmp_path):
+    job = Job(really, tmp_path / "job", 2)
     job.wait_for(f"step 4/{STEPS}")
     job.processes[0].kill()
     assert job.end() == [-signal.SIGKILL, 75], job.output(1)
-    assert "run the same command again" in job.output(1).strip().splitlines()[-1]
+    assert "Rerun the same command" in job.output(1).strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_is_a_request_to_all(tmp_path, cache, whole):
-    job = Job(tmp_path / "job", cache, 2)
+def test_a_signal_to_one_process_is_a_request_to_all(really, quickly, tmp_path, whole):
+    job = Job(really, tmp_path / "job", 2)
     job.wait_for(f"step 4/{STEPS}")
     job.processes[1].send_signal(signal.SIGTERM)
-    statuses = job.end()
-    assert statuses == [143, 143], job.output(0)
+    assert job.end() == [143, 143], job.output(0)
     assert 4 < max(steps_saved(job.directory)) < STEPS
-    again = Job(tmp_path / "job", cache, 1)
+    again = Job(quickly, tmp_path / "job", 1)
     assert again.end() == [0], again.output(0)
     assert_same(losses(job.directory), whole)
 
 
-def test_environment_that_contradicts_itself_is_refused(tmp_path):
-    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, "-m", "stepjax.cli", "pretrain", str(RECIPE), "--out", str(tmp_path)]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert refused.returncode == 1
-    assert "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES set without JAX_PROCESS_ID" in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_an_environment_that_contradicts_itself_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert main(["pretrain", str(PRETRAIN_ONLY), "--out", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES set without JAX_PROCESS_ID" in errors
+    assert "Traceback" not in errors

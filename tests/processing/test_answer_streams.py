@@ -5,10 +5,9 @@ import re
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from whole_answer import parse_assistant
 
-from stepjax.processing.assistant_message import parse_assistant, split_reasoning
-from stepjax.processing.call_stream import Call, CallStream
-from stepjax.processing.reasoning_stream import ReasoningStream
+from stepjax.processing.answer_stream import Call, CallStream, ReasoningStream, split_reasoning
 
 WORDS = [
     "a",
@@ -64,7 +63,7 @@ def call_stream(text, at):
     return "".join(part for part in parts if isinstance(part, str)), calls
 
 
-def ends_a_thought_once(text, starts_thinking):
+def ends_reasoning_once(text, starts_thinking):
     if text.count("</think>") > 1:
         return False
     return "</think>" not in text or starts_thinking or "<think>" in text.partition("</think>")[0]
@@ -80,7 +79,7 @@ def test_reasoning_as_of_the_whole_text(text, at, starts_thinking):
     got = split_stream(text, at, starts_thinking)
     assert got == split_stream(text, [], starts_thinking)
     assert got == split_stream(text, range(len(text)), starts_thinking)
-    if ends_a_thought_once(text, starts_thinking):
+    if ends_reasoning_once(text, starts_thinking):
         content, reasoning = split_reasoning(text, starts_thinking=starts_thinking)
         assert got == (content, reasoning or "")
 
@@ -103,7 +102,7 @@ def test_calls_as_of_the_whole_text(text, at):
 @settings(max_examples=300, deadline=None)
 @given(thoughtful, cuts)
 def test_both_in_a_row_as_of_the_whole_text(text, at):
-    if not ends_a_thought_once(text, True):
+    if not ends_reasoning_once(text, True):
         return
     content, reasoning = split_stream(text, at, True)
     content, calls = call_stream(content, at)

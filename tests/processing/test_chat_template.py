@@ -5,9 +5,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_answer import parse_assistant
 
 from stepjax.errors import TokenError
-from stepjax.processing.assistant_message import parse_assistant
 from stepjax.processing.chat_template import (
     ImageSegment,
     SpecialSegment,

@@ -5,8 +5,7 @@ from PIL import Image
 
 from stepjax.config import ImageConfig, TokenizerConfig
 from stepjax.errors import RecordError, TokenError
-from stepjax.processing.processor import Processor
-from stepjax.processing.record_images import place_images
+from stepjax.processing.processor import Processor, place_images
 
 processor = Processor.from_config(ImageConfig(global_size=112, crop_size=56, patch_size=14), TokenizerConfig())
 ANSWER = {"role": "assistant", "content": "y"}

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from run_files import RECIPE, read_metrics, steps_saved, without_speed
+from run_files import PRETRAIN_ONLY, read_metrics, steps_saved, without_speed
 from tiny_recipe import config as tiny
 
 import stepjax.training.loop as loop
@@ -32,7 +30,7 @@ from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError, ConfigError, RecordError, TrainingDivergedError
 from stepjax.training.checkpoint import Checkpointer, read_meta
 from stepjax.training.loop import pretrain
-from stepjax.training.metrics import JsonlTracker
+from stepjax.training.trackers import JsonlTracker
 
 pytest_plugins = ("tiny_run",)
 
@@ -131,20 +129,13 @@ def test_a_step_is_logged_before_it_is_saved(tmp_path, monkeypatch, quick_runs):
     assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4])]
 
 
-def test_profile_and_tensorboard(tmp_path):
+def test_profile_and_tensorboard(forked, tmp_path):
     """In a process of its own: JAX's profiler crashes where other tests have loaded libtpu without a TPU."""
-    program = (
-        f"import dataclasses, sys; sys.path.insert(0, {str(RECIPE.parent)!r})\n"
-        "from stepjax.config import LoggingConfig, Phase, ScheduleConfig\n"
-        "from stepjax.training.loop import pretrain\n"
-        "from tiny_recipe import config\n"
-        "logging = LoggingConfig(every=2, profile=(2, 3), tensorboard=True)\n"
-        "schedule = ScheduleConfig(phases=(Phase(tokens=4 * 256, start=1e-3, end=1e-3),))\n"
-        f"pretrain(dataclasses.replace(config, out={str(tmp_path)!r}, logging=logging, schedule=schedule))\n"
-    )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    options = ["--logging.profile", "2", "3", "--logging.tensorboard"]
+    options += ["--schedule.phases.0.tokens", f"{4 * tiny.tokens_per_step}"]
+    log = tmp_path / "log"
+    status = forked.start(["pretrain", str(PRETRAIN_ONLY), "--out", str(tmp_path), *options], log).wait()
+    assert status == 0, log.read_text()
     assert list((tmp_path / "tiny" / "profile").rglob("*.xplane.pb"))
     (events,) = (tmp_path / "tiny" / "tensorboard").glob("events.out.tfevents.*")
     content = events.read_bytes()
@@ -170,17 +161,19 @@ def norm(model) -> float:
 # How it ends ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_has_nothing_to_train(finished_run, capsys, quick_runs):
+def test_a_finished_run_has_nothing_to_train(finished_run, caplog, quick_runs):
+    caplog.set_level("INFO")
     before = files(finished_run.directory)
     outcome = pretrain(dataclasses.replace(tiny, out=str(finished_run.out)))
     assert (outcome.step, outcome.stopped_by) == (STEPS, None)
-    assert "nothing to train" in capsys.readouterr().err
+    assert "nothing to train" in caplog.text
     assert files(finished_run.directory).keys() == before.keys()
 
 
 @pytest.mark.parametrize("moment", ["evaluation", "last save"])
-def test_a_signal_at_any_moment_saves_before_leaving(tmp_path, monkeypatch, capsys, finished_run, moment, quick_runs):
+def test_a_signal_at_any_moment_saves_before_leaving(tmp_path, monkeypatch, caplog, finished_run, moment, quick_runs):
     """The next look at signals comes after a step, which is then saved; the same command goes on to an equal end."""
+    caplog.set_level("INFO")
     kill = {"evaluation": 6, "last save": STEPS}[moment]
     save = Checkpointer.save
 
@@ -204,7 +197,7 @@ def test_a_signal_at_any_moment_saves_before_leaving(tmp_path, monkeypatch, caps
     expected = min(kill + 1, STEPS)
     assert (outcome.step, outcome.stopped_by) == (expected, "SIGTERM")
     assert steps_saved(tmp_path / "tiny")[-1] == expected
-    assert f"SIGTERM: saved step {expected}" in capsys.readouterr().err
+    assert f"SIGTERM: saved step {expected}" in caplog.text
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
     outcome = pretrain(config)
@@ -253,7 +246,7 @@ def test_a_full_disk_is_one_line_that_names_the_last_step_saved(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointer, "save", failing_save)
         patch.setattr(JsonlTracker, "log", failing_log)
-        with pytest.raises(CheckpointError, match=f"No space left on device; the last step saved is {safe}. Mend that"):
+        with pytest.raises(CheckpointError, match=f"No space left on device; the last step saved is {safe}. Fix that"):
             pretrain(dataclasses.replace(tiny, out=str(tmp_path)))
     assert pretrain(dataclasses.replace(tiny, out=str(tmp_path))).step == STEPS
 
@@ -301,7 +294,7 @@ def test_what_decides_the_result_may_not_change(finished_run, changes, named, qu
     assert files(finished_run.directory) == before
 
 
-def test_what_does_not_decide_it_may(finished_run, capsys):
+def test_what_does_not_decide_it_may(finished_run):
     """Eight devices instead of one among it; here without the fixture that takes one."""
     config = dataclasses.replace(
         tiny,
@@ -334,10 +327,11 @@ def jsonl(tmp_path):
     return JsonlSource(name="pictures", weight=1.0, path=str(tmp_path / "records.jsonl"))
 
 
-def test_skipped_records_are_counted_and_named(tmp_path, jsonl, capsys, quick_runs):
+def test_skipped_records_are_counted_and_named(tmp_path, jsonl, caplog, quick_runs):
+    caplog.set_level("INFO")
     data = DataConfig(sources=(jsonl,), bad_records="skip")
     pretrain(dataclasses.replace(tiny, out=str(tmp_path), data=data, schedule=SHORT))
-    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+    named = [line for line in caplog.messages if line.startswith("skipped ")]
     assert {line.split(":")[0] for line in named} == {"skipped pictures/5", "skipped pictures/8"}
     assert "missing.png" in next(line for line in named if "pictures/8" in line)
     assert sum(row.get("skipped", 0) for row in read_metrics(tmp_path / "tiny")) == len(named)

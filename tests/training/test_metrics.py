@@ -1,165 +1,78 @@
-"""Trackers, with the optional packages replaced by recorders, and the progress line."""
+"""Rows of numbers from what the device returned, and the line that shows them."""
 
-import io
-import json
-import math
-import os
-import sys
-import types
-from typing import Any
+import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_recipe import config
 
-from stepjax.config import LoggingConfig
-from stepjax.errors import ConfigError
-from stepjax.figures import human_number, human_time
-from stepjax.training.metrics import JsonlTracker, make_trackers, truncate_after
-from stepjax.training.progress import ProgressLine, fit, format_progress
+from stepjax.data.mixture import Skipped
+from stepjax.errors import TrainingDivergedError
+from stepjax.training.metrics import fetch_rows, format_line, interval_means
 
-# Trackers ------------------------------------------------------------------------------------------------------------
-
-
-def read(path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+SOURCES = ("transcribe", "arithmetic")
 
 
-def test_jsonl_lines_are_on_disk_at_once_and_valid_json(tmp_path):
-    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
-    tracker.log(1, {"loss": np.float32(2.5), "rows": 8, "nan": float("nan"), "up": np.inf, "down": -np.inf})
-    (record,) = read(tmp_path / "metrics.jsonl")  # before close
-    assert list(record) == ["step", "loss", "rows", "nan", "up", "down"]
-    assert (record["step"], record["loss"], record["rows"]) == (1, 2.5, 8)
-    assert math.isnan(float(record["nan"])) and float(record["up"]) == math.inf and float(record["down"]) == -math.inf
-    tracker.close()
+def metrics(**changes):
+    """Of two sources; groups are (source 0 text, source 0 image, source 1 text, source 1 image)."""
+    plain = {key: jnp.float32(0.5) for key in ("accuracy", "z", "param_norm", "update_norm", "learning_rate")}
+    sums = {
+        "loss_X": jnp.array([0.0, 6.0, 8.0, 1.0]),
+        "correct_X": jnp.array([0.0, 2.0, 1.0, 1.0]),
+        "weight_X": jnp.array([0.0, 3.0, 4.0, 1.0]),
+    }
+    return plain | sums | {"loss": jnp.float32(15 / 8), "grad_norm": jnp.float32(1.5)} | changes
 
 
-def test_resume_leaves_the_file_of_an_unbroken_run(tmp_path):
-    broken, unbroken = tmp_path / "broken.jsonl", tmp_path / "unbroken.jsonl"
-    first = JsonlTracker(broken)
-    for step in range(1, 8):
-        first.log(step, {"loss": 1 / step})
-    first.close()
-    with open(broken, "a") as file:
-        file.write('{"step": 8, "lo')  # the kill
-    second = JsonlTracker(broken, resume_step=4)
-    assert second.removed == 4
-    whole = JsonlTracker(unbroken)
-    for step in range(1, 11):
-        whole.log(step, {"loss": 1 / step})
-        if step > 4:
-            second.log(step, {"loss": 1 / step})
-    assert broken.read_bytes() == unbroken.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "unbroken.jsonl"]
+def test_losses_are_means_over_the_tokens_of_a_source_and_of_a_modality():
+    assert tuple(source.name for source in config.data.sources) == SOURCES
+    ((step, row),) = fetch_rows(config, [(7, metrics(), ())])
+    assert step == 7
+    assert row["loss"] == 15 / 8
+    assert row["loss/text"] == 8 / 4
+    assert row["loss/image"] == 7 / 4
+    assert row["loss/source/transcribe"] == 6 / 3
+    np.testing.assert_allclose(row["loss/source/arithmetic"], 9 / 5)
+    np.testing.assert_allclose(row["accuracy/source/transcribe"], 2 / 3)
+    np.testing.assert_allclose(row["accuracy/source/arithmetic"], 2 / 5)
+    assert all(type(value) is float for value in row.values())
 
 
-def test_truncation_counts_what_it_removes(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert truncate_after(path, 3) == 0 and not path.exists()
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval": 1}\n{"step": 3}\n')
-    before = os.stat(path).st_ino
-    assert truncate_after(path, 3) == 0 and os.stat(path).st_ino == before  # untouched
-    assert truncate_after(path, 2) == 1
-    assert [record["step"] for record in read(path)] == [1, 2, 2]
-    path.write_text('{"step": 1}\n{"step": 2}')  # complete JSON, but the newline is missing
-    assert truncate_after(path, 5) == 1 and path.read_text() == '{"step": 1}\n'
-    path.write_bytes(b'{"step": 1}\n{"x": "\xe2')  # torn inside a character
-    assert truncate_after(path, 5) == 1 and path.read_text() == '{"step": 1}\n'
+def test_a_source_or_modality_without_tokens_has_no_number():
+    ((_, row),) = fetch_rows(config, [(1, metrics(weight_X=jnp.array([0.0, 0.0, 4.0, 0.0])), ())])
+    assert "loss/image" not in row and "loss/source/transcribe" not in row and "accuracy/source/transcribe" not in row
+    assert "loss/text" in row and "loss/source/arithmetic" in row
 
 
-def test_damage_that_no_kill_explains_is_refused_by_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
-    with pytest.raises(ConfigError, match="line 2"):
-        truncate_after(path, 5)
-    assert path.read_text().count("\n") == 3
+def test_skipped_records_are_counted():
+    bad = Skipped("a", "torn")
+    rows = dict(fetch_rows(config, [(1, metrics(), ()), (2, metrics(), (bad, bad))]))
+    assert "skipped" not in rows[1] and rows[2]["skipped"] == 2
 
 
-def test_fresh_run_starts_its_file_anew(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 9}\n')
-    (tracker,) = make_trackers(LoggingConfig(), tmp_path, {}, None)
-    tracker.log(1, {"loss": 1.0})
-    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_names_the_first_bad_step_and_the_range(key, value):
+    pending = [(step, metrics(**({key: jnp.float32(value)} if step >= 13 else {})), ()) for step in range(11, 16)]
+    with pytest.raises(TrainingDivergedError, match=r"at step 13 \(checked steps 11 to 15\)") as error:
+        fetch_rows(config, pending)
+    assert "\n" not in str(error.value) and "learning rates" in str(error.value)
 
 
-class Recorder:
-    """Records the calls of any method, with their arguments, and returns itself."""
-
-    def __init__(self):
-        self.calls: list[tuple[str, tuple, dict]] = []
-
-    def __getattr__(self, name: str):
-        def call(*args, **kwargs):
-            self.calls.append((name, args, kwargs))
-            return self
-
-        return call
-
-    def named(self, name: str) -> list[tuple[tuple, dict]]:
-        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+def test_interval_means_leave_out_steps_that_lack_a_number():
+    rows = [(1, {"loss": 1.0, "loss/text": 1.0}), (2, {"loss": 3.0, "loss/image": 4.0, "grad_norm": 9.0})]
+    assert interval_means(rows) == {"loss": 2.0, "loss/text": 1.0, "loss/image": 4.0}
 
 
-@pytest.fixture
-def packages(monkeypatch):
-    tensorboard, wandb = Recorder(), Recorder()
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=tensorboard.SummaryWriter))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=wandb.init))
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    return tensorboard, wandb
+def test_names_come_from_the_configuration():
+    sources = tuple(dataclasses.replace(s, name=s.name.upper()) for s in config.data.sources)
+    renamed = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    ((_, row),) = fetch_rows(renamed, [(1, metrics(), ())])
+    assert {"loss/source/TRANSCRIBE", "loss/source/ARITHMETIC"} <= row.keys()
 
 
-ALL = LoggingConfig(tensorboard=True, wandb=True)
-
-
-def test_all_trackers_record_the_same_numbers(tmp_path, packages):
-    tensorboard, wandb = packages
-    trackers = make_trackers(ALL, tmp_path / "runs" / "mine", {"seed": 1}, None)
-    for tracker in trackers:
-        tracker.log(5, {"loss": np.float32(2), "lr": 0.5})
-        tracker.close()
-    assert read(tmp_path / "runs" / "mine" / "metrics.jsonl") == [{"step": 5, "loss": 2.0, "lr": 0.5}]
-    assert [args for args, _ in tensorboard.named("add_scalar")] == [("loss", 2.0, 5), ("lr", 0.5, 5)]
-    assert wandb.named("log") == [(({"step": 5, "loss": 2.0, "lr": 0.5},), {})]
-    assert tensorboard.named("close") and wandb.named("finish")
-    ((_, options),) = wandb.named("init")
-    assert (options["project"], options["name"], options["config"]) == ("stepjax", "mine", {"seed": 1})
-
-
-def test_resumed_run_continues_its_curves(tmp_path, packages):
-    tensorboard, wandb = packages
-    for resume_step in (None, 30, None):
-        make_trackers(ALL, tmp_path, {}, resume_step)
-    first, resumed, fresh = (options["id"] for _, options in wandb.named("init"))
-    assert first == resumed != fresh
-    assert [options["purge_step"] for _, options in tensorboard.named("SummaryWriter")] == [0, 31, 0]
-
-
-@pytest.mark.parametrize(("field", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_missing_package_is_refused_with_the_remedy_before_anything_is_touched(tmp_path, monkeypatch, field, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
-    config = LoggingConfig(tensorboard=field == "tensorboard", wandb=field == "wandb")
-    with pytest.raises(ConfigError, match=rf"logging\.{field}=True.*{package}.*pip install stepjax\[tracking\]"):
-        make_trackers(config, tmp_path, {}, None)
-    assert read(tmp_path / "metrics.jsonl") == [{"step": 9}]
-
-
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("jax.process_index", lambda: 1)
-    assert make_trackers(LoggingConfig(), tmp_path / "run", {}, None) == []
-    assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_files_are_written(tmp_path):
-    pytest.importorskip("tensorboardX")
-    _, tracker = make_trackers(LoggingConfig(tensorboard=True), tmp_path, {"seed": 1}, 3)
-    tracker.log(4, {"loss": 2.0})
-    tracker.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in events.read_bytes()
-
-
-# The progress line ---------------------------------------------------------------------------------------------------
+# The line -------------------------------------------------------------------------------------------------------------
 
 METRICS = {
     "loss": 2.3412,
@@ -182,23 +95,9 @@ LINE = (
 )
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_line_shows_everything_within_160_columns():
-    stream = io.StringIO()
-    progress = ProgressLine(50_000, stream=stream)
-    progress.update(1200, METRICS | {"unknown": 3.0})
-    assert stream.getvalue() == LINE + "\n"
+def test_a_line_shows_everything_within_160_columns():
+    assert format_line(1200, 50_000, METRICS | {"unknown": 3.0}) == LINE
     assert len(LINE) <= 160
-    fields = format_progress(1200, 50_000, METRICS)
-    assert fit(fields, 160) == LINE
-    for columns in (160, 120, 100):
-        assert len(fit(fields, columns)) <= columns
-    assert fit(fields, len(LINE) - 1) == LINE.replace("  pack 98/84%", "")
-    assert all(text in fit(fields, 120) for text in ("step 1200", "loss 2.341", "12.3k tok/s", "mfu", "eta"))
 
 
 @pytest.mark.parametrize(
@@ -214,48 +113,4 @@ def test_line_shows_everything_within_160_columns():
     ],
 )
 def test_only_what_is_present_is_shown_and_nan_is_shown_as_nan(metrics, expected):
-    assert "  ".join(format_progress(3, 9, metrics).values()) == expected
-
-
-def test_log_files_get_a_line_per_interval_and_the_last():
-    stream = io.StringIO()
-    progress = ProgressLine(25, every=10, stream=stream)
-    for step in range(1, 26):
-        progress.update(step, {"loss": step})
-    progress.close()
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["10/25", "20/25", "25/25"]
-
-
-def test_terminal_line_is_refreshed_in_place_and_messages_do_not_tear_it(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    stream = Terminal()
-    progress = ProgressLine(25, every=10, stream=stream)
-    progress.update(1, METRICS)
-    progress.update(2, METRICS)
-    assert "\n" not in stream.getvalue()
-    progress.print("saved step 2")
-    progress.update(3, {"loss": 1.0})
-    progress.close()
-    progress.close()
-    # What the terminal shows: each "\r\x1b[2K" starts its line again.
-    lines = [line.split("\x1b[2K")[-1] for line in stream.getvalue().split("\n")]
-    assert lines == ["saved step 2", "step 3/25  loss 1.000", ""]
-    assert all(len(part.rstrip("\r")) < 60 for line in stream.getvalue().split("\n") for part in line.split("\x1b[2K"))
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0, "0.00"), (0.5, "0.50"), (9.994, "9.99"), (9.996, "10.0"), (99.96, "100"), (999.4, "999"), (999.6, "1.00k")]
-    + [(12_345, "12.3k"), (999_600, "1.00M"), (1.2e12, "1.20T"), (4e15, "4000T"), (-1500, "-1.50k"), (math.inf, "inf")],
-)
-def test_numbers_have_three_digits_and_a_suffix(value, expected):
-    assert human_number(value) == expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(0.0042, "4ms"), (0.9996, "1.00s"), (9.99, "9.99s"), (9.996, "10s"), (62.4, "62s"), (119.6, "2m00s")]
-    + [(3599.6, "1h00m"), (26_031, "7h14m"), (48 * 3600, "2d00h"), (273_700, "3d04h"), (math.nan, "nan")],
-)
-def test_times_have_two_units(seconds, expected):
-    assert human_time(seconds) == expected
+    assert format_line(3, 9, metrics) == expected

@@ -1,9 +1,11 @@
-"""What a model wrote, taken apart into content, reasoning and tool calls. `chat_template` is the other direction."""
+"""Whole answers taken apart at once: what the streams of `processing.answer_stream` are compared with."""
 
 import dataclasses
 import json
 import re
 from typing import Any
+
+from stepjax.processing.answer_stream import split_reasoning
 
 _SPACE = re.compile(r"\s*")
 _CALL_END = re.compile(r"\s*(</tool_call>|\Z)")  # a generation may stop right after the JSON
@@ -29,37 +31,9 @@ class AssistantMessage:
 
 
 def parse_assistant(text: str, *, starts_thinking: bool = False) -> AssistantMessage:
-    """Takes what a model wrote apart.
-
-    Args:
-        text: decoded with its markup shown, as `Tokenizer.decode` does.
-        starts_thinking: the generation prompt had opened `<think>`. Text that never closes it is then reasoning alone,
-            as of a generation that was cut off.
-
-    Returns:
-        The message. Its reasoning ends at the last `</think>`. A call that is not the JSON of a name and an object of
-        arguments stays in the content as it is. A `<tool_calls>` around calls, which the public checkpoint is known to
-        write, is removed.
-    """
     content, reasoning = split_reasoning(text, starts_thinking=starts_thinking)
     content, calls = _split_calls(content)
     return AssistantMessage(content, reasoning, tuple(calls))
-
-
-def split_reasoning(text: str, *, starts_thinking: bool = False) -> tuple[str, str | None]:
-    """Content and reasoning of an assistant's text; text without reasoning is returned as it is, with None."""
-    head, is_closed, tail = text.rpartition("</think>")
-    if not is_closed:
-        head = text
-    content = tail.lstrip("\n") if is_closed else ""
-    before, is_open, after = head.partition("<think>")
-    starts_reasoning = is_open and not before.strip()
-    if starts_reasoning or (is_open and is_closed and not starts_thinking):
-        # Text in front of the reasoning belongs to the answer.
-        return (before if before.strip() else "") + content, after.strip("\n")
-    if is_closed or starts_thinking:
-        return content, head.strip("\n")
-    return text, None
 
 
 def _split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
@@ -98,11 +72,11 @@ def _parse_call(text: str, start: int) -> tuple[dict[str, Any], int] | None:
         call, end = json.JSONDecoder().raw_decode(text, space.end())
     except (ValueError, RecursionError):
         return None
-    closing, call = _CALL_END.match(text, end), as_call(call)
+    closing, call = _CALL_END.match(text, end), _as_call(call)
     return None if closing is None or call is None else (call, closing.end())
 
 
-def as_call(value: Any) -> dict[str, Any] | None:
+def _as_call(value: Any) -> dict[str, Any] | None:
     """Name and arguments of a JSON value that is a call; None of another one."""
     if not isinstance(value, dict):
         return None
