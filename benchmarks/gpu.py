@@ -358,6 +358,7 @@ def shared() -> Figures:
                     taken, drawn = timed_answers(engine, prompts, n, answer)
                 figures[side] = drawn / taken
             found[f"prefix {prefix}, K={samples}"] = figures | {"ratio": figures["shared"] / figures["independent"]}
+            tell("shared", {"answer": answer, "tokens_per_second": found})
             del engine
     return {"answer": answer, "tokens_per_second": found}
 
@@ -386,6 +387,12 @@ def demo() -> Figures:
         }
 
 
+def tell(stage: str, found: Figures) -> None:
+    """One line with the figures so far; the last one counts."""
+    device = jax.devices()[0]
+    print(json.dumps({"device": device.device_kind, "platform": device.platform, stage: found}), flush=True)
+
+
 STAGES: dict[str, Callable[[], Figures]] = {
     "numerics": numerics,
     "attention": attention,
@@ -409,9 +416,7 @@ def main() -> int:
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
-        device = jax.devices()[0]
-        found = STAGES[args.stage]()
-        print(json.dumps({"device": device.device_kind, "platform": device.platform, args.stage: found}))
+        tell(args.stage, STAGES[args.stage]())
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ | {"PYTHONPATH": path()}
@@ -434,8 +439,9 @@ def main() -> int:
                 timeout=left,
             )
             figures = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"failed": run.stderr[-3000:]}
-        except subprocess.TimeoutExpired:
-            figures = {"failed": f"not done after {left:.0f} s"}
+        except subprocess.TimeoutExpired as error:  # what the stage has told so far is kept
+            told = [line for line in (error.stdout or b"").decode().splitlines(keepends=True) if line.endswith("\n")]
+            figures = (json.loads(told[-1]) if told else {}) | {"failed": f"not done after {left:.0f} s"}
         failed += "failed" in figures
         figures = {"machine": machine.describe(), **figures, "stage_seconds": round(time.monotonic() - started, 1)}
         (args.out / f"gpu_{stage}.json").write_text(json.dumps(figures, indent=1) + "\n")
