@@ -45,11 +45,11 @@ ALLOWED = {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
         *("pallas_kernels", "inference", "figures", "chips", "interop"),
     },
+    "rollouts": {"errors", "processing", "inference", "interop"},
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
-        "progress",
+        *("progress", "rollouts"),
     },
-    "rollouts": {"errors", "processing", "inference", "interop"},
     "pacore": {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
         "web",

@@ -25,6 +25,8 @@ from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
 from stepjax.progress import progress
+from stepjax.rollouts.engine import rollout_of
+from stepjax.rollouts.rollout import Rollout
 from stepjax.sharding import axis_size
 from stepjax.training.losses import token_scores
 from stepjax.training.step import Batch, forward
@@ -71,15 +73,12 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
             records = [all_records[i] for i in range(count)]
             questions = [record for record in records if is_question(record)]
             documents = [record for record in records if not is_question(record)]
-            prompts = (
-                processor.process_prompt(record["messages"][:-1], tools=record.get("tools"), name=record["id"])
-                for record in questions
-            )
+            rollouts = _rollouts(engine, processor, questions, params)
             correct = 0
-            for record, (answer,) in zip(questions, engine.generate(prompts, params), strict=True):
-                right = score(record, answer.text)
+            for record, rollout in zip(questions, rollouts, strict=True):
+                right = score(record, rollout.content)
                 correct += right
-                items.append(Item(record, _first_image(record), answer.text, right))
+                items.append(Item(record, _first_image(record), rollout.content, right))
                 bar.update()
             loss = None
             if documents:
@@ -90,6 +89,22 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
             found += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
             _log.info("evaluated %s: %s", source.name, ", ".join(found))
     return Report(tuple(results), tuple(items))
+
+
+def _rollouts(
+    engine: Engine, processor: Processor, questions: Iterable[dict[str, Any]], params: SamplingParams
+) -> list[Rollout]:
+    """The model's answers, one a question. A prompt is made when the engine has room for it."""
+    prompt_ids = []
+
+    def prompts():
+        for record in questions:
+            prompt = processor.process_prompt(record["messages"][:-1], tools=record.get("tools"), name=record["id"])
+            prompt_ids.append(prompt.tokens)
+            yield prompt
+
+    completions = [completion for (completion,) in engine.generate(prompts(), params)]
+    return [rollout_of(made, ids, processor) for made, ids in zip(completions, prompt_ids, strict=True)]
 
 
 def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig, on_done: Callable[[int], Any]) -> float:

@@ -13,10 +13,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from stepjax.errors import BusyError, ImageError, RecordError, StepjaxError
-from stepjax.inference.request import Delta, EngineClient, EngineFailedError, SamplingParams, TokenLogprob
+from stepjax.inference.request import Completion, Delta, EngineClient, EngineFailedError, SamplingParams, TokenLogprob
 from stepjax.interop.text_processor import AnyProcessor, encode, starts_thinking
 from stepjax.processing.answer_stream import AnswerStream, add_piece
-from stepjax.processing.tokens import Example
+from stepjax.processing.tokens import Example, text_example
 from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import Listener, Piece, PreparedPrompt, SamplerError, check_room
 
@@ -117,6 +117,14 @@ class RolloutBuilder:
             sampling_logprobs=tuple(each.sampling_logprob for each in logprobs),
             top_logprobs=tuple(each.top for each in logprobs) if any(each.top for each in logprobs) else (),
         )
+
+
+def rollout_of(completion: Completion, prompt_ids: Sequence[int], processor: AnyProcessor) -> Rollout:
+    """The rollout of a whole sample of `Engine.generate`."""
+    example = text_example(prompt_ids)  # without images, which are no part of a rollout
+    builder = RolloutBuilder(EnginePrompt(example, starts_thinking(processor, example), parses_calls=False))
+    builder.add(completion)
+    return builder.rollout()
 
 
 class EngineSampler:

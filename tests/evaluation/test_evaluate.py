@@ -53,11 +53,12 @@ def test_batches_do_not_change_the_answers(model_and_processor, quick_runs):
 
 
 def test_right_answers_are_counted(model_and_processor, monkeypatch):
-    """With an oracle in the model's place, which knows all but one."""
+    """With an oracle in the model's place, which knows all but one and is cut off in its reasoning at another."""
     model, processor = model_and_processor
     source = tiny.evaluation.sources[1]
     records = evaluate_module.open_source(source, 3)
-    answers = iter([records[i]["answer"]["text"] for i in range(4)] + ["no idea"])
+    known = [records[i]["answer"]["text"] for i in range(4)]  # the prompt has opened <think>
+    answers = iter([f"hm</think>{text}" for text in known[:3]] + ["hm</think>no idea", known[3]])
 
     class Oracle:
         def __init__(self, *_):
@@ -69,8 +70,8 @@ def test_right_answers_are_counted(model_and_processor, monkeypatch):
     monkeypatch.setattr(evaluate_module, "Engine", Oracle)
     config = EvaluationConfig(sources=(source,), examples=5, batch_size=2)
     report = evaluate(model, processor, config, seed=3)
-    assert (report.results[0].correct, report.results[0].total) == (4, 5)
-    assert [item.correct for item in report.items] == [True] * 4 + [False]
+    assert (report.results[0].correct, report.results[0].total) == (3, 5)
+    assert [item.correct for item in report.items] == [True] * 3 + [False] * 2
 
 
 def test_the_train_split_asks_other_questions(model_and_processor, quick_runs):
