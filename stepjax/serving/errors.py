@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, for all that can go wrong."""
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-        param: the field of the request that is to blame.
-        code: tells programs apart what one status stands for.
+        param: the field of the request at fault.
+        code: distinguishes errors of the same status for programs.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TooLongError(ApiError):
     """A prompt is too long.
 
     Attributes:
-        excess: by about how many tokens.
+        excess: about how many tokens too long.
     """
 
     def __init__(self, message: str, *, param: str | None, excess: int):
@@ -68,7 +68,7 @@ class TooLongError(ApiError):
 
 
 def _valid(text: str) -> str:
-    """Without halves of surrogate pairs, which UTF-8 does not have."""
+    """Escapes lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -90,7 +90,7 @@ def engine_failed() -> ApiError:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """The answer to an exception. Users see their mistakes as they are; anything else is logged and kept inside."""
+    """The response to an exception. User errors are shown; anything else is logged and hidden."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
@@ -104,7 +104,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 async def answer_exception(request: Request, error: Exception) -> Response:
-    """Handles exceptions of routes, and what the framework raises for unknown paths and methods."""
+    """Handles exceptions from routes, and the framework's for unknown paths and methods."""
     if not isinstance(error, HTTPException):
         return as_api_error(error).response()
     messages = {

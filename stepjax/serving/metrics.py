@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: of the server, and of the engine at the moment they are read."""
+"""Prometheus metrics of the server, and of the engine at scrape time."""
 
 import dataclasses
 
@@ -10,16 +10,16 @@ from stepjax.inference.request import EngineClient, EngineStats
 from stepjax.serving.threads import Admission
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-_NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # of EngineStats; the others are totals
+_NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # gauges in EngineStats; the other fields are totals
 
 
 class Metrics:
-    """A registry of its own for each app."""
+    """Metrics of one app, in their own registry."""
 
     def __init__(self, engine: EngineClient | None, admission: Admission):
         """
         Args:
-            engine: None where the model is another server's.
+            engine: None in front of another server.
         """
         self._registry = CollectorRegistry()
 
