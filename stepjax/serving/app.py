@@ -82,7 +82,7 @@ def make_upstream_app(upstream: "EndpointSampler", settings: ServerSettings, pac
         try:
             return settings.model_name or await upstream.model()
         except SamplerError as error:
-            raise ApiError(502, f"the upstream does not name its model: {error}", code="upstream_failed") from error
+            raise ApiError(502, f"the upstream did not report a model name: {error}", code="upstream_failed") from error
 
     context = Context(
         settings,
@@ -234,7 +234,7 @@ class Guard:
             value = headers.get("host", "")
             host = value.partition("]")[0] + "]" if value.startswith("[") else value.partition(":")[0]
             if host.lower() not in self._hosts:
-                message = f"this server answers to {', '.join(sorted(self._hosts))} only: start it with an API key"
+                message = f"the Host header must be {' or '.join(sorted(self._hosts))}: start the server with an API key to allow others"
                 return ApiError(403, message, code="host_not_allowed")
         if not self._digests or path in self._open_paths:
             return None

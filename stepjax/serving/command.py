@@ -82,7 +82,7 @@ def _prepared(server: ServerSettings, pacore: PacoreConfig, *, model_name: str |
     """Completes the settings and starts the log. Raises ConfigError: an option is invalid or a library is missing."""
     calls, most = num_calls(pacore.schedule), server.limits.pacore_calls
     if calls > most:
-        raise ConfigError(f"--schedule {show(pacore.schedule)}: takes more calls than --limits.pacore-calls {most}")
+        raise ConfigError(f"--schedule {show(pacore.schedule)}: needs more calls than --limits.pacore-calls {most}")
     Template(pacore)  # fails now rather than on the first request
     settings = server.completed(environment=os.environ.get(KEY_VARIABLE), model_name=model_name)
     try:

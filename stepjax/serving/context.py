@@ -67,7 +67,7 @@ class Context:
         for preset, schedule in PRESETS.items():
             if asked == f"{own}:pacore-{preset}":
                 return ChosenModel(asked, schedule)
-        message = f"there is no model {asked[:200]!r}; there is {own!r}, and '{own}:pacore-low' and the like"
+        message = f"model {asked[:200]!r} does not exist; use {own!r}, or '{own}:pacore-low' and the like"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     async def models(self) -> list[Json]:

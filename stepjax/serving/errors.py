@@ -81,12 +81,12 @@ def busy(message: str) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    message = "the server is shutting down: ask another one, or later"
+    message = "the server is shutting down: retry later, or on another server"
     return ApiError(503, message, code="shutting_down", headers={"retry-after": "5", "connection": "close"})
 
 
 def engine_failed() -> ApiError:
-    return ApiError(500, "the engine could not finish the request; the server's log says why", code="engine_failed")
+    return ApiError(500, "the engine could not finish the request; see the server's log", code="engine_failed")
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -100,7 +100,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, StepjaxError):
         return ApiError(400, str(error))
     _log.error("a request failed", exc_info=error)
-    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+    return ApiError(500, "internal error; see the server's log", code="internal_error")
 
 
 async def answer_exception(request: Request, error: Exception) -> Response:
@@ -108,8 +108,8 @@ async def answer_exception(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return as_api_error(error).response()
     messages = {
-        404: f"there is no {request.url.path}; there are /v1/chat/completions, /v1/completions and /v1/models",
-        405: f"{request.url.path} does not take {request.method}",
+        404: f"{request.url.path} does not exist; use /v1/chat/completions, /v1/completions or /v1/models",
+        405: f"{request.url.path} does not support {request.method}",
     }
     message = messages.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=error.headers).response()

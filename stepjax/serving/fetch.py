@@ -86,16 +86,16 @@ class Fetcher:
                     status, location, data = await self._get(target)
                     if status not in (301, 302, 303, 307, 308):
                         if status != 200:
-                            raise _Refused(f"it answers with status {status}")
+                            raise _Refused(f"the response has status {status}")
                         return data
                     if not location:
-                        raise _Refused("it redirects to nowhere")
+                        raise _Refused("it redirects without a location")
                     target = urllib.parse.urljoin(target, location)
                 raise _Refused(f"it redirects more than {_MAX_REDIRECTS} times")
         except TimeoutError:
             reason = f"it takes longer than {self._seconds:g} seconds"
         except h11.RemoteProtocolError:
-            reason = "it does not arrive whole, or not as HTTP"
+            reason = "the response is incomplete or not HTTP"
         except _Refused as error:
             reason = str(error)
         except (OSError, ValueError, h11.LocalProtocolError) as error:
@@ -153,9 +153,9 @@ class Fetcher:
             host = host.encode("idna").decode("ascii")
             addresses = await self._threads.run(self._resolve, host, port)
         except (OSError, UnicodeError):
-            raise _Refused("its host is not known") from None
+            raise _Refused("its host does not resolve") from None
         if not addresses or not all(self._allow(address) for address in addresses):
-            raise _Refused("its host has an address that is not public")
+            raise _Refused("its host has a non-public address")
         return host, addresses[0]
 
 

@@ -35,7 +35,7 @@ _PICTURE_SIDE = 256  # pixels of a view's thumbnail
 def image_config(processor: AnyProcessor) -> ImageConfig:
     """Raises ApiError: 400, the model is text-only."""
     if isinstance(processor, TextProcessor):
-        raise invalid("this model reads text only: send no images", None, "images_not_supported")
+        raise invalid("this is a text-only model: send no images", None, "images_not_supported")
     return processor.image_config
 
 
@@ -49,7 +49,7 @@ def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> d
         if isinstance(part, ImagePart)
     }
     if len(urls) > limits.images:
-        message = f"messages hold {len(urls)} images, more than the limit of {limits.images}"
+        message = f"messages have {len(urls)} images, more than the limit of {limits.images}"
         raise invalid(message, "messages", "too_many_images")
     for place, url in urls.items():
         if not is_data_uri(url) and not allow_remote:
@@ -74,7 +74,7 @@ def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
     too_large = ApiError(413, message, param=where, code="image_too_large")
     parts = split_data_uri(uri)
     if parts is None:
-        raise invalid(f"{where}: {uri[:60]!r} is no data URI of an image", where, "invalid_image")
+        raise invalid(f"{where}: {uri[:60]!r} is not a data URI of an image", where, "invalid_image")
     payload, is_base64 = parts
     if not is_base64:
         raise invalid(f"{where}: encode the image as base64", where, "invalid_image")
@@ -83,7 +83,7 @@ def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
     try:
         data = decode_base64(payload)
     except ValueError as error:
-        raise invalid(f"{where}: its base64 text is broken ({error})", where, "invalid_image") from None
+        raise invalid(f"{where}: invalid base64 ({error})", where, "invalid_image") from None
     if len(data) > limits.image_bytes:
         raise too_large
     return data
@@ -133,7 +133,7 @@ def _bounded(
     try:
         return bounded.call(function, data, name, frame, seconds=SECONDS, memory=memory)
     except LimitError as error:
-        raise ImageSizeError(f"{name}: {error}; save it anew, as a smaller PNG or JPEG") from None
+        raise ImageSizeError(f"{name}: {error}; save it again as a smaller PNG or JPEG") from None
 
 
 def show_views(request: ViewsRequest, processor: AnyProcessor, limits: Limits) -> dict[str, Any]:

@@ -304,7 +304,7 @@ def test_internal_errors_are_not_told(start):
         server.wait_until(lambda: len(server.engine.requests) == 4)
         server.engine.fail(RuntimeError("a secret of the inside"))
         rest = "".join(lines)
-    assert '"pacore_failed"' in rest and "the server's log says why" in rest and "secret" not in rest
+    assert '"pacore_failed"' in rest and "see the server's log" in rest and "secret" not in rest
 
 
 def test_one_bad_trajectory_is_no_error(start, processor):

@@ -243,5 +243,5 @@ def test_an_engine_that_dies_takes_the_process_with_it(processes):
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
     assert process.wait(20) == 70
     log = process.stderr.read()
-    assert "the engine has failed: ending with status 70" in log and log.count("Traceback") <= 2, log
+    assert "the engine has failed: exiting with status 70" in log and log.count("Traceback") <= 2, log
     assert log.count("the device is lost") <= 3 and "never retrieved" not in log, log
