@@ -226,7 +226,7 @@ def test_mistakes_are_one_line(problems, tmp_path, capsys, options, part):
     [
         (("--upstream.url", "ftp://x"), "upstream 'ftp://x'"),
         (("--schedule", "4,x"), "schedule '4,x'"),
-        (("--upstream.body", "[]"), "'[]' is not an object of JSON"),
+        (("--upstream.body", "[]"), "'[]' is not a JSON object"),
         (("--upstream.api-key", "k"), "Unrecognized options: --upstream.api-key"),
         (("--samples", "0"), "samples=0"),
         (("--n", "2"), "n=2: must be 1"),
