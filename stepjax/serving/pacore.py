@@ -352,7 +352,7 @@ def _as_api_error(error: RoundFailedError) -> ApiError:
     losses = ", ".join(f"{count} {reason}" for reason, count in round_.losses.items())
     what = "the final call" if round_.is_final else f"round {round_.number + 1} of {round_.width}"
     first = next(filter(None, errors), None)
-    message = f"PaCoRe: nothing came of {what} ({losses})" + (f"; the first error: {first}" if first else "")
+    message = f"PaCoRe: {what} left no message ({losses})" + (f"; first error: {first}" if first else "")
     if all(each == _BUSY or each.startswith("status 429") for each in errors):
         return busy(message)
     if all(map(_REFUSED.match, errors)):

@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_other_limits_but_not_with_another_seed(problems, tmp
         capsys.readouterr()
         assert main(arguments(problems, out, upstream, "--seed", "1", "--top-p", "0.9")) == 1
         error = capsys.readouterr().err
-        assert "config.seed was 0, and is 1 now" in error and "config.sampling.top_p was 1.0" in error
+        assert "config.seed was 0, now 1" in error and "config.sampling.top_p was 1.0" in error
         assert main(arguments(problems, out, upstream, "--samples", "2")) == 0, "more samples may be added"
         assert [row for row in rows(out) if row["sample"] == 0] == [
             json.loads(line) for line in before[0].split(b"\n")[:-1]
@@ -171,7 +171,7 @@ def test_a_problem_that_fails_stops_no_other_and_is_tried_again_on_request(probl
         assert main(command) == 0
         made = rows(out)
         assert [row["error"] is not None for row in made] == [False, False, True, False, False, False]
-        assert "nothing came of round 1 (4 error)" in made[2]["error"] and made[2]["correct"] is False
+        assert "round 1 left no message (4 error)" in made[2]["error"] and made[2]["correct"] is False
         assert made[2]["losses"] == [{"error": 4}] and made[2]["final_response"] is None
         assert "failed" in capsys.readouterr().out
         asked, is_down = len(upstream.bodies), False

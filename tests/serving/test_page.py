@@ -348,7 +348,7 @@ def test_stopping_and_failing_rounds(opened):
     page.fill("#text", "again")
     page.click("#send")
     page.wait_for_selector(".error")
-    assert "nothing came of round 1 of 4 (4 empty)" in page.inner_text(".error")
+    assert "round 1 of 4 left no message (4 empty)" in page.inner_text(".error")
     assert page.input_value("#text") == "again" and page.locator(".row.lost").count() == 8
 
 
