@@ -118,7 +118,7 @@ def grouped(answers: Sequence[str], matching: Matching) -> list[int | None]:
 
 
 def plurality(texts: Sequence[str], matching: Matching) -> tuple[int, int]:
-    """The first text with the most frequent answer. Texts without an answer do not vote; ties go to the earliest answer.
+    """The first text with the most frequent answer. Texts without an answer do not vote; ties go to the first.
 
     Returns:
         Index and votes; (0, 0) if no text has an answer.
@@ -141,8 +141,8 @@ async def in_thread(compare: Callable[..., T], *arguments: Any) -> T:
 def _tell(truth: str) -> None:
     """Logs each truth once."""
     _log.warning(
-        "ground_truth %r: cannot be parsed, or comparing an answer with it took too long; such answers count neither as "
-        "right nor as wrong",
+        "ground_truth %r: cannot be parsed, or comparing an answer with it took too long; such answers count as "
+        "neither right nor wrong",
         truth,
     )
 

@@ -212,7 +212,9 @@ class PacoreTrace:
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # --out of `stepjax pacore run`
-    problem: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()  # only this problem
+    problem: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")
+    ] = ()  # only this problem
     out: Path | None = None  # directory for the pages; default: DIR/traces
     reasoning: bool = True  # include the reasoning; it makes up most of a page
 

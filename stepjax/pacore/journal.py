@@ -122,8 +122,8 @@ class Journal:
         return self._outcomes.keys()
 
     def outcome(self, problem: Problem, sample: int, *, matching: str | None = None) -> Outcome | None:
-        """The saved outcome; None if there is none yet, or (logged) if calls it refers to are missing. Safe to call while
-        another thread appends.
+        """The saved outcome; None if there is none yet, or (logged) if calls it refers to are missing. Safe while another
+        thread appends.
 
         Args:
             matching: return only an outcome decided with this matching.
@@ -297,7 +297,7 @@ def open_journal(
         free: further facts about the run, which may change.
 
     Raises:
-        CheckpointError: another process writes there, the directory belongs to another run, or its files cannot be used.
+        CheckpointError: another process writes there, the directory has another run, or its files cannot be used.
     """
     with locked(directory):
         _claim(directory, json.loads(json.dumps(settings)), free)
@@ -317,14 +317,14 @@ def outcomes(directory: Path) -> Iterator[Outcome]:
     try:
         samples = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))["samples"]
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} is not a run: give the --out of stepjax pacore run"
-        ) from None
+        raise CheckpointError(f"{directory} is not a run: give the --out of stepjax pacore run") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / SETTINGS} cannot be read, or is of another version: {error!r}") from error
     with contextlib.closing(Journal(directory / CALLS, read_only=True)) as journal:
         if not journal.answered():
-            hint = "; if an older version made it, rerun its command: nothing is drawn again" if journal.num_known else ""
+            hint = (
+                "; if an older version made it, rerun its command: nothing is drawn again" if journal.num_known else ""
+            )
             raise CheckpointError(f"{directory} has no answers yet{hint}")
         for problem in saved_problems(directory / PROBLEMS):
             for sample in range(samples):

@@ -45,7 +45,9 @@ def _verdict(gold: str, answer: str, up_to_factor: bool, seconds: float) -> bool
         from math_verify import verify
         from sympy import simplify
     except ImportError as error:
-        raise ConfigError(f"matching math needs {error.name}: pip install math-verify, or use matching exact") from error
+        raise ConfigError(
+            f"matching math needs {error.name}: pip install math-verify, or use matching exact"
+        ) from error
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot parse
     bounded.set_limit(seconds)  # the imports are not counted
     one, other = _parsed(gold), _parsed(answer)
@@ -75,7 +77,7 @@ def _parsed(text: str):
 
 
 def _is_near(one, other) -> bool:
-    """Compares to six significant digits: math-verify rounds to six decimal places, where all small numbers are equal."""
+    """Compares six significant digits: math-verify rounds to six decimal places, which makes small numbers equal."""
     from sympy import Expr, N
 
     if one == other or not (isinstance(one, Expr) and isinstance(other, Expr) and one.is_number and other.is_number):

@@ -316,7 +316,10 @@ class _BoundedStream(_http.AsyncByteStream):
         async for part in self._stream:
             count += len(part)
             line = len(part) - 1 - part.rfind(b"\n") if b"\n" in part else line + len(part)
-            for found, most, what in ((count, self._most, "the answer"), (line, self._most_line, "a line of the answer")):
+            for found, most, what in (
+                (count, self._most, "the answer"),
+                (line, self._most_line, "a line of the answer"),
+            ):
                 if found > most:
                     raise SamplerError(f"{what} is longer than {most} bytes", is_temporary=True)
             yield part

@@ -155,7 +155,7 @@ def _page(content: bytes, media_type: str):
 
 
 class Endpoint:
-    """A route that takes a JSON object: admits, reads and answers it. If the client disconnects, its work is cancelled."""
+    """A route that takes a JSON object: admits, reads and answers it. A disconnect of the client cancels the work."""
 
     def __init__(self, context: Context, handle: Handle):
         self._context, self._handle = context, handle
@@ -234,7 +234,8 @@ class Guard:
             value = headers.get("host", "")
             host = value.partition("]")[0] + "]" if value.startswith("[") else value.partition(":")[0]
             if host.lower() not in self._hosts:
-                message = f"the Host header must be {' or '.join(sorted(self._hosts))}: start the server with an API key to allow others"
+                names = " or ".join(sorted(self._hosts))
+                message = f"the Host header must be {names}: start the server with an API key to allow others"
                 return ApiError(403, message, code="host_not_allowed")
         if not self._digests or path in self._open_paths:
             return None

@@ -104,7 +104,7 @@ def _usage(rollouts: Sequence[Rollout]) -> Json:
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], processor: AnyProcessor) -> Json:
-    """The model's log-probabilities, before temperature and filters, of every sampled token, reasoning and markup too."""
+    """Log-probabilities of all sampled tokens, reasoning and markup too, under the model before temperature and filters."""
 
     def entry(token: int, logprob: float) -> Json:
         text = processor.decode([token], False)

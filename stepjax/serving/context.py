@@ -71,7 +71,7 @@ class Context:
         raise ApiError(404, message, param="model", code="model_not_found")
 
     async def models(self) -> list[Json]:
-        """The model list of OpenAI's API, the model's own name first. `pacore` holds the schedule. Raises as `choose`."""
+        """The models of OpenAI's API, the model's own name first. `pacore` has the schedule. Raises as `choose`."""
         own = await self._model_name()
         schedules = {own: self._default_schedule, **{f"{own}:pacore-{name}": each for name, each in PRESETS.items()}}
         common: Json = {"object": "model", "created": self._created, "owned_by": "stepjax"}

@@ -10,7 +10,13 @@ from stepjax.inference.request import EngineClient, EngineStats
 from stepjax.serving.threads import Admission
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-_NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # gauges in EngineStats; the other fields are totals
+_NOW = (
+    "running",
+    "waiting",
+    "pages",
+    "pages_used",
+    "pages_cached",
+)  # gauges in EngineStats; the other fields are totals
 
 
 class Metrics:

@@ -100,7 +100,9 @@ class PromptMaker:
         check_length(tokens, self._max_tokens, "the images alone")
         size = sum(images.view_bytes(plan, config) for plan in plans)
         if size > self._limits.view_bytes:
-            raise invalid("the views of the images exceed the memory limit: send fewer or smaller images", None, "image_too_large")
+            raise invalid(
+                "the views of the images exceed the memory limit: send fewer or smaller images", None, "image_too_large"
+            )
         return size
 
     def _chat(self, request: ChatRequest, files: dict[images.Place, bytes]) -> Example:

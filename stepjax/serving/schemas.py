@@ -177,7 +177,9 @@ class CalledFunction(_Strict):
     @pydantic.field_validator("arguments")
     @classmethod
     def _fill(cls, arguments: str) -> str:
-        return "{}" if not arguments or arguments.isspace() else arguments  # some clients send this for a call without arguments
+        return (
+            "{}" if not arguments or arguments.isspace() else arguments
+        )  # some clients send this for a call without arguments
 
 
 class ToolCall(_Strict):

@@ -123,8 +123,8 @@ class DrainingServer(uvicorn.Server):
 
 
 class Connections:
-    """The server's connections; creates uvicorn's protocols. uvicorn itself limits neither the number of connections nor
-    their idle time.
+    """The server's connections; creates uvicorn's protocols. uvicorn itself limits neither their number nor their idle
+    time.
     """
 
     def __init__(self, limits: Limits):
@@ -247,7 +247,9 @@ class OncePerMinute(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         super().__init__()
         self._clock = clock
-        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # when one last passed; how many were dropped since
+        self._seen: dict[
+            tuple[object, ...], tuple[float, int]
+        ] = {}  # when one last passed; how many were dropped since
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:

@@ -107,9 +107,7 @@ def check_chat_text(request: ChatRequest, limits: Limits) -> None:
         for j, call in enumerate(message.tool_calls or ()):
             if has_more_values(call.function.arguments.encode(errors="replace"), limits.body_values):
                 where = f"messages[{i}].tool_calls[{j}].function.arguments"
-                raise invalid(
-                    f"{where}: its JSON has more than {limits.body_values} values", where, "too_many_values"
-                )
+                raise invalid(f"{where}: its JSON has more than {limits.body_values} values", where, "too_many_values")
 
 
 def check_text(size: int, where: str, limits: Limits) -> None:
