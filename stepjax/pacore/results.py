@@ -65,8 +65,8 @@ def _is_unjudged(outcome: Outcome) -> bool:
 
 
 def _references(outcome: Outcome) -> list[list[list[list[int | None]]]]:
-    """The references in each round's prompts: one list for all calls, or one for each. An item is a message's index and,
-    if it was shortened for this prompt, the number of characters of its end that are left.
+    """The references in each round's prompts: one list for all calls, or one for each. An item is a message's index
+    and, if it was shortened for this prompt, the number of characters of its end that are left.
     """
     made, sources = [], outcome.problem.given
     for round_ in outcome.rounds:

@@ -104,7 +104,7 @@ def _usage(rollouts: Sequence[Rollout]) -> Json:
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], processor: AnyProcessor) -> Json:
-    """Log-probabilities of all sampled tokens, reasoning and markup too, under the model before temperature and filters."""
+    """Log-probabilities of all sampled tokens (also reasoning and markup), before temperature and filters."""
 
     def entry(token: int, logprob: float) -> Json:
         text = processor.decode([token], False)
