@@ -122,8 +122,8 @@ class Journal:
         return self._outcomes.keys()
 
     def outcome(self, problem: Problem, sample: int, *, matching: str | None = None) -> Outcome | None:
-        """The saved outcome; None if there is none yet or (logged) if calls it refers to are missing. Another thread may
-        append meanwhile.
+        """The saved outcome; None if there is none yet or (logged) if calls it refers to are missing. Another thread
+        may append meanwhile.
 
         Args:
             matching: return only an outcome decided with this matching.

@@ -88,7 +88,7 @@ def read_problems(path: str | Path, *, use_responses: bool = False, limit: int |
     if num_unused:
         notes.append(f"{num_unused} problems have responses, which are ignored without --use-responses")
     if num_empty:
-        notes.append(f"{num_empty} responses are empty after their reasoning and are ignored")
+        notes.append(f"{num_empty} of the responses have only reasoning, and are ignored")
     return ProblemSet(tuple(problems), digest.hexdigest(), tuple(notes))
 
 
