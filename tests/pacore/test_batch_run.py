@@ -208,9 +208,9 @@ def test_every_method_runs(problems, tmp_path, options, label):
         (("--model", "m", "--upstream.no-streams"), "--upstream.streams: no effect with --model"),
         ((*ENDPOINT, "--limit", "0"), "--limit 0"),
         ((*ENDPOINT, "--template", "none.jinja"), "template 'none.jinja'"),
-        ((*ENDPOINT, "--truncated", "tail"), "needs the sampler to have a tokenizer"),
+        ((*ENDPOINT, "--truncated", "tail"), "needs a sampler with a tokenizer"),
         ((*ENDPOINT, "--method", "best-of-n", "--scorer", "ground-truth"), "'req_5' has no ground_truth"),
-        (("--model", "m", "--schedule", "2000"), "--engine.max-waiting 65536: 64 problems"),
+        (("--model", "m", "--schedule", "2000"), "--engine.max-waiting 65536: 64 concurrent problems"),
         (("--model", "none"), "none: there is no such directory"),
     ],
 )

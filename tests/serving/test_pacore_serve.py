@@ -125,7 +125,7 @@ def test_no_answer_is_lost_to_an_upstream_that_fails(serve, stream):
         ({"finish_reason": [1]}, "finish_reason is"),
         ({"content": ["42"]}, "content is"),
         ({"tool_calls": [3]}, "tool_calls is 3"),
-        ({"content": "x" * 20_000}, "has more than 10000 bytes"),
+        ({"content": "x" * 20_000}, "is longer than 10000 bytes"),
     ],
 )
 def test_malformed_answers_are_a_bad_gateway(serve, upstream, fields, named, stream):
