@@ -147,7 +147,7 @@ class ProblemRun:
         return self.outcome(of, candidates[place].index, answered_by)
 
     def outcome(self, of: Round, index: int, answered_by: AnsweredBy) -> Outcome:
-        """The outcome whose answer is that of trajectory `index` of a round."""
+        """The outcome answered by trajectory `index` of a round."""
         return Outcome(
             problem=self.problem,
             sample=self.sample,

@@ -62,7 +62,7 @@ class EngineChat:
         return self._frame.whole(choices, _usage(rollouts))
 
     async def chunks(self) -> AsyncGenerator[Json, None]:
-        num_sent: dict[int, int] = {}  # log-probabilities sent, by sample; held-back text holds back its own
+        num_sent: dict[int, int] = {}  # log-probabilities sent, by sample; they wait for held-back text
         async with self._sampling() as batches:
             async for batch in batches:
                 for delta in batch:

@@ -109,7 +109,7 @@ class _Sample:
 
     def __init__(self):
         self.text: list[str] = []
-        self.logprobs: list[TokenLogprob] = []  # held-back text holds back its own
+        self.logprobs: list[TokenLogprob] = []  # sent together with held-back text
         self.num_tokens = self.offset = 0
         self.last: Delta | None = None
 

@@ -2,7 +2,7 @@
 
 At the first SIGTERM or SIGINT it keeps listening but takes no new requests, and `/health` reports that. Requests under
 way may finish and are cancelled after `drain_seconds`. A second signal stops it at once. An engine failure shuts the
-server down the same way, with an exit status of its own so that a supervisor can restart it.
+server down the same way, with a distinct exit status so that a supervisor can restart it.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from stepjax.serving.settings import Limits
 _ACCEPTED_AT_ONCE = 16  # by asyncio, in each of up to four loop iterations before they are counted here
 _BACKLOG = 1024  # connections waiting to be accepted
 _READ_BYTES = 16384  # per read: with more headers or tiny chunks, h11 would block the loop for a second
-RESERVED_FILES = 5 * _ACCEPTED_AT_ONCE + 64  # open files, including fetched images and those of libraries
+RESERVED_FILES = 5 * _ACCEPTED_AT_ONCE + 64  # open files, including fetched images and files of libraries
 _MOST_LOG_KINDS = 1000
 
 _log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class DrainingServer(uvicorn.Server):
             _log.info("%s again: stopping now", name)
             self.should_exit = self.force_exit = True
         else:
-            _log.info("%s: no new requests; those under way have %g seconds", name, self._drain_seconds)
+            _log.info("%s: no new requests; those in progress have %g seconds to finish", name, self._drain_seconds)
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -198,7 +198,7 @@ class Connection(H11Protocol):
             self._end = None
 
     def _refuse(self) -> None:
-        error = busy(f"{self._all.most} connections have requests under way, which is the limit; try again")
+        error = busy(f"at the limit of {self._all.most} connections with requests in progress; try again later")
         response = error.response()
         head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
         self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\n%sconnection: close\r\n\r\n" % head + response.body)

@@ -68,7 +68,7 @@ class Admission:
 
     @property
     def count(self) -> int:
-        """Requests under way."""
+        """Requests in progress."""
         return len(self._under_way)
 
     def check_open(self) -> None:
@@ -82,7 +82,7 @@ class Admission:
         """Raises ApiError: 429, too many requests; 503, as `check_open`."""
         self.check_open()
         if self.count >= self._max_requests:
-            raise busy(f"{self._max_requests} requests are under way, which is the limit; try again")
+            raise busy(f"at the limit of {self._max_requests} concurrent requests; try again later")
 
     def start(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Starts answering a request. The task counts until it ends; `drain` may cancel it."""
@@ -92,7 +92,7 @@ class Admission:
         return task
 
     async def drain(self, seconds: float) -> int:
-        """Stops admitting requests, waits for those under way, and cancels the rest after `seconds`.
+        """Stops admitting requests, waits for those in progress, and cancels the rest after `seconds`.
 
         Returns:
             How many were cancelled.
