@@ -1,8 +1,8 @@
-r"""The answer within a text, and whether two are the same: for votes, agreement and scores.
+r"""Extracts answers from texts and compares them, for votes, agreement and scores.
 
-"exact" takes the whole text. "math" takes the last \boxed{...}; without one, what follows the last "####", "answer is"
-or "answer:", up to the prose behind it; without that, the whole of a text that is a number, or the last number. How two
-are compared: see `same_answer`. Of a longer text the last 100,000 characters are looked at.
+"exact" takes the whole text. "math" takes the last \boxed{...}; else what follows the last "####", "answer is" or
+"answer:", up to the next prose; else the whole text if it is a number, or the last number in it. Only the last 100,000
+characters are searched. `same_answer` compares two answers.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _MOST_SEARCHED = 100_000
-_MOST_UNKNOWN = 4  # comparisons that came to nothing, after which a count of votes asks for no more
+_MOST_UNKNOWN = 4  # undecided comparisons after which a vote stops calling math-verify
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _SAYS = re.compile(
@@ -32,7 +32,7 @@ _NUMBER = re.compile(
     r"(?<![\w.])-?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?(?:\s*\\?%|(?![\w/]))"  # also 1,2 and 1/2
 )
 _NUMERIC = re.compile(r"[\s\d.,$\\%()\[\]{}/*^+-]*\d[\s\d.,$\\%()\[\]{}/*^+-]*|\\frac.*|\$[^$]*\$")
-# Where prose begins behind a formula or a number: a sentence ends, or a word goes on.
+# Where prose begins after a formula or a number: the sentence ends, or a word follows.
 _PROSE = re.compile(
     r"[.!?](?=\s|$)|[,;:]\s+(?!and\b|or\b)(?=[A-Za-z]{2,})|\s+(?:because|since|so|which|where|as|hence|thus|therefore|when|"
     r"if|for|with|in\s+total|altogether|i\s+hope)\b|\s+[(](?=[A-Za-z]{2})",
@@ -42,7 +42,7 @@ _SENTENCE = re.compile(r"(?<=\w{3})[.!?]\s+(?=[A-Z])")
 
 
 def extract(text: str, matching: Matching) -> str:
-    """The answer as it is written; empty where there is none."""
+    """The answer as written; empty if there is none."""
     text = text.strip()
     if matching == "exact":
         return text
@@ -64,13 +64,13 @@ def extract(text: str, matching: Matching) -> str:
 
 
 def judge(text: str, ground_truth: object, matching: Matching) -> bool | None:
-    """Whether a text answers as it should; None where that cannot be told, which is logged.
+    """Whether a text has the right answer; None if undecided, which is logged.
 
     Args:
-        ground_truth: may be a list of answers that are all right.
+        ground_truth: an answer, or a list of accepted answers.
 
     Raises:
-        ConfigError: math-verify cannot be started.
+        ConfigError: math-verify is not installed.
     """
     answer = extract(text, matching)
     if not answer:
@@ -90,14 +90,14 @@ def judge(text: str, ground_truth: object, matching: Matching) -> bool | None:
 
 
 def is_right(text: str, ground_truth: object, matching: Matching) -> bool:
-    """See `judge`; False where it cannot be told."""
+    """See `judge`; False if undecided."""
     return judge(text, ground_truth, matching) is True
 
 
 def grouped(answers: Sequence[str], matching: Matching) -> list[int | None]:
-    """Of each answer the index of the first that is the same; None for an empty one."""
+    """For each answer, the index of the first equal one; None for an empty answer."""
     made: list[int | None] = []
-    firsts: dict[str, int] = {}  # by how it is written
+    firsts: dict[str, int] = {}  # normalised answer -> group
     unknown = 0
     for i, answer in enumerate(answers):
         written = answer.strip() if matching == "exact" else normalised(answer)
@@ -118,15 +118,14 @@ def grouped(answers: Sequence[str], matching: Matching) -> list[int | None]:
 
 
 def plurality(texts: Sequence[str], matching: Matching) -> tuple[int, int]:
-    """The first text whose answer is the most frequent one, and how many have that answer. Texts without an answer have
-    no say; of answers that are as frequent, the one that comes first.
+    """The first text with the most frequent answer. Texts without an answer do not vote; ties go to the first.
 
     Returns:
         Index and votes; (0, 0) if no text has an answer.
     """
     groups = grouped([extract(text, matching) for text in texts], matching)
     votes = Counter(group for group in groups if group is not None)
-    # Groups are in the order of their first texts, and so are equal counts.
+    # Groups, and so equal counts, are in the order of their first texts.
     return votes.most_common(1)[0] if votes else (0, 0)
 
 
@@ -134,16 +133,16 @@ _threads = ThreadPoolExecutor(4, "answers")
 
 
 async def in_thread(compare: Callable[..., T], *arguments: Any) -> T:
-    """A comparison may take seconds, during which other calls go on."""
+    """Runs a comparison in a thread: it may take seconds, and other calls continue meanwhile."""
     return await asyncio.get_running_loop().run_in_executor(_threads, compare, *arguments)
 
 
 @functools.lru_cache(maxsize=1024)
 def _tell(truth: str) -> None:
-    """Once for each."""
+    """Logs each truth once."""
     _log.warning(
-        "ground_truth %r: it cannot be read, or comparing an answer with it took too long; such answers are neither "
-        "right nor wrong",
+        "ground_truth %r: cannot be parsed, or comparing an answer with it took too long; such answers count as "
+        "neither right nor wrong",
         truth,
     )
 
@@ -173,7 +172,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _without_prose(text: str) -> str:
-    """A formula or a number up to the prose behind it; of a text its first sentence."""
+    """Cuts a formula or number at the prose after it; a text after its first sentence."""
     text = " ".join(text.split())
     is_formula = re.match(r"[*_\s]*(?:[-+$\\(\[{]|\.?\d|[A-Za-z]\s*(?:=|[,.]\s|$))", text) is not None
     end = (_PROSE if is_formula else _SENTENCE).search(text)

@@ -1,16 +1,16 @@
-"""Other ways to spend test-time compute, over the same calls: for the same seed, the same records and the same costs.
+"""Other ways to spend test-time compute, over the same calls, with the same seeds, records and cost accounting.
 
-A trajectory's seed derives from (seed, problem, sample, round, index, attempt) alone. So all methods that ask the
-problem itself draw the same trajectories: those of majority@4 are the first four of majority@16, and the first round of
-PaCoRe with [16] is that of majority@16.
+A trajectory's seed depends only on (seed, problem, sample, round, index, attempt). So all methods draw the same
+trajectories for the bare problem: majority@4 uses the first four of majority@16, and PaCoRe with [16] has the same
+first round as majority@16.
 
 - single: one call.
-- majority: the answer that most of `width` trajectories agree on (self-consistency, arXiv 2203.11171).
-- best-of-n: the one of `width` trajectories that a scorer prefers. With the scorer "ground-truth" it is pass@n.
-- sequential: `width` rounds of one trajectory, each of which sees the one before; then the final call.
-- rsa: recursive self-aggregation (arXiv 2509.26626). A population of `width` trajectories; in each of `loops` - 1 more
-  rounds it is replaced by as many new ones, each of which sees `references` members of the old one, drawn at random.
-  The answer that most of the last population agree on counts.
+- majority: the most frequent answer of `width` trajectories (self-consistency, arXiv 2203.11171).
+- best-of-n: the trajectory of `width` that a scorer prefers. With the scorer "ground-truth" it is pass@n.
+- sequential: `width` rounds of one trajectory, each seeing the previous one; then the final call.
+- rsa: recursive self-aggregation (arXiv 2509.26626). A population of `width` trajectories is replaced in each of
+  `loops` - 1 more rounds; every new member sees `references` random members of the old population. The most frequent
+  answer of the last population wins.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from stepjax.pacore.records import Outcome, Problem, Trajectory
 
 MethodName = Literal["pacore", "single", "majority", "best-of-n", "sequential", "rsa"]
 ScorerName = Literal["mean-logprob", "shortest", "longest", "ground-truth"]
-Scorer = Callable[[Problem, Trajectory], float]  # the trajectory with the highest score is taken, of equals the first
+Scorer = Callable[[Problem, Trajectory], float]  # the highest score wins; ties go to the first
 
 _NAMED: Any = tyro.conf.arg(constructor=cast(Any, ScorerName))  # on the command line
 
@@ -43,10 +43,10 @@ class Method:
 
     name: Annotated[MethodName, tyro.conf.arg(name="method")] = "pacore"
     width: int = 16  # majority, best-of-n: trajectories; sequential: rounds; rsa: population
-    # best-of-n. shortest and longest count all tokens, reasoning included; ground-truth is an oracle: pass@n.
+    # best-of-n. shortest and longest count all tokens, including reasoning; ground-truth is an oracle (pass@n).
     scorer: Annotated[ScorerName | Scorer, _NAMED] = "mean-logprob"
-    references: int = 4  # rsa: how many members of the population a new one sees (K)
-    loops: int = 10  # rsa: populations, the first included (T)
+    references: int = 4  # rsa: members of the population that a new one sees (K)
+    loops: int = 10  # rsa: populations, including the first (T)
 
     def __post_init__(self):
         require_positive("", self, "width", "references", "loops")
@@ -56,7 +56,7 @@ class Method:
         return self.name == "best-of-n" and self.scorer == "ground-truth"
 
     def label(self, config: PacoreConfig) -> str:
-        """For tables. An oracle is called one."""
+        """The method's name in tables; marks an oracle as one."""
         if self.name == "pacore":
             return f"PaCoRe {list(config.schedule)}"
         if self.name == "best-of-n":
@@ -67,7 +67,7 @@ class Method:
         return self.name if self.name == "single" else f"{self.name}@{self.width}"
 
     def configured(self, config: PacoreConfig) -> PacoreConfig:
-        """The configuration with what the method needs: its schedule, and log-probabilities for their scorer."""
+        """The configuration with the method's schedule and, for mean-logprob, log-probabilities."""
         schedules = {"pacore": config.schedule, "sequential": (1,) * self.width}
         config = dataclasses.replace(config, schedule=schedules.get(self.name, ()))
         if self.name == "best-of-n" and self.scorer == "mean-logprob" and config.sampling.logprobs is None:
@@ -76,11 +76,11 @@ class Method:
 
     @property
     def widest(self) -> int | None:
-        """Calls of one problem at a time; None if the schedule says it."""
+        """Concurrent calls of one problem; None if the schedule sets it."""
         return {"pacore": None, "single": 1, "sequential": 1}.get(self.name, self.width)
 
     def settings(self) -> dict[str, object]:
-        """What makes two runs by this method different ones."""
+        """The settings that must match to resume a run."""
         fields: dict[str, tuple[str, ...]] = {
             "majority": ("width",),
             "best-of-n": ("width", "scorer"),
@@ -91,10 +91,10 @@ class Method:
 
 
 async def answer(coordinator: Coordinator, problem: Problem, method: Method, **options: Any) -> Outcome:
-    """Solves a problem by a method; for the options see `ProblemRun`.
+    """Solves a problem with a method; for the options see `ProblemRun`.
 
     Args:
-        coordinator: of a configuration that `method.configured` has seen.
+        coordinator: its configuration comes from `method.configured`.
 
     Raises:
         ConfigError: the scorer lacks what it needs.
@@ -123,8 +123,8 @@ def _scorer(name: str, coordinator: Coordinator) -> Scorer:
     def mean_logprob(problem: Problem, trajectory: Trajectory) -> float:
         if trajectory.rollout.mean_logprob is None:
             raise ConfigError(
-                "the sampler gave no log-probabilities, which the scorer mean-logprob needs: set sampling.logprobs=0, "
-                "or choose shortest or longest"
+                "the scorer mean-logprob needs log-probabilities, but the sampler returned none: set "
+                "sampling.logprobs=0, or choose shortest or longest"
             )
         return trajectory.rollout.mean_logprob
 

@@ -1,7 +1,7 @@
-"""A batch run: many problems, some at a time, journaled as they go; nothing that is in the journal is drawn again.
+"""A batch run: many problems, several at a time, journaled as they go. Nothing in the journal is drawn again.
 
-Rounds of different problems overlap, so that the engine is busy while one of them waits for its slowest trajectory or
-for its final call. A problem that fails becomes a row that says so, and stops no other.
+Rounds of different problems overlap, which keeps the engine busy while one problem waits for its slowest trajectory or
+its final call. A problem that fails gets a row with its error and does not stop the others.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from stepjax.progress import progress
 RESULTS, SUMMARY, TIMING = "results.jsonl", "summary.json", "timing.json"
 
 _REFRESH_SECONDS = 10.0
-_REFRESH_SHARE = 0.05  # of the time, at most, goes into refreshing the files
+_REFRESH_SHARE = 0.05  # largest share of the time spent on refreshing the files
 
 _log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class BatchConfig:
     """
 
     method: Annotated[Method, tyro.conf.arg(name="")] = Method()
-    samples: int = 1  # independent answers to each problem; the summary has mean@n
-    concurrent_problems: int = 64  # under way at a time, so that rounds of different ones overlap
+    samples: int = 1  # independent answers per problem; the summary reports mean@n
+    concurrent_problems: int = 64  # in progress at a time, so that their rounds overlap
 
     def __post_init__(self):
         require_positive("", self, "samples", "concurrent_problems")
@@ -62,11 +62,11 @@ class BatchRun:
     ):
         """
         Args:
-            coordinator: of a configuration that the method has seen; see `Method.configured`.
-            journal: of this directory.
+            coordinator: its configuration comes from `Method.configured`.
+            journal: the directory's.
 
         Raises:
-            ConfigError: the method needs answers that problems lack.
+            ConfigError: the method needs ground truth that a problem lacks.
         """
         unknown = [problem.id for problem in problems if problem.ground_truth is None]
         if config.method.needs_truth and unknown:
@@ -76,17 +76,17 @@ class BatchRun:
         self._begin = time.monotonic()
         self._seconds_before = float(_field(directory / TIMING, "seconds") or 0)
         self._answers_before = int(_field(directory / SUMMARY, "answers") or 0)
-        self._saving = threading.Lock()  # a refresh may still be writing when all is done
+        self._saving = threading.Lock()  # a refresh may still be writing at the end
         self._num_calls = self._num_tokens = self._num_right = self._num_scored = self._num_failed = 0
         self._jobs = [(problem, sample) for problem in problems for sample in range(config.samples)]
         self._progress = progress(len(self._jobs), unit="answer", description="pacore run")
 
     async def run(self) -> dict[str, Any]:
-        """Answers all; returns the summary. When cancelled, it leaves what it has, and the journal.
+        """Answers all problems and returns the summary. Cancelling still saves the results so far.
 
         Raises:
             CheckpointError: the directory cannot be written.
-            EngineFailedError: the local engine failed; nothing is journaled of what it broke off.
+            EngineFailedError: the local engine failed; interrupted calls are not journaled.
         """
         jobs = iter(self._jobs)
         with self._progress:
@@ -110,7 +110,7 @@ class BatchRun:
             await self._answer(problem, sample)
 
     async def _answer(self, problem: Problem, sample: int) -> None:
-        # What was decided stays, except a failure, and a choice by the known answer, which may have changed.
+        # Keep a saved outcome unless it failed or was chosen by the ground truth, which may have changed.
         matching = self._coordinator.matching
         saved = self._journal.outcome(problem, sample, matching=matching)
         if saved is None or saved.error is not None or self._config.method.needs_truth:
@@ -118,7 +118,7 @@ class BatchRun:
         else:
             outcome = saved
         correct = None
-        if problem.ground_truth is not None:  # a problem that failed is wrong
+        if problem.ground_truth is not None:  # a failed problem counts as wrong
             correct = await in_thread(judge, outcome.content, problem.ground_truth, matching)
         outcome = dataclasses.replace(outcome, correct=correct)
         if outcome != saved:
@@ -129,7 +129,7 @@ class BatchRun:
         self._tell(1)
 
     async def _solve(self, problem: Problem, sample: int) -> Outcome:
-        """The outcome, of a failure too."""
+        """The outcome, also if the problem failed."""
         job, rounds, under_way = (problem.id, sample), list[Round](), 0
         done = self._journal.done(job)
 
@@ -152,7 +152,7 @@ class BatchRun:
             return await answer(
                 self._coordinator, problem, self._config.method, sample=sample, done=done, notify=notify
             )
-        except (CheckpointError, EngineFailedError):  # of the journal or the model: no other problem can succeed
+        except (CheckpointError, EngineFailedError):  # the journal or the engine failed: no other problem can succeed
             raise
         except (StepjaxError, RoundFailedError) as failure:
             error = str(failure)
@@ -167,7 +167,7 @@ class BatchRun:
         )
 
     def _tell(self, num_answers: int = 0) -> None:
-        note = f"{self._num_calls} calls under way, {human_number(self._num_tokens)} tok"
+        note = f"{self._num_calls} calls in progress, {human_number(self._num_tokens)} tok"
         if self._num_scored:
             note = f"{100 * self._num_right / self._num_scored:.1f}% right, {note}"
         if self._num_failed:
@@ -175,7 +175,7 @@ class BatchRun:
         self._progress.update(num_answers, note)
 
     async def _refresh(self) -> None:
-        """Leaves results that can be used if the process is killed."""
+        """Saves usable results regularly, in case the process is killed."""
         pause, saved = _REFRESH_SECONDS, 0
         while True:
             await asyncio.sleep(pause)
@@ -187,9 +187,9 @@ class BatchRun:
     def _save(self) -> dict[str, Any]:
         """Writes results, summary and timing from the journal; returns the summary.
 
-        Fewer answers do not replace more, as of a run of an older version that has just been resumed.
+        Fewer answers never replace more: a resumed run of an older version starts with fewer.
         """
-        known = set(self._journal.answered())  # a copy: this may be a thread beside the one that adds
+        known = set(self._journal.answered())  # a copy: another thread may be appending
         answered = [(problem, sample) for problem, sample in self._jobs if (problem.id, sample) in known]
         if len(answered) < min(len(self._jobs), self._answers_before):
             return {}
@@ -213,7 +213,7 @@ class BatchRun:
 
 
 def _field(path: Path, name: str) -> Any:
-    """Of a file that an earlier process left; None if there is none."""
+    """A field of an earlier process's JSON file; None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))[name]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""The calls of a problem. A call is retried until it succeeds or there is no point; a failure is a record.
+"""The calls of a problem. A call is retried while that makes sense; failures become records, not exceptions.
 
-Samplers do not retry: here every attempt is drawn with a seed of its own, counted, and journaled with its tokens.
+Samplers do not retry. Here every attempt has its own seed and is counted and journaled with its tokens.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from stepjax.rollouts.sampler import Listener, Piece, PreparedPrompt, Sampler, S
 
 _log = logging.getLogger(__name__)
 
-_SEED_BITS = 53  # JSON numbers hold so many exactly everywhere
+_SEED_BITS = 53  # JSON numbers are exact up to here everywhere
 
 
 def derived_seed(*address: object) -> int:
-    """A seed that depends on its address alone, such as (seed, problem, sample, round, index)."""
+    """A seed that depends only on its address, e.g. (seed, problem, sample, round, index)."""
     digest = hashlib.blake2b(json.dumps(address).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 2**_SEED_BITS
 
@@ -32,7 +32,7 @@ def derived_seed(*address: object) -> int:
 class Calls:
     """
     Attributes:
-        was_shown: observers have seen a part of an answer that then broke off.
+        was_shown: observers have seen part of an answer that then broke off.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Calls:
     ):
         """
         Args:
-            address: what seeds derive from, with round, index and attempt.
-            begin: of the problem, by `time.monotonic`.
+            address: seeds derive from it, plus round, index and attempt.
+            begin: when the problem began, by `time.monotonic`.
         """
         self._sampler, self._config, self._address, self._notify = sampler, config, address, notify
         self._begin = begin
@@ -49,18 +49,18 @@ class Calls:
         self.was_shown = False
 
     def tokens_under_way(self) -> dict[tuple[int, int], int]:
-        """Tokens so far of the calls under way, by round and index."""
+        """Tokens so far of the calls in progress, by (round, index)."""
         return {at: listener.num_tokens for at, listener in sorted(self._under_way.items())}
 
     async def call(
         self, prompt: PreparedPrompt, at: tuple[int, int], *, insists: bool, tells_pieces: bool
     ) -> Trajectory:
-        """Cancelling its task ends it with a record of what there was.
+        """Makes a call, with retries. A cancelled task still returns a record of the call so far.
 
         Args:
             at: round and index.
             insists: a rollout without an answer counts as a failed attempt.
-            tells_pieces: observers are told of what is being written.
+            tells_pieces: notify observers of streamed pieces.
         """
         limits, attempts = self._config.limits, list[Attempt]()
         listener, seed, began = Listener(), 0, time.monotonic()
@@ -80,7 +80,7 @@ class Calls:
         try:
             while True:
                 seed, began = derived_seed(*self._address, *at, len(attempts)), time.monotonic()
-                limit = asyncio.timeout(None)  # the time of a call runs from when it is sent
+                limit = asyncio.timeout(None)  # set when the call is sent
                 listener = Listener(tell if tells_pieces else None, on_begin=lambda limit=limit: self._limit(limit))
                 self._under_way[at] = listener
                 error: Exception | None = None
@@ -91,17 +91,17 @@ class Calls:
                     made = record("ok", rollout)
                     if rollout.has_answer or not insists:
                         return made
-                except EngineFailedError:  # every other call would fail, too, and all would be journaled
+                except EngineFailedError:  # every other call would fail too, and be journaled
                     raise
                 except Exception as failure:
                     if not isinstance(failure, (SamplerError, TimeoutError, StepjaxError)):
-                        _log.exception("a call failed unexpectedly")  # a bug is no reason to lose the problem
+                        _log.exception("a call failed unexpectedly")  # a bug must not lose the problem
                     error, made = failure, record("timeout" if isinstance(failure, TimeoutError) else "error")
                 attempts.append(_attempt(made, error, listener.num_tokens))
                 if error is not None:
                     made = dataclasses.replace(made, error=attempts[-1].error, attempts=tuple(attempts))
                 self._notify(AttemptFailed(*at, attempts[-1]))
-                # What observers have seen of an answer cannot be taken back and written anew.
+                # An answer that observers have seen in part cannot be restarted.
                 self.was_shown |= listener.has_answer
                 if listener.has_answer or not _is_temporary(error) or len(attempts) > limits.retries:
                     return made
@@ -126,7 +126,7 @@ class Calls:
 
 
 def _attempt(made: Trajectory, error: Exception | None, num_tokens: int) -> Attempt:
-    """Of a call that failed, or (without an error) returned no answer."""
+    """The record of an attempt that failed or (if `error` is None) returned no answer."""
     rollout = made.rollout
     if error is None:
         status, lost = "truncated" if rollout.finish_reason == "length" else "empty", rollout.num_tokens

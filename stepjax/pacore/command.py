@@ -34,38 +34,38 @@ from stepjax.rollouts.sampler import Sampler, SamplerError
 
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
-# All calls of all problems under way may wait in the engine's queue.
+# All calls of all problems in progress may wait in the engine's queue.
 _LOCAL = EngineArguments(engine=EngineConfig(max_waiting=65_536))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PacoreRun:
-    """Answer a file of problems with PaCoRe, or with a method that it is compared with.
+    """Answer a file of problems with PaCoRe or a baseline.
 
-    Everything is kept in --out: after an interruption, rerun the same command to resume. Name either --model or
-    --upstream.url, which answers.
+    Everything is kept in --out: after an interruption, rerun the same command to resume. Give either --model or
+    --upstream.url.
     """
 
     # A .jsonl file, or a .json file with a list: messages (or conversation, or problem), id, ground_truth, responses.
     problems: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PROBLEMS")]
     out: Path  # the run's directory
-    limit: int | None = None  # take the first N problems only
-    use_responses: bool = False  # the first round sees the problem's `responses`
-    retry_failed: bool = False  # draw again what failed in an earlier start of this run
-    model: str | None = None  # a Hugging Face directory, a converted checkpoint, or a run
-    # Start with reasoning, or close it at once; None: the model's own way. An upstream gets it as chat_template_kwargs.
+    limit: int | None = None  # use only the first N problems
+    use_responses: bool = False  # show the problem's `responses` to the first round
+    retry_failed: bool = False  # redraw trajectories that failed before
+    model: str | None = None  # a Hugging Face directory, a converted checkpoint or a training run
+    # Reason first, or answer at once; None: the model's default. An upstream gets it in chat_template_kwargs.
     thinking: bool | None = None
-    matching: Matching = "math"  # when two answers are the same, for scores, votes and agreement
+    matching: Matching = "math"  # how answers are compared for scores, votes and agreement
     batch: Annotated[BatchConfig, tyro.conf.arg(name="")] = BatchConfig()
     config: Annotated[PacoreConfig, tyro.conf.arg(name="")] = PacoreConfig()
     local: Annotated[EngineArguments, tyro.conf.arg(name="")] = _LOCAL
-    upstream: EndpointConfig = EndpointConfig()  # an OpenAI-compatible endpoint in place of --model
+    upstream: EndpointConfig = EndpointConfig()  # an OpenAI-compatible endpoint instead of --model
 
     def run(self) -> int:
-        """Returns the exit status: 0 well, 1 all problems failed, 70 the engine failed, 130 or 143 stopped by a signal.
+        """Returns the exit status: 0 success, 1 all problems failed, 70 engine failure, 130 or 143 stopped by a signal.
 
         Raises:
-            StepjaxError: an option, the file or the model cannot be used, or the directory holds another run.
+            StepjaxError: an option, the file or the model cannot be used, or the directory belongs to another run.
         """
         self._check()
         log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")  # clients log each request
@@ -80,22 +80,22 @@ class PacoreRun:
             # Before the model is loaded, which takes minutes.
             with open_journal(self.out, settings, free, problems.problems) as journal:
                 if self.retry_failed:
-                    _say(f"{journal.forget_failed()} trajectories will be drawn again")
+                    _say(f"redrawing {journal.forget_failed()} trajectories")
                 elif journal.num_known:
-                    _say(f"resuming {self.out}: {journal.num_known} trajectories are there")
+                    _say(f"resuming {self.out} from {journal.num_known} trajectories")
                 if journal.num_unsigned:
                     lines = f"{journal.num_unsigned} lines of {CALLS}"
-                    _say(f"note: {lines} are an older version's, without a digest: changes to them go unnoticed")
+                    _say(f"note: {lines} are from an older version and have no digest: edits to them go unnoticed")
                 sampler = self._engine_sampler() if endpoint is None else EndpointSampler(endpoint)
                 return asyncio.run(self._answer(config, problems, journal, sampler))
-        except KeyboardInterrupt:  # while the model was being loaded, or a second time
+        except KeyboardInterrupt:  # while loading the model, or the second one
             _say("\nStopped. Rerun the same command to resume.")
             return 130
 
     def _check(self) -> None:
         if (self.model is None) == (self.upstream.url is None):
             given = "neither" if self.model is None else "both"
-            raise ConfigError(f"{given} of --model and --upstream.url given: name exactly one, which answers")
+            raise ConfigError(f"{given} of --model and --upstream.url given: give exactly one")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: must be at least 1")
         self.local.check()
@@ -104,17 +104,17 @@ class PacoreRun:
         else:
             useless, there = _changed(self.upstream, EndpointConfig(), "--upstream."), "--model"
         if useless:
-            raise ConfigError(f"{', '.join(useless)}: of no effect with {there}; leave it out")
+            raise ConfigError(f"{', '.join(useless)}: no effect with {there}; leave it out")
         widest = self.batch.method.widest or max((1, *self.config.schedule))
         most = widest * min(self.batch.concurrent_problems, self.limit or self.batch.concurrent_problems)
         if self.model is not None and most > self.local.engine.max_waiting:
             raise ConfigError(
-                f"--engine.max-waiting {self.local.engine.max_waiting}: {self.batch.concurrent_problems} problems at a "
-                f"time may have {most} calls waiting; raise it, or lower --concurrent-problems"
+                f"--engine.max-waiting {self.local.engine.max_waiting}: {self.batch.concurrent_problems} concurrent "
+                f"problems may queue {most} calls; raise it, or lower --concurrent-problems"
             )
 
     def _endpoint(self) -> EndpointConfig:
-        """The upstream, with the name of its model."""
+        """The upstream, with its model's name."""
         endpoint = self.upstream
         if self.thinking is not None:
             kwargs = {**endpoint.body.get("chat_template_kwargs", {}), "enable_thinking": self.thinking}
@@ -130,12 +130,11 @@ class PacoreRun:
             raise ConfigError(f"--upstream.url {endpoint.url}: {error}") from error
 
     def _settings(self, config: PacoreConfig, problems: ProblemSet, endpoint: EndpointConfig | None) -> dict[str, Any]:
-        """What must be the same for a run to be resumed. Limits, how many problems are under way, and the upstream's
-        URL may change."""
+        """The settings that must match to resume a run. Limits, concurrency and the upstream's URL may change."""
         fields = {**dataclasses.asdict(config), "seed": config.seed}
         fields["sampling"]["seed"] = None
         del fields["limits"]
-        Template(config)  # refuses one that cannot be used
+        Template(config)  # raises if it is invalid
         if config.template is not None:
             fields["template"] = hashlib.sha256(Path(config.template).expanduser().read_bytes()).hexdigest()
         if endpoint is not None:
@@ -180,7 +179,7 @@ class PacoreRun:
 
         def stop(number: signal.Signals) -> None:
             stopped_by.append(number)
-            for each in _STATUS:  # a second one ends the process at once
+            for each in _STATUS:  # a second signal kills the process
                 loop.remove_signal_handler(each)
             task.cancel()
 
@@ -201,27 +200,29 @@ class PacoreRun:
             return error.exit_status
         print(f"{printable(table(summary))}\n\nanswers in {self.out / RESULTS}")
         if summary["failed"]:
-            _say(f"{summary['failed']} answers failed; --retry-failed draws what failed again")
+            _say(f"{summary['failed']} answers failed; add --retry-failed to redraw them")
         return 1 if summary["failed"] == summary["answers"] else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PacoreTrace:
-    """Make a page of every answer of a PaCoRe run: rounds, trajectories, references, tokens and time.
+    """Make an HTML page for every answer of a PaCoRe run: rounds, trajectories, references, tokens and time.
 
-    Pages need no server and no network. The run may still be going on.
+    Pages need no server and no network. The run may still be in progress.
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # --out of `stepjax pacore run`
-    problem: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")] = ()  # only this one
-    out: Path | None = None  # where pages go; by default DIR/traces
-    reasoning: bool = True  # include the reasoning, most of a page's size
+    problem: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ID")
+    ] = ()  # only this problem
+    out: Path | None = None  # directory for the pages; default: DIR/traces
+    reasoning: bool = True  # include the reasoning; it makes up most of a page
 
     def run(self) -> int:
         """
         Raises:
-            CheckpointError: the directory is not that of a run, or a page cannot be written.
-            ConfigError: no problem of the run has an id that was asked for.
+            CheckpointError: the directory is not a run, or a page cannot be written.
+            ConfigError: the run has no answer for a given problem id.
         """
         directory = self.directory.expanduser()
         out = directory / "traces" if self.out is None else self.out.expanduser()
@@ -236,7 +237,7 @@ class PacoreTrace:
             write_trace(of, out / name, matching="math" if has_short_answers else None, reasoning=self.reasoning)
             entries.append(table_entry(of, name, matching))
         if wanted:
-            raise ConfigError(f"--problem {min(wanted)}: {directory} has no answer to a problem of that id")
+            raise ConfigError(f"--problem {min(wanted)}: {directory} has no answer to a problem with that id")
         if self.problem:
             print("\n".join(str(out / each["page"]) for each in entries))
         else:
@@ -246,7 +247,7 @@ class PacoreTrace:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """Empty if there is none yet."""
+    """The run's summary; empty if there is none yet."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:

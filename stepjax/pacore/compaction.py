@@ -18,13 +18,13 @@ from stepjax.pacore.config import PacoreConfig
 from stepjax.pacore.records import Reference, Trajectory
 from stepjax.rollouts.sampler import TokenCounter
 
-CUT_MARK = "[...] "  # stands for what is missing before the end of a message
+CUT_MARK = "[...] "  # marks where the beginning of a message was cut
 
-_LEAST_TOKENS = 16  # a shorter reference says nothing: references are dropped instead
+_LEAST_TOKENS = 16  # a shorter reference says nothing, so references are dropped instead
 
 
 def compact(trajectory: Trajectory, config: PacoreConfig, tokens: TokenCounter | None) -> Reference | str:
-    """The message of a trajectory, or the reason why it leaves none: its status, "empty" or "truncated".
+    """The message of a trajectory, or why it leaves none: its status, "empty" or "truncated".
 
     Args:
         tokens: needed if `config.truncated` is "tail".
@@ -47,18 +47,18 @@ def compact(trajectory: Trajectory, config: PacoreConfig, tokens: TokenCounter |
 
 
 def answers(messages: Iterable[Reference]) -> list[Reference]:
-    """Those that may be voted on: no ends of reasoning, as long as there are others."""
+    """The messages that may be voted on: ends of reasoning only if there is nothing else."""
     messages = list(messages)
     return [message for message in messages if not message.was_cut] or messages
 
 
 def end_of(message: Reference, text: str) -> Reference:
-    """A message of which only its end `text` is left; it says so."""
+    """A message cut to its end `text`, and marked as cut."""
     return dataclasses.replace(message, text=CUT_MARK + text.lstrip(), was_cut=True)
 
 
 def _call_text(call: dict) -> str:
-    """A proposed call as markup: tool_call, function and parameter, as the authors' server writes it."""
+    """A proposed call as the markup of the authors' server: tool_call, function, parameter."""
     function = call.get("function", call)
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
@@ -78,18 +78,18 @@ def _call_text(call: dict) -> str:
 def ordered(
     messages: Iterable[Reference], trajectories: Sequence[Trajectory], config: PacoreConfig, seed: int
 ) -> list[Reference]:
-    """References in the order in which the next prompt lists them; it does not depend on who ended first.
+    """References in the order of the next prompt; it does not depend on which call ended first.
 
     Args:
-        messages: of `trajectories`, found there by their index.
-        seed: for the shuffle; `config.order` "length" has 42 of its own, in every round.
+        messages: those of `trajectories`, matched by index.
+        seed: for the shuffle; `config.order` "length" always uses 42.
     """
     references = sorted(messages, key=lambda message: message.index)
     if config.order == "shuffle":
         random.Random(seed).shuffle(references)
         return references
-    # The released code compares lengths of what its server calls content: all that was written or, if the server
-    # parses reasoning, the rest. Here reasoning is always parsed.
+    # The released code sorts by the length of its server's `content`: the whole output or, if the server parses
+    # reasoning, the part after it. Here reasoning is always parsed.
     lengths = {each.index: len(each.rollout.content) for each in trajectories}
     references.sort(key=lambda message: lengths.get(message.index, len(message.text)))
     random.Random(42).shuffle(references)
@@ -102,10 +102,10 @@ def ordered(
 def fitted(
     references: Sequence[Reference], error: ContextLengthError, config: PacoreConfig, tokens: TokenCounter | None
 ) -> list[Reference]:
-    """Fewer or shorter references, in their order, with `error.excess` tokens less.
+    """Fewer or shorter references, in the same order, with `error.excess` fewer tokens.
 
-    "shorten" finds the largest common limit, so that short references stay whole, and keeps the ends of the others,
-    where conclusions stand. "drop" leaves out the longest. At least one stays.
+    "shorten" finds the largest common limit: short references stay whole, the others keep their ends, which have the
+    conclusions. "drop" removes the longest. At least one stays.
 
     Raises:
         ContextLengthError: `config.overflow` is "fail", tokens cannot be counted, or not even one reference fits.
@@ -113,7 +113,7 @@ def fitted(
     if config.overflow == "fail" or tokens is None or not references:
         raise error
     counts = [tokens.count(reference.text) for reference in references]
-    # Texts that are put together may make a token more or less at each seam.
+    # Joining texts may add or remove a token at each seam.
     room = sum(counts) - error.excess - len(references)
     if config.overflow == "shorten":
         most = _water_level(counts, room)
@@ -143,7 +143,7 @@ def _water_level(counts: Sequence[int], room: int) -> int:
 
 
 def _shortened(reference: Reference, most: int, tokens: TokenCounter) -> Reference:
-    """Its end, of at most `most` tokens. The mark has tokens, too, and an end may have more than it had in its text."""
+    """The reference's end, at most `most` tokens with the mark. An end may have more tokens than inside its text."""
     text = reference.text.removeprefix(CUT_MARK) if reference.was_cut else reference.text
     left = most
     while left > 0:
@@ -156,7 +156,7 @@ def _shortened(reference: Reference, most: int, tokens: TokenCounter) -> Referen
 
 
 def losses_of_fitting(before: Sequence[Reference], after: Sequence[Reference]) -> tuple[int, int]:
-    """How many references were dropped, and how many whole ones were shortened."""
+    """The number of references dropped, and of whole ones shortened."""
     whole = {message.index for message in before if not message.was_cut}
     return len(before) - len(after), sum(message.was_cut and message.index in whole for message in after)
 
@@ -171,7 +171,7 @@ _WORD = re.compile(
 
 
 class Citation(NamedTuple):
-    """A place in a text that names a reference: `text[start:end]`, with the word before the first of several."""
+    """A citation at `text[start:end]`; the first of several includes the word before it."""
 
     start: int
     end: int
@@ -179,7 +179,7 @@ class Citation(NamedTuple):
 
 
 def find_citations(text: str, num_references: int) -> Iterator[Citation]:
-    """The places, in their order, that name one of the references, from 1."""
+    """Citations of the references, numbered from 1, in order."""
     for match in _WORD.finditer(text):
         for i, found in enumerate(re.finditer(r"\d+", match[1])):
             start = match.start(1) + found.start() if i else match.start()
@@ -188,6 +188,6 @@ def find_citations(text: str, num_references: int) -> Iterator[Citation]:
 
 
 def citations(text: str, num_references: int) -> dict[int, int]:
-    """How often each reference is cited, by its number from 1; only those that are."""
+    """Citation counts by reference number, from 1; uncited references are omitted."""
     counts = Counter(citation.number for citation in find_citations(text, num_references))
     return dict(sorted(counts.items()))

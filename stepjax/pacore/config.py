@@ -17,10 +17,10 @@ _NUMBERS = re.compile(r"\s*\d{1,6}\s*(,\s*\d{1,6}\s*)*")
 
 
 def parse_schedule(text: str) -> tuple[int, ...]:
-    """A preset's name, "none" for the final call alone, or numbers such as "32,4"; the final 1 is left out.
+    """Parses a preset's name, "none" (only the final call), or widths such as "32,4"; the final 1 is implied.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the text is not a schedule.
     """
     name = text.strip().lower()
     if name in PRESETS:
@@ -44,7 +44,7 @@ def check_schedule(schedule: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def num_calls(schedule: tuple[int, ...]) -> int:
-    """Including the final one."""
+    """The number of calls, including the final one."""
     return sum(schedule) + 1
 
 
@@ -52,7 +52,7 @@ def show(schedule: tuple[int, ...]) -> str:
     return ",".join(map(str, schedule)) or "none"
 
 
-# K = [K_1, ..., K_R], after which one final call is always made. On the command line it is a text.
+# K = [K_1, ..., K_R], always followed by one final call. A string on the command line.
 Schedule = Annotated[
     tuple[int, ...],
     PrimitiveConstructorSpec(
@@ -67,19 +67,19 @@ Schedule = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundLimits:
-    """When a call is retried or given up, and when a round does not wait for its last calls.
+    """When a call is retried or given up, and when a round stops waiting for its last calls.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    retries: int = 4  # of a call, after its first attempt
-    backoff_seconds: float = 1.0  # before the first retry, doubled for each; a random part of it is waited
+    retries: int = 4  # per call, after its first attempt
+    backoff_seconds: float = 1.0  # before the first retry; doubles each time, with random jitter
     max_backoff_seconds: float = 30.0
-    call_seconds: float | None = None  # for one attempt
-    round_seconds: float | None = None  # after which a round goes on without its last calls, if it has the quorum
+    call_seconds: float | None = None  # per attempt
+    round_seconds: float | None = None  # then a round ends without its last calls, if it has the quorum
     quorum: float = 0.5  # share of a round that must have left a message by then
-    agreement: float | None = None  # share of a round whose answers agree that ends a problem
+    agreement: float | None = None  # stop early when this share of a round agrees on an answer
 
     def __post_init__(self):
         call, round_, share = self.call_seconds, self.round_seconds, self.agreement
@@ -105,19 +105,19 @@ class PacoreConfig:
     """
 
     schedule: Schedule = PRESETS["low"]  # widths of the rounds before the final call: 32,4; low, medium, high; none
-    # Every trajectory's seed derives from `sampling.seed` (0 if there is none), the problem's id, the round, the index.
+    # Every trajectory's seed derives from `sampling.seed` (0 if unset), the problem's id, the round and the index.
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams(seed=0)
-    # Order of the references. shuffle: seeded by problem and round. length: as released, sorted by length and then
-    # permuted in one fixed way for each width.
+    # Order of the references. shuffle: seeded by problem and round. length: as released, sorted by length, then a fixed
+    # permutation for each width.
     order: Literal["shuffle", "length"] = "shuffle"
-    truncated: Literal["drop", "tail"] = "drop"  # reasoning that was cut off: drop it, or pass its end on
-    tail_tokens: int = 1000  # of that end
+    truncated: Literal["drop", "tail"] = "drop"  # reasoning that was cut off: drop it, or pass on its end
+    tail_tokens: int = 1000  # length of that end
     # References that do not fit the context: shorten the longest to their ends, drop the longest, or fail.
     overflow: Literal["shorten", "drop", "fail"] = "shorten"
-    answer_tokens: int = 1024  # that a prompt leaves room for if max_tokens does not limit the answer
-    images: Literal["before", "after"] = "before"  # where they stand beside the text of a synthesis
-    template: str | None = None  # a Jinja file in place of the built-in text
-    fallback: bool = True  # if the final call gives nothing, the plurality of the last messages answers
+    answer_tokens: int = 1024  # room a prompt leaves for the answer if max_tokens is not set
+    images: Literal["before", "after"] = "before"  # before or after the text of the synthesis prompt
+    template: str | None = None  # a Jinja file instead of the built-in template
+    fallback: bool = True  # if the final call gives no answer, answer with the plurality of the last round
     limits: Annotated[RoundLimits, tyro.conf.arg(name="")] = RoundLimits()
 
     def __post_init__(self):
@@ -132,7 +132,7 @@ class PacoreConfig:
         require("", self, **{name: (getattr(self, name) in choices[name], named[name]) for name in choices})
         require_positive("", self, "tail_tokens", "answer_tokens")
         if self.sampling.n != 1:
-            raise ConfigError(f"n={self.sampling.n}: must be 1; the schedule says how many trajectories there are")
+            raise ConfigError(f"n={self.sampling.n}: must be 1; set the number of trajectories with the schedule")
 
     @property
     def seed(self) -> int:

@@ -1,4 +1,4 @@
-"""PaCoRe itself: the schedule's rounds, then one call whose answer counts (section 2.1)."""
+"""PaCoRe itself: the schedule's rounds, then one final call that gives the answer (section 2.1)."""
 
 import asyncio
 import dataclasses
@@ -34,10 +34,10 @@ from stepjax.rollouts.sampler import PreparedPrompt, Sampler
 
 
 class RoundFailedError(RuntimeError):
-    """No trajectory of a round left a message, or the final one no answer; says what became of them.
+    """No trajectory of a round left a message, or the final call gave no answer; the message gives the reasons.
 
     Attributes:
-        rounds: all of the problem, the failed one last.
+        rounds: all rounds of the problem, the failed one last.
     """
 
     def __init__(self, message: str, rounds: tuple[Round, ...] = ()):
@@ -46,7 +46,7 @@ class RoundFailedError(RuntimeError):
 
 
 class Coordinator:
-    """Solves problems, any number at a time: each is a task of its own, and rounds of different ones overlap.
+    """Solves any number of problems concurrently: each is its own task, and their rounds overlap.
 
     Raises:
         ConfigError: the template cannot be used, or the configuration needs a tokenizer that the sampler lacks.
@@ -55,16 +55,16 @@ class Coordinator:
     def __init__(self, sampler: Sampler, config: PacoreConfig, *, matching: Matching = "math"):
         """
         Args:
-            matching: when two messages agree; for `RoundLimits.agreement`, the fallback and votes.
+            matching: how answers are compared for `RoundLimits.agreement`, the fallback and votes.
         """
         if sampler.tokens is None and config.truncated == "tail":
-            raise ConfigError("truncated='tail' needs the sampler to have a tokenizer: name one, or say 'drop'")
+            raise ConfigError("truncated='tail' needs a sampler with a tokenizer: set one, or use 'drop'")
         self.sampler, self.config = sampler, config
         self.matching: Matching = matching
         self.template = Template(config)
 
     def begin(self, problem: Problem, **options: Any) -> "ProblemRun":
-        """A problem's rounds, to be solved or drawn one by one; for the options see `ProblemRun`."""
+        """A problem's rounds, to solve or to draw one by one; for the options see `ProblemRun`."""
         return ProblemRun(self, problem, **options)
 
     async def solve(self, problem: Problem, **options: Any) -> Outcome:
@@ -73,10 +73,10 @@ class Coordinator:
 
 
 class ProblemRun:
-    """The rounds of a problem, one after the other.
+    """The rounds of a problem, in order.
 
     Attributes:
-        rounds: that have ended.
+        rounds: the finished ones.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class ProblemRun:
     ):
         """
         Args:
-            sample: which of several independent answers to the problem this is; seeds depend on it.
-            done: trajectories of an earlier run that was interrupted. They are not drawn again.
-            notify: called with what happens, in this task or those of its calls.
-            pieces: the rounds whose messages observers see while they are written.
+            sample: index among several independent answers to the problem; seeds depend on it.
+            done: trajectories of an interrupted run, which are not drawn again.
+            notify: called with each event, in this task or its calls' tasks.
+            pieces: the rounds whose messages are streamed to observers.
         """
         self.problem, self.sample, self.config = problem, sample, coordinator.config
         self.rounds: list[Round] = []
@@ -111,19 +111,19 @@ class ProblemRun:
         return time.monotonic() - self._begin
 
     def tokens_under_way(self) -> dict[tuple[int, int], int]:
-        """Tokens so far of the calls under way, by round and index."""
+        """Tokens so far of the calls in progress, by (round, index)."""
         return self._calls.tokens_under_way()
 
     def seed(self, *address: object) -> int:
-        """For a choice of the method's own."""
+        """A seed for the method's own random choices."""
         return derived_seed(*self._address, *address)
 
     async def solve(self) -> Outcome:
         """
         Raises:
-            RecordError: the conversation is not one that can be answered.
+            RecordError: the conversation cannot be answered.
             ContextLengthError: the problem does not fit the context.
-            RoundFailedError: no trajectory of a round left a message; or the final one left none, and there is no
+            RoundFailedError: no trajectory of a round left a message; or the final call gave no answer, and there is no
                 earlier message or `config.fallback` is off.
         """
         for width in self.config.schedule:
@@ -141,13 +141,13 @@ class ProblemRun:
         return self.outcome(final, final.messages[0].index, "synthesis")
 
     async def vote(self, of: Round, answered_by: AnsweredBy) -> Outcome:
-        """The outcome whose answer most messages of a round agree on."""
+        """The outcome with the most frequent answer of a round."""
         candidates = answers(of.messages)
         place, _ = await in_thread(plurality, [message.text for message in candidates], self._matching)
         return self.outcome(of, candidates[place].index, answered_by)
 
     def outcome(self, of: Round, index: int, answered_by: AnsweredBy) -> Outcome:
-        """The outcome whose answer is that of a trajectory of one of its rounds."""
+        """The outcome answered by trajectory `index` of a round."""
         return Outcome(
             problem=self.problem,
             sample=self.sample,
@@ -158,7 +158,7 @@ class ProblemRun:
         )
 
     def references(self) -> list[Reference]:
-        """What the last round leaves, or the problem came with, in the order for the next prompt."""
+        """The messages of the last round, or those given with the problem, in the order of the next prompt."""
         messages, trajectories = (self.problem.given, ())
         if self.rounds:
             messages, trajectories = self.rounds[-1].messages, self.rounds[-1].trajectories
@@ -170,11 +170,11 @@ class ProblemRun:
         """Draws a round.
 
         Args:
-            references: of each call; by default all have what the last round left.
+            references: for each call; by default all see the last round's messages.
 
         Raises:
-            ContextLengthError: the problem, or a single reference with it, does not fit the context.
-            RoundFailedError: nothing came of it.
+            ContextLengthError: the problem, alone or with one reference, does not fit the context.
+            RoundFailedError: the round left no message.
         """
         number = len(self.rounds)
         wanted = [self.references()] if references is None else references
@@ -189,7 +189,7 @@ class ProblemRun:
                 )
             )  # fmt: skip
             trajectories = await self._draw(prompts, number, is_final)
-        # The end of a reasoning may help others, but it is no answer.
+        # The end of a reasoning may help other calls, but it is not an answer.
         config = dataclasses.replace(self.config, truncated="drop") if is_final else self.config
         left = [compact(each, config, self._sampler.tokens) for each in trajectories]
         messages = tuple(each for each in left if isinstance(each, Reference))
@@ -233,7 +233,7 @@ class ProblemRun:
         tells = self._pieces == "all" or (self._pieces == "final" and is_final)
         tasks: dict[asyncio.Task[Trajectory], int] = {}
         deadline = None if is_final or limits.round_seconds is None else time.monotonic() + limits.round_seconds
-        is_enough = not is_final and await self._is_enough(ended.values(), width, deadline)  # before a call begins
+        is_enough = not is_final and await self._is_enough(ended.values(), width, deadline)  # before any call starts
         try:
             for index in range(width):
                 if index not in ended:
@@ -252,7 +252,7 @@ class ProblemRun:
             await _cancel(pending)
             for task in sorted(pending, key=tasks.__getitem__):
                 index, unsent = tasks[task], Rollout(finish_reason="cancelled", start=self.seconds)
-                # A task that was cancelled before it began has no record of its own.
+                # A task cancelled before it started returns no record.
                 never = Trajectory(round=number, index=index, status="cancelled", rollout=unsent)
                 ended[index] = never if task.cancelled() else task.result()
                 self._notify(TrajectoryEnded(ended[index]))
@@ -271,7 +271,7 @@ class ProblemRun:
         return is_late and len(messages) >= math.ceil(self.config.limits.quorum * width)
 
     async def _agreement(self, messages: Sequence[Reference], width: int) -> Reference | None:
-        """A message whose answer enough others share; None if there is none, or nobody asks."""
+        """A message whose answer enough others share; None if there is none or `agreement` is off."""
         share = self.config.limits.agreement
         if share is None or width < 2:
             return None
@@ -290,5 +290,5 @@ def _failure(problem: str, round_: Round) -> str:
     what = "the final call" if round_.is_final else f"round {round_.number + 1}"
     counts = ", ".join(f"{count} {reason}" for reason, count in round_.losses.items())
     errors = [each.error for each in round_.trajectories if each.error]
-    first = f"; the first error: {errors[0]}" if errors else ""
-    return f"problem {problem!r}: nothing came of {what} ({counts}){first}"
+    first = f"; first error: {errors[0]}" if errors else ""
+    return f"problem {problem!r}: {what} left no message ({counts}){first}"

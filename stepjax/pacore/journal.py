@@ -1,16 +1,16 @@
-"""A run's directory. Everything is in the journal: results and traces are made of it, and nothing is drawn twice.
+"""A run's directory. Results and traces are built from the journal, and nothing is drawn twice.
 
-    DIR/run.json        what must be the same for a run to be resumed
-    DIR/problems.jsonl  the problems as they were read, with the paths of their images
-    DIR/calls.jsonl     the journal; each line has a digest of itself
+    DIR/run.json        the settings that must match to resume the run
+    DIR/problems.jsonl  the problems as read, with the paths of their images
+    DIR/calls.jsonl     the journal; each line ends with its digest
         {"problem": id, "sample": s, "trajectory": {...}}                       a call ended
-        {"problem": id, "sample": s, "outcome": {...}}                          the problem is answered, or failed
+        {"problem": id, "sample": s, "outcome": {...}}                          the problem was answered or failed
         {"problem": id, "sample": s, "forgotten": [[round, index], ...]}        to be drawn again
     DIR/lock            held while a process writes here
 
-A trajectory's line is written when it ends, before any other part of the process knows of it, and is on the disk before
-the next round, which depends on it, is asked. Only the last line can be cut off by a kill; it is removed then, and its
-trajectory is drawn again. A line that was changed is named. Memory holds where lines are, not what they say.
+A trajectory is written when it ends, before the rest of the process sees it, and is synced to disk before the next
+round, which depends on it, starts. A kill can cut off only the last line; it is then removed and its trajectory drawn
+again. Errors name a modified line. Memory holds the positions of lines, not their content.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _BAD_LINE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # a problem's id and a sample of it
-_Place = tuple[int, int]  # of a line in the file: offset and length
+_Place = tuple[int, int]  # a line's offset and length in the file
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,17 +50,17 @@ class _Call:
 class Journal:
     """
     Attributes:
-        num_known: trajectories that it had when it was opened.
-        num_unsigned: lines without a digest, of an older version.
+        num_known: trajectories found when it was opened.
+        num_unsigned: lines without a digest, from an older version.
 
     Raises:
-        CheckpointError: it cannot be read, or a line of it is not what was written.
+        CheckpointError: it cannot be read, or a line was modified.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False):
         """
         Args:
-            read_only: another process may be writing: a last line that is not whole is left alone.
+            read_only: another process may be writing, so an incomplete last line is left alone.
         """
         self._path, self._read_only = path, read_only
         try:
@@ -68,7 +68,7 @@ class Journal:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
         self._calls: dict[Job, dict[tuple[int, int], _Call]] = {}
-        self._outcomes: dict[Job, tuple[_Place, str]] = {}  # and the matching that decided
+        self._outcomes: dict[Job, tuple[_Place, str]] = {}  # the line, and its matching
         self._is_synced = True
         self.num_unsigned = 0
         try:
@@ -91,7 +91,7 @@ class Journal:
     def append_outcome(self, outcome: Outcome, matching: str) -> None:
         """
         Args:
-            matching: by which votes were counted.
+            matching: how answers were compared.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -105,7 +105,7 @@ class Journal:
         self._append(job, {"outcome": {"matching": matching, **fields, "rounds": rounds}})
 
     def sync(self) -> None:
-        """Brings what was appended to the disk."""
+        """Flushes appended lines to disk."""
         if not self._is_synced:
             try:
                 os.fsync(self._file)
@@ -122,11 +122,11 @@ class Journal:
         return self._outcomes.keys()
 
     def outcome(self, problem: Problem, sample: int, *, matching: str | None = None) -> Outcome | None:
-        """None if there is none yet, or calls that it speaks of are not here, which is logged. A thread may read while
-        another one writes.
+        """The saved outcome; None if there is none yet or (logged) if calls it refers to are missing. Another thread
+        may append meanwhile.
 
         Args:
-            matching: only an outcome that was decided by it.
+            matching: return only an outcome decided with this matching.
         """
         job = (problem.id, sample)
         if job not in self._outcomes or matching not in (None, self._outcomes[job][1]):
@@ -140,17 +140,17 @@ class Journal:
                 rounds.append(_round(number, each, made, sources))
                 sources = rounds[-1].messages
         except KeyError as error:
-            _log.warning("problem %r: %s lacks what its outcome speaks of: %s", problem.id, self._path, error)
+            _log.warning("problem %r: %s lacks calls that its outcome refers to: %s", problem.id, self._path, error)
             return None
         chosen = None if fields["chosen"] is None else tuple(fields["chosen"])
         given = {name: fields[name] for name in _OUTCOME_FIELDS}
         return Outcome(problem=problem, sample=sample, **{**given, "chosen": chosen, "rounds": tuple(rounds)})
 
     def forget_failed(self) -> int:
-        """Has trajectories that failed drawn again; returns how many those are.
+        """Marks failed trajectories to be drawn again; returns how many.
 
-        Later rounds of their problems depend on them, and are forgotten with them. So is a round of which no trajectory
-        has an answer. What was not waited for (`cancelled`) is no failure.
+        Later rounds of their problems depend on them and are forgotten too, as is a last round without any answer.
+        `cancelled` calls did not fail.
         """
         count = 0
         for job, calls in self._calls.items():
@@ -189,7 +189,7 @@ class Journal:
         return _record(os.pread(self._file, place[1], place[0]))
 
     def _scan(self) -> int:
-        """Finds the lines, and cuts off a last one that is not whole; returns where they end."""
+        """Indexes the lines and truncates an incomplete last one; returns the end offset."""
         offset = 0
         with open(self._path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -210,7 +210,7 @@ class Journal:
         return offset
 
     def _take(self, record: Mapping[str, Any], place: _Place) -> None:
-        """Notes where a line is."""
+        """Adds a line to the index."""
         job = (record["problem"], record["sample"])
         if "outcome" in record:
             self._outcomes[job] = (place, record["outcome"]["matching"])
@@ -225,18 +225,18 @@ class Journal:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """A record as it was written.
+    """Parses a record and checks its digest.
 
     Raises:
-        ValueError: it is none, or was changed since.
+        ValueError: the line is not a record, or was modified.
     """
     record = json.loads(line)
     signed = _DIGEST.search(line)
     if record.pop("digest", None) is not None:
         if signed is None or _digest(line[: signed.start()] + b"}") != signed[1]:
-            raise ValueError("it was changed since it was written, as its digest tells")
+            raise ValueError("modified: its digest does not match")
     if record.keys() not in [{"problem", "sample", kind} for kind in ("trajectory", "outcome", "forgotten")]:
-        raise ValueError(f"it has {', '.join(map(repr, record))}")
+        raise ValueError(f"unexpected fields {', '.join(map(repr, record))}")
     return record
 
 
@@ -244,8 +244,8 @@ def _digest(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
 
 
-# An outcome's line: what was decided. Its trajectories have lines of their own; a reference that is a whole message of
-# the round before is its index.
+# An outcome's line holds the decision only; its trajectories have their own lines. A reference that is a whole message
+# of the previous round is stored as its index.
 
 _OUTCOME_FIELDS = ("answered_by", "chosen", "seconds", "error", "correct")
 _ROUND_FIELDS = ("is_final", "losses", "cut_references", "cut_answers")
@@ -290,14 +290,14 @@ def _round(
 def open_journal(
     directory: Path, settings: Mapping[str, Any], free: Mapping[str, Any], problems: Sequence[Problem] = ()
 ) -> Iterator[Journal]:
-    """The journal of a run, new or resumed; the directory is this process's until the block ends.
+    """The journal of a new or resumed run; the directory is locked until the block exits.
 
     Args:
-        settings: what must be the same for the run to be resumed.
-        free: what else is worth knowing of the run; may change.
+        settings: must match to resume the run.
+        free: further facts about the run, which may change.
 
     Raises:
-        CheckpointError: another process writes there, the run there is another one, or its files cannot be used.
+        CheckpointError: another process writes there, the directory has another run, or its files cannot be used.
     """
     with locked(directory):
         _claim(directory, json.loads(json.dumps(settings)), free)
@@ -309,22 +309,22 @@ def open_journal(
 
 
 def outcomes(directory: Path) -> Iterator[Outcome]:
-    """What a run has come to so far, in the order of its results; one at a time is in memory. The run may be going on.
+    """Yields a run's outcomes so far, in the order of its results, one in memory at a time. The run may be in progress.
 
     Raises:
-        CheckpointError: it is not the directory of a run, has no outcomes, or a file of it cannot be used.
+        CheckpointError: the directory is not a run, has no outcomes, or has a file that cannot be used.
     """
     try:
         samples = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))["samples"]
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} is not the directory of a run: give the --out of stepjax pacore run"
-        ) from None
+        raise CheckpointError(f"{directory} is not a run: give the --out of stepjax pacore run") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / SETTINGS} cannot be read, or is of another version: {error!r}") from error
     with contextlib.closing(Journal(directory / CALLS, read_only=True)) as journal:
         if not journal.answered():
-            hint = "; rerun the command of an older version's run: nothing is drawn again" if journal.num_known else ""
+            hint = (
+                "; if an older version made it, rerun its command: nothing is drawn again" if journal.num_known else ""
+            )
             raise CheckpointError(f"{directory} has no answers yet{hint}")
         for problem in saved_problems(directory / PROBLEMS):
             for sample in range(samples):
@@ -343,8 +343,8 @@ def _claim(directory: Path, settings: dict[str, Any], free: Mapping[str, Any]) -
         differences = _differences(there, settings)
         if differences:
             raise CheckpointError(
-                f"{directory} holds a run with other settings: {'; '.join(differences)}. Give those again to resume, "
-                "or name another --out"
+                f"{directory} has a run with other settings: {'; '.join(differences)}. Use the old ones to resume, or "
+                "choose another --out"
             )
     elif (directory / CALLS).exists():
         raise CheckpointError(f"{directory} has a {CALLS} without its {SETTINGS}: restore it, or name another --out")
@@ -356,7 +356,7 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
         names = [*there, *(key for key in here if key not in there)]
         inner = ((f"{name}.{key}" if name else key, there.get(key), here.get(key)) for key in names)
         return [each for key, a, b in inner for each in _differences(a, b, key)]
-    return [] if there == here else [f"{name} was {there!r}, and is {here!r} now"]
+    return [] if there == here else [f"{name} was {there!r}, now {here!r}"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -366,7 +366,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` in one move when the block ends well.
+    """A file that atomically replaces `path` when the block succeeds.
 
     Raises:
         CheckpointError: it cannot be written.

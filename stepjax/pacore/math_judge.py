@@ -1,4 +1,4 @@
-"""math-verify within limits, for what foreign text makes it do cannot be bounded from within."""
+"""math-verify in a process with time and memory limits: untrusted text can make it run without bound."""
 
 import functools
 import logging
@@ -8,8 +8,8 @@ import threading
 from stepjax.errors import ConfigError, LimitError
 from stepjax.processing import bounded
 
-SECONDS = 5.0  # of processor time, for one comparison; by the clock six times as much
-_IMPORT_SECONDS = 60.0  # of processor time, for sympy on a slow machine
+SECONDS = 5.0  # of CPU time per comparison; six times that in wall-clock time
+_IMPORT_SECONDS = 60.0  # of CPU time, for sympy on a slow machine
 _MEMORY = 2 << 30
 _MOST_PROCESSES = 2
 
@@ -18,13 +18,13 @@ _turn = threading.BoundedSemaphore(_MOST_PROCESSES)
 
 @functools.lru_cache(maxsize=4096)
 def equivalent(gold: str, answer: str, *, up_to_factor: bool = False) -> bool | None:
-    """Whether two answers in LaTeX are the same. A decimal stands for an irrational number that it has six digits of.
+    """Whether two LaTeX answers are equal. A decimal equals an irrational number if six digits match.
 
     Args:
-        up_to_factor: they are what equations say to be zero.
+        up_to_factor: they are equations written as "left - right", equal up to a factor.
 
     Returns:
-        None where that is not known: the first cannot be read, or the comparison took too much.
+        None if undecided: the first cannot be parsed, or the comparison exceeded its limits.
 
     Raises:
         ConfigError: math-verify is not installed.
@@ -37,7 +37,7 @@ def equivalent(gold: str, answer: str, *, up_to_factor: bool = False) -> bool | 
             return None
 
 
-# In a process of its own.
+# Runs in its own process.
 
 
 def _verdict(gold: str, answer: str, up_to_factor: bool, seconds: float) -> bool | None:
@@ -45,8 +45,10 @@ def _verdict(gold: str, answer: str, up_to_factor: bool, seconds: float) -> bool
         from math_verify import verify
         from sympy import simplify
     except ImportError as error:
-        raise ConfigError(f"matching math needs {error.name}: pip install math-verify; or match exactly") from error
-    logging.disable(logging.CRITICAL)  # it tells of every text that it cannot read
+        raise ConfigError(
+            f"matching math needs {error.name}: pip install math-verify, or use matching exact"
+        ) from error
+    logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot parse
     bounded.set_limit(seconds)  # the imports are not counted
     one, other = _parsed(gold), _parsed(answer)
     if one is None or other is None:
@@ -58,7 +60,7 @@ def _verdict(gold: str, answer: str, up_to_factor: bool, seconds: float) -> bool
         return verify([one], [other], timeout_seconds=None, allow_set_relation_comp=True) and _is_near(one, other)
     except MemoryError:
         raise
-    except Exception:  # whatever the library makes of it
+    except Exception:  # the library raises many kinds
         return None
 
 
@@ -75,7 +77,7 @@ def _parsed(text: str):
 
 
 def _is_near(one, other) -> bool:
-    """math-verify rounds numbers to six places, so that all small ones are the same: here to six digits."""
+    """Compares six significant digits: math-verify rounds to six decimal places, which makes small numbers equal."""
     from sympy import Expr, N
 
     if one == other or not (isinstance(one, Expr) and isinstance(other, Expr) and one.is_number and other.is_number):

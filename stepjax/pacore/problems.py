@@ -1,4 +1,4 @@
-"""Problems from a file: questions to ask, released training data, or the results of an earlier run."""
+"""Reads problems from a file: questions, the released training data, or the results of an earlier run."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CONVERSATIONS = ("messages", "conversation", "problem")
 _KNOWN = {*_CONVERSATIONS, "id", "ground_truth", "responses", "tools"}
 
-# What a batch run adds: a file of results can be read again, and its answers are not carried along.
+# Fields that a batch run adds. They are dropped when a results file is read as problems.
 _RESULT_FIELDS = {
     *("sample", "final_response", "final_reasoning_content", "final_tool_calls", "answered_by", "chosen", "correct"),
     *("unjudged", "round_responses", "references", "usage", "losses", "cut_references", "cut_answers"),
@@ -28,9 +28,9 @@ _RESULT_FIELDS = {
 class ProblemSet:
     """
     Attributes:
-        digest: of what the model is asked, as the file has it: another one makes another run. Answers, and the bytes of
-            images in files of their own, are not in it.
-        notes: what a user may want to know about the file.
+        digest: of the prompts as in the file; a different one means a different run. Excludes ground truths and the
+            bytes of separate image files.
+        notes: remarks about the file for the user.
     """
 
     problems: tuple[Problem, ...]
@@ -41,12 +41,12 @@ class ProblemSet:
 def read_problems(path: str | Path, *, use_responses: bool = False, limit: int | None = None) -> ProblemSet:
     """Reads a .jsonl file, or a .json file with a list.
 
-    A record has `messages` or `conversation` (chat messages), or `problem` (a text, for one user message). It may have
-    `id` (by default req_0, req_1 and so on), `ground_truth`, `tools` and `responses`. All else is passed through.
+    A record has `messages` or `conversation` (chat messages), or `problem` (the text of one user message). It may have
+    `id` (default: req_0, req_1 and so on), `ground_truth`, `tools` and `responses`. Other fields pass through.
 
     Args:
-        use_responses: the first round sees the messages in `responses`.
-        limit: how many problems are taken, from the beginning.
+        use_responses: show the messages in `responses` to the first round.
+        limit: use only the first problems.
 
     Raises:
         RecordError: the file or a record cannot be used; names the file and the line.
@@ -59,7 +59,7 @@ def read_problems(path: str | Path, *, use_responses: bool = False, limit: int |
             break
         name = str(record.get("id", f"req_{index}"))
         if name in seen:
-            raise RecordError(f"{where}: id {name!r} is that of {seen[name]} too; ids must differ")
+            raise RecordError(f"{where}: id {name!r} is already used in {seen[name]}; make ids unique")
         seen[name] = where.removeprefix(f"{path}, ")
         responses = _responses(record, where) if use_responses else []
         num_unused += bool(record.get("responses")) and not use_responses
@@ -86,14 +86,14 @@ def read_problems(path: str | Path, *, use_responses: bool = False, limit: int |
         raise RecordError(f"{path}: no problem has responses; leave --use-responses out")
     notes = []
     if num_unused:
-        notes.append(f"{num_unused} problems have responses; they are used with --use-responses alone")
+        notes.append(f"{num_unused} problems have responses, which are ignored without --use-responses")
     if num_empty:
-        notes.append(f"{num_empty} of the responses say nothing after their reasoning, and are left out")
+        notes.append(f"{num_empty} of the responses have only reasoning, and are ignored")
     return ProblemSet(tuple(problems), digest.hexdigest(), tuple(notes))
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a record stands, and the record."""
+    """Yields each record and its location in the file."""
     if path.suffix not in (".json", ".jsonl"):
         raise RecordError(f"problems {str(path)!r}: give a .jsonl file, or a .json file with a list")
     try:
@@ -101,7 +101,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"problems {str(path)!r} cannot be read: {error}") from error
     if path.suffix == ".jsonl":
-        # Not splitlines: what JSON may hold unescaped, such as U+2028, is no end of a line.
+        # Not splitlines: it also splits at characters that JSON allows unescaped, such as U+2028.
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         parsed = ((where, _parsed(line, where)) for where, line in lines)
     else:
@@ -111,7 +111,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         parsed = ((f"{path}, problem {i}", each) for i, each in enumerate(whole, start=1))
     for where, record in parsed:
         if not isinstance(record, dict):
-            raise RecordError(f"{where}: {_short(record)} is no problem; give an object with messages")
+            raise RecordError(f"{where}: {_short(record)} is not a problem; give an object with messages")
         yield where, record
 
 
@@ -155,7 +155,7 @@ def _tools(record: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _responses(record: Mapping[str, Any], where: str) -> list[str]:
-    """The messages, without reasoning; some may be empty then."""
+    """The responses without their reasoning; some may then be empty."""
     given = record.get("responses") or []
     if not isinstance(given, list):
         raise RecordError(f"{where}: responses is {_short(given)}; give a list")
@@ -169,7 +169,7 @@ def _responses(record: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _located(message: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """The message with paths of images that hold wherever the process runs."""
+    """The message with absolute paths of images."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
@@ -182,7 +182,7 @@ def _item(item: Any, folder: Path, where: str) -> Any:
     source = item.get(item["type"])
     source = source.get("url") if isinstance(source, dict) else source
     if not isinstance(source, str) or not source:
-        raise RecordError(f"{where}: the image {_short(source)} is none; give a path or a data URI")
+        raise RecordError(f"{where}: {_short(source)} is not an image; give a path or a data URI")
     if source.startswith("data:"):
         return item
     frame = {"frame": item["frame"]} if "frame" in item else {}
@@ -191,7 +191,7 @@ def _item(item: Any, folder: Path, where: str) -> Any:
     name = urllib.parse.unquote(source.removeprefix("file://")) if source.startswith("file://") else source
     file = (folder / Path(name).expanduser()).resolve()
     if not file.is_file():
-        raise RecordError(f"{where}: there is no image file {str(file)!r}; paths are relative to the problems' folder")
+        raise RecordError(f"{where}: image file {str(file)!r} does not exist; paths are relative to the problem file")
     return {"type": "image", "image": str(file), **frame}
 
 
@@ -200,7 +200,7 @@ def _short(value: object) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-# As a run keeps them.
+# The run's own copy.
 
 
 def problem_line(problem: Problem) -> bytes:
@@ -210,7 +210,7 @@ def problem_line(problem: Problem) -> bytes:
 def saved_problems(path: Path) -> Iterator[Problem]:
     """
     Raises:
-        CheckpointError: the file cannot be read, or is another one.
+        CheckpointError: the file cannot be read, or has another format.
     """
     try:
         with open(path, "rb") as file:
@@ -218,18 +218,18 @@ def saved_problems(path: Path) -> Iterator[Problem]:
                 lists = {name: tuple(fields[name]) for name in ("messages", "tools", "responses")}
                 yield Problem(**{**fields, **lists})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; rerun the run's command, which writes it") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; rerun the run's command to rewrite it") from error
 
 
 def json_line(value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which models write now and then
+    except UnicodeEncodeError:  # a lone surrogate, which models write now and then
         return json.dumps(value).encode() + b"\n"
 
 
 def without_bytes(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message for JSON: an image that is neither path nor URI becomes null."""
+    """The message for JSON: image bytes become null."""
     content = message.get("content")
     if not isinstance(content, (list, tuple)):
         return dict(message)

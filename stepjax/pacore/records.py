@@ -1,4 +1,4 @@
-"""What PaCoRe is asked and what it keeps: problems, trajectories, rounds and outcomes; and events that tell of them."""
+"""PaCoRe's records (problems, trajectories, rounds, outcomes) and the events that report them."""
 
 import dataclasses
 from collections import Counter
@@ -10,12 +10,12 @@ import pydantic
 from stepjax.rollouts.rollout import Count, Number, Rollout, Text, validated
 from stepjax.rollouts.sampler import Piece
 
-# "ok": the call returned, whatever the model wrote. Else it failed after its retries, or was cancelled.
+# "ok": the call returned; otherwise it failed after retries or was cancelled.
 Status = Literal["ok", "error", "timeout", "cancelled"]
 
-# "synthesis": the final call (or the only one). "agreement": enough messages of a round agreed, and the rest was not
-# asked. "fallback": the final call gave nothing, and the answer that most messages of the last round agree on stands
-# in. "vote", "score": a baseline's choice.
+# "synthesis": the final call (or the only one). "agreement": enough messages of a round agreed, and later rounds were
+# skipped. "fallback": the final call gave no answer; the most frequent answer of the last round is used instead.
+# "vote", "score": a baseline's choice.
 AnsweredBy = Literal["synthesis", "agreement", "vote", "score", "fallback"]
 
 
@@ -24,9 +24,9 @@ class Problem:
     """A conversation to continue, whose last message is a user's or a tool's, as in OpenAI's API.
 
     Attributes:
-        responses: messages of earlier trajectories, which the first round then sees.
-        ground_truth: the answer, if it is known.
-        extra: all else that the record holds; it is passed through.
+        responses: messages of earlier trajectories, shown to the first round.
+        ground_truth: the answer, if known.
+        extra: the record's other fields, passed through.
     """
 
     id: str
@@ -38,17 +38,17 @@ class Problem:
 
     @property
     def given(self) -> "tuple[Reference, ...]":
-        """What the first round sees."""
+        """The references of the first round."""
         return tuple(Reference(i, text) for i, text in enumerate(self.responses))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """An attempt of a call that came to nothing.
+    """A failed attempt of a call.
 
     Attributes:
         status: "error" or "timeout"; in the final round, which must give an answer, also "empty" and "truncated".
-        output_tokens: drawn and lost, as far as they are known.
+        output_tokens: sampled and lost, if known.
     """
 
     status: Text
@@ -59,14 +59,14 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A call of the model: its last attempt, and what became of those before.
+    """A call of the model: its last attempt, and the failed ones before it.
 
     Attributes:
         round: from 0; the final one is the schedule's length.
         index: from 0 to the round's width - 1.
-        rollout: without token ids. If the call did not return, only what is known of it (seed, time, tokens so far),
-            with the status as its finish_reason. `start` counts from the beginning of the problem.
-        attempts: those that failed; the last one, too, if the call was given up.
+        rollout: without token ids. If the call did not return, only what is known (seed, time, tokens so far), with the
+            status as finish_reason. `start` counts from the beginning of the problem.
+        attempts: the failed attempts, including the last one if the call was given up.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
@@ -89,11 +89,11 @@ class Trajectory:
 
     @property
     def lost_tokens(self) -> int:
-        """Drawn by attempts that came to nothing."""
+        """Tokens of failed attempts."""
         return sum(attempt.output_tokens for attempt in self.attempts)
 
     def to_json(self) -> dict[str, Any]:
-        """Fields that have their default are left out."""
+        """The JSON form; fields with their default value are omitted."""
         given = {"round": self.round, "index": self.index, "status": self.status, "rollout": self.rollout.to_json()}
         if self.error is not None:
             given["error"] = self.error
@@ -103,10 +103,10 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Trajectory":
-        """What `to_json` gave, now or in an older version.
+        """The inverse of `to_json`, also for older versions.
 
         Raises:
-            RecordError, KeyError, TypeError: a field is missing, unknown or of another type.
+            RecordError, KeyError, TypeError: a field is missing, unknown or of the wrong type.
         """
         fields = dict(fields) if "rollout" in fields else _of_older_version(fields)
         return validated(_TRAJECTORY, {**fields, "rollout": Rollout.from_json(fields["rollout"])}, "trajectory")
@@ -116,7 +116,7 @@ _TRAJECTORY = pydantic.TypeAdapter(Trajectory)
 
 
 def _of_older_version(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Before there were rollouts, a trajectory had their fields itself."""
+    """Converts the older form, in which a trajectory had the rollout's fields itself."""
     names = {
         **{name: name for name in ("content", "reasoning", "tool_calls", "seed", "mean_logprob", "start", "seconds")},
         **{"prompt_tokens": "num_prompt_tokens", "cached_tokens": "num_cached_tokens", "output_tokens": "num_tokens"},
@@ -129,10 +129,10 @@ def _of_older_version(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What a trajectory tells the next round: its compacted message.
+    """A trajectory's compacted message, as the next round sees it.
 
     Attributes:
-        index: of the trajectory in its round.
+        index: the trajectory's index in its round.
         was_cut: only the end is left.
     """
 
@@ -145,14 +145,14 @@ class Reference:
 class Round:
     """
     Attributes:
-        references: what its prompt held, in the order of "Reference 1", "Reference 2" and so on.
-        own_references: the same for each trajectory, if each had a prompt of its own; `references` is the first's.
+        references: those in its prompt, in the order of "Reference 1", "Reference 2" and so on.
+        own_references: the same for each trajectory, if each had its own prompt; `references` is then the first's.
         trajectories: by index.
         messages: of the trajectories that left one, by index.
-        losses: how many left none, by reason: a status; "empty", nothing was written; "truncated", cut off in the
-            reasoning. `did_not_fit` counts references that its own prompt had no room for.
-        cut_references: how many references were shortened to fit.
-        cut_answers: messages whose answer was cut off by the limit of tokens; they are passed on all the same.
+        losses: the number that left none, by reason: a status; "empty", nothing was written; "truncated", cut off in
+            the reasoning. `did_not_fit` counts references that did not fit this round's prompt.
+        cut_references: references shortened to fit.
+        cut_answers: messages whose answer was cut off by the token limit; they are passed on anyway.
     """
 
     number: int
@@ -180,9 +180,9 @@ class Totals:
 
     Attributes:
         output_tokens: the test-time compute (TTC) of section 2.1: of every trajectory that ended, used or not.
-        lost_tokens: drawn by attempts that failed; not in `output_tokens`.
-        shared_tokens: of the prompts, computed once for several calls.
-        seconds: of the calls, one after the other.
+        lost_tokens: of failed attempts; not in `output_tokens`.
+        shared_tokens: prompt tokens computed once for several calls.
+        seconds: the sum of the calls' durations.
     """
 
     calls: int = 0
@@ -212,12 +212,12 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a problem came to, and all that led to it.
+    """The result of a problem, with all its rounds.
 
     Attributes:
-        chosen: round and index of the trajectory whose answer counts; None if the problem failed.
+        chosen: round and index of the trajectory that gives the answer; None if the problem failed.
         error: why it failed, in a batch run.
-        correct: whether the answer is right, in a batch run; None if that is not known.
+        correct: whether the answer is right, in a batch run; None if unknown.
     """
 
     problem: Problem
@@ -231,12 +231,12 @@ class Outcome:
 
     @property
     def rollout(self) -> Rollout:
-        """That of the chosen trajectory."""
+        """The chosen trajectory's rollout."""
         return Rollout() if self.chosen is None else self.rounds[self.chosen[0]].trajectories[self.chosen[1]].rollout
 
     @property
     def content(self) -> str:
-        """The answer, without reasoning. If all that there is is reasoning that was cut off, its end."""
+        """The answer, without reasoning; the end of the reasoning if that was cut off before an answer."""
         if self.chosen is None or self.rollout.has_answer:
             return self.rollout.content
         number, index = self.chosen
@@ -247,15 +247,15 @@ class Outcome:
         return Totals.of(each for round_ in self.rounds for each in round_.trajectories)
 
 
-# What observers are told while a problem is worked on: journals, progress, streams, live pages.
+# Events for observers of a problem: the journal, progress, streams, live pages.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundStarted:
     """
     Attributes:
-        references: of the prompt; if each call has references of its own, those of the first.
-        width: how many trajectories will be drawn, those known from an earlier run included.
+        references: those in the prompt; if each call has its own, the first call's.
+        width: the number of trajectories, including those known from an earlier run.
         seconds: since the problem began.
     """
 
@@ -268,7 +268,7 @@ class RoundStarted:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryPiece:
-    """A part of a message that is being written."""
+    """A streamed part of a message."""
 
     round: int
     index: int
@@ -277,7 +277,7 @@ class TrajectoryPiece:
 
 @dataclasses.dataclass(frozen=True)
 class AttemptFailed:
-    """Another attempt may follow."""
+    """An attempt failed; another may follow."""
 
     round: int
     index: int
@@ -286,7 +286,7 @@ class AttemptFailed:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryEnded:
-    """A trajectory of this run; those of an earlier run are not told again."""
+    """A trajectory of this run ended; those of an earlier run are not reported again."""
 
     trajectory: Trajectory
 
@@ -298,7 +298,7 @@ class RoundEnded:
 
 Event = RoundStarted | TrajectoryPiece | AttemptFailed | TrajectoryEnded | RoundEnded
 Notify = Callable[[Event], None]
-Pieces = Literal["none", "final", "all"]  # the rounds whose messages observers see while they are written
+Pieces = Literal["none", "final", "all"]  # the rounds whose messages are streamed to observers
 
 
 def ignore(event: Event) -> None:

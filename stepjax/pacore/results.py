@@ -1,13 +1,13 @@
-"""What a batch run's outcomes are written as: a row of results.jsonl each, and their sums in summary.json.
+"""A batch run's result files: a row of results.jsonl for each outcome, and their sums in summary.json.
 
-Rows have the names of the released batch code's output and of the released training data: results can be the problems
-of another run. Nothing in rows and summary depends on time, on the order in which calls ended, or on caches, except for
-an answer that takes so long to compare that it is not judged. How long things took is in timing.json.
+Rows use the field names of the released batch code's output and of the released training data, so results can be the
+problems of another run. Rows and summary do not depend on time, on the order in which calls ended, or on caches, except
+that an answer whose comparison takes too long is not judged. Durations are in timing.json.
 
-The accuracy is the mean over problems of the mean over their samples (mean@n); an answer that failed is a wrong one.
-Its 95 % interval is Wilson's for one sample a problem. For several, which are not independent of each other, it is the
-normal one over the problems' means, and needs two problems. An answer that could not be compared with the known one is
-counted apart, neither right nor wrong.
+The accuracy is the mean over problems of the mean over their samples (mean@n); failed answers count as wrong. With one
+sample per problem its 95 % interval is Wilson's. Several samples of a problem are not independent, so the interval is
+then the normal one over the problems' means and needs two problems. Answers that could not be compared with the ground
+truth are counted separately, neither right nor wrong.
 """
 
 import math
@@ -65,8 +65,8 @@ def _is_unjudged(outcome: Outcome) -> bool:
 
 
 def _references(outcome: Outcome) -> list[list[list[list[int | None]]]]:
-    """For each round what its prompts listed: one list for all calls, or one for each. It has the index of each message
-    and, if that was shortened for this prompt, how many characters of its end are left.
+    """The references in each round's prompts: one list for all calls, or one for each. An item is a message's index
+    and, if it was shortened for this prompt, the number of characters of its end that are left.
     """
     made, sources = [], outcome.problem.given
     for round_ in outcome.rounds:
@@ -101,7 +101,7 @@ def _response(trajectory: Trajectory) -> dict[str, Any]:
 
 
 class Tally:
-    """Sums over outcomes, which need not be in memory together."""
+    """Sums over outcomes, added one at a time."""
 
     def __init__(self):
         self._sums: Counter[str] = Counter()
@@ -109,7 +109,7 @@ class Tally:
         self._finish_reasons: Counter[str] = Counter()
         self._by_problem: dict[str, list[bool]] = defaultdict(list)
         self._by_sample: dict[int, list[bool]] = defaultdict(list)
-        # Of each round: sums, losses, and seconds of each problem.
+        # For each round: sums, losses, and the seconds of each problem.
         self._rounds: list[tuple[Counter[str], Counter[str], list[float]]] = []
 
     def add(self, outcome: Outcome) -> None:
@@ -156,7 +156,7 @@ class Tally:
             "prompt_tokens_per_answer": sums["prompt_tokens"] / count if count else None,
             "answered_by": dict(sorted(self._answered_by.items())),
             "finish_reasons": dict(sorted(self._finish_reasons.items())),
-            "rounds": [  # a problem that ended early has none of the later ones
+            "rounds": [  # a problem that ended early lacks the later ones
                 {"round": i, **{name: sums[name] for name in summed}, "losses": dict(sorted(losses.items()))}
                 for i, (sums, losses, _) in enumerate(self._rounds, start=1)
             ],
@@ -166,7 +166,7 @@ class Tally:
         """The content of timing.json.
 
         Args:
-            seconds: that the run took, in all its processes.
+            seconds: the run's duration, over all its restarts.
         """
         calls, tokens = self._sums["calls"], self._sums["output_tokens"]
         return {
@@ -181,7 +181,7 @@ class Tally:
                     "mean_seconds": statistics.fmean(latencies),
                     "median_seconds": statistics.median(latencies),
                     "longest_seconds": max(latencies),
-                    # Of one problem.
+                    # Per problem.
                     "tokens_per_second": sums["output_tokens"] / sum(latencies) if sum(latencies) else None,
                     "prompt_tokens": sums["prompt_tokens"],
                     "shared_prompt_tokens": sums["shared_prompt_tokens"],  # computed once for several calls
@@ -210,14 +210,14 @@ class Tally:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for reading."""
+    """The summary as a text table."""
     lines = {"method": summary["method"], "answers": f"{summary['answers']} of {summary['problems']} problems"}
     if summary["samples"] > 1:
         lines["answers"] += f" x {summary['samples']} samples"
     if summary["failed"]:
-        lines["failed"] = f"{summary['failed']} (counted as wrong where the answer is known)"
+        lines["failed"] = f"{summary['failed']} (counted as wrong if the answer is known)"
     if summary["unjudged"]:
-        lines["not judged"] = f"{summary['unjudged']} (neither right nor wrong; the log names the known answers)"
+        lines["not judged"] = f"{summary['unjudged']} (neither right nor wrong; see the log for their known answers)"
     if summary["accuracy"] is not None:
         name = "accuracy" if summary["samples"] == 1 else f"mean@{summary['samples']}"
         lines[name] = f"{100 * summary['accuracy']:.1f} % of {summary['scored_problems']}"
@@ -227,13 +227,13 @@ def table(summary: Mapping[str, Any]) -> str:
     lines["answered by"] = _counts(summary["answered_by"])
     lines["calls"] = str(summary["calls"])
     if summary["failed_tries"]:
-        lines["calls"] += f", and {summary['failed_tries']} attempts that failed"
+        lines["calls"] += f", and {summary['failed_tries']} failed attempts"
     for name, tokens in (("TTC", "output_tokens"), ("prompts", "prompt_tokens")):
         lines[name] = f"{_number(summary[tokens])} tokens"
         if summary["answers"]:
-            lines[name] += f", {human_number(summary[f'{tokens}_per_answer'])} an answer"
+            lines[name] += f", {human_number(summary[f'{tokens}_per_answer'])} per answer"
     if summary["lost_tokens"]:
-        lines["lost"] = f"{_number(summary['lost_tokens'])} tokens, of attempts that failed"
+        lines["lost"] = f"{_number(summary['lost_tokens'])} tokens, in failed attempts"
     lines["ended by"] = _counts(summary["finish_reasons"])
     for each in summary["rounds"]:
         cuts = {name: each[name] for name in ("cut_references", "cut_answers") if each[name]}

@@ -1,12 +1,12 @@
-r"""Whether two mathematical answers are the same: one way of writing, exact types, and math-verify for the rest.
+r"""Compares two mathematical answers: normalisation, exact types, and math-verify for the rest.
 
-- Rational numbers are compared exactly: 1/2, \frac{1}{2}, .5 and 50% are one number, 33.3 and 100/3 are two.
-- A number with a unit is that number, with another unit it is another answer; units are not converted.
-- Lists, tuples, intervals and sets have the same number of items, each the same. Round and square brackets fix the
-  order of items; without brackets, or in braces, any order will do. `1,234` is a number, `1,2` and `1, 234` are lists.
-- The letter of an option, `(B)` or `B. Paris`, is compared with a letter.
-- Words are compared as words, without regard to capitals.
-- Equations are the same if both sides are, up to a factor. `x = 5` is 5, but not `y = 5`.
+- Rational numbers are compared exactly: 1/2, \frac{1}{2}, .5 and 50% are equal, 33.3 and 100/3 are not.
+- A number with a unit equals the bare number but not the number with another unit; units are not converted.
+- Lists, tuples, intervals and sets must have equally many, pairwise equal items. The order counts in round and square
+  brackets, but not in braces or without brackets. `1,234` is a number, `1,2` and `1, 234` are lists.
+- An option, `(B)` or `B. Paris`, is compared by its letter.
+- Words are compared case-insensitively.
+- Equations are equal if they agree up to a factor. `x = 5` equals 5, but not `y = 5`.
 """
 
 import ast
@@ -19,7 +19,7 @@ from fractions import Fraction
 
 from stepjax.pacore import math_judge
 
-# Characters and items beyond which an answer is compared as it is written.
+# Longer answers are compared literally.
 _MOST_CHARACTERS, _MOST_ITEMS = 1000, 32
 _MOST_BITS = 100_000  # of a power
 
@@ -67,16 +67,16 @@ _OPENING, _CLOSING = {"(": "(", "[": "[", "{": "{", "\\{": "{"}, {")": ")", "]":
 def same(gold: str, answer: str, *, asks: bool = True) -> bool | None:
     """
     Args:
-        asks: math-verify, where nothing else tells.
+        asks: call math-verify if nothing else decides.
 
     Returns:
-        None where it is not known.
+        None if undecided.
     """
     return _same(normalised(gold), normalised(answer), asks, depth=0)
 
 
 def normalised(text: str) -> str:
-    """The same text in one way of writing; what only changes how it looks is gone."""
+    """The text in a canonical notation, without commands that only change its looks."""
     text = " ".join(text.split())
     if len(text) > 4 * _MOST_CHARACTERS:
         return text
@@ -93,10 +93,10 @@ def normalised(text: str) -> str:
 class _Reading:
     """
     Attributes:
-        text: of the value.
-        name: of the variable that has it.
-        option: a letter.
-        brackets: around the items, such as "(]".
+        text: the value as text.
+        name: the variable it is assigned to, if any.
+        option: the letter of an option.
+        brackets: around the items, e.g. "(]".
     """
 
     text: str
@@ -158,7 +158,7 @@ def _same(gold: str, answer: str, asks: bool, depth: int) -> bool | None:
         return a.number == b.number and (not a.unit or not b.unit or a.unit == b.unit)
     if a.items and b.items:
         return _same_items(a, b, asks, depth)
-    # Groups of three may have been meant as items.
+    # `1,234` may have been meant as a list.
     if a.items and b.number is not None:
         return _same_items(a, _regrouped(b), asks, depth)
     if b.items and a.number is not None:
@@ -221,10 +221,10 @@ def _unit(text: str) -> str:
 
 
 def _items(text: str, *, groups: bool = True) -> tuple[tuple[str, ...], str]:
-    """What commas, semicolons, "and" and "or" part, and the brackets around all of it.
+    """Splits at commas, semicolons, "and" and "or"; also returns the brackets around the whole.
 
     Args:
-        groups: `1,234` is one number.
+        groups: read `1,234` as one number.
     """
     if "\\begin" in text:
         return (text,), ""
@@ -261,7 +261,7 @@ def _is_balanced(text: str) -> bool:
 
 
 def _value(text: str) -> Fraction | None:
-    """Of a number, or of an expression of numbers alone."""
+    """The value of a number or an arithmetic expression, else None."""
     if not re.search(r"\d", text) or len(text) > _MOST_CHARACTERS:
         return None
     text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
@@ -300,7 +300,7 @@ _OPERATIONS = {
 
 
 def _evaluated(node: ast.expr) -> Fraction | None:
-    """None for what is no arithmetic, or too large."""
+    """None if it is not arithmetic or too large."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return Fraction(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):

@@ -1,11 +1,11 @@
 """The synthesis prompt: a conversation whose last message lists the references.
 
-The last message is replaced by a text in the published structure (report, table 6): what is given and what to do; the
-problem; the references, each under a line "Reference <n>:", from 1; and the request for a solution of one's own. Models
-trained with PaCoRe speak of "Reference 3": other templates should keep the labels. The wording is ours. It is
-another one for the result of a tool.
+The last message is replaced by a text in the published structure (report, table 6): the task; the problem; the
+references, each under a line "Reference <n>:", from 1; and the request for the model's own solution. Models trained
+with PaCoRe cite "Reference 3", so other templates should keep the labels. The wording is ours and differs for tool
+results.
 
-Everything before the last message stays as it is, and so do its images. Without references nothing changes.
+Earlier messages and the last message's images are unchanged. Without references nothing changes.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ Drawing on the {{ "tool result" if is_tool else "problem" }} and the references 
 class Template:
     """
     Raises:
-        ConfigError: the file cannot be read, or is no Jinja template that can be used.
+        ConfigError: the file cannot be read, or is not a valid Jinja template.
     """
 
     def __init__(self, config: PacoreConfig):
@@ -50,7 +50,7 @@ class Template:
                 self._text = Path(config.template).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{self._name} cannot be read: {error}") from error
-            try:  # within limits, once: one that loops for ever does so here
+            try:  # once, within limits: a template that loops forever fails here
                 for role in ("user", "tool"):
                     variables = _variables(role, "problem", [Reference(0, "reference")])
                     templates.render(self._text, variables, name=self._name)
@@ -94,7 +94,7 @@ def _variables(role: str, problem: str, references: Sequence[Reference]) -> dict
 def check_conversation(messages: Sequence[dict[str, Any]]) -> None:
     """
     Raises:
-        RecordError: it does not end with a user's or a tool's message of text and images.
+        RecordError: the conversation does not end with a user's or a tool's message of text and images.
     """
     if not messages:
         raise RecordError("messages is empty: give at least the user's question")

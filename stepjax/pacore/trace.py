@@ -1,19 +1,19 @@
-"""Pages of outcomes, and a table of them: HTML files that need no server, for the viewer in stepjax/web.
+"""HTML pages of outcomes, and an index table, for the viewer in stepjax/web. They need no server.
 
-A page shows a trace, one JSON object, which rounds.js draws:
+A page embeds a trace, one JSON object, which rounds.js draws:
 
     {"title", "id", "sample", "correct", "error", "answered_by", "chosen": [round, index] or null, "seconds", "totals",
      "problem", "has_reasoning",
      "rounds": [{"number", "is_final", "losses", "cut_references", "cut_answers", "totals",
                  "references": [{"index", "text", "state"}],   in the order of their labels; see `_reference_state`
-                 "has_own_references",                         each trajectory sees some of them, by labels of its own
-                 "left_out": [index, ...],                     left a message, but the prompt had no room for it
+                 "has_own_references",                         each trajectory sees some of them, with its own labels
+                 "left_out": [index, ...],                     their messages did not fit the prompt
                  "answers": [[answer, count], ...],
                  "trajectories": [{"round", "index", "state",  see `_state`
-                                   "message", "reasoning",     lists of parts: text, or [label, text] that cites one
-                                   "passed_on",                in place of the message, where that was cut
+                                   "message", "reasoning",     lists of parts: text, or [label, text] for a citation
+                                   "passed_on",                replaces the message if that was cut
                                    "references": [index, ...] or null,
-                                   "citations": {label: [times, in the reasoning]}, ...}]}]}
+                                   "citations": {label: [count, count in the reasoning]}, ...}]}]}
 """
 
 import base64
@@ -56,8 +56,8 @@ def trace_html(
     """The page of an outcome.
 
     Args:
-        matching: how answers are found in messages, to show them; None if they are no short answers.
-        reasoning: include it; it makes up most of a page.
+        matching: how to find the short answers in messages; None if the problem has no short answer.
+        reasoning: include the reasoning; it makes up most of a page.
     """
     title = title or title_of(of)
     return web.saved_page(title, _bounded({"title": title, **trace_data(of, matching=matching, reasoning=reasoning)}))
@@ -68,7 +68,7 @@ def title_of(of: Outcome) -> str:
 
 
 def page_name(problem: str, sample: int) -> str:
-    """A file name that no other problem has, also where capitals do not count."""
+    """A file name unique to the problem, even on case-insensitive file systems."""
     plain = re.sub(r"[^a-z0-9._-]", "_", problem.lower()).lstrip("._-")[:60] or "problem"
     if plain != problem or plain == "index" or ".sample-" in plain:
         plain = f"{plain}-{hashlib.blake2b(problem.encode('utf-8', 'surrogatepass'), digest_size=5).hexdigest()}"
@@ -76,7 +76,7 @@ def page_name(problem: str, sample: int) -> str:
 
 
 def trace_data(of: Outcome, *, matching: Matching | None = None, reasoning: bool = True) -> dict[str, Any]:
-    """See the top of this file for the form, and `trace_html` for the arguments."""
+    """The trace of an outcome. For its form see the top of this file, for the arguments `trace_html`."""
     ends = [each.rollout.start + each.rollout.seconds for round_ in of.rounds for each in round_.trajectories]
     return {
         "id": of.problem.id,
@@ -97,7 +97,7 @@ def _round(of: Outcome, number: int, matching: Matching | None, reasoning: bool)
     round_ = of.rounds[number]
     sources = {each.index: each for each in (of.rounds[number - 1].messages if number else of.problem.given)}
     seen = round_.own_references or (round_.references,) * round_.width
-    # If each trajectory has references of its own, all of them are listed, by index.
+    # If each trajectory has its own references, list all of them, by index.
     every = {each.index: each for own in round_.own_references for each in own}
     references = [every[index] for index in sorted(every)] or round_.references
     trajectories = [
@@ -126,7 +126,7 @@ def _round(of: Outcome, number: int, matching: Matching | None, reasoning: bool)
 
 
 def _reference_state(reference: Reference, source: Reference | None) -> str:
-    """ "whole"; "shortened" for this prompt; or "tail", the end of reasoning that was cut off."""
+    """ "whole"; "shortened" for this prompt; or "tail", the end of a cut-off reasoning."""
     if source is not None and source.text != reference.text:
         return "shortened"
     return "tail" if reference.was_cut else "whole"
@@ -173,7 +173,7 @@ def _trajectory(
 
 
 def _state(each: Trajectory, message: Reference | None) -> str:
-    """What became of a call: "ok"; "cut", an answer without its end; "tail", the end of its reasoning; or its loss."""
+    """The state of a call: "ok"; "cut", an answer without its end; "tail", the end of its reasoning; or its loss."""
     is_cut = each.finish_reason == "length"
     if message is not None:
         return "tail" if message.was_cut else "cut" if is_cut else "ok"
@@ -226,7 +226,7 @@ def _item(item: Any) -> dict[str, str]:
 
 
 def _image(source: Any) -> dict[str, str]:
-    """A data URI as it is, a picture from elsewhere made small; what cannot be shown is named."""
+    """Data URIs pass through, other images become thumbnails; a note replaces one that cannot be shown."""
     if source is None:
         return {"note": "image, not kept in the results"}
     if isinstance(source, str):
@@ -264,7 +264,7 @@ def _as_text(value: Any) -> str:
 
 
 def table_entry(of: Outcome, page: str, matching: Matching) -> dict[str, Any]:
-    """What the table says of an outcome; small, whatever the outcome is."""
+    """An outcome's row of the table; small for any outcome."""
     truth = of.problem.ground_truth
     answer = of.error or (of.content if truth is None else extract(of.content, matching))
     return {
@@ -281,7 +281,7 @@ def table_entry(of: Outcome, page: str, matching: Matching) -> dict[str, Any]:
 
 
 def write_table(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str, method: str | None) -> None:
-    """A page with a row for each entry, and their sums."""
+    """Writes a page with a row for each entry, and their sums."""
     scored = [each["correct"] for each in entries if each["correct"] is not None]
     total = {name: sum(each[name] for each in entries) for name in ("error", "calls", "output_tokens", "lost_tokens")}
     facts = [
@@ -302,8 +302,7 @@ def _line(text: str) -> str:
 
 
 def _bounded(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not have, and with only the beginnings of the longest
-    texts."""
+    """Replaces NaN and infinities, which JSON lacks, by None, and truncates very long texts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str) and len(value) > MOST_SHOWN and not value.startswith("data:image/"):
@@ -316,4 +315,4 @@ def _bounded(value: Any) -> Any:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(text.encode("utf-8", "replace"))  # a title may have half a surrogate pair
+        file.write(text.encode("utf-8", "replace"))  # a title may have a lone surrogate

@@ -1,1 +1,1 @@
-"""Rollouts: what inference leaves and everything else reads, and how they are sampled."""
+"""Rollouts (samples of a model) and the samplers that draw them."""

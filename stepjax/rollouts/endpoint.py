@@ -1,8 +1,8 @@
-"""The sampler over any endpoint that speaks OpenAI's chat completions. Connections are pooled, and TLS is verified.
+"""The sampler over any OpenAI-compatible chat completions endpoint. Connections are pooled, and TLS is verified.
 
-What an endpoint sends is checked here, before it is kept. Counts in `usage` that are no counts are ignored; a field of
-a type that OpenAI's API does not have there fails the call, which may be retried. Answers are bounded in bytes and in
-time. None is decompressed: a few bytes could become any number of them.
+Responses are validated before they are stored. Invalid counts in `usage` are ignored; a field of the wrong type fails
+the call, which may be retried. Responses are limited in bytes and in time. They are never decompressed: a few bytes
+could expand without bound.
 """
 
 import asyncio
@@ -36,19 +36,19 @@ from stepjax.rollouts.sampler import Listener, PreparedPrompt, SamplerError, Tok
 KEY_VARIABLES = ("STEPJAX_UPSTREAM_API_KEY", "OPENAI_API_KEY")
 
 _log = logging.getLogger(__name__)
-_TEMPORARY = {408, 409, 425, 429}  # and all from 500 on
+_TEMPORARY = {408, 409, 425, 429}  # and 500 or above
 
-_MOST_LINE = 16 << 20  # bytes of one event of a stream
-_MOST_ERROR = 1 << 20  # bytes of an answer that says what is wrong
+_MOST_LINE = 16 << 20  # bytes of one stream event
+_MOST_ERROR = 1 << 20  # bytes of an error response
 
-# The HTTP library is the client's own affair: httpx, or what took its place.
+# The HTTP library that the openai client uses: httpx or its successor.
 _http: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
 
 
 def _json_object(text: str) -> dict[str, Any]:
     made = json.loads(text)
     if not isinstance(made, dict):
-        raise ValueError(f"{text!r:.100} is not an object of JSON")
+        raise ValueError(f"{text!r:.100} is not a JSON object")
     return made
 
 
@@ -68,29 +68,27 @@ _JsonObject = Annotated[
 class EndpointConfig:
     """
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
 
-    url: str | None = None  # such as http://localhost:8000/v1
-    model: str | None = None  # None: the first that the endpoint lists
-    # Not for command lines, which other users can see; see KEY_VARIABLES.
+    url: str | None = None  # e.g. http://localhost:8000/v1
+    model: str | None = None  # None: the first model the endpoint lists
+    # Not a command-line option, since other users can see command lines; see KEY_VARIABLES.
     api_key: tyro.conf.Suppress[tyro.conf.Fixed[str | None]] = dataclasses.field(default=None, repr=False)
     headers: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, str]]] = dataclasses.field(
         default_factory=dict, repr=False
     )
     body: _JsonObject = dataclasses.field(default_factory=dict)  # fields added to every request
-    max_concurrent: int = 256  # calls under way; more wait for their turn
-    streams: bool = True  # answers are streamed: a dead connection is noticed, and tokens are seen as they come
+    max_concurrent: int = 256  # calls in progress; more wait for their turn
+    streams: bool = True  # stream answers: dead connections are noticed, and tokens are counted as they arrive
     sends_seed: bool = True
     connect_seconds: float = 20.0
     silence_seconds: float = 1000.0  # between two parts of an answer
-    answer_seconds: float = 6 * 3600.0  # for a whole answer, from when the call is sent
-    max_response_bytes: int = 128 << 20  # of a whole answer, with all that is around its text
-    max_context: int | None = (
-        None  # tokens of prompt and answer; with `tokenizer`, prompts are fitted before they are sent
-    )
-    tokenizer: str | None = None  # a tokenizer.json to count with
-    # The endpoint's template opens <think> and its content keeps the reasoning. None: not known; then an answer that is
+    answer_seconds: float = 6 * 3600.0  # for a whole answer, from sending the call
+    max_response_bytes: int = 128 << 20  # of a whole response, JSON included
+    max_context: int | None = None  # tokens of prompt and answer; needs `tokenizer`, to fit prompts before sending
+    tokenizer: str | None = None  # a tokenizer.json for counting tokens
+    # The endpoint's template opens <think>, and its content keeps the reasoning. None: unknown; then an answer that is
     # cut off without a </think> counts as reasoning.
     opens_thinking: bool | None = None
 
@@ -104,14 +102,14 @@ class EndpointConfig:
 
 
 class FileTokens:
-    """A tokenizer.json, for counting."""
+    """Counts tokens with a tokenizer.json."""
 
     def __init__(self, path: str):
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare ones
+        except Exception as error:  # the library raises bare Exception
             raise TokenError(f"tokenizer {path!r} cannot be read: {error}") from error
 
     def count(self, text: str) -> int:
@@ -145,7 +143,7 @@ class EndpointSampler:
             base_url=endpoint.url,
             api_key=key or "none",
             default_headers={**endpoint.headers, "Accept-Encoding": "identity"},
-            max_retries=0,  # callers retry, and count it
+            max_retries=0,  # callers retry and count the attempts
             timeout=timeout,
             http_client=openai.DefaultAsyncHttpxClient(
                 limits=connections, timeout=timeout, event_hooks={"response": [self._bound]}
@@ -163,10 +161,10 @@ class EndpointSampler:
         await self._client.close()
 
     async def model(self) -> str:
-        """The model's name, asked for where it was not given.
+        """The model's name; asks the endpoint if the configuration has none.
 
         Raises:
-            SamplerError: the endpoint cannot be reached, or lists none.
+            SamplerError: the endpoint cannot be reached or lists no model.
         """
         async with self._asking:  # once, for all calls
             if self._model is None:
@@ -181,7 +179,7 @@ class EndpointSampler:
     async def prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int
     ) -> AsyncIterator[PreparedPrompt]:
-        """See `Sampler.prompt`. Tokens of images and of the chat template are not known, and not counted."""
+        """See `Sampler.prompt`. Tokens of images and of the chat template are unknown and not counted."""
         made = await asyncio.to_thread(lambda: [_message(message) for message in messages])
         count = None
         if self.tokens is not None:
@@ -210,26 +208,27 @@ class EndpointSampler:
                 else:
                     answer.take(await self._client.chat.completions.create(model=model, extra_body=body, **known))
         if answer.finish_reason is None:
-            raise SamplerError("the answer has no end", is_temporary=True, num_tokens=listener.num_tokens)
+            message = "the answer ended without a finish_reason"
+            raise SamplerError(message, is_temporary=True, num_tokens=listener.num_tokens)
         return self._rollout(answer, prompt)
 
     @contextlib.asynccontextmanager
     async def _reading(self, listener: Listener, seconds: float) -> AsyncIterator[None]:
-        """Whatever goes wrong while an answer is read, within that time, is the endpoint's failure."""
+        """Turns any error while reading an answer, or a timeout, into SamplerError."""
         try:
             async with asyncio.timeout(seconds):
                 yield
         except SamplerError:
             raise
-        except Exception as error:  # of the client, or of the library that parses what is no answer
+        except Exception as error:  # from the client, or from parsing an invalid answer
             raise _failure(error, seconds, listener.num_tokens) from error
 
     async def _bound(self, response: Any) -> None:
-        """Before a byte of the answer is read."""
+        """A response hook: runs before the body is read, and bounds it."""
         encoding = response.headers.get("content-encoding", "")
         if encoding.strip().lower() not in ("", "identity"):
             raise SamplerError(
-                f"the endpoint compresses its answer ({encoding[:40]!r}) although it is asked not to: switch that off",
+                f"the endpoint compresses its answer ({encoding[:40]!r}) although asked not to: turn compression off",
                 is_temporary=True,
             )
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
@@ -241,7 +240,7 @@ class EndpointSampler:
         )
 
     def _fields(self, params: SamplingParams) -> dict[str, Any]:
-        """Of a request; those that are not OpenAI's only where they change something."""
+        """The request's sampling fields; non-OpenAI fields only if they differ from the default."""
         fields: dict[str, Any] = {"temperature": params.temperature, "top_p": params.top_p}
         if params.max_tokens is not None:
             fields["max_tokens"] = params.max_tokens
@@ -260,7 +259,7 @@ class EndpointSampler:
         content, reasoning = whole_text("".join(answer.content)), whole_text("".join(answer.reasoning)) or None
         if reasoning is None:
             opens = self.endpoint.opens_thinking
-            # If nobody knows, a cut answer without </think> is taken for reasoning, a whole one for an answer.
+            # If unknown, a truncated answer without </think> counts as reasoning, a complete one as an answer.
             opens = answer.finish_reason == "length" if opens is None else opens
             if opens or "</think>" in content or content.lstrip().startswith("<think>"):
                 content, reasoning = split_reasoning(content, starts_thinking=opens)
@@ -270,8 +269,8 @@ class EndpointSampler:
             output_tokens = answer.num_parts if self.tokens is None else self.tokens.count(text)
             if not self._has_warned:
                 self._has_warned = True
-                how = "parts of the stream" if self.tokens is None else "the tokenizer's"
-                _log.warning("%s does not say how many tokens it used: %s are counted", self.endpoint.url, how)
+                how = "stream chunks" if self.tokens is None else "tokens with the tokenizer"
+                _log.warning("%s does not report token usage; counting %s", self.endpoint.url, how)
         return Rollout(
             content=content,
             reasoning=reasoning,
@@ -286,7 +285,7 @@ class EndpointSampler:
 
 def _failure(error: Exception, seconds: float, num_tokens: int) -> SamplerError:
     cause, status, response = error.__cause__, getattr(error, "status_code", None), getattr(error, "response", None)
-    if isinstance(cause, SamplerError):  # of `_bound`
+    if isinstance(cause, SamplerError):  # from `_bound`
         return SamplerError(str(cause), is_temporary=cause.is_temporary, num_tokens=num_tokens)
     if status is not None:
         message = f"status {status}: {error}"
@@ -297,7 +296,7 @@ def _failure(error: Exception, seconds: float, num_tokens: int) -> SamplerError:
     else:
         message = f"the endpoint's answer cannot be read: {error} ({type(error).__name__})"
     retry_after = None
-    with contextlib.suppress(TypeError, ValueError):  # there is none, or it is a date
+    with contextlib.suppress(TypeError, ValueError):  # missing, or a date
         retry_after = float(response.headers.get("retry-after") if response is not None else None)  # type: ignore
     if retry_after is not None and not math.isfinite(retry_after):
         retry_after = None
@@ -317,9 +316,12 @@ class _BoundedStream(_http.AsyncByteStream):
         async for part in self._stream:
             count += len(part)
             line = len(part) - 1 - part.rfind(b"\n") if b"\n" in part else line + len(part)
-            for found, most, what in ((count, self._most, "the answer"), (line, self._most_line, "a line of it")):
+            for found, most, what in (
+                (count, self._most, "the answer"),
+                (line, self._most_line, "a line of the answer"),
+            ):
                 if found > most:
-                    raise SamplerError(f"{what} has more than {most} bytes: it is not read on", is_temporary=True)
+                    raise SamplerError(f"{what} is longer than {most} bytes", is_temporary=True)
             yield part
 
     async def aclose(self) -> None:
@@ -337,7 +339,7 @@ def _item(item: dict[str, Any]) -> dict[str, Any]:
     if item.get("type") != "image":
         return item
     source = item["image"]
-    if item.get("frame") is not None:  # servers take none, or the first
+    if item.get("frame") is not None:  # servers accept no `frame`; they use the first
         file = io.BytesIO()
         open_image(source, frame=item["frame"]).save(file, "PNG")
         source = file.getvalue()
@@ -345,7 +347,7 @@ def _item(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data_uri(source: Any) -> str:
-    """An image file, a path or its bytes, as a data URI; a URI stays as it is."""
+    """An image file (path or bytes) as a data URI; URIs pass through."""
     if isinstance(source, str) and source.startswith(("data:", "http://", "https://")):
         return source
     try:

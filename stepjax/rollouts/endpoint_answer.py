@@ -1,4 +1,4 @@
-"""An answer of OpenAI's chat completions, whole or put together from a stream; each field is checked on the way."""
+"""A chat completions answer, whole or assembled from a stream; every field is validated."""
 
 import json
 import math
@@ -15,16 +15,16 @@ _MOST_TOKENS = 1 << 31
 
 
 class EndpointAnswer:
-    """What the endpoint has sent so far; it may leave fields out, or send them as null.
+    """What the endpoint has sent so far. Fields may be missing or null.
 
     Raises:
-        ValueError: a field is not what it is in OpenAI's API.
-        SamplerError: the endpoint says that it failed, or writes without end.
+        ValueError: a field is not valid in OpenAI's API.
+        SamplerError: the endpoint reported a failure, or its answer is too long.
     """
 
     def __init__(self, listener: Listener, *, opens_thinking: bool, has_logprobs: bool):
         self._listener, self._has_logprobs = listener, has_logprobs
-        self._parts = ReasoningStream(starts_thinking=opens_thinking)  # of content that holds the reasoning
+        self._parts = ReasoningStream(starts_thinking=opens_thinking)  # for content that includes the reasoning
         self.content: list[str] = []
         self.reasoning: list[str] = []
         self._length = 0
@@ -35,7 +35,7 @@ class EndpointAnswer:
         self._logprobs: list[float] = []
 
     def take(self, answer: Any) -> None:
-        """A whole answer, or a chunk of one."""
+        """Adds a whole answer or a chunk."""
         error = getattr(answer, "error", None)
         if error:
             message = f"the endpoint failed: {error!s:.2000}"
@@ -64,7 +64,7 @@ class EndpointAnswer:
 
     def _take_message(self, message: Any) -> None:
         content = api_string("content", message.content)
-        # Some servers say "reasoning".
+        # Some servers name it "reasoning".
         said = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         reasoning = api_string("reasoning_content", said)
         self._grow(len(content) + len(reasoning))
@@ -90,7 +90,7 @@ class EndpointAnswer:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MOST_CALLS or function is None:
             refuse("tool_calls", call)
         name, written = api_string("a tool call's name", function.name), function.arguments
-        # Some servers send the object itself.
+        # Some servers send an object rather than a JSON string.
         arguments = json.dumps(written) if isinstance(written, dict) else api_string("a tool call's arguments", written)
         name_of = api_string("a tool call's id", call.id)
         self._grow(len(name) + len(arguments) + len(name_of))
@@ -125,12 +125,12 @@ class EndpointAnswer:
     def _grow(self, count: int) -> None:
         self._length += count
         if self._length > _MOST_TEXT:
-            message = f"the answer has more than {_MOST_TEXT} characters: it is not read on"
+            message = f"the answer is longer than {_MOST_TEXT} characters"
             raise SamplerError(message, is_temporary=True, num_tokens=self._listener.num_tokens)
 
 
 def _count(of: Any, name: str) -> int | None:
-    """None for what is no number of tokens."""
+    """A token count; None if the value is not one."""
     value = getattr(of, name, None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -142,9 +142,9 @@ def api_string(name: str, value: Any) -> str:
 
 
 def refuse(name: str, value: Any) -> NoReturn:
-    raise ValueError(f"{name} is {value!r:.100}, which OpenAI's API does not have there")
+    raise ValueError(f"{name} is {value!r:.100}, which is not valid in OpenAI's API")
 
 
 def whole_text(text: str) -> str:
-    """Joins surrogate pairs that came as escapes of JSON, and replaces lone surrogates, which no request could hold."""
+    """Joins surrogate pairs that came as JSON escapes, and replaces lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

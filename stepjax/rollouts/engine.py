@@ -1,7 +1,7 @@
 """The sampler over an engine in this process.
 
-Every rollout is a request of its own, so that each is cancelled, and answered, alone. All rollouts of all prompts are
-in one continuous batch; those of one prompt share its computation, its pages and the reading of them.
+Every rollout is its own request, so each can be cancelled and can finish alone. All rollouts share one continuous
+batch; rollouts of the same prompt share its prefill, its pages and the reads of those pages.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ Messages = Sequence[dict[str, Any]]
 
 
 class ProcessorTokens:
-    """A processor's tokenizer, for counting."""
+    """Counts tokens with a processor's tokenizer."""
 
     def __init__(self, processor: AnyProcessor):
         self._processor = processor
@@ -41,7 +41,7 @@ class EnginePrompt:
     """
     Attributes:
         starts_thinking: the prompt has opened `<think>` for the model.
-        parses_calls: tool calls are taken out of the answer.
+        parses_calls: tool calls are parsed out of the answer.
     """
 
     example: Example
@@ -50,17 +50,17 @@ class EnginePrompt:
 
 
 class RolloutBuilder:
-    """Makes a rollout of an engine's deltas, and says of each what it adds to the message.
+    """Builds a rollout from an engine's deltas, and returns what each adds to the message.
 
     Attributes:
-        logprobs: of the tokens so far, where the request asks for them.
-        num_tokens: so far.
+        logprobs: of the tokens so far, if requested.
+        num_tokens: sampled so far.
     """
 
     def __init__(self, prompt: EnginePrompt, *, call_prefix: str | None = None):
         """
         Args:
-            call_prefix: of the ids of tool calls; by default the seed, so that the same sample is the same rollout.
+            call_prefix: for tool call ids; defaults to the seed, so that the same sample gives the same rollout.
         """
         self._prompt, self._call_prefix = prompt, call_prefix
         self._answer = AnswerStream(starts_thinking=prompt.starts_thinking, parses_calls=prompt.parses_calls)
@@ -73,7 +73,7 @@ class RolloutBuilder:
         self.num_tokens = 0
 
     def add(self, delta: Delta) -> list[Piece]:
-        """What is new of the message: pieces with one field each."""
+        """Returns the new pieces of the message, with one field each."""
         self.num_tokens += len(delta.tokens)
         self.logprobs += delta.logprobs
         if delta.logprobs:
@@ -94,7 +94,7 @@ class RolloutBuilder:
         return None if reason is None else self._answer.finish_reason(reason)
 
     def rollout(self) -> Rollout:
-        """The whole, when the last delta has been added."""
+        """The whole rollout; call it after the last delta."""
         last, reason = self._last, self.finish_reason
         assert last is not None and reason is not None, "the sample has not ended"
         logprobs = self.logprobs
@@ -140,10 +140,10 @@ class EngineSampler:
     ):
         """
         Args:
-            engine: `inference.async_engine.AsyncEngine` is one.
-            enable_thinking: as `Processor.process_prompt` takes it.
-            open_example: makes the prompt of messages and tools in place of the processor, as a server does that
-                bounds requests.
+            engine: e.g. `inference.async_engine.AsyncEngine`.
+            enable_thinking: see `Processor.process_prompt`.
+            open_example: builds the prompt from messages and tools in place of the processor; the server passes one
+                that enforces its limits.
         """
         self._engine, self._processor, self._enable_thinking = engine, processor, enable_thinking
         self._open_example = open_example or self._process
@@ -175,17 +175,17 @@ class EngineSampler:
             raise SamplerError(str(error), is_temporary=True, num_tokens=made.num_tokens) from error
         except (StepjaxError, EngineFailedError):
             raise
-        except RuntimeError as error:  # EngineError: that of one request
+        except RuntimeError as error:  # EngineError of this request
             raise SamplerError(str(error), is_temporary=False, num_tokens=made.num_tokens) from error
         if made.finish_reason in (None, "cancelled", "error"):
-            reason = "gave nothing" if made.finish_reason is None else f"ended with {made.finish_reason!r}"
+            reason = "returned nothing" if made.finish_reason is None else f"ended with {made.finish_reason!r}"
             raise SamplerError(f"the engine {reason}", is_temporary=False, num_tokens=made.num_tokens)
         return made.rollout()
 
     @contextlib.asynccontextmanager
     async def _process(self, messages: Messages, tools: Messages) -> AsyncIterator[Example]:
         made = [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        # In a thread: images take long, and the other calls go on.
+        # In a thread: images are slow, and other calls continue meanwhile.
         yield await asyncio.to_thread(
             self._processor.process_prompt,
             made,
@@ -200,15 +200,15 @@ class EngineSampler:
             return message
         parts = [_processor_item(item, f"{where}.content[{i}]") for i, item in enumerate(content)]
         if any(part.get("type") == "image" for part in parts) and not hasattr(self._processor, "image_config"):
-            raise RecordError(f"{where} has an image, and the model reads text only")
+            raise RecordError(f"{where} has an image, but this is a text-only model")
         return {**message, "content": parts}
 
 
 def _processor_item(item: dict[str, Any], where: str) -> dict[str, Any]:
-    """A content item of OpenAI's API as `Processor` takes it."""
+    """Converts an OpenAI content item to the processor's form."""
     if item.get("type") != "image_url":
         return item
     url = item["image_url"]["url"] if isinstance(item.get("image_url"), dict) else item.get("image_url")
     if not isinstance(url, str) or url.startswith(("http://", "https://")):
-        raise ImageError(f"{where}: {url!r:.100} is not fetched; give a file or a data URI")
+        raise ImageError(f"{where}: {url!r:.100} is remote and not fetched; give a file or a data URI")
     return {"type": "image", "image": url.removeprefix("file://"), "frame": item.get("frame")}

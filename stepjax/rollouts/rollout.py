@@ -1,5 +1,5 @@
-"""The rollout: one sample of a model. Inference leaves it, and everything else reads it: PaCoRe compacts it, rewards
-score it, RL trains on it, the server answers with it, viewers show it, and files hold it in one JSON form.
+"""The rollout: one sample of a model. Inference produces it, PaCoRe compacts it, rewards score it, RL trains on it, the
+server answers with it, viewers show it, and files store it in one JSON form.
 
     {"version": 1, "content": "7", "reasoning": "3 + 4", "finish_reason": "stop", "num_tokens": 12, "seed": 5, ...}
 """
@@ -14,7 +14,7 @@ from stepjax.errors import RecordError
 
 VERSION = 1
 
-# A field must already have its type: the string "5" is no seed. Only JSON's lists become tuples.
+# No coercion: the string "5" is not a seed. Only JSON lists become tuples.
 Text = Annotated[str, pydantic.Strict()]
 Int = Annotated[int, pydantic.Strict()]
 Count = Annotated[int, pydantic.Strict(), pydantic.Field(ge=0)]
@@ -27,7 +27,7 @@ def validated(adapter: pydantic.TypeAdapter[T], fields: Mapping[str, Any], what:
     """A record from its fields.
 
     Raises:
-        RecordError: a field is missing, unknown or of another type; names it.
+        RecordError: names a field that is missing, unknown or of the wrong type.
     """
     try:
         return adapter.validate_python(fields)
@@ -41,21 +41,21 @@ def validated(adapter: pydantic.TypeAdapter[T], fields: Mapping[str, Any], what:
 class Rollout:
     """
     Attributes:
-        content: the answer, without the reasoning; empty where the reasoning was cut off.
+        content: the answer, without the reasoning; empty if the reasoning was cut off.
         tool_calls: in OpenAI's form.
         finish_reason: "stop", "length" or "tool_calls".
-        stop_reason: the stop string or id of the request that ended it, where one did.
-        mean_logprob: of the sampled tokens under the model, where the parameters ask for log-probabilities.
-        start: seconds on the clock of whoever sampled it (PaCoRe: since the problem began).
-        seconds: from the call to the end; for a local engine this includes the queue.
-        num_prompt_tokens, num_cached_tokens: of the prompt, and how many of those were already in the cache.
+        stop_reason: the request's stop string or id that ended it, if any.
+        mean_logprob: of the sampled tokens under the model, if log-probabilities were requested.
+        start: seconds on the sampling caller's clock (PaCoRe: since the problem began).
+        seconds: from the call to the end; includes queueing in a local engine.
+        num_prompt_tokens, num_cached_tokens: tokens of the prompt, and how many of them were cached.
         num_tokens: sampled.
-        text: what the model wrote, markup included. This field and those below stay empty where nobody asks for them:
-            see `without_tokens`. An endpoint knows none of them.
-        prompt_ids, token_ids: of the prompt, and as sampled, without the stop token.
-        logprobs: of `token_ids` under the model, whatever the temperature and the filters.
-        sampling_logprobs: under the distribution that they were sampled from; 0 where the temperature is 0.
-        top_logprobs: for each token the likeliest ones, `(id, log-probability)`, the likeliest first.
+        text: the raw output, markup included. This field and those below are empty unless requested (see
+            `without_tokens`); an endpoint never fills them.
+        prompt_ids, token_ids: ids of the prompt, and as sampled, without the stop token.
+        logprobs: of `token_ids` under the model, before temperature and filters.
+        sampling_logprobs: under the distribution that they were sampled from; 0 at temperature 0.
+        top_logprobs: for each token the most likely ones as `(id, log-probability)`, best first.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
@@ -85,22 +85,22 @@ class Rollout:
         return bool(self.content.strip() or self.tool_calls)
 
     def without_tokens(self) -> "Rollout":
-        """Without what only training needs, which takes many times the memory of the rest."""
+        """Drops the fields that only training needs; they take many times the memory of the rest."""
         bare = dict.fromkeys(("prompt_ids", "token_ids", "logprobs", "sampling_logprobs", "top_logprobs"), ())
         return dataclasses.replace(self, text="", **bare)
 
     def to_json(self) -> dict[str, Any]:
-        """The one JSON form; fields that have their default are left out."""
+        """The JSON form; fields with their default value are omitted."""
         fields = dataclasses.fields(self)
         given = {each.name: getattr(self, each.name) for each in fields if getattr(self, each.name) != each.default}
         return {"version": VERSION, **given}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Rollout":
-        """What `to_json` gave, also after a pass through text.
+        """The inverse of `to_json`, also after a round trip through text.
 
         Raises:
-            RecordError: a field is unknown or has another type, or the version is another one.
+            RecordError: a field is unknown or of the wrong type, or the version differs.
         """
         version = fields.get("version")
         if version != VERSION:

@@ -1,4 +1,4 @@
-"""The protocol between a model and whatever draws rollouts of it: PaCoRe, evaluation, training, the server.
+"""The protocol for drawing rollouts from a model; PaCoRe, evaluation, training and the server use it.
 
 `EngineSampler` (an engine in this process) and `EndpointSampler` (any OpenAI-compatible server) implement it.
 """
@@ -13,7 +13,7 @@ from stepjax.errors import ContextLengthError
 from stepjax.inference.request import SamplingParams
 from stepjax.rollouts.rollout import Rollout
 
-# What is new of a message while it is written: `content`, `reasoning_content` or `tool_calls`, as in OpenAI's deltas.
+# A new part of a streamed message: `content`, `reasoning_content` or `tool_calls`, as in OpenAI's deltas.
 Piece = dict[str, Any]
 
 
@@ -22,8 +22,8 @@ class SamplerError(RuntimeError):
 
     Attributes:
         is_temporary: the same call may succeed later.
-        retry_after: seconds that the server asks to wait.
-        num_tokens: sampled before the failure, as far as they are known.
+        retry_after: seconds the server asks to wait.
+        num_tokens: sampled before the failure, if known.
     """
 
     def __init__(self, message: str, *, is_temporary: bool, retry_after: float | None = None, num_tokens: int = 0):
@@ -35,9 +35,9 @@ class Listener:
     """Follows a rollout while it is sampled.
 
     Attributes:
-        num_tokens: sampled so far, as far as the sampler knows.
-        has_answer: a part of the answer was passed on, not only reasoning and white space.
-        began: by `time.monotonic`, when the call was sent; until then it waits for its turn and no time limit runs.
+        num_tokens: sampled so far, if the sampler knows.
+        has_answer: part of the answer was passed on, not only reasoning and white space.
+        began: when the call was sent, by `time.monotonic`; before that it is queued and no time limit runs.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Listener:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedPrompt:
-    """A conversation that any number of rollouts can be sampled from.
+    """A conversation to sample any number of rollouts from.
 
     Attributes:
-        num_tokens: None where the sampler cannot know.
-        payload: the sampler's own.
+        num_tokens: None if the sampler cannot know.
+        payload: private to the sampler.
     """
 
     num_tokens: int | None
@@ -78,7 +78,7 @@ class PreparedPrompt:
 def check_room(num_tokens: int, answer_tokens: int, max_context: int | None) -> None:
     """
     Raises:
-        ContextLengthError: prompt and answer have more tokens than the context.
+        ContextLengthError: prompt and answer together exceed the context.
     """
     excess = 0 if max_context is None else num_tokens + answer_tokens - max_context
     if excess > 0:
@@ -101,33 +101,33 @@ class TokenCounter(Protocol):
 
 class Sampler(Protocol):
     @property
-    def max_context(self) -> int | None: ...  # tokens of prompt and answer; None: not known
+    def max_context(self) -> int | None: ...  # tokens of prompt and answer; None: unknown
 
     @property
-    def tokens(self) -> TokenCounter | None: ...  # None: it has no tokenizer
+    def tokens(self) -> TokenCounter | None: ...  # None: no tokenizer
 
     def prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, answer_tokens: int
     ) -> AbstractAsyncContextManager[PreparedPrompt]:
-        """Prepares a conversation; rollouts can be sampled until the context is left.
+        """Prepares a conversation; rollouts can be sampled until the context exits.
 
         Args:
             messages: as in OpenAI's API. Images are items `{"type": "image_url", "image_url": {"url": ...}}`, or
                 `{"type": "image", "image": ...}` with anything that `processing.image_files.open_image` takes.
-            answer_tokens: the room that the prompt must leave for the answer.
+            answer_tokens: room the prompt must leave for the answer.
 
         Raises:
-            ContextLengthError: the prompt leaves less room; `excess` says how many tokens it is too long by.
+            ContextLengthError: the prompt leaves less room; `excess` is the number of tokens it is too long by.
             StepjaxError: the conversation cannot be used.
         """
         ...
 
     async def sample(self, prompt: PreparedPrompt, params: SamplingParams, listener: Listener) -> Rollout:
-        """Samples one rollout. Cancelling the task that waits for it cancels the call.
+        """Samples one rollout. Cancelling the awaiting task cancels the call.
 
         Args:
             params: with a seed. With `logprobs`, an engine's rollout also has text, token ids and log-probabilities.
-            listener: is told when the call is sent, of tokens and, if it wants them, of pieces as they are written.
+            listener: notified when the call is sent, of token counts and, if it wants them, of streamed pieces.
 
         Raises:
             SamplerError: the call failed.

@@ -1,4 +1,4 @@
-"""The ASGI apps: over an engine, and in front of another server. Their routes, and what stands around every route."""
+"""The ASGI apps, over an engine or in front of another server: routes and middleware."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # it takes a second to import
 
 Handle = Callable[[Json], Awaitable[Response]]
 
-_LARGE_BODY = 2**18  # is parsed in a thread
+_LARGE_BODY = 2**18  # bytes; larger bodies are parsed in a thread
 _PAGE_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data: blob:; "
@@ -55,7 +55,7 @@ _PAGE_HEADERS = {
 def make_app(
     engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig = PACORE
 ) -> Starlette:
-    """The app over an engine. `app.state.context` holds its parts; `admission.drain` ends it."""
+    """The app over an engine. `app.state.context` holds its parts; `admission.drain` shuts it down."""
     context = EngineContext(engine, processor, settings, pacore)
 
     async def views(body: Json) -> Response:
@@ -71,18 +71,18 @@ def make_app(
 
 
 def make_upstream_app(upstream: "EndpointSampler", settings: ServerSettings, pacore: PacoreConfig) -> Starlette:
-    """The app in front of another server: it has no model, and answers chats with PaCoRe, with the schedule of `pacore`
-    where requests name no other.
+    """The app in front of another server. It has no model of its own and answers chats with PaCoRe.
 
     Args:
-        upstream: is closed with the app.
+        upstream: closed with the app.
+        pacore: its schedule is the default for requests.
     """
 
     async def model_name() -> str:
         try:
             return settings.model_name or await upstream.model()
         except SamplerError as error:
-            raise ApiError(502, f"the upstream does not name its model: {error}", code="upstream_failed") from error
+            raise ApiError(502, f"the upstream did not report a model name: {error}", code="upstream_failed") from error
 
     context = Context(
         settings,
@@ -100,8 +100,8 @@ def _assemble(
 ) -> Starlette:
     """
     Args:
-        handles: what answers JSON objects, by path.
-        resource: held open while the app runs.
+        handles: handlers of JSON objects, by path.
+        resource: open while the app runs.
     """
     settings = context.settings
 
@@ -155,9 +155,7 @@ def _page(content: bytes, media_type: str):
 
 
 class Endpoint:
-    """A route that takes a JSON object: let in, read, answered. The client is watched while its answer is made: when it
-    leaves, the work for it is cancelled.
-    """
+    """A route that takes a JSON object: admits, reads and answers it. A disconnect of the client cancels the work."""
 
     def __init__(self, context: Context, handle: Handle):
         self._context, self._handle = context, handle
@@ -175,7 +173,7 @@ class Endpoint:
             context.metrics.disconnects.inc()
             return
         answer = admission.start(self._answer(body, scope, receive, send))
-        del body  # large, where it holds images
+        del body  # large if it holds images
         gone = asyncio.create_task(_disconnect(receive))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -216,11 +214,10 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class Guard:
-    """Lets requests pass that name this server as it may be named, and that bring an API key: `Authorization: Bearer
-    KEY`, on all paths but the open ones.
+    """Checks the Host header and, except on open paths, the API key (`Authorization: Bearer KEY`).
 
-    Without keys names matter: another site could point its own name here and pass for this server.
-    (Starlette's TrustedHostMiddleware answers in plain text, and with another status.)
+    Without keys the Host check stops DNS rebinding: another site could point its own name at this server.
+    (Starlette's TrustedHostMiddleware answers in plain text and with another status.)
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str], keys: Iterable[str], open_paths: Iterable[str]):
@@ -237,12 +234,13 @@ class Guard:
             value = headers.get("host", "")
             host = value.partition("]")[0] + "]" if value.startswith("[") else value.partition(":")[0]
             if host.lower() not in self._hosts:
-                message = f"this server answers to {', '.join(sorted(self._hosts))} only: start it with an API key"
+                names = " or ".join(sorted(self._hosts))
+                message = f"the Host header must be {names}: start the server with an API key to allow others"
                 return ApiError(403, message, code="host_not_allowed")
         if not self._digests or path in self._open_paths:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # Digests have one length, and all are compared: the time says nothing about the keys.
+        # Digests have the same length and all are compared, so timing reveals nothing about the keys.
         matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]
         if scheme.lower() == "bearer" and any(matches):
             return None
@@ -255,7 +253,7 @@ def _digest(key: str) -> bytes:
 
 
 class Measurement:
-    """Counts requests and times answers, by path and status. Unknown paths are counted together."""
+    """Counts requests and times answers, by path and status. Unknown paths share one label."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Iterable[str]):
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
@@ -266,7 +264,7 @@ class Measurement:
             return
         start = time.monotonic()
         path = scope["path"] if scope["path"] in self._paths else "other"
-        status, has_body = "none", False  # none: the client left before there was one
+        status, has_body = "none", False  # none: the client disconnected before the response started
 
         async def measured(message: Message) -> None:
             nonlocal status, has_body

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: prompt -> the engine's deltas -> rollouts -> choices, whole or streamed."""
+"""`/v1/chat/completions`: prompt -> engine deltas -> rollouts -> choices, whole or streamed."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from stepjax.serving.schemas import ChatRequest
 from stepjax.serving.streams import Frame, Json, choice_of, respond, usage
 from stepjax.serving.validation import parse_request
 
-# Deltas that may wait for a slow reader. Then the engine is no longer asked; what it has is bounded by `max_tokens`.
+# Deltas queued for a slow reader. When the queue is full, the engine buffers; `max_tokens` bounds that.
 _MAX_WAITING_DELTAS = 64
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -42,12 +42,12 @@ async def chat_completions(context: EngineContext, body: Json) -> Response:
 
 
 class EngineChat:
-    """An `Answer` by the engine. Whole and streamed, it is parsed in one way, so that both say the same."""
+    """An `Answer` by the engine. Whole and streamed answers share one parser, so they agree."""
 
     def __init__(self, context: EngineContext, request: ChatRequest, model: str):
         self._context, self._request = context, request
         self._frame = Frame(request, model)
-        self._rollouts: list[RolloutBuilder] = []  # of the samples, once there is a prompt
+        self._rollouts: list[RolloutBuilder] = []  # one for each sample, once the prompt is ready
 
     async def whole(self) -> Json:
         async with self._sampling() as batches:
@@ -62,7 +62,7 @@ class EngineChat:
         return self._frame.whole(choices, _usage(rollouts))
 
     async def chunks(self) -> AsyncGenerator[Json, None]:
-        num_sent: dict[int, int] = {}  # log-probabilities, by sample: those of text that is held back wait with it
+        num_sent: dict[int, int] = {}  # log-probabilities sent, by sample; they wait for held-back text
         async with self._sampling() as batches:
             async for batch in batches:
                 for delta in batch:
@@ -98,17 +98,17 @@ class EngineChat:
 
 
 def _usage(rollouts: Sequence[Rollout]) -> Json:
-    """Of samples of one prompt, which counts once."""
+    """Usage of samples of one prompt, which counts once."""
     first = rollouts[0]
     return usage(first.num_prompt_tokens, first.num_cached_tokens, sum(each.num_tokens for each in rollouts))
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], processor: AnyProcessor) -> Json:
-    """The model's own, before temperature and filters, for every token drawn, in reasoning and markup, too."""
+    """Log-probabilities of all sampled tokens (also reasoning and markup), before temperature and filters."""
 
     def entry(token: int, logprob: float) -> Json:
         text = processor.decode([token], False)
-        # Part of a character; the tokenizer does not give its bytes.
+        # The token is part of a character; the tokenizer does not expose its bytes.
         data = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
 
@@ -122,14 +122,14 @@ def chat_logprobs(logprobs: Iterable[TokenLogprob], processor: AnyProcessor) -> 
 async def generate(
     context: EngineContext, prompts: Sequence[Example], params: SamplingParams, *, request_id: str
 ) -> AsyncGenerator[list[Delta], None]:
-    """Samples all prompts; those of prompt i are numbered from i * n.
+    """Samples all prompts. Samples of prompt i are numbered from i * n.
 
-    Yields what has come since the last time, at most one delta of each sample, so that a loaded server sends fewer and
-    longer chunks. Closing it cancels the requests.
+    Yields the new text of each sample as one delta, so a loaded server sends fewer and longer chunks. Closing the
+    generator cancels the requests.
 
     Raises:
-        RequestError, BusyError: one of the prompts is not taken.
-        ApiError: 500, the engine failed or a sample did; 503, it was cancelled because the server shuts down.
+        RequestError, BusyError: the engine rejected a prompt.
+        ApiError: 500, the engine or a sample failed; 503, the server shut down and cancelled the request.
     """
     waiting: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MAX_WAITING_DELTAS)
 

@@ -1,4 +1,4 @@
-"""`stepjax serve` and `stepjax pacore serve`: their options, and a server's life from loading to the last answer."""
+"""`stepjax serve` and `stepjax pacore serve`: their options, and the server from loading to shutdown."""
 
 import asyncio
 import dataclasses
@@ -23,17 +23,17 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Answer OpenAI's chat and completion requests, and show a page to chat in a browser."""
+    """Serve the OpenAI chat and completions API, with a web page to chat in."""
 
-    # A Hugging Face directory, a converted checkpoint, or a run.
+    # A Hugging Face directory, a converted checkpoint or a training run.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     server: Annotated[ServerSettings, tyro.conf.arg(name="")] = ServerSettings()
-    warm_up: bool = True  # compile before listening, not while the first requests wait
+    warm_up: bool = True  # compile before listening, so that the first requests do not wait for it
     local: Annotated[EngineArguments, tyro.conf.arg(name="")] = EngineArguments()
-    pacore: PacoreConfig = PACORE  # for requests with PaCoRe, as far as they do not say otherwise
+    pacore: PacoreConfig = PACORE  # defaults for requests with PaCoRe
 
     def run(self) -> int:
-        """Serves until a signal; returns the exit status: 0 stopped in order, 70 the engine failed."""
+        """Serves until a signal; returns the exit status: 0 clean shutdown, 70 engine failure."""
         self.local.check()
         settings = _prepared(self.server, self.pacore, model_name=Path(self.model).expanduser().absolute().name)
         from stepjax.inference.replicas import AsyncReplicas
@@ -44,23 +44,23 @@ class Serve:
             async with AsyncReplicas(engines) as running:
                 return await serve(make_app(running, processor, settings, self.pacore), bound)
 
-        with bind(settings.host, settings.port) as bound:  # first, since loading takes minutes
+        with bind(settings.host, settings.port) as bound:  # first: a bad port fails before minutes of loading
             engines, processor = load_engines(self.model, self.local)
             if self.warm_up:
                 count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
-                _log.info("%d programs are compiled", count)
+                _log.info("compiled %d programs", count)
             return asyncio.run(main())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PacoreServe:
-    """Answer OpenAI's chat requests with PaCoRe over another server, and show its rounds in a browser.
+    """Serve the OpenAI chat API with PaCoRe over another server, with a web page that shows the rounds.
 
-    The other server's key, if it wants one, is taken from the environment: STEPJAX_UPSTREAM_API_KEY or OPENAI_API_KEY.
+    The upstream API key comes from the environment: STEPJAX_UPSTREAM_API_KEY or OPENAI_API_KEY.
     """
 
     upstream: EndpointConfig
-    pacore: Annotated[PacoreConfig, tyro.conf.arg(name="")] = PACORE  # each request may say otherwise
+    pacore: Annotated[PacoreConfig, tyro.conf.arg(name="")] = PACORE  # defaults for requests
     server: Annotated[ServerSettings, tyro.conf.arg(name="")] = ServerSettings()
 
     def run(self) -> int:
@@ -73,17 +73,17 @@ class PacoreServe:
             return await serve(make_upstream_app(EndpointSampler(self.upstream), settings, self.pacore), bound)
 
         for name in ("httpx", "httpx2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # a line for each call
+            logging.getLogger(name).setLevel(logging.WARNING)  # INFO logs a line for each call
         with bind(settings.host, settings.port) as bound:
             return asyncio.run(main())
 
 
 def _prepared(server: ServerSettings, pacore: PacoreConfig, *, model_name: str | None) -> ServerSettings:
-    """The settings in full; starts the log. Raises ConfigError if an option cannot work or a library is missing."""
+    """Completes the settings and starts the log. Raises ConfigError: an option is invalid or a library is missing."""
     calls, most = num_calls(pacore.schedule), server.limits.pacore_calls
     if calls > most:
-        raise ConfigError(f"--schedule {show(pacore.schedule)}: takes more calls than --limits.pacore-calls {most}")
-    Template(pacore)  # fails now, not for the first client
+        raise ConfigError(f"--schedule {show(pacore.schedule)}: needs more calls than --limits.pacore-calls {most}")
+    Template(pacore)  # fails now rather than on the first request
     settings = server.completed(environment=os.environ.get(KEY_VARIABLE), model_name=model_name)
     try:
         import prometheus_client  # noqa: F401
@@ -93,5 +93,5 @@ def _prepared(server: ServerSettings, pacore: PacoreConfig, *, model_name: str |
         raise ConfigError(f"serving needs {error.name}: pip install 'stepjax[serve]'") from error
     start_log()
     if not settings.api_keys and settings.host not in LOOPBACK:
-        _log.warning("no API key: whoever reaches %s can use the model", settings.host)
+        _log.warning("no API key: anyone who can reach %s can use the model", settings.host)
     return settings

@@ -1,4 +1,4 @@
-"""`/v1/completions`: text or tokens, continued as they are."""
+"""`/v1/completions`: continues raw text or token ids."""
 
 import asyncio
 import contextlib
@@ -65,7 +65,7 @@ class Completion:
             yield batches
 
     def _choice(self, index: int) -> Json:
-        """What has come of a sample since the last time."""
+        """The sample's new text since the last call."""
         sample = self._samples[index]
         assert sample.last is not None
         text, logprobs = "".join(sample.text), self._logprobs(sample)
@@ -79,7 +79,7 @@ class Completion:
         }
 
     def _logprobs(self, sample: "_Sample") -> Json | None:
-        """Parallel lists, and where in the text each token begins."""
+        """Parallel lists, one entry a token; `text_offset` is where the token begins in the text."""
         if self._request.logprobs is None:
             return None
         made: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -105,11 +105,11 @@ class Completion:
 
 
 class _Sample:
-    """What has come of a sample and is not sent yet."""
+    """The part of a sample that is not sent yet."""
 
     def __init__(self):
         self.text: list[str] = []
-        self.logprobs: list[TokenLogprob] = []  # those of text that is held back wait with it
+        self.logprobs: list[TokenLogprob] = []  # sent together with held-back text
         self.num_tokens = self.offset = 0
         self.last: Delta | None = None
 

@@ -1,4 +1,4 @@
-"""What the routes share: settings, threads, who is let in, what is counted, and what requests may call the model."""
+"""State the routes share: settings, threads, admission, metrics and the model's names."""
 
 import dataclasses
 import time
@@ -20,8 +20,8 @@ from stepjax.serving.threads import Admission, Threads
 class ChosenModel:
     """
     Attributes:
-        name: as the request spells it, or the model's own.
-        schedule: of PaCoRe, where the name asks for one.
+        name: as in the request, or the model's own.
+        schedule: the PaCoRe schedule that the name asks for, if any.
     """
 
     name: str
@@ -29,7 +29,7 @@ class ChosenModel:
 
 
 class Context:
-    """Of any server. Requests call the model by its name, or by `NAME:pacore-low` and so on for answers with PaCoRe."""
+    """State of any server. Requests use the model's name, or `NAME:pacore-low` and so on for PaCoRe."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Context:
     ):
         """
         Args:
-            pacore: how requests with PaCoRe are answered, as far as they leave it open.
-            model_name: the model's own; an upstream has to be asked for it.
-            max_context: of the model, where it is known.
-            default_schedule: how the model's own name is answered, where that is with PaCoRe.
+            pacore: defaults for requests with PaCoRe.
+            model_name: returns the model's own name; asks the upstream if there is one.
+            max_context: the model's context in tokens, if known.
+            default_schedule: the PaCoRe schedule for the model's own name; None answers it without PaCoRe.
         """
         self.settings, self.pacore, self.max_context = settings, pacore, max_context
         self.threads = Threads(settings.workers, "requests")
@@ -60,18 +60,18 @@ class Context:
         self.threads.close()
 
     async def choose(self, asked: str | None) -> ChosenModel:
-        """Raises ApiError: 404, another model is asked for; 502, the upstream did not report a model name."""
+        """Raises ApiError: 404, unknown model; 502, the upstream did not report a model name."""
         own = await self._model_name()
         if asked is None or asked == own:
             return ChosenModel(own)
         for preset, schedule in PRESETS.items():
             if asked == f"{own}:pacore-{preset}":
                 return ChosenModel(asked, schedule)
-        message = f"there is no model {asked[:200]!r}; there is {own!r}, and '{own}:pacore-low' and the like"
+        message = f"model {asked[:200]!r} does not exist; use {own!r}, or '{own}:pacore-low' and the like"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     async def models(self) -> list[Json]:
-        """As in OpenAI's API, the model's own name first. `pacore` says how a name is answered. Raises as `choose`."""
+        """The models of OpenAI's API, the model's own name first. `pacore` has the schedule. Raises as `choose`."""
         own = await self._model_name()
         schedules = {own: self._default_schedule, **{f"{own}:pacore-{name}": each for name, each in PRESETS.items()}}
         common: Json = {"object": "model", "created": self._created, "owned_by": "stepjax"}
@@ -83,7 +83,7 @@ class Context:
         ]
 
     def check_samples(self, n: int, prompts: int = 1) -> None:
-        """Raises ApiError: 400, a request wants too many samples."""
+        """Raises ApiError: 400, the request asks for too many samples."""
         most = self.settings.limits.samples
         if n * prompts > most:
             many = "" if prompts == 1 else f"{prompts} prompts with "
@@ -92,7 +92,7 @@ class Context:
 
 
 class EngineContext(Context):
-    """Of a server that has the model."""
+    """State of a server with its own engine."""
 
     def __init__(self, engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig):
         name = settings.model_name
@@ -104,7 +104,7 @@ class EngineContext(Context):
         super().__init__(settings, pacore, model_name=model_name, max_context=engine.max_context, engine=engine)
         limits = settings.limits
         self.engine, self.processor = engine, processor
-        # Images may take long, and then keep only others with images waiting.
+        # Slow images then delay only other requests with images.
         self.image_threads, self._fetches = Threads(settings.workers, "images"), Threads(8, "fetches")
         fetcher = Fetcher(self._fetches, max_bytes=limits.image_bytes, seconds=settings.fetch_seconds)
         self.prompts = PromptMaker(

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, for all that can go wrong."""
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-        param: the field of the request that is to blame.
-        code: tells programs apart what one status stands for.
+        param: the field of the request at fault.
+        code: distinguishes errors of the same status for programs.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TooLongError(ApiError):
     """A prompt is too long.
 
     Attributes:
-        excess: by about how many tokens.
+        excess: about how many tokens too long.
     """
 
     def __init__(self, message: str, *, param: str | None, excess: int):
@@ -68,7 +68,7 @@ class TooLongError(ApiError):
 
 
 def _valid(text: str) -> str:
-    """Without halves of surrogate pairs, which UTF-8 does not have."""
+    """Escapes lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -81,16 +81,16 @@ def busy(message: str) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    message = "the server is shutting down: ask another one, or later"
+    message = "the server is shutting down: retry later, or on another server"
     return ApiError(503, message, code="shutting_down", headers={"retry-after": "5", "connection": "close"})
 
 
 def engine_failed() -> ApiError:
-    return ApiError(500, "the engine could not finish the request; the server's log says why", code="engine_failed")
+    return ApiError(500, "the engine could not finish the request; see the server's log", code="engine_failed")
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """The answer to an exception. Users see their mistakes as they are; anything else is logged and kept inside."""
+    """The response to an exception. User errors are shown; anything else is logged and hidden."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
@@ -100,16 +100,16 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, StepjaxError):
         return ApiError(400, str(error))
     _log.error("a request failed", exc_info=error)
-    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+    return ApiError(500, "internal error; see the server's log", code="internal_error")
 
 
 async def answer_exception(request: Request, error: Exception) -> Response:
-    """Handles exceptions of routes, and what the framework raises for unknown paths and methods."""
+    """Handles exceptions from routes, and the framework's for unknown paths and methods."""
     if not isinstance(error, HTTPException):
         return as_api_error(error).response()
     messages = {
-        404: f"there is no {request.url.path}; there are /v1/chat/completions, /v1/completions and /v1/models",
-        405: f"{request.url.path} does not take {request.method}",
+        404: f"{request.url.path} does not exist; use /v1/chat/completions, /v1/completions or /v1/models",
+        405: f"{request.url.path} does not support {request.method}",
     }
     message = messages.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=error.headers).response()

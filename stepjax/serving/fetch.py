@@ -1,10 +1,9 @@
-"""Images from the network, without letting a request reach what only this machine can: public addresses alone.
+"""Fetches images from public addresses only, so that a request cannot reach hosts only this machine can (SSRF).
 
-A name is resolved once for each hop, every address of it must be public, and the connection goes to the very address
-that was checked, so that a name cannot point elsewhere a moment later. Redirects are followed by hand under the same
-rules. No client library offers this (they resolve names themselves, and read proxies from the environment), so h11,
-which uvicorn brings, speaks HTTP over a connection of asyncio's. A list of allowed hosts would not serve: users send
-images from anywhere.
+Each hop resolves its name once. All its addresses must be public, and the connection goes to the address that was
+checked, so the name cannot be rebound in between. Redirects follow the same rules. Client libraries resolve names
+themselves and read proxies from the environment, so this speaks HTTP with h11 (a uvicorn dependency) over an asyncio
+connection. An allow-list of hosts would not do: users send images from anywhere.
 """
 
 import asyncio
@@ -23,9 +22,9 @@ from stepjax.serving.threads import Threads
 _MAX_REDIRECTS = 3
 _READ_BYTES = 65536
 
-# IANA's registries of special-purpose addresses, and multicast. Anycast addresses are refused, too, although the
-# registries call them globally reachable: the nearest machine may be one's own gateway. What `ipaddress` calls global
-# differs between Python's versions.
+# IANA's special-purpose address registries, and multicast. Anycast addresses are refused too, although the registries
+# call them globally reachable: the nearest machine may be the local gateway. `ipaddress.is_global` differs between
+# Python versions.
 _SPECIAL_V4 = [
     ipaddress.IPv4Network(each)
     for each in (
@@ -34,17 +33,17 @@ _SPECIAL_V4 = [
         *("192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
     )
 ]
-_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")  # all that is given out for machines of the Internet
+_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")  # global unicast
 _SPECIAL_V6 = [
     ipaddress.IPv6Network(each)
     for each in ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20")
 ]
-# The last 32 bits are an IPv4 address: mapped, or behind a NAT64 gateway of a network without IPv4.
+# The last 32 bits are an IPv4 address: IPv4-mapped, or NAT64.
 _WITH_V4 = [ipaddress.IPv6Network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the Internet's, for one machine."""
+    """Whether an IP address is public unicast."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if not any(ip in network for network in _WITH_V4):
@@ -69,17 +68,17 @@ class Fetcher:
     ):
         """
         Args:
-            threads: wait for name servers, which nothing can cancel.
-            max_bytes: of one image.
-            seconds: for one image, redirects included.
-            resolve: from host and port to addresses.
-            allow: whether an address may be connected to.
+            threads: run DNS lookups, which cannot be cancelled.
+            max_bytes: per image.
+            seconds: per image, redirects included.
+            resolve: host and port -> addresses.
+            allow: whether connecting to an address is allowed.
         """
         self._threads, self._max_bytes, self._seconds = threads, max_bytes, seconds
         self._resolve, self._allow = resolve, allow
 
     async def fetch(self, url: str) -> bytes:
-        """Raises ApiError: 400, the URL may not or cannot be fetched, or is too large or too slow."""
+        """Raises ApiError: 400, the URL is not allowed, cannot be fetched, or is too large or too slow."""
         target = url
         try:
             async with asyncio.timeout(self._seconds):
@@ -87,16 +86,16 @@ class Fetcher:
                     status, location, data = await self._get(target)
                     if status not in (301, 302, 303, 307, 308):
                         if status != 200:
-                            raise _Refused(f"it answers with status {status}")
+                            raise _Refused(f"the response has status {status}")
                         return data
                     if not location:
-                        raise _Refused("it redirects to nowhere")
+                        raise _Refused("it redirects without a location")
                     target = urllib.parse.urljoin(target, location)
                 raise _Refused(f"it redirects more than {_MAX_REDIRECTS} times")
         except TimeoutError:
             reason = f"it takes longer than {self._seconds:g} seconds"
         except h11.RemoteProtocolError:
-            reason = "it does not arrive whole, or not as HTTP"
+            reason = "the response is incomplete or not HTTP"
         except _Refused as error:
             reason = str(error)
         except (OSError, ValueError, h11.LocalProtocolError) as error:
@@ -104,7 +103,7 @@ class Fetcher:
         raise invalid(f"image {url[:200]}: {reason}", "messages", "image_not_fetched")
 
     async def _get(self, url: str) -> tuple[int, str | None, bytes]:
-        """Status, location and, where the status is 200, the body."""
+        """Status, location and, if the status is 200, the body."""
         parts = urllib.parse.urlsplit(url)
         is_tls = parts.scheme == "https"
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
@@ -154,14 +153,14 @@ class Fetcher:
             host = host.encode("idna").decode("ascii")
             addresses = await self._threads.run(self._resolve, host, port)
         except (OSError, UnicodeError):
-            raise _Refused("its host is not known") from None
+            raise _Refused("its host does not resolve") from None
         if not addresses or not all(self._allow(address) for address in addresses):
-            raise _Refused("its host has an address that is not public")
+            raise _Refused("its host has a non-public address")
         return host, addresses[0]
 
 
 class _Refused(Exception):
-    """What is wrong with an image's URL or with what it leads to."""
+    """The image's URL, or the response to it, is not acceptable."""
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Images of requests: from a URL to the bytes of a file, to pixels and to what the model sees, within limits.
+"""Images of requests: URL -> file bytes -> pixels -> views, within limits.
 
-Sizes are checked before a pixel is decoded. A decoder may run for ever on a file that was made to hurt it, so headers
-and pixels are read in processes that have limits.
+Sizes are checked before pixels are decoded. A malicious file can keep a decoder busy forever, so headers and pixels
+are read in processes with time and memory limits.
 """
 
 import base64
@@ -24,23 +24,23 @@ from stepjax.serving.settings import Limits
 
 _Result = TypeVar("_Result")
 
-Place = tuple[int, int]  # of an image in a conversation: the indices of its message and part
+Place = tuple[int, int]  # where an image is in a conversation: message index, part index
 
-SECONDS = 10.0  # of processor time for an image; 32 million pixels take about one
+SECONDS = 10.0  # of CPU time per image; 32 million pixels take about one
 _MEMORY = 256 * 2**20
-_PIXEL_BYTES = 24  # of an image in 32-bit grey, or with alpha, and its copies while it becomes RGB
-_PICTURE_SIDE = 256  # pixels of the picture of a view
+_PIXEL_BYTES = 24  # per pixel: 32-bit grey or alpha, and the copies made on the way to RGB
+_PICTURE_SIDE = 256  # pixels of a view's thumbnail
 
 
 def image_config(processor: AnyProcessor) -> ImageConfig:
-    """Raises ApiError: 400, the model reads text only."""
+    """Raises ApiError: 400, the model is text-only."""
     if isinstance(processor, TextProcessor):
-        raise invalid("this model reads text only: send no images", None, "images_not_supported")
+        raise invalid("this is a text-only model: send no images", None, "images_not_supported")
     return processor.image_config
 
 
 def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> dict[Place, str]:
-    """Raises ApiError: 400, there are too many, or one would have to be fetched and that is not allowed."""
+    """Raises ApiError: 400, there are too many images, or one is remote and fetching is not allowed."""
     urls = {
         (i, j): part.image_url.url
         for i, message in enumerate(request.messages)
@@ -49,7 +49,7 @@ def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> d
         if isinstance(part, ImagePart)
     }
     if len(urls) > limits.images:
-        message = f"messages hold {len(urls)} images, more than the limit of {limits.images}"
+        message = f"messages have {len(urls)} images, more than the limit of {limits.images}"
         raise invalid(message, "messages", "too_many_images")
     for place, url in urls.items():
         if not is_data_uri(url) and not allow_remote:
@@ -64,7 +64,7 @@ def is_data_uri(url: str) -> bool:
 
 
 def name_of(place: Place) -> str:
-    """What errors call an image."""
+    """The image's name in errors."""
     return f"messages[{place[0]}].content[{place[1]}].image_url.url"
 
 
@@ -74,7 +74,7 @@ def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
     too_large = ApiError(413, message, param=where, code="image_too_large")
     parts = split_data_uri(uri)
     if parts is None:
-        raise invalid(f"{where}: {uri[:60]!r} is no data URI of an image", where, "invalid_image")
+        raise invalid(f"{where}: {uri[:60]!r} is not a data URI of an image", where, "invalid_image")
     payload, is_base64 = parts
     if not is_base64:
         raise invalid(f"{where}: encode the image as base64", where, "invalid_image")
@@ -83,15 +83,15 @@ def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:
     try:
         data = decode_base64(payload)
     except ValueError as error:
-        raise invalid(f"{where}: its base64 text is broken ({error})", where, "invalid_image") from None
+        raise invalid(f"{where}: invalid base64 ({error})", where, "invalid_image") from None
     if len(data) > limits.image_bytes:
         raise too_large
     return data
 
 
 def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str, frame: int | None = None) -> ViewPlan:
-    """How the image will be cut, by its header alone; turned upright it may be cut otherwise. Raises ApiError 400 if it
-    is no image, is too large, or cannot be cut.
+    """How the image will be cropped, from its header alone; EXIF rotation may change that. Raises ApiError: 400, it is
+    not an image, is too large or cannot be cropped.
     """
     try:
         width, height = _bounded(size_of, data, limits, where, frame)
@@ -107,7 +107,7 @@ def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str, frame:
 
 
 def opener(limits: Limits) -> Callable[..., Image.Image]:
-    """`image_files.open_image` for files of requests."""
+    """`image_files.open_image` with the limits on requests."""
 
     def open_image(source: bytes, *, name: str, frame: int | None = None) -> Image.Image:
         size, pixels = _bounded(pixels_of, source, limits, name, frame)
@@ -117,12 +117,12 @@ def opener(limits: Limits) -> Callable[..., Image.Image]:
 
 
 def image_error(error: ImageError, where: str) -> ApiError:
-    """The answer to an image that cannot be used."""
+    """The error response for an image that cannot be used."""
     return invalid(str(error), where, "image_too_large" if isinstance(error, ImageSizeError) else "invalid_image")
 
 
 def view_bytes(plan: ViewPlan, config: ImageConfig) -> int:
-    """Memory of the views, twice: they are copied when the prompt is laid out."""
+    """Memory of the views, doubled: building the prompt copies them."""
     return 2 * 12 * (config.global_size**2 + plan.num_crops * config.crop_size**2)
 
 
@@ -133,11 +133,11 @@ def _bounded(
     try:
         return bounded.call(function, data, name, frame, seconds=SECONDS, memory=memory)
     except LimitError as error:
-        raise ImageSizeError(f"{name}: {error}; save it anew, as a smaller PNG or JPEG") from None
+        raise ImageSizeError(f"{name}: {error}; save it again as a smaller PNG or JPEG") from None
 
 
 def show_views(request: ViewsRequest, processor: AnyProcessor, limits: Limits) -> dict[str, Any]:
-    """What the model sees of an image, made from the very pixels that go into the encoder."""
+    """The views the model sees of an image, made from the same pixels that the encoder gets."""
     config = image_config(processor)
     data = data_uri_bytes(request.image, limits, "image")
     plan_of(data, config, limits, "image", request.frame)

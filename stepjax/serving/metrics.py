@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: of the server, and of the engine at the moment they are read."""
+"""Prometheus metrics of the server, and of the engine at scrape time."""
 
 import dataclasses
 
@@ -10,16 +10,22 @@ from stepjax.inference.request import EngineClient, EngineStats
 from stepjax.serving.threads import Admission
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-_NOW = ("running", "waiting", "pages", "pages_used", "pages_cached")  # of EngineStats; the others are totals
+_NOW = (
+    "running",
+    "waiting",
+    "pages",
+    "pages_used",
+    "pages_cached",
+)  # gauges in EngineStats; the other fields are totals
 
 
 class Metrics:
-    """A registry of its own for each app."""
+    """Metrics of one app, in their own registry."""
 
     def __init__(self, engine: EngineClient | None, admission: Admission):
         """
         Args:
-            engine: None where the model is another server's.
+            engine: None in front of another server.
         """
         self._registry = CollectorRegistry()
 
@@ -34,22 +40,22 @@ class Metrics:
         self.first_byte_seconds = histogram(
             "first_byte_seconds", "From a request to the first byte of its answer: its first token where it is streamed"
         )
-        self.disconnects = counter("disconnects", "Requests whose client left before the end")
+        self.disconnects = counter("disconnects", "Requests whose client disconnected before the end")
         self.pacore_requests = counter(
             "pacore_requests",
-            "Requests with PaCoRe, by what answered: synthesis, agreement, fallback; else failed, or cancelled",
+            "Requests with PaCoRe, by what answered: synthesis, agreement or fallback; else failed or cancelled",
             "answered_by",
         )
-        self.pacore_rounds = counter("pacore_rounds", "Rounds of PaCoRe that have ended")
+        self.pacore_rounds = counter("pacore_rounds", "Finished PaCoRe rounds")
         self.pacore_calls = counter(
             "pacore_calls",
-            "Calls of PaCoRe: ok, error, timeout or cancelled; those of a request that was cancelled do not count",
+            "PaCoRe calls: ok, error, timeout or cancelled; calls of cancelled requests do not count",
             "status",
         )
-        self.pacore_attempts = counter("pacore_failed_attempts", "Attempts of calls that failed", "status")
-        self.pacore_losses = counter("pacore_losses", "Trajectories that left no message, by the reason", "reason")
-        self.pacore_tokens = counter("pacore_output_tokens", "Tokens of trajectories that have ended")
-        under_way = Gauge("stepjax_requests_under_way", "Requests that are being answered", registry=self._registry)
+        self.pacore_attempts = counter("pacore_failed_attempts", "Failed attempts of PaCoRe calls", "status")
+        self.pacore_losses = counter("pacore_losses", "Trajectories that left no message, by reason", "reason")
+        self.pacore_tokens = counter("pacore_output_tokens", "Tokens of finished trajectories")
+        under_way = Gauge("stepjax_requests_under_way", "Requests in progress", registry=self._registry)
         under_way.set_function(lambda: admission.count)
         if engine is not None:
             self._registry.register(_EngineCollector(engine))

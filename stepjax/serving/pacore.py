@@ -1,7 +1,7 @@
-"""Chats that are answered with PaCoRe: rounds of calls, then an answer that is one of OpenAI's like any other.
+"""Chats answered with PaCoRe: rounds of calls, then an ordinary OpenAI answer.
 
-In a stream, chunks with an empty delta and a field `pacore` tell of the rounds; clients that do not know the field see
-an answer that takes its time.
+A stream reports the rounds in chunks with an empty delta and a field `pacore`. Clients that do not know the field just
+see a slow answer.
 """
 
 import asyncio
@@ -46,12 +46,12 @@ from stepjax.serving.validation import check_chat_text, parse_request
 if TYPE_CHECKING:  # it takes a second to import
     from stepjax.rollouts.endpoint import EndpointSampler
 
-PROGRESS_SECONDS = 1.0  # between two events with the numbers of tokens so far
+PROGRESS_SECONDS = 1.0  # between two events with the token counts so far
 
 _BUSY = "the engine's queue is full"
-_NAME = "request"  # seeds depend on a problem's name; here the request's seed alone decides
-_REFUSED = re.compile(r"status (400|404|413|422)\b")  # what an upstream says of a request that it will never take
-_SEED_BITS = 53  # that JSON numbers hold exactly everywhere
+_NAME = "request"  # seeds depend on the problem's name; a constant leaves them to the request's seed
+_REFUSED = re.compile(r"status (400|404|413|422)\b")  # the upstream will never accept the request
+_SEED_BITS = 53  # JSON numbers are exact up to here everywhere
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ async def upstream_chat_completions(context: Context, upstream: "EndpointSampler
     request, limits = parse_request(ChatRequest, body), context.settings.limits
     model = await context.choose(request.model)
     config = pacore_config(request, model, context)
-    # What the upstream may refuse, too; here before it is sent there many times.
+    # The upstream would refuse these too, but only after the request was sent there many times.
     await context.threads.run(check_chat_text, request, limits)
     for place, url in image_urls(request, limits, allow_remote=context.settings.allow_remote_images).items():
         if is_data_uri(url):
@@ -70,11 +70,11 @@ async def upstream_chat_completions(context: Context, upstream: "EndpointSampler
     return await respond(chat, stream=request.stream, limits=limits)
 
 
-# From a request to the configuration of its rounds.
+# Request -> PacoreConfig.
 
 
 def pacore_config(request: ChatRequest, model: ChosenModel, context: Context) -> PacoreConfig:
-    """Raises ApiError: 400, a value is out of range, or does not go with PaCoRe."""
+    """Raises ApiError: 400, a value is out of range or incompatible with PaCoRe."""
     options, base, most = request.pacore or PacoreOptions(), context.pacore, context.settings.limits.pacore_calls
     schedule = _schedule(options, model, base.schedule)
     calls = num_calls(schedule)
@@ -82,15 +82,15 @@ def pacore_config(request: ChatRequest, model: ChosenModel, context: Context) ->
         message = f"schedule {show(schedule)[:100]} takes {calls} calls, more than the limit of {most} for a request"
         raise invalid(message, "pacore.schedule")
     if request.n != 1:
-        message = f"n={request.n}: PaCoRe gives one answer; the schedule says how many trajectories it is made of"
+        message = f"n={request.n}: PaCoRe gives one answer; set the number of trajectories with the schedule"
         raise invalid(message, "n")
     if request.logprobs:
-        message = "logprobs are of one sample, and PaCoRe draws many: leave them out"
+        message = "logprobs describe one sample, and PaCoRe draws many: leave them out"
         raise invalid(message, "logprobs", "unsupported_parameter")
     sampling = request.params(base.sampling)
     if sampling.seed is None:
         sampling = dataclasses.replace(sampling, seed=secrets.randbits(_SEED_BITS))
-    # Rounds later than the first need room for more than a word.
+    # Later rounds need room for more than a word.
     room = base.answer_tokens if context.max_context is None else max(1, context.max_context // 4)
     try:
         return dataclasses.replace(
@@ -128,20 +128,20 @@ def _refused(error: ConfigError, name: str) -> ApiError:
     return invalid(str(error)[:500], f"pacore.{name}" if name in PacoreOptions.model_fields else None)
 
 
-# The samplers of a request's rounds. What goes wrong inside is for the log, not for the client.
+# The samplers of a request's rounds. Internal errors go to the log, not to the client.
 
 
 class RequestSampler(EngineSampler):
-    """Over this server's engine: each round's prompt is made as that of a chat is, within the limits of requests."""
+    """Samples from this server's engine. Each round's prompt is built like a chat's, within the limits on requests."""
 
     def __init__(self, context: EngineContext, request: ChatRequest):
         """
         Args:
-            request: all its fields but the messages hold for every call.
+            request: every field except `messages` applies to every call.
         """
         super().__init__(context.engine, context.processor, open_example=self._chat)
         self._prompts, self._request = context.prompts, request
-        self._fetched: dict[str, bytes] = {}  # all rounds see images as they were in the first
+        self._fetched: dict[str, bytes] = {}  # remote images are fetched once, for all rounds
 
     @contextlib.asynccontextmanager
     async def _chat(self, messages: Sequence[Json], tools: Sequence[Json]) -> AsyncIterator[Example]:
@@ -161,19 +161,19 @@ class RequestSampler(EngineSampler):
             raise
         except Exception as error:
             is_busy = isinstance(error.__cause__, BusyError)
-            reason = _BUSY if is_busy else "the engine could not finish the call; the server's log says why"
+            reason = _BUSY if is_busy else "the engine could not finish the call; see the server's log"
             if not is_busy:
-                _log.error("a call of PaCoRe failed", exc_info=error)
+                _log.error("a PaCoRe call failed", exc_info=error)
             raise SamplerError(reason, is_temporary=is_busy, num_tokens=listener.num_tokens) from error
 
 
 class UpstreamSampler:
-    """Over another server."""
+    """Samples from another server."""
 
     def __init__(self, endpoint: "EndpointSampler", request: ChatRequest):
         """
         Args:
-            request: its options of the chat template hold for every call.
+            request: its chat template options apply to every call.
         """
         options = request.chat_template_kwargs
         self._endpoint = endpoint
@@ -195,8 +195,8 @@ class UpstreamSampler:
         except SamplerError as error:
             if not str(error).startswith(("status 401", "status 403")):
                 raise
-            # It may spell a part of the key, which is not the client's.
-            _log.error("the upstream refuses the key: %s", error)
+            # The message may quote part of the key, which the client must not see.
+            _log.error("the upstream refused the key: %s", error)
             raise SamplerError("the upstream refuses this server's key", is_temporary=False) from None
 
 
@@ -204,7 +204,7 @@ class UpstreamSampler:
 
 
 class PacoreChat:
-    """An `Answer` by rounds. Raises ConfigError if the sampler cannot do what the configuration asks for."""
+    """An `Answer` by rounds. Raises ConfigError: the sampler does not support the configuration."""
 
     def __init__(self, context: Context, request: ChatRequest, model: str, config: PacoreConfig, sampler: Sampler):
         options = request.pacore or PacoreOptions()
@@ -225,12 +225,12 @@ class PacoreChat:
         return {**self._frame.whole([choice_of(0, _answer(outcome))], _usage(outcome)), "pacore": told}
 
     async def chunks(self) -> AsyncGenerator[Json, None]:
-        events: asyncio.Queue[Event | Json | None] = asyncio.Queue()  # bounded by what the calls may write
+        events: asyncio.Queue[Event | Json | None] = asyncio.Queue()  # bounded by the calls' token limits
         run = self._begin(events.put_nowait, "final" if self._config.schedule else "all")
         solving = asyncio.create_task(self._solve(run))
         solving.add_done_callback(lambda _: events.put_nowait(None))
         telling = asyncio.create_task(_tell_progress(run, events))
-        delta: Json = {"role": "assistant", "content": ""}  # the first says whose words will follow
+        delta: Json = {"role": "assistant", "content": ""}  # in the first chunk
         new: list[Event | Json | None] = []
         try:
             while None not in new:
@@ -245,7 +245,7 @@ class PacoreChat:
                     delta = {}
             outcome = await solving
             answer = _answer(outcome)
-            if outcome.answered_by != "synthesis":  # else it has been sent as it was written
+            if outcome.answered_by != "synthesis":  # a synthesis was streamed already
                 calls = [{"index": i, **call} for i, call in enumerate(answer.tool_calls)]
                 fields = {"reasoning_content": answer.reasoning, "content": answer.content, "tool_calls": calls}
                 for name, value in fields.items():
@@ -271,7 +271,7 @@ class PacoreChat:
         return self._coordinator.begin(self._problem, notify=tell, pieces=pieces)
 
     async def _solve(self, run: ProblemRun) -> Outcome:
-        """Raises ApiError if nothing came of it, StepjaxError if the conversation is not usable."""
+        """Raises ApiError: no answer; StepjaxError: the conversation cannot be used."""
         ended: str | None = "failed"
         try:
             outcome = await (run.solve() if self._config.schedule else _ask_once(run))
@@ -301,7 +301,7 @@ class PacoreChat:
 
 
 async def _ask_once(run: ProblemRun) -> Outcome:
-    """Without rounds a request is passed on; all that is written is its answer, also reasoning that was cut off."""
+    """Makes one call without rounds. Everything it writes is the answer, even reasoning that was cut off."""
     try:
         await run.round(1)
     except RoundFailedError as error:
@@ -323,7 +323,7 @@ async def _tell_progress(run: ProblemRun, events: asyncio.Queue[Any]) -> None:
 
 
 def _joined(events: Sequence[Event | Json | None]) -> list[Event | Json | None]:
-    """Neighbouring pieces of one text as one: a loaded server sends fewer and longer chunks."""
+    """Joins neighbouring pieces of one text: a loaded server sends fewer and longer chunks."""
     made: list[Event | Json | None] = []
     for event in events:
         last = made[-1] if made else None
@@ -341,7 +341,7 @@ def _answer(outcome: Outcome) -> Rollout:
 
 
 def _usage(outcome: Outcome) -> Json:
-    """Of all calls; the tokens of failed attempts were drawn, too."""
+    """Usage of all calls, including the tokens of failed attempts."""
     totals = outcome.totals
     return usage(totals.prompt_tokens, totals.shared_tokens, totals.output_tokens + totals.lost_tokens)
 
@@ -352,7 +352,7 @@ def _as_api_error(error: RoundFailedError) -> ApiError:
     losses = ", ".join(f"{count} {reason}" for reason, count in round_.losses.items())
     what = "the final call" if round_.is_final else f"round {round_.number + 1} of {round_.width}"
     first = next(filter(None, errors), None)
-    message = f"PaCoRe: nothing came of {what} ({losses})" + (f"; the first error: {first}" if first else "")
+    message = f"PaCoRe: {what} left no message ({losses})" + (f"; first error: {first}" if first else "")
     if all(each == _BUSY or each.startswith("status 429") for each in errors):
         return busy(message)
     if all(map(_REFUSED.match, errors)):

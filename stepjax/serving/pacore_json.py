@@ -1,7 +1,7 @@
-"""Rounds as clients see them: events of a stream, and the field `pacore` of a whole answer.
+"""Rounds as clients see them: stream events, and the field `pacore` of a whole answer.
 
-How much is said of a trajectory is the request's `include`: counts alone, the messages that they leave, or all that
-they wrote. Of the final call only counts are said, since its text is the answer.
+The request's `include` sets the detail of each trajectory: counts, plus its message, or plus its full text. The final
+call reports counts only, since its text is the answer.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ class RoundsJson:
     def __init__(self, config: PacoreConfig, tokens: TokenCounter | None, include: Include):
         """
         Args:
-            tokens: of the sampler.
+            tokens: the sampler's token counter.
         """
         self._config, self._tokens, self._include = config, tokens, include
-        self._num_references: dict[int, int] = {}  # of each round's prompt
+        self._num_references: dict[int, int] = {}  # in each round's prompt
 
     def event(self, event: Event) -> dict[str, Any] | None:
-        """None for pieces of messages, which are sent as deltas."""
+        """The JSON of an event; None for pieces of messages, which are sent as deltas."""
         if isinstance(event, RoundStarted):
             self._num_references[event.number] = len(event.references)
             return {
@@ -57,7 +57,7 @@ class RoundsJson:
         return None
 
     def result(self, outcome: Outcome) -> dict[str, Any]:
-        """Of the whole, without the rounds."""
+        """The result as a whole, without the rounds."""
         return {
             "schedule": list(self._config.schedule),
             "seed": self._config.seed,
@@ -123,14 +123,14 @@ class RoundsJson:
         return told
 
     def _cites(self, number: int, *trajectories: Trajectory) -> dict[str, int]:
-        """How often reasoning and answer speak of each reference, by its number in the prompt."""
+        """How often reasoning and answer cite each reference, by its number in the prompt."""
         text = "\n".join(f"{each.rollout.reasoning or ''}\n{each.rollout.content}" for each in trajectories)
         found = citations(text, self._num_references.get(number, 0))
         return {str(reference): count for reference, count in found.items()}
 
 
 def _references(references: Sequence[Reference]) -> list[dict[str, Any]]:
-    """Which trajectories of the round before they are of; the first is "Reference 1"."""
+    """Which trajectories of the previous round they come from; the first is "Reference 1"."""
     return [{"index": reference.index, "was_cut": reference.was_cut} for reference in references]
 
 

@@ -1,4 +1,4 @@
-"""From requests to prompts, in threads: reading images and tokenizing would hold up everybody's streams."""
+"""Requests -> prompts, in threads: reading images and tokenizing would stall every stream."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +19,7 @@ _Made = TypeVar("_Made")
 
 
 class PromptMaker:
-    """Makes prompts within the limits."""
+    """Builds prompts within the limits."""
 
     def __init__(
         self,
@@ -33,8 +33,8 @@ class PromptMaker:
     ):
         """
         Args:
-            image_threads: for requests with images, which may take long and then keep only others with images waiting.
-            fetcher: None refuses images that are not in the request.
+            image_threads: for requests with images; slow ones delay only each other.
+            fetcher: None refuses remote images.
         """
         self.image_threads = image_threads or threads
         self.view_budget = ByteBudget(limits.view_bytes)
@@ -43,13 +43,13 @@ class PromptMaker:
 
     @contextlib.asynccontextmanager
     async def chat(self, request: ChatRequest, *, fetched: dict[str, bytes] | None = None) -> AsyncIterator[Example]:
-        """The prompt of a conversation. Its views count against the memory for views until the context is left.
+        """The prompt of a conversation. Its views hold part of the view budget until the context exits.
 
         Args:
-            fetched: image files by their URL, which are not fetched again; new ones are added.
+            fetched: image files already fetched, by URL; new ones are added.
 
         Raises:
-            ApiError, StepjaxError: the prompt is too large, or an image or a message is not usable.
+            ApiError, StepjaxError: the prompt is too large, or an image or a message cannot be used.
         """
         await self._threads.run(check_chat_text, request, self._limits)
         files = await self._files(request, {} if fetched is None else fetched)
@@ -61,10 +61,10 @@ class PromptMaker:
             yield await self._run(self.image_threads, "messages", self._chat, request, files)
 
     async def completion(self, prompt: str | list[int], where: str) -> Example:
-        """The prompt of a plain completion. Text stays text, whatever it spells; ids may be those of control tokens.
+        """The prompt of a plain completion. Text never becomes control tokens; ids may be control tokens.
 
         Raises:
-            ApiError, StepjaxError: the prompt is empty, too long, or holds unknown ids.
+            ApiError, StepjaxError: the prompt is empty or too long, or has unknown ids.
         """
         return await self._run(self._threads, where, self._completion, prompt, where)
 
@@ -100,12 +100,14 @@ class PromptMaker:
         check_length(tokens, self._max_tokens, "the images alone")
         size = sum(images.view_bytes(plan, config) for plan in plans)
         if size > self._limits.view_bytes:
-            raise invalid("the views of the images take more memory than is allowed", None, "image_too_large")
+            raise invalid(
+                "the views of the images exceed the memory limit: send fewer or smaller images", None, "image_too_large"
+            )
         return size
 
     def _chat(self, request: ChatRequest, files: dict[images.Place, bytes]) -> Example:
         options = request.chat_template_kwargs
-        # `strict` is for servers, and changes no answer of this one.
+        # This server ignores `strict`.
         tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in request.tools or ()]
         try:
             return self._processor.process_prompt(
@@ -138,7 +140,7 @@ class PromptMaker:
 
 
 def _message(message: ChatMessage, index: int, files: dict[images.Place, bytes]) -> dict[str, Any]:
-    """A message as processors take it."""
+    """A message in the processor's form."""
     role = "system" if message.role == "developer" else message.role
     made: dict[str, Any] = {"role": role, "content": message.content}
     if isinstance(message.content, list):

@@ -1,5 +1,5 @@
-"""What requests may hold. Everything else is refused by name; nothing that would change an answer is ignored. A null
-counts as left out, in every object of a request."""
+"""Request schemas. Unknown fields are refused by name; no field that would change an answer is ignored. In every object
+of a request, null means absent."""
 
 import dataclasses
 import math
@@ -15,23 +15,23 @@ from stepjax.inference.request import SamplingParams
 from stepjax.serving.errors import invalid
 
 _MAX_DEPTH = 64  # of a JSON schema
-_MAX_ITEMS = 8192  # messages, their parts and their calls; conversations of agents have some thousand
+_MAX_ITEMS = 8192  # messages, their parts and their calls; agent conversations have a few thousand
 _MAX_TOOLS = 512
-_MAX_NAME = 64  # characters of a tool's name, as OpenAI's
+_MAX_NAME = 64  # characters of a tool's name, as in OpenAI's API
 _DEFAULTS = SamplingParams()
 
 _Item = TypeVar("_Item")
-# Of a million mistakes in a list, the first is reported.
+# Stop at the first error in a list.
 _List = Annotated[list[_Item], Field(fail_fast=True)]
-_Int = Annotated[int, Field(ge=-(2**64), le=2**64)]  # what is beyond is out of range for every field
+_Int = Annotated[int, Field(ge=-(2**64), le=2**64)]  # anything beyond is out of range for every field
 
 
 def _tag_of(*kinds: type) -> Callable[[Any], str | None]:
-    """Tags, one for each type. Their brackets keep them apart from names of fields: locations of errors hold both."""
+    """Tags by type. Error locations mix tags and field names; the brackets tell them apart."""
     return lambda value: next((f"<{kind.__name__}>" for kind in kinds if isinstance(value, kind)), None)
 
 
-# The alternative is chosen by what is given, so that errors are those of the one that was meant.
+# The value's type selects the alternative, so errors refer to the one that was meant.
 _TextOr = Annotated[
     Annotated[str, Tag("<str>")] | Annotated[_Item, Tag("<list>")],
     Discriminator(_tag_of(str, list), custom_error_type="type", custom_error_message="give a string or a list"),
@@ -43,9 +43,8 @@ _ANY = None  # any value of a field that changes no answer
 class _Strict(pydantic.BaseModel):
     """
     Attributes:
-        neutral: fields of OpenAI's and of other servers that are taken, and dropped, with these values alone, since
-            clients spell defaults out and send back what they were sent. Those without values are known, so that they
-            are refused as unsupported, not as misspelt.
+        neutral: fields of OpenAI and other servers, accepted with these values only and then dropped: clients spell out
+            defaults and echo what they received. A field with no values is refused as unsupported, not as misspelt.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -61,7 +60,7 @@ class _Strict(pydantic.BaseModel):
 
     @classmethod
     def _has(cls, name: str, value: object) -> bool:
-        """Whether the field is one of this kind; not, if it can be dropped."""
+        """Whether the model has the field; False if it can be dropped."""
         if name in cls.model_fields:
             return True
         if name not in cls.neutral:
@@ -123,14 +122,14 @@ class _Sampling(_Strict):
     ) -> SamplingParams:
         """
         Args:
-            defaults: of what the request leaves out.
-            names: of `SamplingParams`, as the request calls them.
+            defaults: for fields the request leaves out.
+            names: names of `SamplingParams` -> names in the request.
 
         Raises:
             ApiError: 400, a value is out of range.
         """
         fields = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "seed", "n")}
-        fields["top_k"] = 0 if self.top_k == -1 else self.top_k  # other servers spell "off" so
+        fields["top_k"] = 0 if self.top_k == -1 else self.top_k  # other servers use -1 for "off"
         fields["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
         fields["stop_ids"] = self.stop_token_ids
         fields |= {"max_tokens": max_tokens, "ignore_eos": self.ignore_eos or None, "logprobs": logprobs}
@@ -157,7 +156,7 @@ class ImageUrl(_Strict):
 class ImagePart(_Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
-    frame: int | None = Field(default=None, ge=0)  # of an animation, or page of a file
+    frame: int | None = Field(default=None, ge=0)  # frame of an animation or page of a file
 
 
 def _part_tag(part: Any) -> str | None:
@@ -178,11 +177,13 @@ class CalledFunction(_Strict):
     @pydantic.field_validator("arguments")
     @classmethod
     def _fill(cls, arguments: str) -> str:
-        return "{}" if not arguments or arguments.isspace() else arguments  # as some write a call without any
+        return (
+            "{}" if not arguments or arguments.isspace() else arguments
+        )  # some clients send this for a call without arguments
 
 
 class ToolCall(_Strict):
-    neutral = {"index": _ANY}  # of streams
+    neutral = {"index": _ANY}  # from streamed tool calls
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -209,7 +210,7 @@ class Function(_Strict):
     name: str = Field(min_length=1, max_length=_MAX_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # arguments are not made to follow the schema either way
+    strict: bool | None = None  # arguments are not constrained to the schema either way
 
     @pydantic.field_validator("parameters")
     @classmethod
@@ -217,7 +218,7 @@ class Function(_Strict):
         level: list[Any] = [schema]
         for _ in range(_MAX_DEPTH):
             if any(isinstance(value, float) and not math.isfinite(value) for value in level):
-                raise ValueError("it holds a number that is not finite")
+                raise ValueError("it has a number that is not finite")
             level = [part for value in level for part in _parts(value)]
             if not level:
                 return schema
@@ -240,7 +241,7 @@ class ChatTemplateOptions(_Strict):
 
 
 class PacoreOptions(_Strict):
-    """How PaCoRe goes about a request; what is left out is the server's. See `pacore.config`."""
+    """PaCoRe options of a request; absent ones default to the server's. See `pacore.config`."""
 
     schedule: _TextOr[_List[_Int]] | None = None  # a preset's name, "32,4", or the widths
     order: Literal["shuffle", "length"] | None = None
@@ -252,7 +253,7 @@ class PacoreOptions(_Strict):
     call_seconds: float | None = None
     retries: int | None = Field(default=None, ge=0, le=16)
     agreement: float | None = None
-    # What events and rounds hold of the trajectories: counts alone; their messages; their reasoning, too.
+    # Detail of the trajectories in events and rounds: counts; also messages; also reasoning.
     include: Literal["summary", "messages", "full"] = "messages"
 
 
@@ -320,7 +321,7 @@ class CompletionRequest(_Sampling):
         return self
 
     def params(self) -> SamplingParams:
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens  # as OpenAI's
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens  # as in OpenAI's API
         return self._sampling_params(_DEFAULTS, max_tokens=max_tokens, logprobs=self.logprobs, names={})
 
 

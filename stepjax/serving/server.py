@@ -1,8 +1,8 @@
-"""The server's process: it listens, bounds its connections and its log, and ends in order.
+"""The server process: listens, limits its connections and its log, and shuts down gracefully.
 
-At the first SIGTERM or SIGINT it goes on listening but takes nothing new, and `/health` says so; requests under way may
-end, and are cancelled after a while. A second signal ends it at once. When the engine fails the server ends in the same
-way, with a status of its own, for whoever watches over it to start it again.
+At the first SIGTERM or SIGINT it keeps listening but takes no new requests, and `/health` reports that. Requests under
+way may finish and are cancelled after `drain_seconds`. A second signal stops it at once. An engine failure shuts the
+server down the same way, with a distinct exit status so that a supervisor can restart it.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ from stepjax.inference.request import EngineFailedError
 from stepjax.serving.errors import busy
 from stepjax.serving.settings import Limits
 
-_ACCEPTED_AT_ONCE = 16  # by asyncio, in each of up to four turns of its loop before they are counted here
-_BACKLOG = 1024  # connections that wait for that
-_READ_BYTES = 16384  # at a time: more headers, or bodies in tiny chunks, would take h11 a second before others' turn
-RESERVED_FILES = 5 * _ACCEPTED_AT_ONCE + 64  # open files, some for fetched images and for what libraries open
+_ACCEPTED_AT_ONCE = 16  # by asyncio, in each of up to four loop iterations before they are counted here
+_BACKLOG = 1024  # connections waiting to be accepted
+_READ_BYTES = 16384  # per read: with more headers or tiny chunks, h11 would block the loop for a second
+RESERVED_FILES = 5 * _ACCEPTED_AT_ONCE + 64  # open files, including fetched images and files of libraries
 _MOST_LOG_KINDS = 1000
 
 _log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that refuses connections until `serve` listens. Raises ConfigError if the address cannot be used."""
+    """A socket that refuses connections until `serve` listens. Raises ConfigError: the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -85,7 +85,7 @@ class DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for each in sockets or []:
-            each.listen(_BACKLOG)  # what asyncio takes for it is how many it accepts at once
+            each.listen(_BACKLOG)  # asyncio uses its own `backlog` as the number to accept at once
         for server in self.servers if self.started else []:
             for each in server.sockets:
                 host, port = each.getsockname()[:2]
@@ -100,22 +100,22 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if not self.has_failed and not self._admission.is_healthy():
             self.has_failed = True
-            _log.critical("the engine has failed: ending with status %d", EngineFailedError.exit_status)
+            _log.critical("the engine has failed: exiting with status %d", EngineFailedError.exit_status)
             self._draining = self._draining or asyncio.create_task(self._drain())
         return await super().on_tick(counter)
 
     def _exit(self, name: str) -> None:
         if self._draining is not None:
-            _log.info("%s again: ending now", name)
+            _log.info("%s again: stopping now", name)
             self.should_exit = self.force_exit = True
         else:
-            _log.info("%s: taking no more requests; those under way have %g seconds", name, self._drain_seconds)
+            _log.info("%s: no new requests; those in progress have %g seconds to finish", name, self._drain_seconds)
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         cancelled = await self._admission.drain(self._drain_seconds)
         if cancelled:
-            _log.warning("%d requests were cancelled", cancelled)
+            _log.warning("cancelled %d requests", cancelled)
         self.should_exit = True
 
 
@@ -123,23 +123,22 @@ class DrainingServer(uvicorn.Server):
 
 
 class Connections:
-    """The connections of a server; makes uvicorn's protocols. uvicorn bounds neither how many are open nor how long one
-    may be without a request.
+    """The server's connections; creates uvicorn's protocols. uvicorn itself limits neither their number nor their idle
+    time.
     """
 
     def __init__(self, limits: Limits):
         self.limits = limits
         self.most = affordable(limits.connections)
-        self.idle: dict[Connection, None] = {}  # without a request; the longest first
+        self.idle: dict[Connection, None] = {}  # without a request; idle longest first
 
     def __call__(self, **uvicorns: Any) -> "Connection":
         return Connection(self, **uvicorns)
 
 
 class Connection(H11Protocol):
-    """Has a time to bring a whole request head, from its opening and from the end of each answer. Of too many
-    connections the one that has been without a request for longest is closed, so that those who open connections and
-    say nothing shut out nobody who asks.
+    """Must deliver a whole request head within `head_seconds` of opening or of the last answer. With too many
+    connections the one idle longest is closed, so that silent clients cannot shut out others.
     """
 
     def __init__(self, all_: Connections, **uvicorns: Any):
@@ -149,7 +148,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        with contextlib.suppress(AttributeError):  # of a loop that is not asyncio's own
+        with contextlib.suppress(AttributeError):  # the loop is not asyncio's own
             transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._wait()
         if len(self.connections) > self._all.most:
@@ -168,7 +167,7 @@ class Connection(H11Protocol):
             self._stop_timer()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()  # may begin with the next request, if that has come meanwhile
+        super().on_response_complete()  # may start the next request if it has already arrived
         if not self._has_request:
             self._wait()
 
@@ -182,13 +181,13 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
-        """For a request."""
+        """Waits for the next request."""
         self._all.idle[self] = None
         self._stop_timer()
         self._end = self.loop.call_later(self._all.limits.head_seconds, self._close)
 
     def _close(self) -> None:
-        if self.transport.get_write_buffer_size():  # an answer that is still being read
+        if self.transport.get_write_buffer_size():  # the client is still reading an answer
             self._end = self.loop.call_later(self._all.limits.write_seconds, self.transport.abort)
         else:
             self.transport.close()
@@ -199,7 +198,7 @@ class Connection(H11Protocol):
             self._end = None
 
     def _refuse(self) -> None:
-        error = busy(f"{self._all.most} connections have requests under way, which is the limit; try again")
+        error = busy(f"at the limit of {self._all.most} connections with requests in progress; try again later")
         response = error.response()
         head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
         self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\n%sconnection: close\r\n\r\n" % head + response.body)
@@ -207,8 +206,8 @@ class Connection(H11Protocol):
 
 
 def affordable(wanted: int) -> int:
-    """As many connections as this process may open; the limit on open files is raised as far as allowed. Raises
-    ConfigError if they are too few.
+    """The number of connections this process may open, after raising its limit on open files. Raises ConfigError: too
+    few.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -232,7 +231,7 @@ def affordable(wanted: int) -> int:
 
 
 def start_log() -> None:
-    """The log of a server that strangers talk to: what they can cause often is logged once a minute."""
+    """Starts the log. Clients can trigger warnings at will, so each kind is logged once a minute."""
     log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         if not any(isinstance(each, OncePerMinute) for each in handler.filters):
@@ -240,16 +239,17 @@ def start_log() -> None:
 
 
 class OncePerMinute(logging.Filter):
-    """Passes one warning or error of a kind in a minute; the next of its kind says how many were left out.
+    """Passes one warning or error of each kind a minute; the next says how many were dropped.
 
-    Records are of one kind if they share logger and format and, where there is one, the exception and the line of code
-    that raised it.
+    Records are of one kind if they share logger and format and, if any, the exception and the line that raised it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         super().__init__()
         self._clock = clock
-        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was passed, and how many were not since
+        self._seen: dict[
+            tuple[object, ...], tuple[float, int]
+        ] = {}  # when one last passed; how many were dropped since
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
@@ -265,5 +265,5 @@ class OncePerMinute(logging.Filter):
             self._seen.clear()
         self._seen[kind] = now, 0
         if left_out:
-            record.msg = f"{record.msg} ({left_out} more since the last such line)"
+            record.msg = f"{record.msg} ({left_out} more since the last one)"
         return True

@@ -1,4 +1,4 @@
-"""How a server listens and answers, and what it allows. Comments of the fields are what `--help` shows."""
+"""The server's settings and limits. `--help` shows the field comments."""
 
 import dataclasses
 
@@ -13,23 +13,23 @@ PACORE = PacoreConfig(sampling=SamplingParams())  # a seed is drawn for each req
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds on requests. What exceeds one is refused by name, before it costs memory or time."""
+    """Limits on requests. The error names the limit, and a request is refused before it costs memory or time."""
 
-    requests: int = 256  # under way at a time; more are answered with status 429
-    connections: int = 1024  # open at a time; of more, the one that has been without a request for longest is closed
-    head_seconds: float = 20.0  # for a connection to bring a request's head, from its opening or its last answer
-    samples: int = 64  # prompts times n of one request
-    pacore_calls: int = 64  # of one request that is answered with PaCoRe, the final one included
+    requests: int = 256  # in progress at a time; more get status 429
+    connections: int = 1024  # open at a time; beyond that, the one idle longest is closed
+    head_seconds: float = 20.0  # for a request head to arrive, from the connection's opening or its last answer
+    samples: int = 64  # prompts times n, per request
+    pacore_calls: int = 64  # per request with PaCoRe, the final call included
     body_bytes: int = 32 * MiB
-    body_values: int = 262_144  # JSON values of a body, such as the ids of a prompt of tokens
+    body_values: int = 262_144  # JSON values in a body, e.g. prompt token ids
     body_seconds: float = 60.0  # for a body to arrive
     text_bytes: int = 4 * MiB  # of a prompt, before it is tokenized
-    prompt_tokens: int | None = None  # None: what the context holds
-    images: int = 16  # of one request
-    image_bytes: int = 16 * MiB  # of one image file
-    image_pixels: int = 33_554_432  # of one image
-    view_bytes: int = 4096 * MiB  # views of all requests under way; more wait for their turn
-    write_seconds: float = 60.0  # that a client may take to read what is ready; then its request is cancelled
+    prompt_tokens: int | None = None  # None: the model's context
+    images: int = 16  # per request
+    image_bytes: int = 16 * MiB  # per image file
+    image_pixels: int = 33_554_432  # per image
+    view_bytes: int = 4096 * MiB  # image views of all requests in progress; more wait for their turn
+    write_seconds: float = 60.0  # for a client to read what is ready; then its request is cancelled
 
     def __post_init__(self):
         names = (field.name for field in dataclasses.fields(self))
@@ -38,17 +38,17 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Raises ConfigError: a value cannot work."""
+    """Raises ConfigError: a value is invalid."""
 
-    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; give an API key then
-    port: int = 8000  # 0: any free one
-    # Any of them opens the server; better in the environment: STEPJAX_API_KEY=KEY,KEY
+    host: str = "127.0.0.1"  # 0.0.0.0 admits other machines; set an API key then
+    port: int = 8000  # 0: any free port
+    # Any one of them is accepted; better set in the environment: STEPJAX_API_KEY=KEY,KEY
     api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
-    hosts: tuple[str, ...] = ()  # names in the header `Host` to answer to; by default all, without a key the loopback's
-    model_name: str | None = None  # what requests call the model; by default its directory's name, or the upstream's
-    allow_remote_images: bool = False  # fetch images from public addresses, or let the upstream fetch them
-    fetch_seconds: float = 10.0  # for one remote image, redirects included
-    drain_seconds: float = 30.0  # that requests under way are given after SIGTERM
+    hosts: tuple[str, ...] = ()  # accepted `Host` headers; default: any, or loopback only without an API key
+    model_name: str | None = None  # the model's name in requests; default: its directory's name, or the upstream's
+    allow_remote_images: bool = False  # fetch images from public addresses (or let the upstream do it)
+    fetch_seconds: float = 10.0  # per remote image, redirects included
+    drain_seconds: float = 30.0  # for requests in progress to finish after SIGTERM
     workers: int = 2  # threads that read images and make prompts
     limits: Limits = Limits()
 
@@ -64,11 +64,11 @@ class ServerSettings:
         require_positive("", self, "fetch_seconds", "workers")
 
     def completed(self, *, environment: str | None, model_name: str | None = None) -> "ServerSettings":
-        """With what the environment and the model say.
+        """Fills in the environment's API keys and the defaults.
 
         Args:
             environment: API keys, separated by commas.
-            model_name: where none is given.
+            model_name: the default.
         """
         more = tuple(key.strip() for key in (environment or "").split(",") if key.strip())
         made = dataclasses.replace(self, api_keys=(*self.api_keys, *more), model_name=self.model_name or model_name)

@@ -1,4 +1,4 @@
-"""How requests arrive and answers leave: bodies within limits of size and time, and streams of server-sent events."""
+"""Request bodies, read within size and time limits, and answers as JSON or server-sent events."""
 
 import asyncio
 import contextlib
@@ -26,11 +26,11 @@ Json = dict[str, Any]
 
 
 class Bodies:
-    """Reads bodies, at most `most` at a time, so that they cannot take the memory. To make room for another one, the
-    slowest is given up, so that those that never come keep nobody's place.
+    """Reads bodies, at most `most` at a time to bound memory. To make room the slowest one is dropped, so that stalled
+    bodies block nobody.
 
     Attributes:
-        arriving: when each began and how many bytes of it have come, by its time limit.
+        arriving: by timeout, when the body began and how many bytes have arrived.
     """
 
     def __init__(self, most: int, limits: Limits):
@@ -40,9 +40,8 @@ class Bodies:
     async def read(self, request: Request) -> bytes:
         """
         Raises:
-            ApiError: 415, it is not JSON by its headers; 413, it is too large; 408, it took too long, or others needed
-                the place of the slowest.
-            ClientDisconnect: the client left before it was complete.
+            ApiError: 415, the headers do not say JSON; 413, too large; 408, too slow, or dropped to make room.
+            ClientDisconnect: the client disconnected before the body was complete.
         """
         _check_type(request)
         limits, parts, declared = self._limits, request.stream(), request.headers.get("content-length", "")
@@ -60,12 +59,12 @@ class Bodies:
                     self.arriving.pop(limit, None)
         except TimeoutError:
             seconds = f"{limits.body_seconds:g} seconds"
-            message = f"the body did not arrive within {seconds}, or more slowly than too many others"
+            message = f"the body did not arrive within {seconds}, or was the slowest of too many: send it again"
             raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
         if not is_over:
             return bytes(body)
         body.clear()
-        # The rest is read for a while: a connection that is closed before its request was read may lose the answer.
+        # Read on for a while: closing a connection with unread data may lose the response.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_SECONDS):
                 async for _ in parts:
@@ -74,10 +73,10 @@ class Bodies:
         raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
     def _make_room(self) -> float:
-        """Now, by the loop's clock."""
+        """Returns the loop's current time."""
         now = asyncio.get_running_loop().time()
         if len(self.arriving) >= self._most:
-            # The advance of 4 KiB is for those that have only begun.
+            # The 4 KiB head start protects bodies that have just begun.
             slowest = max(
                 self.arriving, key=lambda each: (now - self.arriving[each][0]) / (self.arriving[each][1] + 4096)
             )
@@ -93,7 +92,7 @@ def _check_type(request: Request) -> None:
     if media_type != "application/json":
         message = f"content-type is {media_type or 'missing'}: send application/json"
     elif encoding != "identity":
-        message = f"content-encoding {encoding}: send it as it is"
+        message = f"content-encoding {encoding}: send the body uncompressed"
     else:
         return
     raise ApiError(415, message, code="unsupported_media_type")
@@ -103,12 +102,12 @@ def _check_type(request: Request) -> None:
 
 
 class Frame:
-    """What stands around the choices of an answer, whole or in chunks."""
+    """The JSON around an answer's choices, whole or in chunks."""
 
     def __init__(self, request: ChatRequest | CompletionRequest, model: str):
         """
         Args:
-            model: as the request calls it.
+            model: its name in the request.
         """
         is_chat = isinstance(request, ChatRequest)
         self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -125,7 +124,7 @@ class Frame:
         return {**chunk, "usage": None} if self._includes_usage else chunk
 
     def usage_chunks(self, usage: Json) -> list[Json]:
-        """The last one of a stream, if the request asks for it."""
+        """The stream's last chunk, if the request asks for usage."""
         return [{**self.chunk({}), "choices": [], "usage": usage}] if self._includes_usage else []
 
 
@@ -155,7 +154,7 @@ def choice_of(index: int, rollout: Rollout, logprobs: Json | None = None) -> Jso
 
 
 class Answer(Protocol):
-    """The answer of a request, in one way or the other."""
+    """The answer to a request, whole or streamed."""
 
     async def whole(self) -> Json: ...
 
@@ -172,17 +171,17 @@ async def respond(answer: Answer, *, stream: bool, limits: Limits) -> Response:
 class EventStream(Response):
     r"""Sends JSON objects as they come: `data: {...}\n\n` for each, and `data: [DONE]\n\n` at the end.
 
-    The next one is asked for when the transport has room for it, so a slow reader stalls only its own stream. The
-    status is sent before the first event; a later error, or the end of the server, is an event `{"error": ...}` in
-    place of `[DONE]`. Calling it raises ClientDisconnect if nobody reads.
+    Each object is requested only when the transport has room, so a slow client stalls only its own stream. The status
+    is sent before the first event; a later error or shutdown is sent as an event `{"error": ...}` in place of `[DONE]`.
+    Calling it raises ClientDisconnect if the client stops reading.
     """
 
     def __init__(self, first: Json, rest: AsyncGenerator[Json, None], *, write_seconds: float):
         """
         Args:
-            first: waited for before the response is made, so that an immediate failure gets a status of its own.
-            rest: is closed when the stream ends.
-            write_seconds: that the client may take to make room, else it is taken for gone.
+            first: awaited before the response is created, so that an immediate failure gets its own status.
+            rest: closed when the stream ends.
+            write_seconds: a client that reads nothing for this long counts as disconnected.
         """
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -210,7 +209,7 @@ class EventStream(Response):
                     await write_event(event)
                     event = await anext(rest, None)
             except asyncio.CancelledError:
-                # By `Admission.drain`, or because the client is gone; then this goes nowhere, and quickly.
+                # Cancelled by `Admission.drain`, or the client disconnected; then these writes return at once.
                 await write_event(shutting_down().body())
                 await write({"type": "http.response.body", "body": b""})
                 raise

@@ -1,4 +1,4 @@
-"""Who works when: threads beside the event loop, memory in order of arrival, and the requests that are let in."""
+"""Worker threads, a first-come-first-served memory budget, and admission of requests."""
 
 import asyncio
 import contextlib
@@ -12,21 +12,21 @@ _Result = TypeVar("_Result")
 
 
 class Threads:
-    """Threads for what would hold up the event loop: large JSON, images, tokens."""
+    """Threads for work that would block the event loop: large JSON, images, tokenizing."""
 
     def __init__(self, count: int, name: str):
-        self._executor = ThreadPoolExecutor(count, thread_name_prefix=name)  # threads start when they are needed
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix=name)  # threads start on demand
 
     async def run(self, function: Callable[..., _Result], *args: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     def close(self) -> None:
-        """Drops what has not begun; waits for nothing."""
+        """Drops queued work, without waiting."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class ByteBudget:
-    """Memory that is handed out first come, first served.
+    """A memory budget, first come, first served.
 
     Attributes:
         free: bytes.
@@ -34,12 +34,12 @@ class ByteBudget:
 
     def __init__(self, total: int):
         self.free = self.total = total
-        self._turn = asyncio.Lock()  # fair: the first that waits is the next
+        self._turn = asyncio.Lock()  # asyncio's lock is fair: first come, first served
         self._returned = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def hold(self, size: int) -> AsyncIterator[None]:
-        """Waits for `size` bytes of at most `total`, and holds them."""
+        """Waits for `size` bytes (at most `total`) and holds them."""
         assert size <= self.total
         async with self._turn:
             while size > self.free:
@@ -54,7 +54,7 @@ class ByteBudget:
 
 
 class Admission:
-    """Lets requests in: only so many at a time, and none while the server shuts down."""
+    """Admits requests: a limited number at a time, and none during shutdown."""
 
     def __init__(self, max_requests: int, is_healthy: Callable[[], bool]):
         """
@@ -68,31 +68,31 @@ class Admission:
 
     @property
     def count(self) -> int:
-        """Requests under way."""
+        """Requests in progress."""
         return len(self._under_way)
 
     def check_open(self) -> None:
         """Raises ApiError: 503, the engine has failed, or the server is shutting down."""
         if not self.is_healthy():
-            raise ApiError(503, "the engine has failed; the server is being ended", code="engine_failed")
+            raise ApiError(503, "the engine has failed; the server is shutting down", code="engine_failed")
         if self.is_draining:
             raise shutting_down()
 
     def check_room(self) -> None:
-        """Raises ApiError: 429, there are too many requests; 503, as `check_open`."""
+        """Raises ApiError: 429, too many requests; 503, as `check_open`."""
         self.check_open()
         if self.count >= self._max_requests:
-            raise busy(f"{self._max_requests} requests are under way, which is the limit; try again")
+            raise busy(f"at the limit of {self._max_requests} concurrent requests; try again later")
 
     def start(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Starts a request's answer, which counts until it has ended, and which `drain` may cancel."""
+        """Starts answering a request. The task counts until it ends; `drain` may cancel it."""
         task = asyncio.create_task(answering)
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return task
 
     async def drain(self, seconds: float) -> int:
-        """Takes no more requests, waits for those under way, and cancels what is left after `seconds`.
+        """Stops admitting requests, waits for those in progress, and cancels the rest after `seconds`.
 
         Returns:
             How many were cancelled.
@@ -104,5 +104,5 @@ class Admission:
         for task in left:
             task.cancel()
         if left:
-            await asyncio.wait(left, timeout=5)  # they still tell their clients
+            await asyncio.wait(left, timeout=5)  # to send their clients an error
         return len(left)

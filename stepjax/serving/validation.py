@@ -1,5 +1,5 @@
-"""From the bytes of a body to a request of `schemas`. What it may cost is bounded before anything is made of it, and
-complaints name the field as the client wrote it.
+"""Body bytes -> a request of `schemas`. Cost is bounded before parsing, and errors name the field as the client wrote
+it.
 """
 
 import difflib
@@ -16,10 +16,10 @@ from stepjax.serving.errors import ApiError, TooLongError, invalid
 from stepjax.serving.schemas import ChatMessage, ChatRequest, ImagePart
 from stepjax.serving.settings import Limits
 
-# Tokens mostly have more bytes, so the excess in tokens is not overstated.
+# Most tokens have more bytes, so the excess in tokens is not underestimated.
 _BYTES_PER_TOKEN = 2
-_MAX_NAME = 100  # characters of a field's name that are looked at, and shown
-# A string, which may hold what looks like structure, or the beginning of a value beside the first.
+_MAX_NAME = 100  # characters of a field's name that are compared and shown
+# A string, which may contain structural characters, or a sign that precedes a further value.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,:{[]', re.DOTALL)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -28,16 +28,16 @@ _Request = TypeVar("_Request", bound=pydantic.BaseModel)
 
 
 def parse_object(body: bytes, max_values: int) -> dict[str, Any]:
-    """Raises ApiError: 400, it is not a JSON object, or holds too many values."""
+    """Raises ApiError: 400, the body is not a JSON object or has too many values."""
     if has_more_values(body, max_values):
-        message = f"the body holds more than {max_values} values: names of fields, texts, numbers, lists and objects"
+        message = f"the body has more than {max_values} values: names of fields, texts, numbers, lists and objects"
         raise invalid(message, None, "too_many_values")
     try:
         value = from_json(body)
     except ValueError as error:
         reason = str(error).replace(" column", ", column").replace("recursion limit exceeded", "nested too deeply")
         if "hex escape" in reason:
-            reason += "; half of a surrogate pair is no character"
+            reason += "; a lone surrogate is not a character"
         raise invalid(f"the body is not JSON: {reason:.200}", None, "invalid_json") from None
     if not isinstance(value, dict):
         raise invalid(f"the body is a JSON {type(value).__name__}: send an object", None, "invalid_json")
@@ -45,19 +45,19 @@ def parse_object(body: bytes, max_values: int) -> dict[str, Any]:
 
 
 def has_more_values(body: bytes, count: int) -> bool:
-    """Whether JSON holds more than so many values.
+    """Whether JSON has more than `count` values.
 
-    Every value but the first follows one of four signs. A value costs far more than its one or two bytes, so they
-    are counted before any is made: all the signs, which is quick, and only where these are too many those outside of
-    texts.
+    Every value but the first follows one of four signs. A value costs far more memory than its one or two bytes, so
+    they are counted before parsing: first all signs, which is fast, and only if there are too many those outside of
+    strings.
     """
     if sum(map(body.count, (b",", b":", b"{", b"["))) <= count:
         return False
-    return any(index >= 2 * count for index, _ in enumerate(_TOKEN.finditer(body)))  # it finds texts, too
+    return any(index >= 2 * count for index, _ in enumerate(_TOKEN.finditer(body)))  # it matches strings too
 
 
 def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
-    """Raises ApiError: 400, a field is missing, unknown, not supported, out of range or of the wrong type; names it."""
+    """Raises ApiError: 400, names a field that is missing, unknown, unsupported, out of range or of the wrong type."""
     try:
         return kind.model_validate(body)
     except pydantic.ValidationError as error:
@@ -84,7 +84,7 @@ def _as_api_error(error: pydantic.ValidationError) -> ApiError:
     if kind == "unknown" and field is not None:
         code = "unknown_parameter"
         close = difflib.get_close_matches(field[:_MAX_NAME], context["fields"] + context["neutral"], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(context['fields'])}"
+        hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(context['fields'])}"
         message = f"{where} is not a known field; {hint}"
     elif kind == "unsupported":
         code = "unsupported_parameter"
@@ -100,20 +100,18 @@ def _as_api_error(error: pydantic.ValidationError) -> ApiError:
 
 
 def check_chat_text(request: ChatRequest, limits: Limits) -> None:
-    """Raises ApiError: messages and tools together hold too much, or the arguments of a call do."""
+    """Raises ApiError: messages and tools together are too large, or a call's arguments have too many values."""
     tools = sum(len(tool.model_dump_json().encode()) for tool in request.tools or ())
     check_text(tools + sum(_text_bytes(message) for message in request.messages), "messages", limits)
     for i, message in enumerate(request.messages):
         for j, call in enumerate(message.tool_calls or ()):
             if has_more_values(call.function.arguments.encode(errors="replace"), limits.body_values):
                 where = f"messages[{i}].tool_calls[{j}].function.arguments"
-                raise invalid(
-                    f"{where}: its JSON holds more than {limits.body_values} values", where, "too_many_values"
-                )
+                raise invalid(f"{where}: its JSON has more than {limits.body_values} values", where, "too_many_values")
 
 
 def check_text(size: int, where: str, limits: Limits) -> None:
-    """Raises TooLongError: so many bytes are too many."""
+    """Raises TooLongError: `size` bytes exceed the limit."""
     if size > limits.text_bytes:
         message = f"{where}: {size} bytes of text are more than the limit of {limits.text_bytes}"
         raise TooLongError(message, param=where, excess=1 + (size - limits.text_bytes) // _BYTES_PER_TOKEN)

@@ -1,5 +1,5 @@
-"""The web pages, plain files without a build step: the server's chat, and saved traces. Both draw PaCoRe's rounds with
-one viewer (rounds.js)."""
+"""The web pages, plain files without a build step: the server's chat and saved traces. Both draw PaCoRe's rounds with
+the same viewer (rounds.js)."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _CHAT = ("style.css", "chat.js", "answer.js", "elements.js", "live.js", "rounds.js", "server.js")
-_SAVED = ("elements.js", "rounds.js", "trace.js")  # one after the other
+_SAVED = ("elements.js", "rounds.js", "trace.js")  # concatenated in this order
 _MODULE_WORDS = re.compile(r"^import [^;]*;\n|^export ", re.MULTILINE)
 
 
@@ -19,7 +19,7 @@ def _read(name: str) -> str:
     return importlib.resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
-# The chat page as a server answers with it, by path: content and media type.
+# The chat page's files, by path: content and media type.
 PAGE: dict[str, tuple[bytes, str]] = {
     "/": (_read("chat.html").encode(), "text/html"),
     **{f"/{name}": (_read(name).encode(), _TYPES[name.rpartition(".")[2]]) for name in _CHAT},
@@ -27,8 +27,8 @@ PAGE: dict[str, tuple[bytes, str]] = {
 
 
 def saved_page(title: str, data: Any) -> str:
-    """One HTML file, complete in itself. Its script lays the data out as text, never as HTML; nothing in them can get
-    out of their element, and the page's policy lets no other script run and nothing be fetched.
+    """A self-contained HTML file. Its script inserts the data as text, never as HTML; the data cannot break out of its
+    element, and the page's CSP blocks other scripts and all requests.
 
     Args:
         data: JSON for trace.js; surrogates are allowed, NaN and infinities are not.
@@ -39,16 +39,16 @@ def saved_page(title: str, data: Any) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     values = {"title": html.escape(title), "style": style, "script": script, "policy": policy, "data": _embedded(data)}
-    # In one pass: what is put in is not searched again.
+    # In one pass, so that inserted values are not substituted again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _read("trace.html"))
 
 
 def _embedded(data: Any) -> str:
-    """JSON in which no text can end the script element around it."""
+    """JSON in which no text can close the enclosing script element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":  # one after the other: many megabytes of them take no time
+    for character in "<>&\u2028\u2029":  # str.replace is fast even on many megabytes
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # Lone surrogates have no form in UTF-8, but one in JSON.
+    # UTF-8 cannot encode lone surrogates; JSON can escape them.
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

@@ -1,9 +1,9 @@
-// One answer while it is written: PaCoRe's rounds, the reasoning, which folds when the answer begins, and the text.
+// A streamed answer: PaCoRe's rounds, the reasoning (folded when the answer begins) and the text.
 
 import { make } from "./elements.js";
 import { LiveRounds } from "./live.js";
 
-const ENDS = { length: "cut off: no tokens left", stopped: "stopped", tool_calls: "calls a tool" };
+const ENDS = { length: "cut off at the token limit", stopped: "stopped", tool_calls: "calls a tool" };
 
 export class Answer {
   constructor(index, count) {
@@ -30,7 +30,7 @@ export class Answer {
     }
   }
 
-  // An event of PaCoRe.
+  // Takes a PaCoRe event.
   take(event) {
     if (!this.rounds) {
       this.rounds = new LiveRounds();
@@ -38,7 +38,7 @@ export class Answer {
     }
     this.rounds.take(event);
     if (event.type === "attempt_failed" && event.is_final && !this.content) {
-      this.fold?.remove(); // the next attempt reasons anew
+      this.fold?.remove(); // the next attempt starts its own reasoning
       this.fold = null;
       this.reasoning = "";
     }
@@ -71,7 +71,7 @@ export class Answer {
   }
 }
 
-// One text node grows; thousands would be slow.
+// Appends to one text node; thousands of nodes would be slow.
 function write(element, text) {
   if (element.lastChild) element.lastChild.appendData(text);
   else element.textContent = text;

@@ -1,14 +1,14 @@
-// The server's page: a conversation with images.
+// The server's chat page: a conversation with images.
 
 import { Answer } from "./answer.js";
 import { make } from "./elements.js";
 import { call, events } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
-let messages = []; // of the conversation, as the server takes them
+let messages = []; // the conversation, as sent to the server
 let pending = []; // images of the next message: {name, uri, views}
-let hasSchedule = false; // the server answers in rounds unless told otherwise
-let running = null; // the AbortController of the answer that is being written
+let hasSchedule = false; // the server uses PaCoRe by default
+let running = null; // the AbortController of the answer in progress
 
 async function request(path, body, signal) {
   try {
@@ -53,7 +53,7 @@ function read(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("the file cannot be read."));
+    reader.onerror = () => reject(new Error("The file cannot be read."));
     reader.readAsDataURL(file);
   });
 }
@@ -68,7 +68,7 @@ async function addFiles(files) {
       item.querySelector(".caption").replaceWith(viewsOf(image.views, true));
     } catch (error) {
       if (item && error.status === 404) {
-        item.querySelector(".caption").textContent = image.name; // of an upstream's model nobody knows the crops
+        item.querySelector(".caption").textContent = image.name; // an upstream's crops are unknown
         continue;
       }
       pending = pending.filter((each) => each !== image);
@@ -80,7 +80,7 @@ async function addFiles(files) {
 
 function showPending(image) {
   const remove = make("button", { type: "button", "aria-label": `Remove ${image.name}`, text: "Remove" });
-  const waiting = make("p", { class: "caption quiet", text: "Cutting crops\u2026" });
+  const waiting = make("p", { class: "caption quiet", text: "Cropping\u2026" });
   const note = image.views ? viewsOf(image.views, false) : waiting;
   const item = make("li", {}, make("img", { src: image.uri, alt: image.name }), note, remove);
   remove.onclick = () => {
@@ -93,17 +93,17 @@ function showPending(image) {
   return item;
 }
 
-// What the model sees of an image, as the server cuts it.
+// The views of an image, from the server.
 function viewsOf({ columns, rows, crops, width, height, tokens, global_view: whole }, isOpen) {
-  const count = crops.length ? `${columns} \u00d7 ${rows} crops and the whole` : "the whole, no crops";
+  const count = crops.length ? `${columns} \u00d7 ${rows} crops and the whole image` : "the whole image, no crops";
   const figure = (kind, text, ...content) => make("figure", { class: kind }, make("figcaption", { text }), content);
-  const alt = `The whole image of ${width} by ${height} pixels, squared`;
+  const alt = `The whole image, ${width} by ${height} pixels, resized to a square`;
   const grid = crops.map(({ image, row, column }) =>
     make("img", { src: image, alt: `Crop in row ${row + 1}, column ${column + 1}` }));
   return make("details", { class: "views", open: isOpen, "--columns": columns },
     make("summary", { text: `What the model sees: ${count}, ${tokens} tokens` }),
     make("div", { class: "both" },
-      figure("whole", `whole: ${whole.tokens} tokens`, make("img", { src: whole.image, alt })),
+      figure("whole", `whole image: ${whole.tokens} tokens`, make("img", { src: whole.image, alt })),
       crops.length > 0
         && figure("crops", `crops: ${crops[0].tokens} tokens each`, make("div", { class: "grid" }, grid)),
     ),
@@ -118,7 +118,7 @@ function showError(message) {
   scrollDown(true);
 }
 
-// Follows the answer, unless the reader has scrolled up.
+// Follows the answer unless the user has scrolled up.
 function scrollDown(always = false) {
   const chat = $("chat");
   if (always || chat.scrollHeight - chat.scrollTop - chat.clientHeight < 120) chat.scrollTop = chat.scrollHeight;
@@ -167,9 +167,9 @@ async function ask(text, images) {
   $("chat").append(group);
   scrollDown(true);
   await draw(body, answers);
-  if (conversation !== messages) return; // another chat has begun
+  if (conversation !== messages) return; // the user has started a new chat
   if (answers.every((answer) => !answer.content && !answer.reasoning)) {
-    // Nothing came: the question goes back, to be sent again.
+    // No answer: put the question back so that it can be sent again.
     messages.pop();
     if (!answers[0].rounds) {
       group.remove();
@@ -202,12 +202,12 @@ async function draw(body, answers) {
         if (reason) answers[index].end(reason);
       }
       if (event.usage) {
-        // With PaCoRe the tokens are those of all calls.
+        // With PaCoRe, usage counts all calls.
         const [from, prompt] = answers[0].rounds ? [begun, "prompts"] : [first, "prompt"];
         const tokens = event.usage.completion_tokens;
         $("status").textContent =
           `${tokens} tokens, ${(tokens / Math.max(since(from), 0.001)).toFixed(1)} tokens/s, first after ` +
-          `${((first - begun) / 1000).toFixed(2)} s; ${prompt} of ${event.usage.prompt_tokens} tokens`;
+          `${((first - begun) / 1000).toFixed(2)} s; ${prompt}: ${event.usage.prompt_tokens} tokens`;
       }
       scrollDown();
     }
@@ -227,7 +227,7 @@ function offerChoice(answers, message) {
   answers.forEach((answer, index) => {
     const radio = make("input", { type: "radio", name: `choice-${messages.length}`, checked: index === 0 });
     radio.onchange = () => (message.content = answer.content);
-    answer.footer.append(make("label", {}, radio, " go on with this one"));
+    answer.footer.append(make("label", {}, radio, " continue with this one"));
   });
 }
 
@@ -250,7 +250,7 @@ $("key").onchange = loadModel;
 $("pacore").oninput = fitSettings;
 $("stop").onclick = () => running?.abort();
 $("text").onkeydown = (event) => {
-  const isPhone = matchMedia("(pointer: coarse)").matches; // there the Enter key makes lines
+  const isPhone = matchMedia("(pointer: coarse)").matches; // on phones Enter inserts a line break
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || isPhone) return;
   event.preventDefault();
   $("composer").requestSubmit();
@@ -268,7 +268,7 @@ $("composer").onsubmit = (event) => {
   const text = $("text").value.trim();
   if (running || (!text && !pending.length)) return;
   if (!$("settings").checkValidity()) {
-    showSettings(true); // a hidden field cannot complain
+    showSettings(true); // a hidden field cannot show its error
     $("settings").reportValidity();
     return;
   }

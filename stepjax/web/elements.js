@@ -1,4 +1,4 @@
-// Elements, numbers and folded texts of both pages. Text of models, problems and files becomes textContent, never HTML.
+// DOM helpers of both pages. Text from models, problems and files becomes textContent, never HTML.
 
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -34,20 +34,20 @@ export function time(seconds) {
 export const quiet = (text, tag = "span") => make(tag, { class: "quiet", text });
 export const pill = (kind, text) => make("span", { class: `pill ${kind}`, text });
 
-// A list of [name, value]; empty values are left out.
+// Renders a list of [name, value] without the empty values.
 export const facts = (list) =>
   make("dl", { class: "facts" }, list.filter(([, value]) => value !== null && value !== undefined && value !== "").map(
     ([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value })),
   ));
 
-// Laid out when it is first opened: reasoning is long.
+// Rendered when first opened, since reasoning is long.
 export function folded(title, content, attributes = {}) {
   const details = make("details", attributes, make("summary", { text: title }));
   details.addEventListener("toggle", () => details.open && details.children.length === 1 && details.append(content()));
   return details;
 }
 
-// A region that scrolls can be reached by keyboard.
+// Makes a scrolling region reachable by keyboard.
 export function scrolling(element) {
   element.classList.add("scrolling");
   element.tabIndex = 0;

@@ -1,4 +1,4 @@
-// Rounds while they are drawn: the server's events build up the trace, and a row unfolds into the trajectory's card.
+// Live rounds: the server's events build up the trace, and a row unfolds into the trajectory's card.
 
 import { make } from "./elements.js";
 import { ANSWERED_BY, Rounds, hasMessage } from "./rounds.js";
@@ -9,7 +9,7 @@ const BLANK = {
   prompt_tokens: 0, cached_tokens: 0, output_tokens: 0, seconds: null,
 };
 
-let numTraces = 0; // on the page, for ids
+let numTraces = 0; // makes ids unique on the page
 
 export class LiveRounds extends Rounds {
   constructor() {
@@ -72,7 +72,7 @@ export class LiveRounds extends Rounds {
     }
   }
 
-  // The answer ended, for whatever reason: nothing goes on.
+  // The answer ended, for any reason.
   stop() {
     this.trace.seconds ??= this.now;
     for (const each of this.trace.rounds.flatMap(({ trajectories }) => trajectories)) {
@@ -86,7 +86,7 @@ export class LiveRounds extends Rounds {
     super.refresh(this.trace.seconds ?? this.now);
     const { opened } = this;
     if (!opened || opened.row.ariaLabel === opened.shown) return;
-    opened.shown = opened.row.ariaLabel; // says all that changes in a card
+    opened.shown = opened.row.ariaLabel; // changes whenever the card does
     this.reading.replaceChildren(this.card(opened.each));
   }
 
@@ -102,7 +102,7 @@ export class LiveRounds extends Rounds {
     this.refresh();
   }
 
-  // A citation leads to the trajectory that the reference was made of.
+  // A citation leads to the trajectory behind the reference.
   follow(number, source) {
     const row = this.groups[number - 1]?.rows[source];
     if (row && this.opened?.row !== row) row.click();
@@ -110,7 +110,7 @@ export class LiveRounds extends Rounds {
   }
 }
 
-// What the server says of a trajectory, in the form of a trace. Of a final one it says no more than counts.
+// Converts the server's event to the trace form. For a final trajectory it has only counts.
 function end(each, event, isFinal) {
   const content = event.content ?? "";
   const at = content.lastIndexOf("</think>"); // a server may leave the reasoning in the content

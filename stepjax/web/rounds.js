@@ -1,6 +1,6 @@
-// The viewer of PaCoRe's rounds: a chart with a row for each trajectory, and a card with all that is known of one.
-// It draws one form of data, the trace that stepjax/pacore/trace.py describes. A saved page holds a whole trace
-// (trace.js); in the chat page the server's events build it up (live.js). Subclasses say what `open` and `follow` do.
+// The viewer of PaCoRe's rounds: a chart with a row for each trajectory, and a card with a trajectory's details.
+// It draws the trace described in stepjax/pacore/trace.py. A saved page has a whole trace (trace.js); in the chat page
+// the server's events build it up (live.js). Subclasses implement `open` and `follow`.
 
 import { facts, folded, make, pill, plural, quiet, scrolling, short, time, toolCalls, whole } from "./elements.js";
 
@@ -14,7 +14,7 @@ export const STATES = {
   truncated: "cut off in its reasoning",
   error: "error",
   timeout: "timed out",
-  cancelled: "not waited for",
+  cancelled: "cancelled",
   stopped: "stopped",
 };
 export const ANSWERED_BY = {
@@ -22,7 +22,7 @@ export const ANSWERED_BY = {
   agreement: "agreement of a round",
   vote: "vote",
   score: "score",
-  fallback: "fallback, as the final call gave nothing",
+  fallback: "fallback, since the final call gave no answer",
 };
 const STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200]; // seconds between ticks
 
@@ -32,14 +32,14 @@ const isLost = (each) => !hasMessage(each) && !["waiting", "running"].includes(e
 const endOf = (each, now) => each.start + (each.seconds ?? Math.max(0, now - each.start));
 const speed = (each) => (each.seconds > 0 ? `${whole(Math.round(each.output_tokens / each.seconds))} tokens/s` : null);
 const joined = (said) => said.filter(Boolean).join(" \u00b7 ");
-// The attempts before the one that counts. That one has failed as well where the call was given up.
+// The attempts before the last one, which is listed as failed only if the call was given up.
 const earlier = (each) => (["error", "timeout"].includes(each.state) ? each.attempts.slice(0, -1) : each.attempts);
 
 export class Rounds {
   constructor(trace, prefix = "") {
     this.trace = trace;
-    this.prefix = prefix; // of ids
-    this.groups = []; // of the chart, one for a round: {summary, rows}
+    this.prefix = prefix; // for ids
+    this.groups = []; // one for each round of the chart: {summary, rows}
     this.ticks = make("span", { class: "track" });
     this.axis = make("div", { class: "row axis", "aria-hidden": "true" }, make("span"), this.ticks);
     this.chart = make("div", { class: "chart" }, this.axis);
@@ -47,7 +47,7 @@ export class Rounds {
     trace.rounds.forEach((round) => this.addGroup(round));
   }
 
-  // Names count from 1, as the references in a prompt do.
+  // Names count from 1, like the references in a prompt.
 
   roundName(number) {
     if (!this.trace.rounds[number].is_final) return `Round ${number + 1}`;
@@ -66,8 +66,8 @@ export class Rounds {
     return this.trace.chosen?.[0] === round && this.trace.chosen[1] === index;
   }
 
-  // A source is what a reference was made of: a trajectory of the round before, or a message given with the problem.
-  // All prompts of a round number it alike, unless each has references of its own.
+  // A reference's source is a trajectory of the previous round, or a message given with the problem. All prompts of a
+  // round number it alike, unless each has its own references.
 
   sourceName(number, source) {
     return number ? this.nameOf({ round: number - 1, index: source }) : `given message ${source + 1}`;
@@ -83,12 +83,12 @@ export class Rounds {
     return `Reference ${references.findIndex(({ index }) => index === source) + 1}`;
   }
 
-  // [times, in the reasoning]; a live trace does not know the second.
+  // [count, count in the reasoning]; a live trace lacks the second.
   citationsOf(each, source) {
     return each.citations[this.sourcesOf(each).indexOf(source) + 1] ?? [0, 0];
   }
 
-  // What a trajectory becomes in the next round: a reference, and how often that is cited.
+  // The reference a trajectory becomes in the next round, and how often it is cited.
   become({ round, index }) {
     const next = this.trace.rounds[round + 1];
     const reference = next?.references.find((each) => each.index === index);
@@ -103,13 +103,13 @@ export class Rounds {
     return make("button", { ...all, click: () => this.follow(number, source) });
   }
 
-  // A text's parts are strings, and [label, string] where it cites a reference.
+  // Parts are strings, or [label, string] for citations.
   text(parts, each) {
     return make("div", { class: "text" }, parts.map((part) =>
       typeof part === "string" ? part : this.citation(part[1], each.round, this.sourcesOf(each)[part[0] - 1])));
   }
 
-  // The chart: bars lie where their calls lay between the problem's begin and end.
+  // The chart: a bar spans its call's time within the problem's.
 
   addGroup({ number, trajectories }) {
     const name = this.roundName(number);
@@ -202,7 +202,7 @@ export class Rounds {
       make("span", { class: at > 0.85 * end ? "tick last" : "tick", "--from": at, text: at ? time(at) : "0" })));
   }
 
-  // One row is a stop of the Tab key; the arrows lead to the others.
+  // Tab stops at one row; the arrow keys move between rows.
 
   stopAt(row) {
     for (const { rows } of this.groups) rows.forEach((each) => (each.tabIndex = each === row ? 0 : -1));
@@ -231,7 +231,7 @@ export class Rounds {
       ["seed", each.seed === null ? null : String(each.seed)],
       ["start", time(each.start)],
       ["prompt tokens", whole(each.prompt_tokens)],
-      ["of them shared", whole(each.cached_tokens)],
+      ["shared", whole(each.cached_tokens)],
       ["mean log-probability", each.mean_logprob?.toFixed(3)],
     ]);
     const label = `Trajectory ${this.nameOf(each)}`;
@@ -251,7 +251,7 @@ export class Rounds {
     );
   }
 
-  // What a trajectory wrote.
+  // The trajectory's output.
   written(each) {
     const length = each.reasoning.reduce((sum, part) => sum + (typeof part === "string" ? part : part[1]).length, 0);
     const reasoning = () => scrolling(this.text(each.reasoning, each));
@@ -265,7 +265,7 @@ export class Rounds {
     ];
   }
 
-  // What a trajectory sees, what it cites, and what becomes of it.
+  // The references it sees and cites, and the one it becomes.
   links(each) {
     const line = (said, ...children) => make("p", { class: "cites" }, quiet(said), children);
     const [number, sources, cited] = [each.round, this.sourcesOf(each), Object.entries(each.citations)];

@@ -1,4 +1,4 @@
-// A saved page: a problem's trace from its header to the last round, or the table of a run's problems.
+// A saved page: a problem's trace, or the table of a run's problems.
 
 import { facts, folded, make, pill, plural, quiet, scrolling, short, time, toolCalls, whole } from "./elements.js";
 import { ANSWERED_BY, Rounds, STATES, rightOrWrong, timesOf } from "./rounds.js";
@@ -12,7 +12,7 @@ class SavedTrace extends Rounds {
     show($(this.idOf(each)));
   }
 
-  // Lights up a source and all places that cite it.
+  // Highlights a source and all its citations.
   follow(number, source) {
     const same = this.lit?.[0] === number && this.lit[1] === source;
     this.darken();
@@ -25,7 +25,7 @@ class SavedTrace extends Rounds {
     const round = this.roundName(number).toLowerCase();
     const name = `${number ? "trajectory " : ""}${this.sourceName(number, source)}`;
     const said = this.trace.rounds[number].has_own_references
-      ? `Each call of ${round} numbers ${name} in its own way.`
+      ? `Each call of ${round} has its own number for ${name}.`
       : `${this.labelOf(number, source)} of ${round} is ${name}.`;
     const button = (text, click) => make("button", { type: "button", text, click });
     $("lit").hidden = false;
@@ -64,14 +64,14 @@ class SavedTrace extends Rounds {
         ["output tokens (TTC)", whole(totals.output_tokens)],
         ["lost tokens", whole(totals.lost_tokens)],
         ["prompt tokens", whole(totals.prompt_tokens)],
-        ["of them shared", whole(totals.shared_tokens)],
+        ["shared prompt tokens", whole(totals.shared_tokens)],
         ["time", time(seconds)],
         ["time of all calls", time(totals.seconds)],
         ["ended by", counted(totals.finish_reasons)],
       ]),
       make("nav", { "aria-label": "Parts of the page" },
         links.map(([to, text]) => make("a", { href: `#${to}`, text })),
-        make("button", { type: "button", text: "Show messages whole", "aria-pressed": "false", click: toggleWhole }),
+        make("button", { type: "button", text: "Show full messages", "aria-pressed": "false", click: toggleWhole }),
       ),
     ];
   }
@@ -83,10 +83,10 @@ class SavedTrace extends Rounds {
     return section("answer", "Answer",
       make("div", { class: "panel" },
         this.written(each),
-        each.finish_reason === "length" && make("p", { class: "warning", text: "Cut off: no tokens were left." }),
+        each.finish_reason === "length" && make("p", { class: "warning", text: "Cut off at the token limit." }),
       ),
       problem.ground_truth !== null && make("p", { class: "truth" },
-        quiet("Should be "), make("span", { class: "text", text: problem.ground_truth })),
+        quiet("Expected: "), make("span", { class: "text", text: problem.ground_truth })),
     );
   }
 
@@ -107,8 +107,8 @@ class SavedTrace extends Rounds {
   }
 
   timeline() {
-    const hint = "Beside the bars: output tokens. Hatched: failed attempts, up to the start of the next one. "
-      + "The arrow keys lead from row to row, Enter to the trajectory.";
+    const hint = "Numbers: output tokens. Hatched: failed attempts, up to the start of the next one. "
+      + "Arrow keys move between rows; Enter opens the trajectory.";
     return section("timeline", "Timeline", this.chart, quiet(hint, "p"));
   }
 
@@ -124,7 +124,7 @@ class SavedTrace extends Rounds {
     const said = [
       plural(trajectories.length, "call"),
       `${whole(totals.output_tokens)} output tokens`,
-      `${whole(totals.prompt_tokens)} prompt tokens, ${whole(totals.shared_tokens)} of them shared`,
+      `${whole(totals.prompt_tokens)} prompt tokens (${whole(totals.shared_tokens)} shared)`,
       totals.retries ? plural(totals.retries, "failed attempt") : null,
       totals.lost_tokens ? `${whole(totals.lost_tokens)} tokens lost with them` : null,
       `ended by ${counted(totals.finish_reasons)}`,
@@ -141,9 +141,9 @@ class SavedTrace extends Rounds {
     );
   }
 
-  // A row for each reference, in the order of the prompt; a column for each trajectory, with how often it cites it.
+  // A row for each reference, in prompt order; a column for each trajectory, with its citation counts.
   references({ number, references, trajectories, has_own_references: hasOwn, left_out: leftOut }) {
-    if (!references.length) return quiet("Its prompt is the problem itself, without references.", "p");
+    if (!references.length) return quiet("The prompt is the problem without references.", "p");
     const most = Math.max(1, ...trajectories.flatMap((each) => Object.values(each.citations).map(([times]) => times)));
     const cell = (each, index) => {
       const counts = this.citationsOf(each, index);
@@ -170,12 +170,12 @@ class SavedTrace extends Rounds {
       make("th", { scope: "row" }, this.sourceName(number, index), pill("lost", "left out: did not fit the prompt")));
     const heads = trajectories.map((each) =>
       make("th", { scope: "col" }, make("a", { href: `#${this.idOf(each)}`, text: this.nameOf(each) })));
-    const title = `References${hasOwn ? ", each call has some of them" : ""} (${whole(references.length)})`;
+    const title = `References${hasOwn ? ", each call sees some of them" : ""} (${whole(references.length)})`;
     return make("details", { class: "references", open: true },
       make("summary", {}, make("h3", { text: title })),
       scrolling(make("div", { class: "wide", role: "region", "aria-label": "References" },
         make("table", {},
-          make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "cited, how often, by" }), heads)),
+          make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "citations by" }), heads)),
           make("tbody", {}, references.map(row), leftOut.map(dropped))))));
   }
 }
@@ -197,14 +197,14 @@ function show(element) {
   element.focus({ preventScroll: true });
 }
 
-// Long messages scroll in their cards, until they are asked for.
+// Toggles long messages between scrolling and full height.
 function toggleWhole({ target }) {
   target.setAttribute("aria-pressed", String(document.body.classList.toggle("unclipped")));
 }
 
 // The table of a run: {title, facts, answers: [{page, name, correct, answer, truth, ...}]}.
 function table(run) {
-  const heads = ["problem", "", "answer", "should be", "answered by", "calls", "TTC", "time"];
+  const heads = ["problem", "", "answer", "expected", "answered by", "calls", "TTC", "time"];
   const rows = run.answers.map((each) => make("tr", {},
     make("th", { scope: "row" }, make("a", { href: each.page, text: each.name })),
     make("td", {}, verdict(each)),
@@ -230,7 +230,7 @@ function problem(data) {
   if (!hasReasoning) $("main").append(quiet("This page was made without the reasoning.", "p"));
   trace.refresh();
   addEventListener("keydown", (event) => event.key === "Escape" && trace.darken());
-  // What the address names was not there when the page was read.
+  // The target of the URL's hash did not exist when the page loaded.
   if (location.hash.length > 1) $(location.hash.slice(1))?.scrollIntoView();
 }
 

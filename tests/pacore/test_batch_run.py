@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_other_limits_but_not_with_another_seed(problems, tmp
         capsys.readouterr()
         assert main(arguments(problems, out, upstream, "--seed", "1", "--top-p", "0.9")) == 1
         error = capsys.readouterr().err
-        assert "config.seed was 0, and is 1 now" in error and "config.sampling.top_p was 1.0" in error
+        assert "config.seed was 0, now 1" in error and "config.sampling.top_p was 1.0" in error
         assert main(arguments(problems, out, upstream, "--samples", "2")) == 0, "more samples may be added"
         assert [row for row in rows(out) if row["sample"] == 0] == [
             json.loads(line) for line in before[0].split(b"\n")[:-1]
@@ -171,7 +171,7 @@ def test_a_problem_that_fails_stops_no_other_and_is_tried_again_on_request(probl
         assert main(command) == 0
         made = rows(out)
         assert [row["error"] is not None for row in made] == [False, False, True, False, False, False]
-        assert "nothing came of round 1 (4 error)" in made[2]["error"] and made[2]["correct"] is False
+        assert "round 1 left no message (4 error)" in made[2]["error"] and made[2]["correct"] is False
         assert made[2]["losses"] == [{"error": 4}] and made[2]["final_response"] is None
         assert "failed" in capsys.readouterr().out
         asked, is_down = len(upstream.bodies), False
@@ -204,13 +204,13 @@ def test_every_method_runs(problems, tmp_path, options, label):
         ((), "neither of --model and --upstream.url"),
         (("--model", "m", *ENDPOINT), "both of --model and --upstream.url"),
         (("--upstream.url", "http://127.0.0.1:9/v1"), "--upstream.url http://127.0.0.1:9/v1"),
-        ((*ENDPOINT, "--dtype", "float32"), "--dtype: of no effect with --upstream.url"),
-        (("--model", "m", "--upstream.no-streams"), "--upstream.streams: of no effect with --model"),
+        ((*ENDPOINT, "--dtype", "float32"), "--dtype: no effect with --upstream.url"),
+        (("--model", "m", "--upstream.no-streams"), "--upstream.streams: no effect with --model"),
         ((*ENDPOINT, "--limit", "0"), "--limit 0"),
         ((*ENDPOINT, "--template", "none.jinja"), "template 'none.jinja'"),
-        ((*ENDPOINT, "--truncated", "tail"), "needs the sampler to have a tokenizer"),
+        ((*ENDPOINT, "--truncated", "tail"), "needs a sampler with a tokenizer"),
         ((*ENDPOINT, "--method", "best-of-n", "--scorer", "ground-truth"), "'req_5' has no ground_truth"),
-        (("--model", "m", "--schedule", "2000"), "--engine.max-waiting 65536: 64 problems"),
+        (("--model", "m", "--schedule", "2000"), "--engine.max-waiting 65536: 64 concurrent problems"),
         (("--model", "none"), "none: there is no such directory"),
     ],
 )
@@ -226,7 +226,7 @@ def test_mistakes_are_one_line(problems, tmp_path, capsys, options, part):
     [
         (("--upstream.url", "ftp://x"), "upstream 'ftp://x'"),
         (("--schedule", "4,x"), "schedule '4,x'"),
-        (("--upstream.body", "[]"), "'[]' is not an object of JSON"),
+        (("--upstream.body", "[]"), "'[]' is not a JSON object"),
         (("--upstream.api-key", "k"), "Unrecognized options: --upstream.api-key"),
         (("--samples", "0"), "samples=0"),
         (("--n", "2"), "n=2: must be 1"),

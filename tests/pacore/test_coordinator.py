@@ -198,7 +198,7 @@ def test_agreement_ends_it_all_and_is_off_by_default(solve):
 
 def test_a_round_without_survivors_fails_clearly(solve):
     sampler = FakeSampler(lambda asked: SamplerError("status 401: no key", is_temporary=False))
-    with pytest.raises(RoundFailedError, match=r"'p': nothing came of round 1 \(4 error\).*401"):
+    with pytest.raises(RoundFailedError, match=r"'p': round 1 left no message \(4 error\).*401"):
         solve(sampler, (4,))
     assert len(sampler.asked) == 4, "what is hopeless is not tried again"
 
@@ -226,7 +226,7 @@ def test_the_plurality_stands_in_for_a_final_call_that_fails(solve):
 
     outcome = solve(FakeSampler(script), (4,), limits=QUICK)
     assert outcome.answered_by == "fallback" and outcome.content == "the answer is 42" and outcome.chosen == (0, 1)
-    with pytest.raises(RoundFailedError, match="nothing came of the final call"):
+    with pytest.raises(RoundFailedError, match="the final call left no message"):
         solve(FakeSampler(script), (4,), limits=QUICK, fallback=False)
 
 

@@ -83,10 +83,10 @@ def test_images_are_found_beside_the_file(write, tmp_path):
     [
         ("{", "line 2: not JSON"),
         ('{"problem": NaN}', "line 2: not JSON"),
-        ("3", "line 2: 3 is no problem"),
+        ("3", "line 2: 3 is not a problem"),
         ({}, "has only nothing: give one of"),
         ({"messages": ASK, "problem": "x"}, "has messages and problem: give one of"),
-        ({"messages": "x", "id": "a"}, "id 'a' is that of line 1 too"),
+        ({"messages": "x", "id": "a"}, "id 'a' is already used in line 1"),
         ({"messages": 3}, "messages is 3"),
         ({"messages": []}, "messages is empty"),
         ({"messages": ["x"]}, r"messages\[0\] is 'x'"),
@@ -96,8 +96,11 @@ def test_images_are_found_beside_the_file(write, tmp_path):
         ({"messages": ASK, "tools": ["x"]}, "tools is"),
         ({"messages": ASK, "responses": "x"}, "responses is 'x'"),
         ({"messages": ASK, "responses": [3]}, r"responses\[0\] is 3"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}, "no image file"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the image None"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]},
+            "image file .* does not",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "None is not an image"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "give a text, or items"),
     ],
 )

@@ -74,7 +74,7 @@ def test_failures_and_losses_are_told():
     assert made["failed"] == 1 and made["answered_by"] == {"synthesis": 1} and made["accuracy"] == 0.5
     assert made["rounds"][0]["losses"] == {"empty": 1, "error": 3} and made["finish_reasons"] == {"stop": 4}
     shown = table(made)
-    assert "lost or cut: 1 empty, 3 error, 2 cut answers" in shown and "6 tokens, of attempts that failed" in shown
+    assert "lost or cut: 1 empty, 3 error, 2 cut answers" in shown and "6 tokens, in failed attempts" in shown
     assert "failed       1 (counted as wrong" in shown
 
 

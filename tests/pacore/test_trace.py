@@ -338,7 +338,7 @@ def test_a_trace(opened, widths, size, scheme):
     assert f"{made.totals.output_tokens:,}" in page.inner_text("#top")
     assert "there are 5 + 12 + 1 = 18 of them" in page.inner_text("#answer")
     assert page.evaluate("[...document.images].every((each) => each.complete && each.naturalWidth > 0)")
-    assert "1 not waited for" in page.inner_text("#round0 .warning")
+    assert "1 cancelled" in page.inner_text("#round0 .warning")
     leave_picture(page, f"{size}-{scheme}-{sum(widths)}", full_page=True)
     # Bars lie where and when their calls did.
     boxes = page.evaluate("""[...document.querySelectorAll("button.row")].map((row) => {
@@ -460,7 +460,7 @@ def test_long_messages_and_addresses(opened):
     assert page.evaluate("scrollY") > 0
     height = "document.querySelector('#t1-0 > .text').clientHeight"
     assert page.evaluate(height) < 400
-    page.click("text=Show messages whole")
+    page.click("text=Show full messages")
     assert page.evaluate(height) > 2000
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.querySelector('.scrolling')).maxHeight") == "none"

@@ -152,7 +152,7 @@ def test_a_problem_that_failed_has_a_page(problems, tmp_path, monkeypatch):
     monkeypatch.setattr(Endpoint, "said", lambda self, body: {"content": "", "reasoning": "hm"})
     assert run(problems, tmp_path / "run", "--schedule", "2", "--retries", "0") == 1
     assert main(["pacore", "trace", str(tmp_path / "run")]) == 0
-    assert "nothing came of round 1 (2 empty)" in (tmp_path / "run" / "traces" / "req_0.html").read_text()
+    assert "round 1 left no message (2 empty)" in (tmp_path / "run" / "traces" / "req_0.html").read_text()
     assert (tmp_path / "run" / "traces" / "index.html").read_text().count('"error":true') == 5
 
 
@@ -161,7 +161,7 @@ def test_mistakes_are_named(problems, tmp_path, capsys):
         main(["pacore", "trace"])
     assert "DIR" in capsys.readouterr().err
     assert main(["pacore", "trace", str(tmp_path)]) == 1
-    assert "is not the directory of a run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
     assert run(problems, tmp_path / "run", "--schedule", "none") == 0
     assert main(["pacore", "trace", str(tmp_path / "run"), "--problem", "nobody"]) == 1
     assert "--problem nobody" in capsys.readouterr().err

@@ -285,11 +285,11 @@ _EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "on "}, "finish_
 @pytest.mark.parametrize(
     "respond, named",
     [
-        (lambda: _without_end(_EVENT), "the answer has more than 100000 bytes"),
-        (lambda: _without_end(b": still here\n\n"), "the answer has more than 100000 bytes"),
-        (lambda: _without_end(b"x" * 999), "a line of it has more than 50000 bytes"),
-        (lambda: _without_end(b"x" * 999, "application/json"), "the answer has more than 100000 bytes"),
-        (lambda: _without_end(b"x" * 999, "text/plain", status_code=400), "the answer has more than 20000 bytes"),
+        (lambda: _without_end(_EVENT), "the answer is longer than 100000 bytes"),
+        (lambda: _without_end(b": still here\n\n"), "the answer is longer than 100000 bytes"),
+        (lambda: _without_end(b"x" * 999), "a line of the answer is longer than 50000 bytes"),
+        (lambda: _without_end(b"x" * 999, "application/json"), "the answer is longer than 100000 bytes"),
+        (lambda: _without_end(b"x" * 999, "text/plain", status_code=400), "the answer is longer than 20000 bytes"),
         (lambda: _without_end(_EVENT, pause=0.05), "did not end within 0.4 s"),
         (lambda: _without_end(b" ", "application/json", pause=0.05), "did not end within 0.4 s"),
         (
@@ -319,7 +319,7 @@ def test_the_text_of_an_answer_is_bounded(odd, monkeypatch):
     call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "x" * 990}}
     for fields in ({"content": "x" * 1001}, {"reasoning_content": "x" * 999}, {"tool_calls": [call] * 2}):
         odd.responds = lambda body, fields=fields: answering(body, **fields)
-        with pytest.raises(SamplerError, match="more than 1000 characters"):
+        with pytest.raises(SamplerError, match="longer than 1000 characters"):
             ask(odd)
 
 
@@ -327,7 +327,7 @@ def test_an_answer_without_end_does_not_fill_the_memory(odd):
     """With the limits that nobody has set."""
     sent, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     odd.responds = lambda body: _without_end(b"x" * (1 << 20), "application/json", sent=sent)
-    with pytest.raises(SamplerError, match="more than 134217728 bytes"):
+    with pytest.raises(SamplerError, match="longer than 134217728 bytes"):
         ask(odd, streams=False)
     assert sum(sent) < 256 << 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # kilobytes

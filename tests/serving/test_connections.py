@@ -271,5 +271,5 @@ def test_the_log_has_one_line_a_kind_and_minute(caplog):
     told = [line for line in lines if line != "told"]
     assert sorted(told) == sorted(
         ["no. 0", "failed", "failed"]
-        + 2 * ["no. 0 (299 more since the last such line)", *2 * ["failed (299 more since the last such line)"]]
+        + 2 * ["no. 0 (299 more since the last one)", *2 * ["failed (299 more since the last one)"]]
     )

@@ -187,12 +187,12 @@ def test_every_address_of_every_hop_is_checked(site):
     ):
         with pytest.raises(ApiError) as caught:
             fetch(url, resolve=None, allow=is_public)
-        assert "not public" in caught.value.message or "not known" in caught.value.message
-    refused(f"http://{site}/a.png", "not public", resolve=lambda *_: ["8.8.8.8", "10.0.0.1"], allow=is_public)
+        assert "non-public" in caught.value.message or "does not resolve" in caught.value.message
+    refused(f"http://{site}/a.png", "non-public", resolve=lambda *_: ["8.8.8.8", "10.0.0.1"], allow=is_public)
     public = {"site.test": ["127.0.0.1"], "inside.test": ["169.254.169.254"]}
     refused(
         f"http://{site}/to/http://inside.test/latest/meta-data",
-        "not public",
+        "non-public",
         resolve=lambda host, _: public[host],
         allow=lambda address: address == "127.0.0.1",
     )
@@ -201,12 +201,12 @@ def test_every_address_of_every_hop_is_checked(site):
 def test_failures_are_named(site):
     refused(f"http://{site}/large", "larger than 1000 bytes")
     refused(f"http://{site}/missing", "status 404")
-    refused(f"http://{site}/short", "whole")
+    refused(f"http://{site}/short", "incomplete or not HTTP")
     refused(f"http://{site}/to/to/to/to/to/a", "redirects more than 3 times")
     refused(f"http://{site}/to/ftp://x/", "http or https")
     refused("http://user:pw@site.test/", "without a user name")
     refused("http://site.test:99999/", "ValueError")
-    refused("http://site.test/", "not known", resolve=lambda *_: (_ for _ in ()).throw(OSError()))
+    refused("http://site.test/", "does not resolve", resolve=lambda *_: (_ for _ in ()).throw(OSError()))
 
 
 @pytest.mark.parametrize("path", ["slow", "slow-header"])

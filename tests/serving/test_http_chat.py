@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_refused_by_name(server, fields, param, part):
     [
         ("data:image/png;base64,aGVsbG8=", 400, "no image"),
         ("data:image/png;base64,a", 400, "base64"),
-        ("data:text/plain;base64,aGk=", 400, "no data URI"),
+        ("data:text/plain;base64,aGk=", 400, "not a data URI"),
         ("data:image/png,xx", 400, "base64"),
         ("https://example.com/a.png", 400, "not fetched"),
         ("/etc/hostname", 400, "not fetched"),

@@ -51,7 +51,7 @@ def beside_text(url, **fields):
         (uri(animation()), {}, 'it has several frames or pages; add "frame": 0 to the image'),
         (uri(animation()), {"frame": 2}, "there is no frame 2"),
         (picture(), {"frame": 1}, "there is no frame 1"),
-        ("http://127.0.0.1/a.png", {}, "its host has an address that is not public"),
+        ("http://127.0.0.1/a.png", {}, "its host has a non-public address"),
     ],
 )
 def test_an_image_that_is_refused_is_named_by_its_place(start, url, fields, reason):

@@ -125,7 +125,7 @@ def test_no_answer_is_lost_to_an_upstream_that_fails(serve, stream):
         ({"finish_reason": [1]}, "finish_reason is"),
         ({"content": ["42"]}, "content is"),
         ({"tool_calls": [3]}, "tool_calls is 3"),
-        ({"content": "x" * 20_000}, "has more than 10000 bytes"),
+        ({"content": "x" * 20_000}, "is longer than 10000 bytes"),
     ],
 )
 def test_malformed_answers_are_a_bad_gateway(serve, upstream, fields, named, stream):
@@ -168,7 +168,7 @@ def test_an_upstream_that_is_away_or_refuses_is_named(serve, upstream):
     with running(None, FakeEngine()) as plain:
         front = serve(f"{plain.url}/v1", rounds=rounds, endpoint={"model": "wrong"})
         refused = front.chat().json()["error"]
-        assert refused["code"] == "upstream_refused" and "there is no model" in refused["message"]
+        assert refused["code"] == "upstream_refused" and "does not exist" in refused["message"]
     with running(None, FakeEngine(), api_keys=("key-of-upstream",)) as locked:
         front = serve(f"{locked.url}/v1", rounds=rounds, endpoint={"model": "tiny", "api_key": "sk-wrong"})
         answer = front.chat()

@@ -100,7 +100,7 @@ def test_a_conversation(opened, size, scheme):
     leave_picture(page, f"{size}-{scheme}-0-empty")
     page.set_input_files("#file", drawing())
     page.wait_for_selector("#images .views .grid img >> nth=5")
-    assert "3 \u00d7 2 crops and the whole, 670 tokens" in page.inner_text("#images summary")
+    assert "3 \u00d7 2 crops and the whole image, 670 tokens" in page.inner_text("#images summary")
     assert fits(page)
     leave_picture(page, f"{size}-{scheme}-1-views")
     page.fill("#text", "How many shapes are there?")
@@ -348,7 +348,7 @@ def test_stopping_and_failing_rounds(opened):
     page.fill("#text", "again")
     page.click("#send")
     page.wait_for_selector(".error")
-    assert "nothing came of round 1 of 4 (4 empty)" in page.inner_text(".error")
+    assert "round 1 of 4 left no message (4 empty)" in page.inner_text(".error")
     assert page.input_value("#text") == "again" and page.locator(".row.lost").count() == 8
 
 

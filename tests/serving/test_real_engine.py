@@ -167,7 +167,7 @@ def test_a_text_model_answers_text_only(directory, tiny):
             plain = server.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4, "logprobs": 1})
             assert len(plain.json()["choices"][0]["logprobs"]["tokens"]) <= 4, plain.text
         refused = server.chat([{"type": "image_url", "image_url": {"url": picture()}}])
-        assert refused.status_code == 400 and "text only" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and "text-only" in refused.json()["error"]["message"]
         assert server.http.post("/stepjax/views", json={"image": picture()}).status_code == 400
 
 
@@ -243,5 +243,5 @@ def test_an_engine_that_dies_takes_the_process_with_it(processes):
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
     assert process.wait(20) == 70
     log = process.stderr.read()
-    assert "the engine has failed: ending with status 70" in log and log.count("Traceback") <= 2, log
+    assert "the engine has failed: exiting with status 70" in log and log.count("Traceback") <= 2, log
     assert log.count("the device is lost") <= 3 and "never retrieved" not in log, log

@@ -44,7 +44,7 @@ def refusal(kind, body):
     [
         # Content: text or a list of parts of two kinds.
         (of_user({**TEXT, "cache_controls": 1}), "messages[0].content[0].cache_controls", "not a known field"),
-        (of_user(TEXT, {**IMAGE, "uuid": "x"}), "messages[0].content[1].uuid", "there are type, image_url"),
+        (of_user(TEXT, {**IMAGE, "uuid": "x"}), "messages[0].content[1].uuid", "known fields: type, image_url"),
         (of_user({**IMAGE, "text": "x"}), "messages[0].content[0].text", "not a known field"),
         (of_user({**TEXT, "image_url": {}}), "messages[0].content[0].image_url", "not a known field"),
         (of_user({"type": "text"}), "messages[0].content[0].text", "is missing"),
