@@ -298,7 +298,7 @@ def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_
         ("--image", str(text)): "no image in a known format",
         ("--image", str(tmp_path)): "image 0",
         ("--max-tokens", "1000"): "context of 512",
-        ("--logprobs", "1"): "--logprobs 1: only text is printed",
+        ("--logprobs", "1"): "--logprobs 1: this command prints only text",
     }.items():
         assert_one_line(capsys, main([*generate, *arguments]), part, verb="generate")
 

@@ -25,7 +25,7 @@ from stepjax.errors import CheckpointError, RecordError
 StreamState = dict[str, Any]  # {"next": int, "open": [[int, ...], ...]}
 NEW_STREAM: StreamState = {"next": 0, "open": []}
 
-MAX_WAIT = 16  # emit a row after this many examples per open row have passed it by; cost no space in any size mix we tried
+MAX_WAIT = 16  # emit a row after this many examples per open row pass it by; costs no space in any size mix we tried
 MAX_SKIPPED = 1000  # consecutive unusable records before this is an error
 
 

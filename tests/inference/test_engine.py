@@ -435,14 +435,14 @@ def test_a_full_queue_refuses(make_engine):
         engine.submit([1, 2], GREEDY, request_id=f"{i}")
     with pytest.raises(BusyError, match="2 samples are waiting"):
         engine.submit([1, 2], GREEDY)
-    with pytest.raises(RequestError, match="'1': is in use"):
+    with pytest.raises(RequestError, match="'1' is in use"):
         engine.submit([1, 2], GREEDY, request_id="1")
 
 
 def test_generate_leaves_other_requests_their_deltas(make_engine):
     engine = make_engine()
     other = engine.submit(TEXT, GREEDY)
-    with pytest.raises(RequestError, match="1 other requests are under way.*use submit and step"):
+    with pytest.raises(RequestError, match="1 other requests are active.*use submit and step"):
         engine.generate([TEXT], GREEDY)
     deltas = []
     while engine.has_work:
