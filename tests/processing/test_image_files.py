@@ -136,7 +136,7 @@ def test_refuses_other_types(source):
 
 @pytest.mark.parametrize("url", ["http://host/a.png", "https://host/a.png", "HTTPS://host/a.png", "s3://bucket/a.png"])
 def test_fetches_nothing(url):
-    with pytest.raises(ImageError, match=f"{url} is a URL, and nothing is fetched"):
+    with pytest.raises(ImageError, match=f"{url} is a URL, which is not fetched"):
         open_image(url)
 
 
