@@ -96,7 +96,7 @@ def test_a_tokenizer_of_another_model_is_refused(exported, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((exported / file).read_bytes())
-    with pytest.raises(CheckpointError, match="has 745 ids, and the model only 512 embeddings"):
+    with pytest.raises(CheckpointError, match="has 745 ids, but the model only 512 embeddings"):
         stepjax.load(tmp_path)
 
 
