@@ -158,7 +158,7 @@ def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
         if _SURROGATE.search(line):
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise refuse("it has half a surrogate pair, which is no character") from error
+        raise refuse("it has half a surrogate pair, which is not a character") from error
     except RecursionError as error:
         raise refuse("not valid JSON (nested too deeply)") from error
     except ValueError as error:
@@ -170,7 +170,7 @@ def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
     elif type(record["id"]) is int:
         record["id"] = str(record["id"])
     elif not isinstance(record["id"], str) or not record["id"]:
-        raise refuse(f"its id is {record['id']!r}, and must be a text or an integer")
+        raise refuse(f"its id is {record['id']!r}: must be a string or an integer")
     try:
         record = place_images(record)
     except TokenError as error:
@@ -198,7 +198,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"the key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")
+        raise ValueError(f"the key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is given twice")
     return fields
 
 
@@ -210,7 +210,7 @@ def _check_regular(path: Path) -> None:
     """Refuses pipes and devices: reading one could block or run for ever."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise OSError(0, "a directory" if stat.S_ISDIR(mode) else "no regular file", str(path))
+        raise OSError(0, "a directory" if stat.S_ISDIR(mode) else "not a regular file", str(path))
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bool]]:

@@ -24,7 +24,7 @@ def file_size(path: Path) -> int:
     """The size of a regular file; a pipe or a device might never end.
 
     Raises:
-        CheckpointError: there is no such file, or it is not a regular one.
+        CheckpointError: the file does not exist or is not a regular file.
     """
     try:
         status = path.stat()
@@ -39,7 +39,7 @@ def read_text(path: Path, limit: int) -> str:
     """Raises CheckpointError if the file is missing, not regular, larger than `limit` bytes, or not text."""
     size = file_size(path)
     if size > limit:
-        raise CheckpointError(f"{path} cannot be read: it has {size:,} bytes, and at most {limit:,} are read")
+        raise CheckpointError(f"{path} cannot be read: it has {size:,} bytes, more than the limit of {limit:,}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -273,7 +273,7 @@ def _open(path: str, field: str, vision: VisionConfig, must_exist: bool) -> Sour
         return None
     if not is_url and not local.exists():
         raise CheckpointError(
-            f"{field}={path!r}: there is no such file or directory; pass --{field.replace('_', '-')} PATH, or None to "
+            f"{field}={path!r}: no such file or directory; pass --{field.replace('_', '-')} PATH, or None to "
             f"start from random values"
         )
     try:

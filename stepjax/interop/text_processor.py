@@ -224,7 +224,7 @@ def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
             return named
     except (TypeError, KeyError):
         pass
-    raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a text, or a list of name and template")
+    raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a string, or a list of name and template")
 
 
 def _stop_ids(path: Path, fields: Any) -> list[int]:

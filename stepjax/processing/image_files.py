@@ -114,10 +114,10 @@ def _read(source: ImageSource, name: str | None, use: Callable[[Image.Image, str
     except MemoryError as error:
         raise ImageSizeError(f"{label}: out of memory; scale it down first") from error
     except FileNotFoundError as error:
-        raise ImageError(f"{label}: there is no such file; correct the path {_short(source)}") from error
+        raise ImageError(f"{label}: no such file; correct the path {_short(source)}") from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{label}: no image in a known format; it is damaged, or must be converted to one of {', '.join(FORMATS)}"
+            f"{label}: not an image in a known format; repair it, or convert it to one of {', '.join(FORMATS)}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageSizeError(f"{label}: {_short(error)}; scale it down first") from error
@@ -279,7 +279,7 @@ def _readable(source: Any, label: str) -> str | os.PathLike[str] | io.BytesIO:
     if isinstance(source, os.PathLike):
         return source
     kind = type(source).__name__
-    raise ImageError(f"{label}: a {kind} is no image; pass a PIL image, path, bytes, data URI or uint8 numpy array")
+    raise ImageError(f"{label}: a {kind} is not an image; pass a PIL image, path, bytes, data URI or uint8 numpy array")
 
 
 def _as_file(data: bytes, label: str) -> io.BytesIO:
@@ -291,7 +291,7 @@ def _as_file(data: bytes, label: str) -> io.BytesIO:
 def _data_uri_bytes(uri: str, label: str) -> bytes:
     parts = split_data_uri(uri)
     if parts is None:
-        raise ImageError(f"{label}: {_short(uri)} is no data URI of an image; write 'data:image/png;base64,...'")
+        raise ImageError(f"{label}: {_short(uri)} is not an image data URI; write 'data:image/png;base64,...'")
     payload, is_base64 = parts
     if not is_base64:
         return urllib.parse.unquote_to_bytes(payload)

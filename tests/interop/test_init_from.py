@@ -263,11 +263,11 @@ def test_what_does_not_fit_is_named(source, wanted, message, sources):
 
 
 def test_what_is_no_source_is_named(tmp_path, sources):
-    with pytest.raises(CheckpointError, match=r"init_from.decoder='nowhere': there is no such.*--init-from.decoder"):
+    with pytest.raises(CheckpointError, match=r"init_from.decoder='nowhere': no such.*--init-from.decoder"):
         plan_start(recipe(decoder="nowhere"))
     with pytest.raises(CheckpointError, match=r"init_from.path='nowhere'.*--init-from.path"):
         plan_start(recipe(path="nowhere"))
-    with pytest.raises(CheckpointError, match="init_from.path=.*there is no such|no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="init_from.path=.*no such|no complete checkpoint"):
         plan_start(recipe(path=str(tmp_path)))
     tensors = load_file(sources["timm_file"])
     save_file({**tensors, "pos_embed": np.zeros((1, 37, 32), np.float32)}, tmp_path / "odd.safetensors")

@@ -122,7 +122,7 @@ def test_urls_are_of_runs(reconverted, capsys):
             read("nowhere://bucket/run")
     assert main(["generate", "nowhere://bucket/run", "--prompt", "?"]) == 1
     assert "nowhere://bucket/run cannot be opened" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="is a converted checkpoint and no run"):
+    with pytest.raises(CheckpointError, match="is a converted checkpoint, not a run"):
         load_run(reconverted)
 
 
