@@ -1,4 +1,4 @@
-"""Records composed on the fly from real scans of handwritten digits: a vision-language data set of any size, offline.
+"""A vision-language data set of any size, composed on the fly from real scans of handwritten digits. Works offline.
 
 | task       | image                          | prompt                                    | answer   |
 |------------|--------------------------------|-------------------------------------------|----------|
@@ -11,8 +11,8 @@
 A point is the centre of the digit's ink in hundredths of the image's width and height, 0..99 from the top left corner.
 Unconfirmed: the technical report does not state the coordinate format it trains grounding with.
 
-Record i of a source depends on (seed, source, i) alone: any process can make any record, in any order. The splits share
-neither scans nor arithmetic problems, whatever the seed.
+Record i of a source depends only on (seed, source, i): any process can make any record, in any order. The splits never
+share scans or arithmetic problems, for any seed.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from PIL import Image
 from stepjax.config import DigitsSource, DigitsTask, Split
 from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
 
-NUM_RECORDS = 10_000_000  # of every source; more than a run reads
+NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
-# Probability of each number of digits in a picture.
+# Probability of each digit count.
 NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "transcribe": {1: 0.4, 2: 0.3, 3: 0.25, 4: 0.03, 5: 0.02},  # short ones first teach what a digit is
     "count": {n: 1 / 6 for n in range(1, 7)},
@@ -36,17 +36,17 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "point": {n: 1 / 3 for n in range(2, 5)},
     "arithmetic": {},
 }
-HELD_OUT_TRANSCRIBE = 3  # digits of every held-out transcription, so that its accuracy reads as one number
+HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
 
 Problem = tuple[int, str, int]  # left operand, "+" or "-", right operand
 
 
 class DigitsRecords:
-    """Random access to the records of a digits source, for Grain and for evaluation. Holds no state; pickles.
+    """Random access to the records of a digits source, for Grain and evaluation. Stateless and picklable.
 
-    A record has, beside `id` and `messages`: `task`; `answer`, which holds the `text` and for points the `box` of the
-    digit's ink (left, top, right, bottom, in hundredths of the image); and `scan_ids`, the scans in the picture.
+    Besides `id` and `messages`, a record has `task`; `answer` with the `text` and, for points, the `box` of the digit's
+    ink (left, top, right, bottom, in hundredths of the image); and `scan_ids`, the scans in the image.
     """
 
     def __init__(self, source: DigitsSource, seed: int):
@@ -87,10 +87,10 @@ class DigitsRecords:
         }
 
     def _picture(self, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, Any], list[int]]:
-        """Image, prompt, answer and scans."""
+        """Returns image, prompt, answer and scans."""
         task = self.source.task
         num_digits = _draw(rng, num_digits_distribution(self.source))
-        # Classes first, then a scan of each: every class is equally likely though they differ in their number of scans.
+        # Draw classes first, then a scan of each, so that classes are equally likely despite unequal scan counts.
         digits = rng.permutation(10)[:num_digits] if task == "point" else rng.integers(10, size=num_digits)
         by_class = load_scans().by_class[self.source.split]
         scan_ids = [by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits]
@@ -112,13 +112,13 @@ class DigitsRecords:
 
 
 def num_digits_distribution(source: DigitsSource) -> dict[int, float]:
-    """Probability of each number of digits in a source's pictures; empty for arithmetic."""
+    """Probability of each digit count in a source's images; empty for arithmetic."""
     is_fixed = source.task == "transcribe" and source.split == "held_out"
     return {HELD_OUT_TRANSCRIBE: 1.0} if is_fixed else NUM_DIGITS[source.task]
 
 
 def arithmetic_problems(split: Split) -> tuple[Problem, ...]:
-    """A split's problems: sums and non-negative differences of 0..20. About a fifth are held out."""
+    """Problems of a split: sums and non-negative differences of 0..20. About a fifth are held out."""
     return _PROBLEMS[split]
 
 

@@ -1,8 +1,8 @@
-"""Scans of handwritten digits, and their composition into images: dark ink on light paper.
+"""Composes scans of handwritten digits into images: dark ink on light paper.
 
 The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels with ink 0..16, downsampled from 32x32 bitmaps of
-digits that 43 people wrote (UCI "Optical Recognition of Handwritten Digits", Alpaydin and Kaynak, 1998). They are
-divided by source before anything is composed, so that a held-out image shows no scan that training has seen.
+digits written by 43 people (UCI "Optical Recognition of Handwritten Digits", Alpaydin and Kaynak, 1998). The scans are
+split before anything is composed, so held-out images contain no scan used in training.
 
 Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom exclusive.
 """
@@ -18,17 +18,17 @@ from PIL import Image, ImageChops
 from stepjax.config import Split
 
 SCAN_SIDE = 8
-SCAN_INK = 16  # the darkest value of a scan
-BOXES = (12, 15)  # smallest and largest side of the square that a digit is drawn in
-MAX_STRETCH = 0.15  # of a square: how much wider than its squares a strip may be
-MAX_SIZE = (110, 70)  # no scattered image is wider or higher
+SCAN_INK = 16  # darkest value in a scan
+BOXES = (12, 15)  # smallest and largest side of a digit's square
+MAX_STRETCH = 0.15  # in squares: how much wider than its squares a strip may be
+MAX_SIZE = (110, 70)  # largest scattered image (width, height)
 
-_PADDING = 2  # blank pixels around a scan, so that ink on its border fades out when enlarged
-# Room for a digit of side 1 that is scaled by 1.1 and rotated by 8 degrees, its ink 3/4 as wide as high.
+_PADDING = 2  # blank pixels around a scan; ink on its border then fades out when enlarged
+# Fits a digit of side 1 scaled by 1.1 and rotated by 8 degrees, with ink 3/4 as wide as high.
 _BOX_SCALE = 1.2
-_FAINT = 63  # of 255: ink that does not count for a digit's box
-_PAPER_SHARE = np.linspace(1.0, 0.0, 256)[:, None]  # table from ink to the share of paper in a pixel
-_SPLIT_SEED = 20_171  # fixed: no run's seed may move a scan between the splits
+_FAINT = 63  # of 255: fainter ink is ignored for a digit's box
+_PAPER_SHARE = np.linspace(1.0, 0.0, 256)[:, None]  # ink value -> share of paper in a pixel
+_SPLIT_SEED = 20_171  # fixed: a run's seed must not move scans between splits
 _HELD_OUT_FRACTION = 0.2
 
 Box = tuple[int, int, int, int]
@@ -36,7 +36,7 @@ Box = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """All scans, padded, with ink as 0..255; `by_class[split][digit]` holds the ids of a split's scans of a digit."""
+    """All scans, padded, with ink as 0..255; `by_class[split][digit]` lists scan ids."""
 
     images: tuple[Image.Image, ...]
     labels: tuple[int, ...]
@@ -45,8 +45,8 @@ class Scans:
 
 @functools.lru_cache(maxsize=1)
 def load_scans() -> Scans:
-    """The scans and their stratified split, about 80 to 20 in every class. Loaded once a process."""
-    from sklearn.datasets import load_digits  # takes a second to import, and only the digits sources need it
+    """Loads the scans and their stratified split, about 80 to 20 per class. Cached per process."""
+    from sklearn.datasets import load_digits  # slow import (1 s), only needed by digits sources
 
     digits = cast(Any, load_digits())
     images = np.pad(np.asarray(digits["images"]), ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
@@ -68,7 +68,7 @@ def load_scans() -> Scans:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where digits of one side go: each is centred in a square of `box` pixels whose top left corner is given."""
+    """Places for digits of equal side: each is centred in a square of `box` pixels, given by its top left corner."""
 
     width: int
     height: int
@@ -78,23 +78,23 @@ class Layout:
 
 
 def strip_layout(rng: np.random.Generator, num_digits: int) -> Layout:
-    """Digits in a row, each about the middle of a square as high as the strip: 12x12 for a small one, 77x15 for five.
+    """Places digits in a row, each near the centre of a square as high as the strip: from 12x12 (one) to 77x15 (five).
 
-    The aspect ratio is the number of digits and a little more, as in a line of evenly written figures.
+    The aspect ratio is slightly above the number of digits, as in evenly spaced handwriting.
     """
     box = int(rng.integers(BOXES[0], BOXES[1] + 1))
     width = math.ceil(num_digits * box * (1 + rng.uniform(0.0, MAX_STRETCH) / num_digits))
     slack = width - num_digits * box
-    # Jitter moves a digit by what the stretch leaves, and a pixel or two into its neighbour's margin.
+    # Jitter uses up the stretch, plus a pixel or two of the neighbour's margin.
     shifts = np.clip(slack / 2 + rng.uniform(-0.08, 0.08, size=num_digits) * box, 0, None)
     lefts = [min(round(i * box + shift), width - box) for i, shift in enumerate(shifts.tolist())]
     return Layout(width=width, height=box, side=box / _BOX_SCALE, box=box, corners=tuple((left, 0) for left in lefts))
 
 
 def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> Layout:
-    """Digits strewn without overlap over a canvas of varied size and aspect, in no order.
+    """Scatters digits in random order, without overlap, over a canvas of random size and aspect ratio.
 
-    The canvas is drawn for `capacity` digits, however many there are: its size says nothing about their number.
+    The canvas is sized for `capacity` digits, so its size does not reveal their number.
     """
     assert num_digits <= capacity
     box = int(rng.integers(BOXES[0], BOXES[1] + 1))
@@ -107,7 +107,7 @@ def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> 
     columns, rows = grids[rng.integers(len(grids))]
     width = min(round(columns * box * rng.uniform(1.0, 1.5)), MAX_SIZE[0])
     height = min(round(rows * box * rng.uniform(1.0, 1.5)), MAX_SIZE[1])
-    # One digit a slot, anywhere in it: never an overlap, and no retries.
+    # One digit per slot, anywhere within it: no overlap, no retries.
     slot_width, slot_height = width / columns, height / rows
     slots = rng.permutation(columns * rows)[:num_digits].tolist()
     slack = rng.uniform(0.0, 1.0, size=(num_digits, 2)).tolist()
@@ -126,7 +126,7 @@ def compose(
     """Draws the scans at the layout's places.
 
     Args:
-        scan_ids: one scan for each of the layout's corners.
+        scan_ids: one scan per corner of the layout.
         augment: scale each digit by up to 10 %, rotate it by up to 8 degrees, and vary the tint of the paper and the
             contrast.
 
@@ -153,14 +153,14 @@ def compose(
         assert box is not None, f"scan {scan_id} has no ink"
         boxes.append((left + box[0], top + box[1], left + box[2], top + box[3]))
 
-    # A palette from ink to colour mixes 256 colours, whatever the size of the image.
+    # A palette maps ink to colour: only 256 colours to mix, for any image size.
     palette = np.round(_PAPER_SHARE * np.asarray(paper) + (1 - _PAPER_SHARE) * np.asarray(ink))
     inks.putpalette(np.clip(palette, 0, 255).astype(np.uint8).tobytes())
     return inks.convert("RGB"), boxes
 
 
 def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.Image:
-    """The scan's ink at `side` pixels, rotated by `angle` radians, in the middle of a square of `box` pixels."""
+    """The scan's ink at `side` pixels, rotated by `angle` radians, centred in a square of `box` pixels."""
     step = SCAN_SIDE / side
     a, b = step * math.cos(angle), step * math.sin(angle)
     centre = scan.width / 2

@@ -1,4 +1,4 @@
-"""Host batches: the packed rows of this process's streams, made ahead by a thread or by worker processes.
+"""Host batches: packed rows of this process's streams, prefetched by a thread or by worker processes.
 
 Legend: B rows of this process, T tokens, G global-view slots, C crop slots, HWC pixels.
 """
@@ -23,17 +23,17 @@ from stepjax.processing.processor import Processor
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """The rows of one step that this process holds."""
+    """This process's rows of one step."""
 
-    arrays: dict[str, np.ndarray]  # named with their shapes: tokens_BT, ..., global_views_BGHWC, crops_BCHWC
-    states: tuple[StreamState, ...]  # where each stream stands after its row
+    arrays: dict[str, np.ndarray]  # names carry shapes: tokens_BT, ..., global_views_BGHWC, crops_BCHWC
+    states: tuple[StreamState, ...]  # position of each stream after its row
     skipped: tuple[Skipped, ...]
     names: tuple[tuple[str, ...], ...]  # examples of each row
-    used: np.ndarray  # tokens, global views, crops and attention pairs in use, over all rows (see PackedRow)
+    used: np.ndarray  # tokens, global views, crops and attention pairs used, over all rows (see PackedRow)
 
 
 class _Rows(grain.IterDataset):
-    """The rows of several streams in turn. Grain's workers take a stride of the streams each, so the order is kept."""
+    """Round-robin over several streams. Each Grain worker takes a stride of the streams, which preserves the order."""
 
     def __init__(
         self, samples: grain.MapDataset, streams: list[int], states: list[StreamState], options: dict[str, Any]
@@ -55,7 +55,7 @@ class _Rows(grain.IterDataset):
 
 
 class _RowsIterator(grain.DatasetIterator):
-    """Its Grain state is unused: every row carries the state of its stream (see data.packing)."""
+    """Grain's state is unused: every row carries the state of its stream (see data.packing)."""
 
     def __init__(self, streams: list[PackingStream]):
         super().__init__()
@@ -74,10 +74,10 @@ class _RowsIterator(grain.DatasetIterator):
 
 
 class Loader:
-    """Iterates over this process's share of the batches, from where a saved state left off.
+    """Iterates over this process's share of the batches, resuming from a saved state.
 
-    The global batch has `batch.rows` streams, one a row, whatever the number of processes and whichever of them makes
-    it: what a stream yields depends on nothing else.
+    The global batch has `batch.rows` streams, one per row. A stream's output does not depend on the number of processes
+    or on which process runs it.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Loader:
     ):
         """
         Args:
-            pixel_dtype: of the views; the model's compute dtype halves what is moved to the devices and held there.
-            rows: which rows of the global batch to make, in this order (see `sharding.rows_here`); None: all.
-            state: what `state` gave when a checkpoint was saved.
+            pixel_dtype: dtype of the views; a 16-bit compute dtype halves transfers and device memory.
+            rows: rows of the global batch to make, in this order (see `sharding.rows_here`); None: all.
+            state: return value of `state`, from a checkpoint.
 
         Raises:
-            ConfigError: this process's rows do not divide over its workers; no sources.
-            CheckpointError: `state` was saved by a run with other data.
+            ConfigError: there are no sources, or the number of workers does not divide this process's rows.
+            CheckpointError: `state` was saved by a run with different data.
             RecordError: a source cannot be opened.
         """
         if not data.sources:
@@ -126,7 +126,7 @@ class Loader:
         ahead = self._data.prefetch * self._rows
         if self._data.num_workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's workers read flags that only absl's own `app.run` parses
+                flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only `app.run` parses
             per_worker = max(1, ahead // self._data.num_workers)
             options = grain.MultiprocessingOptions(
                 num_workers=self._data.num_workers, per_worker_buffer_size=per_worker
@@ -142,22 +142,22 @@ class Loader:
             rows.close()  # ends the worker processes
 
     def state(self, states: Sequence[StreamState]) -> dict[str, Any]:
-        """What to save: the states of all streams (gathered over processes), and fingerprints of their data."""
+        """State to checkpoint: the states of all streams (gathered over processes) and fingerprints of their data."""
         return {"fingerprint": self._fingerprint, "files": self._files, "streams": list(states)}
 
     def _checked(self, state: dict[str, Any]) -> list[StreamState]:
         if state.get("fingerprint") != self._fingerprint:
             raise CheckpointError(
                 "the saved data position belongs to other data: data.sources, data.open_rows, batch, images or seed "
-                "have changed since; restore the old values, or start a new run under another name"
+                "have changed; restore the old values, or start a new run under another name"
             )
-        for name, files in state.get("files", {}).items():  # a checkpoint of an older version has none
+        for name, files in state.get("files", {}).items():  # older checkpoints have none
             for saved, current in zip(files, self._files[name], strict=True):
                 if saved != current and self._data.changed_files == "error":
                     raise CheckpointError(
                         f"source {name!r}: {current['path']} has changed since the checkpoint was saved, from "
-                        f"{_shown(saved)} to {_shown(current)}. Restore it, give the new run another --name, or go on "
-                        "with other examples than before by --data.changed-files accept"
+                        f"{_shown(saved)} to {_shown(current)}. Restore it, give the new run another --name, or pass "
+                        "--data.changed-files accept to resume with different examples"
                     )
         return state["streams"]
 
@@ -177,7 +177,7 @@ def _stack(rows: list[PackedRow]) -> HostBatch:
 
 
 def _fingerprint(data: DataConfig, batch: BatchConfig, images: ImageConfig, seed: int) -> str:
-    """Of all that decides which examples a stream sees and how it packs them."""
+    """Fingerprint of everything that decides which examples a stream sees and how it packs them."""
     decisive = (data.sources, data.open_rows, batch.rows, batch.tokens, batch.global_views, batch.crops, images, seed)
     if batch.example_tokens is not None:
         decisive += (batch.example_tokens,)

@@ -13,14 +13,14 @@ from stepjax.errors import RecordError
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
 
-# The mixture takes from its sources in a fixed rhythm. Packing streams read it with a stride, which could fall in step
-# with the rhythm and give a stream one source only; shuffling within windows breaks it and keeps random access.
+# The mixture interleaves its sources periodically. Packing streams read it with a stride, which could align with the
+# period and give a stream only one source. Shuffling within windows prevents this and keeps random access.
 SHUFFLE_WINDOW = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A processed example and where it came from."""
+    """A processed example and its source."""
 
     example: Example
     domain: int  # index of its source
@@ -28,7 +28,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A record that cannot be used, and why."""
+    """An unusable record and the reason."""
 
     name: str
     reason: str
@@ -42,7 +42,7 @@ def mixture(
     seed: int,
     bad_records: BadRecords,
 ) -> grain.MapDataset:
-    """Sample i of the endless training mixture depends on (sources, seed, i) alone; elements are Sample or Skipped.
+    """The endless training mixture of Sample or Skipped elements; element i depends only on (sources, seed, i).
 
     Args:
         opened: the records of each source.
@@ -52,7 +52,7 @@ def mixture(
     """
     datasets = []
     for domain, (source, records) in enumerate(zip(sources, opened, strict=True)):
-        # Not `map` on the source: reading must fail inside `_process`, which knows what to do about it.
+        # Not `map` on the source: read errors must occur inside `_process`, which handles them.
         dataset = grain.MapDataset.range(len(records))
         dataset = dataset.seed(seed + domain).shuffle().repeat()
         datasets.append(dataset.map(partial(_process, records, source.name, domain, processor, bad_records)))
@@ -69,5 +69,5 @@ def _process(
         return Sample(processor.process(record), domain)
     except RecordError as error:
         if bad_records == "error":
-            raise RecordError(f"{error} (data.bad_records=skip passes over such records and counts them)") from error
+            raise RecordError(f"{error} (data.bad_records=skip skips and counts such records)") from error
         return Skipped(str((record or {}).get("id", f"{source}/{index}")), str(error))

@@ -1,15 +1,14 @@
-"""Packing: examples fill rows under three budgets at once, tokens, global views and crops.
+"""Packing: examples fill rows under three budgets at once: tokens, global views and crops.
 
 Legend: T tokens of a row, G global-view slots, C crop slots, HWC pixels.
 
-The data of row slot r comes from stream r, which reads examples r, r + R, r + 2R, ... of the mixture (R rows a batch)
-and keeps a few rows open. An example goes where it fits most tightly; when it fits nowhere the fullest row is emitted,
-or the oldest once that has waited too long: where views run out before tokens, rows with tokens to spare would stay
-open for ever. What a stream does depends on its own examples alone, so the batches are the same whatever number of
-hosts and worker processes share the streams.
+Row slot r is fed by stream r, which reads examples r, r + R, r + 2R, ... of the mixture (R rows per batch) and keeps a
+few rows open. An example goes where it fits most tightly. If it fits nowhere, the stream emits the fullest row, or the
+oldest once that has waited too long: where views run out before tokens, rows with spare tokens would stay open for
+ever. A stream depends only on its own examples, so batches are the same for any number of hosts and worker processes.
 
-A stream's position is small: the index of its next example, and the indices of those that wait in open rows. It travels
-with every row it emits. The state to save is thus that of the rows trained on, and prefetching cannot run ahead of it.
+A stream's position is small: the index of its next example and the indices of the examples in open rows. Every emitted
+row carries it. The checkpointed position is that of the rows trained on, so prefetching cannot run ahead of it.
 """
 
 import dataclasses
@@ -26,18 +25,18 @@ from stepjax.errors import CheckpointError, RecordError
 StreamState = dict[str, Any]  # {"next": int, "open": [[int, ...], ...]}
 NEW_STREAM: StreamState = {"next": 0, "open": []}
 
-MAX_WAIT = 16  # examples for every open row that an open row may see pass; costs no room in any mix of sizes we tried
-MAX_SKIPPED = 1000  # records in succession that may be unusable before this is an error
+MAX_WAIT = 16  # emit a row after this many examples per open row pass it by; costs no space in any size mix we tried
+MAX_SKIPPED = 1000  # consecutive unusable records before this is an error
 
 
 _PIXEL_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class PackedRow(NamedTuple):
-    """One row of the batch, and its stream's position after it. A tuple: Grain passes its arrays in shared memory."""
+    """A batch row and its stream's position after it. A tuple, because Grain passes its arrays in shared memory."""
 
     arrays: dict[str, np.ndarray]
-    used: np.ndarray  # tokens, global views and crops in use, and (query, key) pairs of causal attention
+    used: np.ndarray  # tokens, global views, crops and (query, key) pairs of causal attention
     state: StreamState
     skipped: tuple[Skipped, ...]
     names: tuple[str, ...]  # of the examples in the row
@@ -45,14 +44,14 @@ class PackedRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RowBudget:
-    """What a row holds, and the size of a view in features."""
+    """Capacity of a row, and features per view."""
 
     tokens: int
     global_views: int
     crops: int
     images: ImageConfig
-    pixel_dtype: DType = "float32"  # of the views; the model rounds them to its compute dtype anyway
-    example_tokens: int | None = None  # the most that one example may have; None: all
+    pixel_dtype: DType = "float32"  # of the views; the model casts to its compute dtype anyway
+    example_tokens: int | None = None  # limit per example; None: the whole row
 
     @classmethod
     def of(cls, batch: BatchConfig, images: ImageConfig, pixel_dtype: DType = "float32") -> "RowBudget":
@@ -104,7 +103,7 @@ class PackingStream:
         self._samples, self._budget, self._open_rows = samples, budget, open_rows
         self._stream, self._num_streams, self._skip_oversize = stream, num_streams, skip_oversize
         self._next = state["next"]
-        self._rows = [self._reopened(indices) for indices in state["open"]]  # in the order of their first examples
+        self._rows = [self._reopened(indices) for indices in state["open"]]  # ordered by first example
 
     def __iter__(self) -> "PackingStream":
         return self
@@ -112,7 +111,7 @@ class PackingStream:
     def __next__(self) -> PackedRow:
         """
         Raises:
-            RecordError: a record is malformed or larger than a row, or nearly all are.
+            RecordError: a record is malformed or larger than a row, or too many consecutive records were skipped.
         """
         skipped: list[Skipped] = []
         in_succession = 0
@@ -127,7 +126,7 @@ class PackingStream:
                 in_succession += 1
                 if in_succession == MAX_SKIPPED:
                     raise RecordError(
-                        f"{MAX_SKIPPED} records in succession cannot be used; the last: {sample.reason}. Mend the "
+                        f"{MAX_SKIPPED} consecutive records cannot be used; the last: {sample.reason}. Fix the "
                         "data, or set data.bad_records=error to stop at the first"
                     )
                 continue
@@ -160,8 +159,8 @@ class PackingStream:
             sample = self._samples[index]
             if isinstance(sample, Skipped):
                 raise CheckpointError(
-                    f"the saved data position holds a record that cannot be used now: {sample.reason}. The data files "
-                    "have changed since; restore them, or start a new run under another name"
+                    f"a record at the saved data position can no longer be used: {sample.reason}. The data files "
+                    "have changed; restore them, or start a new run under another name"
                 )
             assert isinstance(sample, Sample), sample
             row.add(index, sample)
@@ -193,16 +192,16 @@ class PackingStream:
         limit = "batch.tokens" if self._budget.example_tokens is None else "batch.example_tokens"
         reason = f"record {name} does not fit a row: {what}; raise {limit}, batch.global_views or batch.crops"
         if not self._skip_oversize:
-            raise RecordError(f"{reason}, or pass over such records with data.bad_records=skip")
+            raise RecordError(f"{reason}, or skip such records with data.bad_records=skip")
         return Skipped(name, reason)
 
 
 def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
-    """Lay examples one behind the other into the arrays of a row.
+    """Concatenates examples into the arrays of a row.
 
-    `segment_ids_T` counts the examples from 1 (0 is padding), `positions_T` from 0 within each. `feature_index_T`
-    points into the row's feature table: the crops of all slots, then the global views (models.step_vl). `group_T` is
-    twice the domain, plus one where the example has images.
+    `segment_ids_T` counts examples from 1 (0 is padding); `positions_T` counts from 0 within each. `feature_index_T`
+    indexes the row's feature table: the crops of all slots, then the global views (models.step_vl). `group_T` is twice
+    the domain, plus one for examples with images.
     """
     images, side_g, side_c = budget.images, budget.images.global_size, budget.images.crop_size
     pixel_dtype = _PIXEL_DTYPES[budget.pixel_dtype]
@@ -226,7 +225,7 @@ def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
         row["positions_T"][span] = np.arange(length)
         row["loss_weights_T"][span] = example.loss_weights
         row["group_T"][span] = 2 * sample.domain + (views > 0)
-        # The example's own table also has its crops first; move both parts to where the row keeps them.
+        # The example's own table also has crops first; shift both parts to their place in the row's table.
         index, own_crops = example.feature_index, crops * images.crop_tokens
         to_crops = index + crop * images.crop_tokens
         to_views = index - own_crops + budget.crops * images.crop_tokens + view * images.global_tokens
@@ -238,7 +237,7 @@ def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
 
 
 def stack_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """A batch of packed rows: their arrays tokens_T become tokens_BT, and so on."""
+    """Stacks packed rows into a batch: tokens_T becomes tokens_BT, and so on."""
     batch = {}
     for key in rows[0]:
         name, _, axes = key.rpartition("_")

@@ -5,8 +5,8 @@ A record is a dict with an `id` and one of
     text       a raw document, all of it trained
     content    an interleaved document of text and image items, all of its text trained
 
-and `images` beside them where the text has places for them (processing.processor). Paths of images are relative to
-the file; `file://` URIs are paths.
+plus `images` if the text has places for them (processing.processor). Image paths are relative to the file; `file://`
+URIs count as paths.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ from stepjax.processing.processor import place_images
 
 Record = dict[str, Any]
 
-MAX_RECORD = 64 << 20  # bytes of one record's JSON
-_PIECE = 1 << 20  # bytes of a line that are held at a time while lines are looked for
+MAX_RECORD = 64 << 20  # bytes of JSON per record
+_PIECE = 1 << 20  # bytes read at a time when looking for lines
 _BLOCK, _NUM_BLOCKS = 1 << 20, 64  # of a file's digest
 
 _URL = re.compile("[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -38,19 +38,19 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Records(Protocol):
-    """What Grain needs of a source, and what a resumed run needs to know of it."""
+    """The interface of a source: what Grain and a resumed run need."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
 
     def files(self) -> list[dict[str, Any]]:
-        """Of every file its path, size and digest, and the number of records; JSON can hold it."""
+        """Path, size, digest and number of records per file, as JSON-compatible values."""
         ...
 
 
 def open_source(source: Source, seed: int) -> Records:
-    """The records that a source describes.
+    """Opens a source.
 
     Raises:
         RecordError: a file is missing or holds no record.
@@ -65,7 +65,7 @@ def open_source(source: Source, seed: int) -> Records:
 
 
 class JsonlRecords:
-    """A JSON Lines file, read by byte offset; only the offsets are held in memory."""
+    """A JSON Lines file, read by byte offset; only the offsets stay in memory."""
 
     def __init__(self, name: str, path: str | Path):
         self._name, self._path = name, Path(path)
@@ -94,7 +94,7 @@ class JsonlRecords:
         return parse_record(self._bytes(index), f"{self._name}/{index}", place, self._path.parent)
 
     def files(self) -> list[dict[str, Any]]:
-        # Lengths tell of lines that were put in or taken out between the blocks of a large file's digest.
+        # Line lengths reveal lines inserted or removed between the digest's blocks of a large file.
         return [_described(self._path, len(self), self._lengths.tobytes())]
 
     def _bytes(self, index: int) -> bytes:
@@ -140,10 +140,10 @@ class ArrayRecords:
 
 
 def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
-    """A record from its JSON, with relative image paths resolved against `folder`. `name` is its id if it has none.
+    """Parses a record and resolves relative image paths against `folder`. `name` is its id if it has none.
 
     Raises:
-        RecordError: the line is no JSON object, or it is not clear which image goes where.
+        RecordError: the line is not a JSON object, or it is unclear which image goes where.
     """
 
     def refuse(problem: str) -> RecordError:
@@ -158,7 +158,7 @@ def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
         if _SURROGATE.search(line):
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise refuse("it has half a surrogate pair, which is no character") from error
+        raise refuse("it has half a surrogate pair, which is not a character") from error
     except RecursionError as error:
         raise refuse("not valid JSON (nested too deeply)") from error
     except ValueError as error:
@@ -170,7 +170,7 @@ def parse_record(line: bytes, name: str, place: str, folder: Path) -> Record:
     elif type(record["id"]) is int:
         record["id"] = str(record["id"])
     elif not isinstance(record["id"], str) or not record["id"]:
-        raise refuse(f"its id is {record['id']!r}, and must be a text or an integer")
+        raise refuse(f"its id is {record['id']!r}: must be a string or an integer")
     try:
         record = place_images(record)
     except TokenError as error:
@@ -188,7 +188,7 @@ def _contents(messages: Any) -> list[Any]:
 
 
 def _located(image: str, folder: Path) -> str:
-    """An image's path; data URIs stay as they are, and so do other URLs, which `open_image` refuses."""
+    """An image's path. Data URIs and other URLs are returned unchanged; `open_image` refuses the latter."""
     if image[:7].lower() == "file://":
         return str(folder / urllib.parse.unquote(image[7:].removeprefix("localhost")))
     return image if image[:5].lower() == "data:" or _URL.match(image) else str(folder / image)
@@ -198,7 +198,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"the key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")
+        raise ValueError(f"the key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} is given twice")
     return fields
 
 
@@ -207,14 +207,14 @@ def _refuse_constant(constant: str) -> None:
 
 
 def _check_regular(path: Path) -> None:
-    """A pipe or a device would be waited for, or read, for ever."""
+    """Refuses pipes and devices: reading one could block or run for ever."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise OSError(0, "a directory" if stat.S_ISDIR(mode) else "no regular file", str(path))
+        raise OSError(0, "a directory" if stat.S_ISDIR(mode) else "not a regular file", str(path))
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bool]]:
-    """Of every line its length, and whether there is anything in it."""
+    """Yields the length of every line and whether it is non-blank."""
     length, filled = 0, False
     while piece := file.readline(_PIECE):
         length, filled = length + len(piece), filled or not piece.isspace()
@@ -226,9 +226,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bool]]:
 
 
 def _described(path: Path, num_records: int, more: bytes = b"") -> dict[str, Any]:
-    """The digest is of the whole file up to 64 MiB. Of a larger one it is of 64 blocks spread evenly from its first
-    byte to its last: terabytes are not read twice, and whoever appends to or replaces a file changes its size or its
-    ends."""
+    """The digest covers the whole file up to 64 MiB. For larger files it covers 64 evenly spaced blocks from the first
+    byte to the last, so terabytes are not read twice; appending to or replacing a file changes its size or ends."""
     size = os.stat(path).st_size
     digest = hashlib.blake2b(more, digest_size=16)
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The engine behind asyncio: its own thread takes the steps, and every request is a stream of deltas."""
+"""The engine behind asyncio: a thread runs the steps, and every request is a stream of deltas."""
 
 import asyncio
 import queue
@@ -15,16 +15,16 @@ from stepjax.processing.tokens import Example
 
 
 class AsyncEngine:
-    """Used as `async with AsyncEngine(engine) as e:`; inside, nothing else may touch the engine.
+    """Use as `async with AsyncEngine(engine) as e:`. Inside the block, nothing else may touch the engine.
 
-    Every stream has its own queue of deltas: a slow reader stalls only its own stream, and costs no more memory than
-    its answer. Closing a stream before its end, or cancelling its task, cancels the request.
+    Every stream has its own queue of deltas: a slow reader stalls only its own stream and uses no more memory than its
+    answer. Closing a stream early, or cancelling its task, cancels the request.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self.max_context = engine.max_context
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the thread to call
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # calls for the thread
         self._streams: dict[str, Callable[[Delta | BaseException], None]] = {}  # only the thread touches it
         self._failure: BaseException | None = None
         self._draining = self._stopping = False
@@ -87,7 +87,7 @@ class AsyncEngine:
         return completions([delta async for delta in self.stream(prompt, params, request_id=request_id)])
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """Calls a function with the engine between two steps, for example to update the weights; returns its result.
+        """Calls a function with the engine between two steps, e.g. to update the weights; returns its result.
 
         Raises:
             EngineFailedError: the engine failed.
@@ -96,7 +96,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(self._call(lambda: function(self._engine)))
 
     def stats(self) -> EngineStats:
-        """May be called during a step: some counts are then of before the step and some of after."""
+        """Safe to call during a step, but counts may then mix values from before and after it."""
         return self._engine.stats()
 
     @property
@@ -104,12 +104,12 @@ class AsyncEngine:
         return self._failure is None and not self._draining and not self._stopping
 
     async def drain(self) -> None:
-        """Refuses new requests, and returns when those under way have ended."""
+        """Refuses new requests and returns when the running ones have ended."""
         self._draining = True
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Stops. Streams that are still open end with an EngineError."""
+        """Stops the engine. Open streams end with an EngineError."""
         if self._stopping:
             return
         self._draining = self._stopping = True
@@ -123,7 +123,7 @@ class AsyncEngine:
         if self._failure is not None:
             raise _as_failure(self._failure)
         if self._stopping or (self._draining and not draining_is_fine):
-            raise BusyError("the engine is being stopped and takes nothing new")
+            raise BusyError("the engine is shutting down and takes no new requests")
 
     def _call(self, function: Callable[[], Any]) -> Future:
         result: Future = Future()
@@ -140,7 +140,7 @@ class AsyncEngine:
         return result
 
     def _give_up(self, pending: Future) -> None:
-        """Cancels the request that `pending` submits, or has submitted, in the other thread."""
+        """Cancels the request that `pending` submits (or has submitted) in the engine's thread."""
 
         def cancel() -> None:
             if pending.exception() is None:
@@ -158,12 +158,12 @@ class AsyncEngine:
                 self._answer_calls(wait=not self._engine.has_work)
                 if self._engine.has_work and not self._stopping:
                     self._deliver(self._engine.step())
-        except BaseException as error:  # every waiting stream must be told
+        except BaseException as error:  # pass it on to every open stream
             self._failure = error
-        # Requests may still be in the inbox: they are told, too.
+        # Requests still in the inbox get it too.
         while True:
             for deliver in self._streams.values():
-                # One for each: raising adds to a traceback.
+                # One exception per stream: raising extends its traceback.
                 deliver(EngineError("the engine was stopped") if self._failure is None else _as_failure(self._failure))
             self._streams.clear()
             if self._stopping:

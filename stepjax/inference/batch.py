@@ -1,6 +1,6 @@
-"""The arrays of a decoding step, of one of a few fixed shapes, from the sequences that take part.
+"""Builds the arrays of a decoding step, in one of a few fixed shapes.
 
-Legend: B rows (sequences, then unused ones), P prefix groups, M pages of a row.
+Legend: B rows (sequences, then unused ones), P prefix groups, M pages per row.
 """
 
 import dataclasses
@@ -18,28 +18,28 @@ from stepjax.models.paged_cache import NO_PAGE
 
 @dataclasses.dataclass(frozen=True)
 class PrefixGroup:
-    """Sequences, by index, whose first pages are the same and are read once for all of them."""
+    """Sequences, by index, that share their first pages, which are read once for the group."""
 
     members: tuple[int, ...]
     num_pages: int
 
     @property
     def saved(self) -> int:
-        """Pages that are not read again."""
+        """Page reads saved."""
         return self.num_pages * (len(self.members) - 1)
 
 
 def group_by_prefix(pages: List[List[int]], max_groups: int) -> list[PrefixGroup]:
-    """At most `max_groups` groups, those that save most first; sequences in none read their pages alone.
+    """At most `max_groups` groups, largest savings first; ungrouped sequences read their own pages.
 
-    Page lists are the leaves of a tree: under a system prompt there are prompts, and under these samples. From the
-    leaves up, the sequences that are left over below a branching form a group, and the groups below it that save less
-    than their members would save in this one join it.
+    Page lists are the leaves of a tree: a system prompt branches into prompts, and a prompt into samples. Working up
+    from the leaves, the ungrouped sequences below a branch form a group. A group below the branch is merged into it if
+    its members save more there.
     """
 
     def visit(rows: List[int]) -> tuple[list[int], list[PrefixGroup]]:
-        """The sequences that are in no group yet and the groups, of rows in the order of their pages."""
-        common = _num_shared(pages[rows[0]], pages[rows[-1]])  # sorted: what the first and the last share, all share
+        """Ungrouped sequences and groups of `rows`, which are sorted by their pages."""
+        common = _num_shared(pages[rows[0]], pages[rows[-1]])  # sorted: shared by all
         loose, groups = [], []
         for next_page, branch in itertools.groupby(rows, key=lambda row: pages[row][common : common + 1]):
             below = visit(branch) if len(branch := list(branch)) > 1 and next_page else (branch, [])
@@ -63,11 +63,11 @@ def _num_shared(a: List[int], b: List[int]) -> int:
 class Batch:
     tables: PageTables
     rows: Rows
-    num_top: int  # likeliest tokens to report
+    num_top: int  # top_logprobs to report
 
     @classmethod
     def empty(cls, rows: int, groups: int, row_pages: int, num_top: int) -> "Batch":
-        """No sequence at all."""
+        """A batch without sequences."""
         tables = PageTables(
             prefix_pages_PM=np.full((groups, row_pages), NO_PAGE, np.int32),
             prefix_lengths_P=np.zeros(groups, np.int32),
@@ -96,10 +96,10 @@ def make_batch(
     page_size: int,
     max_prefix_groups: int,
 ) -> Batch:
-    """The batch that decodes `sequences`, in rows of their order, with the pages that the groups share read once.
+    """The batch that decodes `sequences`, one per row, in order. Pages shared by a group are read once.
 
-    Two shapes of it exist: with room for one group and for `max_prefix_groups`. What attention over groups costs on CPU
-    and GPU grows with the number of groups that there is room for, and mostly there is one or none.
+    It has one of two shapes: one prefix group, or `max_prefix_groups`. On CPU and GPU, the cost of attention over
+    groups grows with the groups allocated, and usually there is at most one.
 
     Raises:
         SequenceError: a sequence does not fit its row.
@@ -128,7 +128,7 @@ def make_batch(
 
 
 def sizes(least: int, most: int, factor: int) -> list[int]:
-    """The sizes that are compiled: least, factor x least, factor^2 x least, ... and most."""
+    """The buckets: least, factor x least, factor^2 x least, ... and most."""
     found = []
     while least < most:
         found.append(least)
@@ -137,5 +137,5 @@ def sizes(least: int, most: int, factor: int) -> list[int]:
 
 
 def bucket(size: int, among: list[int]) -> int:
-    """The smallest of the sizes that is large enough, or the largest."""
+    """The smallest bucket that fits `size`, or else the largest."""
     return next((other for other in among if other >= size), among[-1])

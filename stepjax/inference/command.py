@@ -13,14 +13,14 @@ from stepjax.inference.request import SamplingParams
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Answer a prompt, with images if you like."""
+    """Answer a prompt, optionally with images."""
 
     # A run, a Hugging Face directory, or a converted checkpoint.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     prompt: str  # the question
     image: tuple[str, ...] = ()  # image files, shown before the question
-    frame: int | None = None  # of animations and files of several pages, from 0
-    thinking: bool | None = None  # start with reasoning, or close it at once; None: the model's own way
+    frame: int | None = None  # frame or page to read from an animation or multi-page file, from 0
+    thinking: bool | None = None  # start with reasoning, or skip it; None: the model's default
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams(temperature=0.0, max_tokens=64, seed=0)
 
     def run(self) -> int:
@@ -31,7 +31,7 @@ class Generate:
         params = self.sampling
         if params.logprobs is not None:
             raise ConfigError(
-                f"--logprobs {params.logprobs}: only text is printed; leave it out, or use stepjax.Engine"
+                f"--logprobs {params.logprobs}: this command prints only text; drop the option, or use stepjax.Engine"
             )
         from stepjax.inference.config import EngineConfig
         from stepjax.inference.engine import Engine

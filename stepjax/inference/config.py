@@ -1,4 +1,4 @@
-"""The engine's configuration. As those of `stepjax.config`, it is checked at construction."""
+"""The engine's configuration, checked at construction like those in `stepjax.config`."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ from stepjax.errors import require, require_positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The inference engine. Everything here that has a size is a static shape: requests never compile anything."""
+    """The inference engine. All sizes here are static shapes: requests never trigger compilation."""
 
     max_sequences: int = 16  # sequences decoded together
     smallest_batch: int = 1  # smallest decode batch bucket; larger values compile fewer shapes
-    max_context: int | None = None  # tokens of prompt and answer; None: the decoder's max_positions
-    page_size: int = 64  # tokens of a page of the key-value cache
-    cache_tokens: int | None = None  # tokens that all pages hold together; None: max_sequences times max_context
-    prefill_tokens: int = 512  # tokens of prompts computed between two decoding steps
-    decode_steps: int = 1  # tokens of every sequence in one call of the device: fewer calls, coarser streaming
-    max_prefix_groups: int = 8  # groups of sequences whose shared pages are read once in a decoding step
-    prefix_caching: bool = True  # keep pages of finished requests for prompts that begin alike
-    view_batch: int = 4  # views in one call of the encoder
-    feature_cache_tokens: int = 16_384  # image features kept on the device
-    max_waiting: int = 1024  # samples in the queue; more are refused
+    max_context: int | None = None  # tokens of prompt plus answer; None: the decoder's max_positions
+    page_size: int = 64  # tokens per page of the key-value cache
+    cache_tokens: int | None = None  # total cache capacity in tokens; None: max_sequences times max_context
+    prefill_tokens: int = 512  # prompt tokens computed between two decoding steps
+    decode_steps: int = 1  # tokens per sequence and device call; more means fewer calls and coarser streaming
+    max_prefix_groups: int = 8  # prefix groups per decoding step; a group's shared pages are read once
+    prefix_caching: bool = True  # keep pages of finished requests for prompts with the same prefix
+    view_batch: int = 4  # views per encoder call
+    feature_cache_tokens: int = 16_384  # tokens of image features kept on the device
+    max_waiting: int = 1024  # queued samples; further requests are refused
 
     def __post_init__(self):
         require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_prefix_groups")

@@ -4,12 +4,12 @@
     for completions in engine.generate([processor.process_prompt(messages)], SamplingParams(n=4)):
         print(completions[0].text)
 
-Requests come and go between steps. A step admits what there is room for, computes a stretch of a prompt, and decodes a
-token (or a few) of every other sequence; `stepjax.inference.async_engine` takes the steps in a thread of its own.
+Requests come and go between steps. A step admits the sequences that fit, computes a chunk of one prompt, and decodes
+one or a few tokens of every other sequence. `stepjax.inference.async_engine` runs the steps in its own thread.
 
-A token is a function of the weights, the request's prompt and seed, its sample's number and its position: alone or in a
-batch, preempted or not, a request gives the same text, up to what the order of floating-point sums does to two logits
-that tie.
+A token depends only on the weights, the request's prompt and seed, the sample's number and the position. A request
+yields the same text alone or batched, preempted or not, except where the order of floating-point sums breaks a near-tie
+between logits.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _log = logging.getLogger("stepjax.inference")
 
 
 class TextDecoder(Protocol):
-    """What the engine asks of a processor."""
+    """What the engine needs from a processor."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
@@ -53,9 +53,9 @@ class Engine:
 
     Args:
         model: a STEP3-VL, or a text decoder alone.
-        processor: decodes tokens and names those that end a text; for images it has an `image_config`. None: tokens in
-            and tokens out.
-        mesh: its tensor axis spreads heads and MLPs; the model is put there.
+        processor: decodes tokens and names the stop tokens; for images it needs an `image_config`. None: tokens in,
+            tokens out.
+        mesh: its tensor axis shards heads and MLPs; the model is moved to it.
 
     Raises:
         ConfigError: the configuration or the mesh does not suit the model.
@@ -81,7 +81,7 @@ class Engine:
         self._pages = Pages(pages)
         self._scheduler = Scheduler(config, self._pages, self._store)
         self._runner = Runner(model, config, images, max_context=self.max_context, num_pages=pages, mesh=mesh)
-        self._samples: dict[str, list[Sequence]] = {}  # of the requests under way
+        self._samples: dict[str, list[Sequence]] = {}  # by id of the active request
         self._totals = dict.fromkeys(("generated", "finished", "cancelled", "encoded", "steps"), 0)
         self._serial = 0
         self._compiled_before = programs.num_compiled()
@@ -94,8 +94,8 @@ class Engine:
         """Queues a request and returns its id; its deltas come from `step`.
 
         Raises:
-            RequestError: the request can never be served: it is empty or too long for the context or the cache, has
-                images that the model or the feature store cannot take, or an id that is in use.
+            RequestError: the request can never be served: it is empty, too long for the context or the cache, has
+                images that the model or the feature store cannot take, or reuses an active id.
             BusyError: the queue is full.
         """
         params = params or SamplingParams()
@@ -103,11 +103,11 @@ class Engine:
         self._serial += 1
         request_id = request_id or f"request-{self._serial}"
         if request_id in self._samples:
-            raise RequestError(f"request_id={request_id!r}: is in use; give each request its own")
+            raise RequestError(f"request_id={request_id!r} is in use; give each request its own")
         limit = self._limit(example, params)
         waiting = self._scheduler.num_waiting
         if waiting and waiting + params.n > self.config.max_waiting:
-            raise BusyError(f"{waiting} samples are waiting, of at most {self.config.max_waiting}: try again later")
+            raise BusyError(f"{waiting} of at most {self.config.max_waiting} samples are waiting: try again later")
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         shared = Prompt(request_id, example, params, seed, limit, self._runner.images)
         decode = None if self._processor is None else self._processor.decode
@@ -117,7 +117,7 @@ class Engine:
         return request_id
 
     def cancel(self, request_id: str) -> list[Delta]:
-        """Ends a request and frees its pages at once; does nothing if the request is not under way."""
+        """Ends a request and frees its pages at once; does nothing if the request is not active."""
         samples = self._samples.pop(request_id, [])
         for sequence in samples:
             self._scheduler.remove(sequence)
@@ -129,19 +129,19 @@ class Engine:
         prompts: Iterable[Example | Iterable[int]],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[list[Completion]]:
-        """All samples of all prompts, in order. Prompts are taken as room frees up, so they may be made lazily.
+        """All samples of all prompts, in order. Prompts are consumed as room frees up, so they may be lazy.
 
         Args:
-            params: one for each prompt, or one for all. One for all gives prompt i the seed + i, if there is a seed, so
-                that equal prompts differ.
+            params: one per prompt, or one for all. One for all, if it has a seed, gives prompt i seed + i, so that
+                equal prompts get different samples.
 
         Raises:
-            RequestError: as `submit`, after cancelling all prompts; or other requests are under way.
+            RequestError: as `submit`, after cancelling all prompts; or other requests are active.
         """
         if self.has_work:
             raise RequestError(
-                f"{len(self._samples)} other requests are under way, and generate takes the steps of its own alone: "
-                "use submit and step for all of them, or finish or cancel those first"
+                f"generate cannot run while {len(self._samples)} other requests are active: use submit and step for "
+                "all of them, or finish or cancel those first"
             )
         if not isinstance(params, Iterable):
             params = _numbered(params or SamplingParams())
@@ -172,10 +172,10 @@ class Engine:
         return request_id in self._samples
 
     def _limit(self, example: Example, params: SamplingParams) -> int:
-        """The number of tokens, the prompt's included, at which the request's samples end."""
+        """Maximum length of the request's samples in tokens, including the prompt."""
         name, length = f"prompt {example.name!r}", len(example.tokens)
         if length == 0:
-            raise RequestError(f"{name} has no tokens: there is nothing to continue")
+            raise RequestError(f"{name} has no tokens: give it at least one")
         vocab_size = programs.decoder_of(self._runner.model).config.vocab_size
         if not (0 <= int(example.tokens.min()) and int(example.tokens.max()) < vocab_size):
             raise RequestError(f"{name} has token ids outside the vocabulary of {vocab_size}")
@@ -186,12 +186,12 @@ class Engine:
                 excess=length + (params.max_tokens or 1) - self.max_context,
             )
         capacity = self._pages.count * self.config.page_size
-        # The last token is drawn and never read. An answer without a limit ends where the context or the cache does.
+        # The last token is sampled but never fed back. Without a limit, an answer ends with the context or cache.
         limit = min(self.max_context, capacity + 1) if params.max_tokens is None else length + params.max_tokens
         needed = max(limit, length + 1) - 1
         if needed > capacity:
             raise ContextLengthError(
-                f"{name} with its answer may take {needed} tokens of cache, all of which holds {capacity}: lower "
+                f"{name} with its answer may need {needed} tokens of cache, which holds {capacity} in all: lower "
                 f"max_tokens, or raise engine.cache_tokens",
                 excess=needed - capacity,
             )
@@ -199,7 +199,7 @@ class Engine:
         if unknown is not None:
             raise RequestError(f"the stop token {unknown} is outside the vocabulary of {vocab_size}")
         if params.stop and self._processor is None:
-            raise RequestError(f"stop={params.stop!r}: the engine has no processor to make text; give stop_ids")
+            raise RequestError(f"stop={params.stop!r}: the engine has no processor to decode text; give stop_ids")
         if len(example.crops) or len(example.global_views):
             if self._store is None:
                 raise RequestError(f"{name} has images; this model reads text only")
@@ -213,21 +213,21 @@ class Engine:
                 if len(views) and views.shape[1:] != (side, side, 3):
                     raise RequestError(f"{name} has views of shape {views.shape[1:]}; the model reads {side} x {side}")
             if example.feature_index[-1] >= 0:
-                raise RequestError(f"{name} ends within an image: let some text follow")
+                raise RequestError(f"{name} ends within an image: add text after it")
         return limit
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Admits, computes a stretch of a prompt, decodes; returns what is new.
+        """Admits sequences, computes a chunk of a prompt, decodes; returns the new deltas.
 
-        A failure on the host that concerns one sample ends that sample, with the finish reason "error", and the step
-        continues without it. Any exception is a failure of the device, after which the cache cannot be trusted.
+        A host failure in one sample ends that sample with the finish reason "error", and the step continues without it.
+        An exception means that the device failed; the cache cannot be trusted afterwards.
         """
         self._totals["steps"] += 1
         deltas: list[Delta] = []
         while True:
-            try:  # starts over after a failure: what has been admitted and computed stays so
+            try:  # retry after a failure; admissions and computed chunks are kept
                 self._scheduler.admit()
                 self._fork()
                 self._prefill()
@@ -252,7 +252,7 @@ class Engine:
             if sequence.views is not None and not all(view.encoded for view in sequence.views):
                 self._encode()
                 if self._scheduler.decoding:
-                    return  # an encoding is long enough to keep decoding sequences waiting
+                    return  # encoding alone delays the decoding sequences long enough
                 continue
             start = sequence.computed
             end = min(start + self._runner.chunk_sizes[-1], sequence.length - 1)
@@ -300,11 +300,11 @@ class Engine:
         return self._runner.model
 
     def update_weights(self, model: StepVL | Qwen3) -> None:
-        """Continues with other weights of the same shapes. Caches are forgotten: samples under way keep their tokens,
-        and their keys and values are computed anew.
+        """Switches to other weights of the same shapes. Caches are dropped: running samples keep their tokens and
+        recompute their keys and values.
 
         Raises:
-            RequestError: the structure, a shape or a type differs; the first that does is named.
+            RequestError: the structure, a shape or a dtype differs; names the first difference.
         """
         self._runner.set_weights(model)
         for sequence in reversed(list(self._scheduler.running)):
@@ -314,11 +314,11 @@ class Engine:
             self._store.forget_all()
 
     def warm_up(self, *, top_logprobs: bool = True, progress: Callable[[str], None] = lambda what: None) -> int:
-        """Compiles every shape that requests can need, so that none waits for the compiler; returns how many.
+        """Compiles every shape that requests can need, so that no request waits for it; returns their number.
 
         Args:
             top_logprobs: include the shapes for requests with top log-probabilities.
-            progress: called with the name of what is compiled next.
+            progress: called with the name of the next program.
         """
         before = programs.num_compiled()
         for what in self._runner.warm_up(top_logprobs):

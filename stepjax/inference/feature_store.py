@@ -1,4 +1,4 @@
-"""Image features on the device, encoded once per view and found again by the view's pixels."""
+"""Image features on the device, encoded once per view and looked up by the view's pixels."""
 
 import hashlib
 import weakref
@@ -22,12 +22,12 @@ class ViewFeatures:
         self.encoded = False
 
 
-# Many requests may come with one example, whose views take long to read.
+# Cached: many requests may share one example, and hashing its views is slow.
 _digests: weakref.WeakKeyDictionary[Example, list[bytes]] = weakref.WeakKeyDictionary()
 
 
 def view_digests(example: Example) -> list[bytes]:
-    """Of all views of a prompt in the order of its feature table: crops, then global views."""
+    """Digests of a prompt's views, in the order of its feature table: crops, then global views."""
     known = _digests.get(example)
     if known is None:
         known = _digests[example] = [
@@ -39,8 +39,8 @@ def view_digests(example: Example) -> list[bytes]:
 
 
 class FeatureStore:
-    """Bookkeeping on the host: which rows of the device's array hold which view. Views that no prompt needs any more
-    are kept until their room is needed; the least recently used go first.
+    """Host-side bookkeeping: which rows of the device array hold which view. Unused views stay cached until their rows
+    are needed; the least recently used are evicted first.
     """
 
     def __init__(self, num_rows: int, images: ImageConfig):
@@ -48,15 +48,15 @@ class FeatureStore:
         self._free = list(range(num_rows - 1, -1, -1))
         self._views: OrderedDict[bytes, ViewFeatures] = OrderedDict()
         self._pending: dict[bytes, tuple[ViewKind, ViewFeatures, np.ndarray]] = {}  # with pixels; held, not yet encoded
-        self.num_found = 0  # views that were cached when a prompt asked for them
+        self.num_found = 0  # cache hits, in views
 
     def size_of(self, example: Example) -> int:
-        """Rows that the views of a prompt take."""
+        """Rows needed by the views of a prompt."""
         return len(example.crops) * self.images.crop_tokens + len(example.global_views) * self.images.global_tokens
 
     def hold(self, example: Example, digests: list[bytes]) -> list[ViewFeatures] | None:
-        """The places of a prompt's views, held until `release`; those not `encoded` yet will be in a `next_batch`.
-        None if there is no room now.
+        """Allocates a prompt's views, held until `release`; those not `encoded` yet will be in a `next_batch`.
+        Returns None if there is no room now.
         """
         sizes: dict[ViewKind, int] = {"crop": self.images.crop_tokens, "global": self.images.global_tokens}
         views: list[tuple[ViewKind, np.ndarray]] = [("crop", view) for view in example.crops]
@@ -82,8 +82,8 @@ class FeatureStore:
         return [self._views[digest] for digest in digests]
 
     def next_batch(self, size: int) -> tuple[ViewKind, list[tuple[ViewFeatures, np.ndarray]]]:
-        """Up to `size` views of the kind that has waited longest, with their pixels. The caller encodes them, and they
-        count as encoded.
+        """Up to `size` views of the kind that has waited longest, with their pixels. They are marked as encoded; the
+        caller must encode them.
         """
         kind = next(iter(self._pending.values()))[0]
         digests = [digest for digest, (other, _, _) in self._pending.items() if other == kind][:size]
@@ -101,7 +101,7 @@ class FeatureStore:
                 self._free += view.rows_Q.tolist()
 
     def forget_all(self) -> None:
-        """Everything must be encoded again, as when the weights change. No view may be held."""
+        """Drops all cached views, e.g. when the weights change. No view may be held."""
         assert not any(view.holders for view in self._views.values())
         self._views.clear()
         self._free = list(range(self.num_rows - 1, -1, -1))

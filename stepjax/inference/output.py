@@ -1,4 +1,4 @@
-"""What comes of the tokens that decoding draws: text, deltas, whole samples."""
+"""Turns sampled tokens into text, deltas and completions."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from stepjax.inference.programs import Drawn
     from stepjax.inference.sequence import Sequence
 
-_UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
-_MAX_HELD = 8  # tokens; no character has more bytes, so what is still unreadable then is no beginning of one
+_UNFINISHED = "\ufffd"  # a decoder's output for an incomplete character
+_MAX_HELD = 8  # tokens; no character has more bytes, so text still undecodable by then is not a partial character
 
 
 class TextStream:
-    """Tokens become text as they come: whole characters only, and nothing that may be the start of a stop string."""
+    """Incremental detokenizer: emits whole characters only, and holds back possible starts of stop strings."""
 
     def __init__(self, decode: Callable[[Tokens[int]], str], stop: Tokens[str] = ()):
         self._decode, self._stop = decode, stop
         self._tokens: list[int] = []
-        self._context = 0  # decoding starts here: with the tokens before, for spaces depend on them
+        self._context = 0  # decoding starts here, a few tokens early, because spaces depend on the preceding tokens
         self._done = 0  # tokens whose text is in `_held` or released
         self._held = ""
         self.stopped_by: str | None = None
 
     def add(self, token: int) -> str:
-        """The text that may be shown after one more token."""
+        """Adds a token; returns the text that is now safe to emit."""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._context : self._done])
         text = self._decode(self._tokens[self._context :])
@@ -38,7 +38,7 @@ class TextStream:
         return self._release(text[len(before) :])
 
     def finish(self) -> str:
-        """What is left when no more tokens come."""
+        """The remaining text, after the last token."""
         before = self._decode(self._tokens[self._context : self._done])
         text = self._decode(self._tokens[self._context :])[len(before) :]
         self._done = len(self._tokens)
@@ -75,7 +75,7 @@ def make_delta(sequence: "Sequence", **fields: Any) -> Delta:
 
 
 def advance(sequence: "Sequence", drawn: "Drawn", row: int, stop_ids: frozenset[int]) -> Delta:
-    """Appends the drawn tokens of a row up to the one that ends the sample, and says what is new."""
+    """Appends a row's new tokens, up to the one that ends the sample; returns the delta."""
     params = sequence.prompt.params
     ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else stop_ids)
     tokens: list[int] = []
@@ -102,7 +102,7 @@ def advance(sequence: "Sequence", drawn: "Drawn", row: int, stop_ids: frozenset[
             break
     if finish is not None and sequence.text is not None:
         text += sequence.text.finish()
-        if sequence.text.stopped_by is not None:  # the stop string ended with the last character
+        if sequence.text.stopped_by is not None:  # finish() completed a stop string
             finish, reason = "stop", sequence.text.stopped_by
     return make_delta(
         sequence,

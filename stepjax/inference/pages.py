@@ -1,8 +1,8 @@
-"""The pages of the key-value cache: which are in use, and what the free ones still hold.
+"""The pages of the key-value cache: which are in use, and what the free ones still cache.
 
-Any number of sequences can hold a page. A full page has a key that covers everything its contents depend on, the tokens
-from the beginning up to its end; the page can be found by it until it is overwritten. Free pages are given out again,
-those without a key first, then the least recently used.
+Any number of sequences can hold a page. A full page's key covers everything its contents depend on: all tokens from the
+start of the sequence to the end of the page. The page can be found by its key until it is overwritten. Free pages
+without a key are reused first, then the least recently used.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ Key = bytes
 
 
 class OutOfPages(Exception):
-    """Fewer pages are free than asked for. The scheduler handles it."""
+    """Not enough free pages. The scheduler handles it."""
 
 
 class Pages:
-    """Bookkeeping on the host for pages 0 to `count` - 1."""
+    """Host-side bookkeeping for pages 0 to `count` - 1."""
 
     def __init__(self, count: int):
         self.count = count
         self._holders = [0] * count
         self._blank = list(range(count - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()  # free, with a key; the oldest first
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free, with a key; oldest first
         self._key_of: dict[int, Key] = {}
         self._page_of: dict[Key, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that can be given out."""
+        """Pages available to `take`."""
         return len(self._blank) + len(self._kept)
 
     @property
@@ -38,10 +38,10 @@ class Pages:
         return len(self._kept)
 
     def take(self, count: int) -> list[int]:
-        """Free pages, now held once.
+        """Takes free pages; each is then held once.
 
         Raises:
-            OutOfPages: fewer are free; none is taken.
+            OutOfPages: too few pages are free; none was taken.
         """
         if count > self.num_free:
             raise OutOfPages
@@ -63,7 +63,7 @@ class Pages:
             self._holders[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Gives up one hold of each. A sequence's last pages are reused first: they are useless without the others."""
+        """Drops one hold on each page. A sequence's last pages are reused first: useless without the others."""
         for page in reversed(pages):
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} was released more often than held"
@@ -74,13 +74,13 @@ class Pages:
                     self._blank.append(page)
 
     def publish(self, page: int, key: Key) -> None:
-        """Lets a held, full page be found. If another page has the key already, that one stays the one to find."""
+        """Makes a held, full page findable. If another page already has the key, that page keeps it."""
         assert self._holders[page] > 0
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
     def find(self, keys: list[Key]) -> list[int]:
-        """The pages of the longest run of keys, from the first on, that are all cached. They are not held yet."""
+        """The pages of the longest cached prefix of `keys`. They are not held yet."""
         found = []
         for key in keys:
             if key not in self._page_of:
@@ -89,7 +89,7 @@ class Pages:
         return found
 
     def forget_all(self) -> None:
-        """No page can be found any more: the weights have changed."""
+        """Makes every page unfindable, e.g. after a weight update."""
         self._blank += list(self._kept)
         self._kept.clear()
         self._key_of.clear()
@@ -100,11 +100,11 @@ class Pages:
 
 
 def page_keys(contents_T: np.ndarray, page_size: int, parent: Key = b"") -> list[Key]:
-    """Keys of the full pages of a stretch that begins on a page.
+    """Keys of the full pages of a stretch that starts at a page boundary.
 
     Args:
-        contents_T: int64, what stands at each position: a token's id, or of an image's feature a hash of its view.
-        parent: the key of the page before.
+        contents_T: int64, content of each position: a token id or, for an image feature, a hash of its view.
+        parent: key of the preceding page.
     """
     keys = []
     for end in range(page_size, len(contents_T) + 1, page_size):

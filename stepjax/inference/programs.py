@@ -1,12 +1,12 @@
-"""The compiled functions of the engine. Their shapes depend on the engine's configuration alone, never on requests.
+"""The compiled functions of the engine. Their shapes depend only on the engine's configuration, never on requests.
 
-    encode     views of images -> rows of the feature store
-    prefill    a stretch of one prompt -> its pages
-    copy       pages -> pages, for samples that go on from a prompt's last, unfinished page
-    decode     one or more tokens of every sequence -> their pages, and the tokens that follow
+    encode     image views -> rows of the feature store
+    prefill    a chunk of one prompt -> its pages
+    copy       pages -> pages, for samples that continue from a prompt's last, partial page
+    decode     one or more tokens of every sequence -> their pages, and the next tokens
 
 Legend: B sequences, C tokens of a chunk, E views, Q features of a view, R rows of the feature store, D width,
-S pages of the pool (of all layers), X pages to copy, I decoding steps, L likeliest tokens, V vocabulary.
+S pages of the pool (of all layers), X pages to copy, I decoding steps, L top_logprobs, V vocabulary.
 """
 
 from functools import partial
@@ -26,10 +26,10 @@ from stepjax.sharding import constrain, spec, target_platform
 
 
 class Rows(NamedTuple):
-    """What decoding knows of its sequences; an unused row has a suffix length of 0."""
+    """Decoding inputs per sequence; unused rows have a suffix length of 0."""
 
-    tokens_B: Any  # the last of each, not yet in the cache
-    positions_B: Any  # theirs
+    tokens_B: Any  # last token of each sequence, not yet in the cache
+    positions_B: Any  # positions of these tokens
     seeds_B2: Any  # uint32
     temperature_B: Any
     top_k_B: Any
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The tokens of a call, [I, B], and their log-probabilities; of the likeliest tokens [I, B, L]."""
+    """The tokens of a call and their log-probabilities, [I, B]; top_logprobs are [I, B, L]."""
 
     tokens_IB: Any
     logprobs_IB: Any
@@ -53,7 +53,7 @@ def decoder_of(model: StepVL | Qwen3) -> Qwen3:
 
 @partial(jax.jit, donate_argnames="store_RD")
 def encode(model: StepVL, store_RD: jax.Array, views_EHWC: jax.Array, rows_EQ: jax.Array) -> jax.Array:
-    """The store with the features of views in `rows_EQ`; rows beyond the store's are dropped (padding)."""
+    """Returns the store with the views' features in `rows_EQ`; out-of-range rows are dropped (padding)."""
     features_QD = model.encode_views(views_EHWC[None])[0]
     return store_RD.at[rows_EQ.reshape(-1)].set(features_QD.astype(store_RD.dtype), mode="drop")
 
@@ -67,7 +67,7 @@ def prefill(
     feature_rows_C: jax.Array,
     chunk: Chunk,
 ) -> jax.Array:
-    """The pool with the keys and values of a chunk. `feature_rows_C` names rows of the store, or NO_FEATURE."""
+    """Returns the pool with a chunk's keys and values. `feature_rows_C` has rows of the store, or NO_FEATURE."""
     decoder = decoder_of(model)
     x_1CD = decoder.embed(tokens_C[None])
     features_1CD = store_RD[jnp.maximum(feature_rows_C, 0)][None].astype(x_1CD.dtype)
@@ -82,7 +82,7 @@ def prefill(
 
 @partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames="num_layers")
 def copy(pool_S2KTW: jax.Array, source_X: jax.Array, target_X: jax.Array, *, num_layers: int) -> jax.Array:
-    """The pool with pages copied in every layer; pairs with a target of NO_PAGE are dropped (padding)."""
+    """Returns the pool with pages copied in every layer; pairs with target NO_PAGE are dropped (padding)."""
     num_pages = pool_S2KTW.shape[0]
     first_L1 = jnp.arange(0, num_pages, num_pages // num_layers)[:, None]
     target_LX = jnp.where(target_X == NO_PAGE, num_pages, first_L1 + target_X)
@@ -99,10 +99,10 @@ def decode(
     steps: int,
     num_top: int,
 ) -> tuple[jax.Array, Drawn]:
-    """`steps` tokens of every sequence, each a function of its sequence, seed and position alone.
+    """Decodes `steps` tokens of every sequence; each depends only on its sequence, seed and position.
 
-    The suffixes of `tables` count the first of the tokens that are written; pages for all of them must be there, or
-    NO_PAGE in their place: what is drawn after a missing page means nothing.
+    The suffixes of `tables` include the first token written. Every written token needs a page, or NO_PAGE in its place;
+    tokens sampled after a missing page are meaningless.
     """
     decoder = decoder_of(model)
     in_use_B = tables.suffix_lengths_B > 0
@@ -113,13 +113,13 @@ def decode(
         x_B1D = constrain(decoder.embed(tokens_B[:, None]), None, None, "act_embed")
         cache = PagedCache(pool_S2KTW, seen)
         hidden_B1D, cache = decoder(x_B1D, (rows.positions_B + i)[:, None], None, cache)
-        # In two steps, or the output projection would be gathered in place of the logits.
+        # In two steps; otherwise XLA gathers the output projection instead of the logits.
         logits_BV = constrain(decoder.logits(hidden_B1D)[:, 0], None, "vocab")
         logits_BV = constrain(logits_BV, None, None)
         drawn = _draw(logits_BV, rows, rows.positions_B + i + 1, decoder.numerics)
         top_BL, top_tokens_BL = jax.lax.top_k(logits_BV, num_top)
         top_BL = top_BL - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True) if num_top else top_BL
-        # A NaN among the logits gives token -1; the host sees it, and the embedding must not.
+        # NaN logits yield token -1: the host must see it, the embedding must not.
         following_B = jnp.maximum(drawn.tokens_B, 0)
         assert cache is not None
         return (cache.pool_S2KTW, following_B), Drawn(*drawn, top_tokens_BL, top_BL)
@@ -129,7 +129,7 @@ def decode(
 
 
 def _draw(logits_BV: jax.Array, rows: Rows, positions_B: jax.Array, numerics: NumericsConfig) -> Sample:
-    """The tokens for these positions. Every device of a mesh has all logits, and draws the same."""
+    """Samples the tokens for these positions. Every device of a mesh has all logits and draws the same tokens."""
     implementation = "tpu" if resolve(numerics.attention, target_platform()) == "tpu" else "xla"
 
     def of_device(logits_BV, rows, positions_B):
@@ -144,7 +144,7 @@ def _draw(logits_BV: jax.Array, rows: Rows, positions_B: jax.Array, numerics: Nu
             implementation=implementation,
         )
 
-    if not jax.sharding.get_abstract_mesh().empty:  # the partitioner cannot look into a kernel
+    if not jax.sharding.get_abstract_mesh().empty:  # the partitioner cannot see into a kernel
         of_device = jax.shard_map(of_device, in_specs=spec(), out_specs=spec(), check_vma=False)
     return of_device(logits_BV, rows, positions_B)
 

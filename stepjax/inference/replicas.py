@@ -1,7 +1,7 @@
-"""Engines side by side: one for every part of a mesh along its data axis, each with the model and a cache of its own.
+"""Data-parallel engines: one per index of the mesh's data axis, each with its own copy of the model and its own cache.
 
-A batch is decoded by the devices of one engine together (its tensor axis). More devices than that serve more batches,
-not larger ones; a request goes to the engine with the fewest samples under way.
+The devices of one engine (its tensor axis) decode a batch together. Additional devices serve more batches, not larger
+ones. A request goes to the engine with the fewest active samples.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from stepjax.sharding import data_parts
 def make_engines(
     model: StepVL | Qwen3, processor: TextDecoder | None, config: EngineConfig, mesh: Mesh
 ) -> list[Engine]:
-    """An engine for each part of the mesh's data axis.
+    """One engine per index of the mesh's data axis.
 
     Raises:
-        ConfigError: the mesh has other axes than data and tensor, or its tensor axis does not divide the heads.
+        ConfigError: the mesh has axes besides data and tensor, or its tensor axis does not divide the heads.
     """
     return [Engine(model, processor, config, mesh=part) for part in data_parts(mesh)]
 
@@ -54,7 +54,7 @@ class AsyncReplicas:
     async def stream(
         self, prompt: Example | Iterable[int], params: SamplingParams, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """See `EngineClient.stream`. Ids are per engine: two engines may use the same one."""
+        """See `EngineClient.stream`. Ids are per engine, so two engines may use the same id."""
         place = min(range(len(self._engines)), key=self._under_way.__getitem__)
         self._under_way[place] += params.n
         stream = self._engines[place].stream(prompt, params, request_id=request_id)

@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers, as servers and samplers see it: plain data, and its protocol."""
+"""Requests and results of the engine, as plain data, and the engine's protocol for servers and samplers."""
 
 import dataclasses
 import numbers
@@ -11,45 +11,45 @@ from stepjax.errors import RequestError
 if TYPE_CHECKING:
     from stepjax.processing.tokens import Example
 
-# "error": the logits are not finite, or the sample could not be built; the stop_reason says more.
+# "error": the logits were not finite, or the sample could not be built; see stop_reason.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 20
-MAX_STOPS, MAX_STOP_CHARS = 16, 256  # every new token is compared with all of them
+MAX_STOPS, MAX_STOP_CHARS = 16, 256  # every new token is checked against all of them
 _MAX_STOP_IDS = 256
-_INT32 = 2**31 - 1  # the device's numbers
+_INT32 = 2**31 - 1  # device integers
 
 
 class EngineError(RuntimeError):
-    """A sample failed, for example because its logits were not finite. Not the caller's mistake."""
+    """A sample failed, e.g. because its logits were not finite. Not the caller's fault."""
 
 
 class EngineFailedError(EngineError):
-    """The engine itself failed and serves nothing more: the process should exit with `exit_status` and be restarted."""
+    """The engine itself failed and is unusable: the process should exit with `exit_status` and be restarted."""
 
     exit_status = 70  # EX_SOFTWARE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the samples of a request are drawn, and when they end. The defaults are the public checkpoint's.
+    """How to draw a request's samples, and when they end. The defaults are the public checkpoint's.
 
-    The filters apply in the order temperature, top-k, top-p, min-p, each to what the previous one has left.
+    Temperature, top-k, top-p and min-p apply in this order, each to the tokens left by the previous one.
 
     Raises:
         RequestError: a value is out of range.
     """
 
-    temperature: float = 1.0  # 0 always takes the likeliest token
+    temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None  # 64 bits; None draws one. Samples of one request differ anyway.
-    n: int = 1  # samples, which share the prompt's pages
-    max_tokens: int | None = None  # None: up to the end of the context
-    stop: tuple[str, ...] = ()  # strings that end a sample and are left out of it
+    n: int = 1  # samples; they share the prompt's pages
+    max_tokens: int | None = None  # None: until the context is full
+    stop: tuple[str, ...] = ()  # strings that end a sample; not part of its text
     stop_ids: tuple[int, ...] = ()  # tokens that end a sample, besides the tokenizer's
     ignore_eos: bool = False  # treat the tokenizer's stop tokens like any other token
-    logprobs: int | None = None  # report log-probabilities, and those of this many likeliest tokens; None: neither
+    logprobs: int | None = None  # report log-probabilities and this many top_logprobs; None: neither
 
     def __post_init__(self):
         def require(condition: bool, name: str, remedy: str) -> None:
@@ -61,7 +61,7 @@ class SamplingParams:
             is_number = isinstance(value, kind) and not isinstance(value, bool)
             require(is_number and least <= value <= most, name, remedy)  # false for NaN, too
             if kind is numbers.Integral:
-                object.__setattr__(self, name, int(value))  # NumPy's have fewer bits
+                object.__setattr__(self, name, int(value))  # NumPy integers have fewer bits
 
         require_number(numbers.Real, "temperature", 0, 100, "be 0 or more, and at most 100")
         require_number(numbers.Integral, "top_k", 0, _INT32, f"be 0 (off) or more, and at most {_INT32}")
@@ -91,48 +91,48 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """A drawn token and its log-probability under the model, whatever the temperature and the filters."""
+    """A sampled token and its log-probability under the model, before temperature and filters."""
 
     token: int
     logprob: float
-    sampling_logprob: float  # under the distribution that it was drawn from; 0 where temperature is 0
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs, the likeliest first
+    sampling_logprob: float  # under the sampling distribution; 0 for temperature 0
+    top: tuple[tuple[int, float], ...] = ()  # likeliest tokens and their log-probabilities, descending
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What is new of one sample.
+    """New output of one sample.
 
-    Text lags behind the tokens while it could be the beginning of a stop string or half a character. The last delta,
-    the one with a `finish_reason`, holds all that is left.
+    Text lags behind the tokens while it may be the start of a stop string or half a character. The last delta, the one
+    with a `finish_reason`, flushes the rest.
     """
 
     request_id: str
     sample: int  # from 0 to n - 1
     tokens: tuple[int, ...] = ()  # without the stop token
     text: str = ""
-    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, if requested
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None  # the stop string or id of the request, where one ended the sample
-    seed: int = 0  # of the request; asking with it gives the same samples again
+    stop_reason: str | int | None = None  # the request's stop string or id that ended the sample
+    seed: int = 0  # of the request; reusing it reproduces the samples
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, in the cache when the request's first sample was admitted
+    num_cached_tokens: int = 0  # prompt tokens already cached when the request's first sample was admitted
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion(Delta):
-    """A whole sample: all its deltas in one."""
+    """A whole sample: all its deltas joined."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """A moment of an engine, and totals since it was made."""
+    """Current state of an engine, and totals since it was created."""
 
     running: int  # samples that hold pages
     waiting: int
     pages: int
     pages_used: int  # by running samples
-    pages_cached: int  # free, kept for prompts that begin alike
+    pages_cached: int  # free, but kept for prompts with the same prefix
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -140,13 +140,13 @@ class EngineStats:
     cancelled_samples: int = 0
     preemptions: int = 0
     images_encoded: int = 0  # views
-    images_cached: int = 0  # views that were cached already
+    images_cached: int = 0  # views found in the cache
     steps: int = 0
     compilations: int = 0
 
 
 class EngineClient(Protocol):
-    """An engine behind asyncio: `async_engine.AsyncEngine`, and `replicas.AsyncReplicas` for several."""
+    """An engine behind asyncio: `async_engine.AsyncEngine`, or `replicas.AsyncReplicas` for several."""
 
     @property
     def max_context(self) -> int: ...  # tokens of prompt and answer
@@ -157,13 +157,13 @@ class EngineClient(Protocol):
     def stream(
         self, prompt: "Example", params: SamplingParams, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """The deltas of a request, of all its samples as they are drawn.
+        """Streams the deltas of all samples of a request.
 
-        Closing the stream, or cancelling the task that waits for it, cancels the request.
+        Closing the stream, or cancelling the task that reads it, cancels the request.
 
         Raises:
             RequestError: the request can never be served.
-            BusyError: too many wait, or the engine is being stopped.
+            BusyError: the queue is full, or the engine is shutting down.
             EngineError: a sample failed, or the engine was stopped.
             EngineFailedError: the engine failed.
         """

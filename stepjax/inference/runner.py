@@ -1,4 +1,4 @@
-"""The device's side of the engine: weights, cache and features, and the programs called with arrays of fixed shapes.
+"""The device side of the engine: weights, cache and features, and calls of the programs with fixed shapes.
 
 Legend: C tokens of a chunk, E views, Q features of a view, M pages of a row, X pages to copy.
 """
@@ -28,7 +28,7 @@ from stepjax.sharding import check_heads_only, parameter_name, shardings, spec, 
 class Runner:
     """
     Raises:
-        ConfigError: the mesh has other axes than the tensor axis, or does not divide the model.
+        ConfigError: the mesh has axes besides the tensor axis, or does not divide the model.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class Runner:
             check_heads_only(mesh)
             model = jax.device_put(model, shardings(model, mesh))
         self.model = model
-        self._grouped: tuple[list[list[int]], list[PrefixGroup]] = [], []  # lists of pages, and their groups
+        self._grouped: tuple[list[list[int]], list[PrefixGroup]] = [], []  # page lists and their groups
         self.row_pages = -(-max_context // config.page_size)
         self.batch_sizes = sizes(config.smallest_batch, config.max_sequences, 4)
         self.chunk_sizes = sizes(min(32, config.prefill_tokens), config.prefill_tokens, 2)
         self.feature_rows = 0 if images is None else config.feature_cache_tokens
         with self._scope():
             platform = target_platform()
-            # XLA follows the pages that are in use; the kernel's copy of a prompt's pages is as long as their table.
+            # XLA visits only the pages in use; for the kernel, a prompt's pages are copied up to the table's length.
             self.row_widths = (
                 sizes(min(16, self.row_pages), self.row_pages, 4) if platform == "tpu" else [self.row_pages]
             )
             dtype = jnp.dtype(programs.decoder_of(model).numerics.compute_dtype)
             if decoder.num_kv_heads * config.page_size * num_pages == 0:
-                raise ConfigError(f"engine.cache_tokens={config.cache_tokens}: must hold at least a page")
+                raise ConfigError(f"engine.cache_tokens={config.cache_tokens}: must hold at least one page")
             layout = None if mesh is None else pool_layout(mesh)
             self.pool_S2KTW = make_pool(decoder, num_pages, config.page_size, dtype, platform, layout)
             replicated = None if mesh is None else NamedSharding(mesh, spec())
             self.features_RD = jnp.zeros((max(self.feature_rows, 1), decoder.width), dtype, device=replicated)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies pages, each pair from and to."""
+        """Copies pages, given as (from, to) pairs."""
         width = self.config.max_sequences
         for first in range(0, max(len(pairs), 1), width):
             some = np.array(pairs[first : first + width], np.int32).reshape(-1, 2)
@@ -79,10 +79,10 @@ class Runner:
                 )
 
     def prefill(self, sequence: Sequence, start: int, end: int) -> int:
-        """Computes the tokens from `start` to `end`; returns how many the device computed, padding included.
+        """Prefills tokens `start` to `end`; returns how many the device computed, padding included.
 
         Raises:
-            SequenceError: the arrays could not be made.
+            SequenceError: the arrays could not be built.
         """
         size, pages = bucket(end - start, self.chunk_sizes), -(-end // self.config.page_size)
         tokens_C, rows_C = np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32)
@@ -102,7 +102,7 @@ class Runner:
             self.pool_S2KTW = programs.prefill(self.model, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk)
 
     def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> None:
-        """Encodes up to `view_batch` views of one kind, given with their pixels."""
+        """Encodes up to `view_batch` views of one kind from their pixels."""
         assert self.images is not None and len(views) <= self.config.view_batch
         of_crop = kind == "crop"
         side = self.images.crop_size if of_crop else self.images.global_size
@@ -115,10 +115,10 @@ class Runner:
             self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
 
     def decode(self, sequences: list[Sequence]) -> programs.Drawn:
-        """The next tokens of all sequences, on the host; row i is of sequence i.
+        """The next tokens of all sequences, on the host; row i belongs to sequence i.
 
         Raises:
-            SequenceError: a row could not be made.
+            SequenceError: a row could not be built.
         """
         batch = make_batch(
             sequences,
@@ -131,8 +131,8 @@ class Runner:
         return jax.device_get(self._decode(batch))
 
     def _groups_of(self, sequences: list[Sequence]) -> list[PrefixGroup]:
-        """The prefix groups, found anew when a sequence comes or goes: the pages that it fills meanwhile are its own,
-        and each admission gives it another list.
+        """The prefix groups, recomputed only when a sequence comes or goes: the pages it fills while decoding are its
+        own. Every admission creates a new page list.
         """
         of_rows = [sequence.pages for sequence in sequences]
         before, groups = self._grouped
@@ -155,7 +155,7 @@ class Runner:
         return drawn
 
     def warm_up(self, top_logprobs: bool) -> Iterator[str]:
-        """Calls every program in every shape, on empty arrays; yields the name of what comes next."""
+        """Calls every program in every shape, on empty arrays; yields the name of the next one."""
         yield "page copies"
         self.copy([])
         for size in self.chunk_sizes:
@@ -176,7 +176,7 @@ class Runner:
     def set_weights(self, model: StepVL | Qwen3) -> None:
         """
         Raises:
-            RequestError: the structure, a shape or a type differs; the first that does is named.
+            RequestError: the structure, a shape or a dtype differs; names the first difference.
         """
         old, new = (jax.tree_util.tree_leaves_with_path(m) for m in (self.model, model))
         for (path, a), (_, b) in zip(old, new, strict=False):
@@ -184,7 +184,7 @@ class Runner:
                 name = parameter_name(path)
                 raise RequestError(f"weights: {name} is {b.dtype}{b.shape}, the engine has {a.dtype}{a.shape}")
         if jax.tree.structure(self.model) != jax.tree.structure(model):
-            raise RequestError("weights: the model is built differently from the engine's")
+            raise RequestError("weights: the model's structure differs from the engine's")
         self.model = model if self.mesh is None else jax.device_put(model, shardings(model, self.mesh))
 
     def _scope(self) -> AbstractContextManager:

@@ -1,13 +1,13 @@
-"""Which sequences run, and which is preempted when pages run out. Bookkeeping only: nothing here touches a device.
+"""Decides which sequences run, and which to preempt when pages run out. Pure bookkeeping: never touches a device.
 
-A sequence waits, is admitted once there are pages for all it has so far, and then runs until it ends: its prompt is
-computed in stretches, then it is decoded with all others. When a sequence needs a page and none is free, the sequence
-admitted last is preempted: it returns to the front of the queue and is computed anew when its turn comes. It then
-continues as if nothing had happened, since a token depends on its position and not on when it is drawn.
+A sequence waits until there are pages for all its tokens so far. Once admitted, it runs until it ends: its prompt is
+computed in chunks, then it is decoded together with the others. When a sequence needs a page and none is free, the
+sequence admitted last is preempted: it returns to the front of the queue and is recomputed when readmitted. It then
+continues unchanged, since a token depends on its position and not on when it is sampled.
 
-The samples of a request follow the first of them, their leader, which computes the prompt; then they share its pages.
-So do requests that arrive with the same prompt while it is computed. Until then they are in no queue: they wait with
-their leader.
+The first sample of a request is the leader of the others. It computes the prompt; then its followers share the pages.
+Requests that arrive with the same prompt while it is being computed follow too. Followers are not queued until then:
+they wait with their leader.
 """
 
 from collections import deque
@@ -22,12 +22,12 @@ class Scheduler:
     def __init__(self, config: EngineConfig, pages: Pages, store: FeatureStore | None):
         self.config, self.pages, self.store = config, pages, store
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order of admission
-        self.num_following = 0  # that wait with their leader, which waits or runs
-        self._leaders: dict[bytes, Sequence] = {}  # by prompt; the latest whose prompt is not computed yet
+        self.running: list[Sequence] = []  # in order of admission
+        self.num_following = 0  # followers of waiting or running leaders
+        self._leaders: dict[bytes, Sequence] = {}  # by prompt: the latest one whose prompt is not computed yet
         self.preemptions = 0
         self.cached_tokens = 0
-        self.computed_tokens = 0  # of prompts, when they were admitted; recomputation counts again
+        self.computed_tokens = 0  # prompt tokens at admission; recomputation counts again
 
     @property
     def decoding(self) -> list[Sequence]:
@@ -42,8 +42,8 @@ class Scheduler:
         return len(self.waiting) + self.num_following
 
     def add(self, samples: list[Sequence]) -> None:
-        """Queues the samples of a request. They follow the first of them or, where prompts are shared between requests,
-        one that is about to compute the same prompt.
+        """Queues the samples of a request. They follow the first of them or, with prefix caching, another request's
+        leader that is about to compute the same prompt.
         """
         key = samples[0].prompt.key
         leader = self._leaders.get(key) if self.config.prefix_caching else None
@@ -54,10 +54,10 @@ class Scheduler:
         self._follow(leader, samples)
 
     def admit(self) -> None:
-        """Admits sequences, in order, while there are places, pages and room for their image features.
+        """Admits sequences in order, while there are free slots, pages and room for their image features.
 
         Raises:
-            SequenceError: one cannot be admitted; it still waits.
+            SequenceError: a sequence cannot be admitted; it stays in the queue.
         """
         while self.waiting and len(self.running) < self.config.max_sequences:
             with failing_alone(self.waiting[0]):
@@ -69,12 +69,12 @@ class Scheduler:
         page_size = self.config.page_size
         found = []
         if self.config.prefix_caching:
-            # The last token is decoded, even if its page is cached.
+            # The last token is always decoded, even if its page is cached.
             found = self.pages.find(sequence.extend_keys(sequence.length - 1, page_size))
         needed = -(-sequence.length // page_size) - len(found)
         self.pages.hold(found)
-        sequence.pages = found  # from here on `_free` gives them back
-        # Running sequences will need pages soon: without a reserve, the newcomer would be preempted at once.
+        sequence.pages = found  # `_free` releases them from here on
+        # Running sequences will need pages soon: without a reserve, the new one would be preempted at once.
         reserve = len(self.running)
         if needed + reserve > self.pages.num_free:
             self._free(sequence)
@@ -93,7 +93,7 @@ class Scheduler:
         return True
 
     def _count_prompt(self, sequence: Sequence, start: int) -> None:
-        """Once per request: how much of its prompt was cached when its first sample was admitted."""
+        """Records, once per request, how much of its prompt was cached when its first sample was admitted."""
         prompt = sequence.prompt
         if prompt.num_cached is None:
             prompt.num_cached = start
@@ -101,10 +101,10 @@ class Scheduler:
             self.computed_tokens += len(prompt.tokens_T) - start
 
     def computed(self, sequence: Sequence, end: int) -> None:
-        """Tokens up to `end` have their keys and values: full pages can be found, and features may be released.
+        """Notes that tokens up to `end` are in the cache: publishes full pages and releases features.
 
         Raises:
-            SequenceError: its pages have no keys.
+            SequenceError: the page keys could not be computed.
         """
         sequence.computed = end
         if self.config.prefix_caching:
@@ -115,19 +115,19 @@ class Scheduler:
             sequence.num_published = len(keys)
         if sequence.decodes:
             self._release_views(sequence)
-            if not sequence.followers:  # `fork` sees to them
+            if not sequence.followers:  # `fork` handles followers
                 self._let_go(sequence)
 
     def fork(self) -> list[tuple[int, int]]:
-        """Admits the samples whose leader has computed their prompt, while there are places and pages. The others are
-        queued in front of later requests; in their turn they look for the prompt's pages.
+        """Admits followers whose leader has computed the prompt, while there are slots and pages. The rest are queued
+        ahead of later requests and look up the prompt's pages when admitted.
 
         Returns:
-            Pages to copy, from and to: each prompt's last one, if it is not full.
+            Pages to copy, as (from, to): each prompt's last page, unless it is full.
         """
         copies, queued, page_size = [], [], self.config.page_size
         for leader in [sequence for sequence in self.running if sequence.followers and sequence.decodes]:
-            size = leader.length - len(leader.generated) - 1  # tokens that all samples share
+            size = leader.length - len(leader.generated) - 1  # tokens shared by all samples
             full, partial = divmod(size, page_size)
             for sequence in self._let_go(leader):
                 if len(self.running) >= self.config.max_sequences or self.pages.num_free < 1 + len(self.running):
@@ -145,14 +145,14 @@ class Scheduler:
         return copies
 
     def reserve(self, steps: int) -> list[Sequence]:
-        """Takes pages for `steps` more tokens of every decoding sequence, up to its limit.
+        """Allocates pages for `steps` more tokens of every decoding sequence, up to its limit.
 
         Returns:
-            The sequences that decode now, without those that were preempted.
+            The sequences to decode now; preempted ones are excluded.
         """
         for sequence in list(self.running):
             while sequence.decodes and sequence in self.running:
-                # The token that reaches the limit is drawn, and never read.
+                # The token at the limit is sampled but never fed back.
                 last = min(sequence.length - 1 + steps, sequence.prompt.limit - 1)
                 needed = -(-last // self.config.page_size) - len(sequence.pages)
                 try:
@@ -163,14 +163,14 @@ class Scheduler:
         return self.decoding
 
     def preempt(self, sequence: Sequence) -> None:
-        """Stops running a sequence; it is the next to be admitted again. Its followers keep waiting."""
+        """Moves a running sequence back to the front of the queue. Its followers keep waiting."""
         self.preemptions += 1
         self.running.remove(sequence)
         self._free(sequence)
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence in any state. Its first follower takes its place."""
+        """Ends a sequence in any state. Its first follower replaces it as leader."""
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None
@@ -197,7 +197,7 @@ class Scheduler:
         self.num_following += len(samples)
 
     def _let_go(self, leader: Sequence) -> list[Sequence]:
-        """Releases the followers of a sequence and returns them."""
+        """Detaches and returns the followers of a sequence."""
         if self._leaders.get(leader.prompt.key) is leader:
             del self._leaders[leader.prompt.key]
         followers, leader.followers = leader.followers, []

@@ -1,4 +1,4 @@
-"""A request inside the engine: the prompt that its samples share, and the state of each sample.
+"""A request inside the engine: the prompt shared by its samples, and the state of each sample.
 
 Legend: T tokens of the prompt.
 """
@@ -21,7 +21,7 @@ from stepjax.processing.tokens import Example
 
 
 class Prompt:
-    """What a request's samples share. `contents_T` identifies the content of each position, for the pages' keys."""
+    """Data shared by a request's samples. `contents_T` identifies the content of each position, for page keys."""
 
     def __init__(
         self,
@@ -35,28 +35,28 @@ class Prompt:
         """
         Args:
             seed: of the request.
-            limit: tokens of prompt and answer together.
+            limit: maximum tokens of prompt plus answer.
         """
         self.request_id, self.example, self.params, self.seed, self.limit = request_id, example, params, seed, limit
         self.tokens_T = np.asarray(example.tokens, np.int32)
         self.digests = view_digests(example)
-        self.num_cached: int | None = None  # tokens, when the first sample is first admitted
+        self.num_cached: int | None = None  # cached tokens when the first sample is first admitted
         self.contents_T = self.tokens_T.astype(np.int64)
         index_T = example.feature_index
         if self.digests and images is not None:
             sizes = [images.crop_tokens] * len(example.crops) + [images.global_tokens] * len(example.global_views)
-            # Negative, so that no feature looks like a token.
+            # Negative, so that features never collide with tokens.
             first = [-1 - (int.from_bytes(digest[:8], "big") >> 2) for digest in self.digests]
             of_row = np.concatenate([start - np.arange(size) for start, size in zip(first, sizes, strict=True)])
             self.contents_T = np.where(index_T >= 0, of_row[np.maximum(index_T, 0)], self.contents_T)
 
     @functools.cached_property
     def key(self) -> bytes:
-        """Equal for prompts that are the same."""
+        """Identifies the prompt's content."""
         return hashlib.blake2b(self.contents_T.tobytes(), digest_size=16).digest()
 
     def feature_rows(self, views: list[ViewFeatures], start: int, end: int) -> np.ndarray:
-        """Rows of the store for the positions from `start` to `end`, NO_FEATURE where there is none."""
+        """Feature store rows of positions `start` to `end`, NO_FEATURE for text."""
         index_T = self.example.feature_index[start:end]
         if not views:
             return np.full(end - start, NO_FEATURE, np.int32)
@@ -65,8 +65,8 @@ class Prompt:
 
 
 class Sequence:
-    """One sample. Tokens 0 to `computed` - 1 have their keys and values in `pages`; it decodes when only the last lacks
-    them.
+    """One sample. The keys and values of tokens 0 to `computed` - 1 are in `pages`; it decodes once only the last token
+    is missing there.
     """
 
     def __init__(self, prompt: Prompt, sample: int, decode: Callable[[Tokens[int]], str] | None):
@@ -79,7 +79,7 @@ class Sequence:
         self.computed = 0
         self.pages: list[int] = []
         self.keys: list[Key] = []  # of full pages, computed or not
-        self.num_published = 0  # pages that can be found
+        self.num_published = 0  # pages findable by key
         self.views: list[ViewFeatures] | None = None  # held while the prompt is computed
         self.leader: Sequence | None = None  # the sample that computes the prompt for this one
         self.followers: list[Sequence] = []  # samples for which this one computes the prompt
@@ -91,7 +91,7 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether all but the last token is computed."""
+        """Whether all tokens but the last are computed."""
         return self.computed == self.length - 1
 
     @property
@@ -105,7 +105,7 @@ class Sequence:
         return _joined(self.prompt.contents_T, self.generated, start, end)
 
     def needs_features(self, start: int) -> bool:
-        """Whether a position from `start` on holds an image feature."""
+        """Whether there is an image feature at or after `start`."""
         return bool((self.prompt.example.feature_index[start:] >= 0).any())
 
     def feature_rows(self, start: int, end: int) -> np.ndarray:
@@ -114,7 +114,7 @@ class Sequence:
         return np.concatenate([of_prompt, np.full(end - start - len(of_prompt), NO_FEATURE, np.int32)])
 
     def extend_keys(self, length: int, page_size: int) -> list[Key]:
-        """The keys of the full pages among the first `length` tokens."""
+        """Keys of the full pages within the first `length` tokens."""
         done = len(self.keys)
         if length // page_size > done:
             contents = self.contents(done * page_size, length)
@@ -123,7 +123,7 @@ class Sequence:
 
 
 class SequenceError(Exception):
-    """Work on the host for one sequence failed, for the reason in `__cause__`. The engine ends that sample alone."""
+    """Host work for one sequence failed; see `__cause__`. The engine ends only that sample."""
 
     def __init__(self, sequence: Sequence):
         super().__init__(f"sample {sequence.sample} of {sequence.prompt.request_id}")
@@ -132,7 +132,7 @@ class SequenceError(Exception):
 
 @contextlib.contextmanager
 def failing_alone(sequence: Sequence) -> Iterator[None]:
-    """Wraps work on the host for one sequence. Calls of the device stay outside: they concern all sequences.
+    """Wraps host work for one sequence. Keep device calls outside: they concern all sequences.
 
     Raises:
         SequenceError: for any exception.

@@ -1,4 +1,4 @@
-"""Bounds: on files that others wrote, and on the memory of tensors under way."""
+"""Limits on untrusted files and on the memory of tensors in flight."""
 
 import concurrent.futures
 import json
@@ -11,11 +11,11 @@ import numpy as np
 
 from stepjax.errors import CheckpointError
 
-MAX_JSON = 64 << 20  # bytes of a file; indices and configurations have up to ten million
+MAX_JSON = 64 << 20  # bytes per file; indices and configurations have up to ten million
 WORKERS = 3
 BYTES_IN_FLIGHT = 768 << 20
 PIECE_BYTES = 128 << 20  # the largest matrix of a layer of the 10B model has 101 million
-_RUN_BYTES = 16  # of a row, copied at a time
+_RUN_BYTES = 16  # bytes of a row copied at a time
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ def file_size(path: Path) -> int:
     """The size of a regular file; a pipe or a device might never end.
 
     Raises:
-        CheckpointError: there is no such file, or it is not a regular one.
+        CheckpointError: the file does not exist or is not a regular file.
     """
     try:
         status = path.stat()
@@ -36,10 +36,10 @@ def file_size(path: Path) -> int:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """Raises CheckpointError where the file is missing, is not regular, has more than `limit` bytes, or is not text."""
+    """Raises CheckpointError if the file is missing, not regular, larger than `limit` bytes, or not text."""
     size = file_size(path)
     if size > limit:
-        raise CheckpointError(f"{path} cannot be read: it has {size:,} bytes, and at most {limit:,} are read")
+        raise CheckpointError(f"{path} cannot be read: it has {size:,} bytes, more than the limit of {limit:,}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -47,7 +47,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError as `read_text`, and for any other or malformed JSON."""
+    """Reads a JSON object. Raises CheckpointError as `read_text`, and for any other or malformed JSON."""
     text = read_text(path, limit)
     try:
         fields = parse_json(text)
@@ -59,10 +59,10 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which no name is given twice: only one of two values would count.
+    """Parses JSON and refuses duplicate names, of which only one value would count.
 
     Raises:
-        ValueError: it is malformed, nested too deeply, or gives a name twice.
+        ValueError: the text is malformed, nested too deeply, or has duplicate names.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def parse_json(text: str) -> Any:
 
 
 def run_bounded(jobs: Iterable[tuple[int, Callable[[], None]]]) -> None:
-    """Runs (size in bytes, function) jobs in a few threads, with at most `BYTES_IN_FLIGHT` under way.
+    """Runs (size in bytes, function) jobs in a few threads, with at most `BYTES_IN_FLIGHT` at a time.
 
-    A job larger than that runs alone. The first error is raised. Reading, transposing and writing overlap: NumPy and
-    the operating system release Python's lock for all three.
+    A larger job runs alone. The first error is raised. Reading, transposing and writing overlap: all three release the
+    GIL.
     """
     waiting: dict[concurrent.futures.Future[None], int] = {}
 
@@ -107,9 +107,9 @@ def run_bounded(jobs: Iterable[tuple[int, Callable[[], None]]]) -> None:
 
 
 def packed(view: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-    """The values in a contiguous array, cast if asked; the view itself where it is one already.
+    """The values as a contiguous array, optionally cast; a view that is already contiguous is not copied.
 
-    A transposed view is copied a few columns at a time: NumPy alone misses the cache at every value.
+    Copies a transposed view a few columns at a time: a plain NumPy copy misses the cache at every value.
     """
     if not view.flags.c_contiguous:
         # NumPy copies the bits of extension types such as bfloat16 faster as integers.

@@ -1,4 +1,4 @@
-"""`stepjax convert` and `stepjax convert verify`: their options, and what they print."""
+"""`stepjax convert` and `stepjax convert verify`: options and output."""
 
 import dataclasses
 import os
@@ -21,19 +21,19 @@ class Convert:
     the same command to resume a conversion that was stopped.
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]  # what is converted
-    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]  # a directory to be made
-    dtype: Literal["keep", "bfloat16", "float32"] = "keep"  # of the tensors written; keep: each has its own
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]  # what to convert
+    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]  # directory to create
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep"  # dtype of the written tensors; keep: unchanged
     part: Literal["all", "decoder"] = "all"  # decoder: the text model alone, as a plain Qwen3
-    side_files: Path | None = None  # Hugging Face directory: its tokenizer, template and code go beside a run
-    overwrite: bool = False  # replace DST, or the unfinished work of another conversion
+    side_files: Path | None = None  # Hugging Face directory whose tokenizer, template and code to export with a run
+    overwrite: bool = False  # replace DST, or another conversion's unfinished work
 
     def run(self) -> int:
         """
         Raises:
-            CheckpointError: what is at a path cannot be used.
+            CheckpointError: a path is unusable.
         """
-        # Before JAX is imported: a conversion computes nothing, and takes no device that others use.
+        # Set before JAX is imported: a conversion computes nothing and should not occupy devices.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from stepjax.interop.convert import to_hf, to_orbax
         from stepjax.interop.hf_directory import HFDirectory
@@ -46,7 +46,7 @@ class Convert:
             print(f"{destination}: an Orbax checkpoint of {written}; `stepjax.load` reads it")
             return 0
         if source.run is None:
-            self._refuse_side_files("the checkpoint has kept those that it came with")
+            self._refuse_side_files("the checkpoint kept its original ones")
         written = to_hf(
             source,
             destination,
@@ -67,12 +67,12 @@ class Convert:
 class Verify:
     """Compare a model with recorded activations, computed in float32.
 
-    The exit status is 1 where a tensor differs by more than the tolerance.
+    The exit status is 1 if a tensor differs by more than the tolerance.
     """
 
-    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # anything that `convert` reads
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # any input that `convert` reads
     golden: Path  # recorded inputs and activations, safetensors
-    tolerance: float = 1e-3  # largest difference of a value
+    tolerance: float = 1e-3  # largest allowed difference of a value
 
     def run(self) -> int:
         """

@@ -1,7 +1,7 @@
-"""Hugging Face directories into checkpoints that Orbax restores, and back, with a few tensors in memory at a time.
+"""Converts Hugging Face directories to Orbax checkpoints and back, with only a few tensors in memory at a time.
 
-Both ways go through the same table of public tensors (`hf_layout`), fill a directory that takes its name when it is
-complete (`partial`), and note every finished tensor, so that a second run resumes where a killed one stopped.
+Both directions use the same table of public tensors (`hf_layout`), fill a directory that gets its name when it is
+complete (`partial`), and record every finished tensor, so that a rerun resumes where a killed one stopped.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ _log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """A tensor or a few, to be written."""
+    """One or more tensors to write."""
 
     key: str  # in the journal
     array: str  # the parameter
     nbytes: int
-    run: Callable[[], int | None]  # returns what it adds to the parameter's digest
+    run: Callable[[], int | None]  # returns its contribution to the parameter's digest
 
 
 # To Orbax ------------------------------------------------------------------------------------------------------------
@@ -51,16 +51,16 @@ class Job(NamedTuple):
 def to_orbax(
     source: HFDirectory, destination: Path, *, dtype: DTypeChoice = "keep", part: Part = "all", overwrite: bool = False
 ) -> str:
-    """Convert a Hugging Face directory; returns what was written, in words.
+    """Converts a Hugging Face directory; returns a description of the result.
 
     Args:
-        dtype: of the tensors that are written; "keep" leaves every one as it is.
-        part: "decoder" takes the text model alone, as a plain Qwen3 checkpoint.
-        overwrite: replace what is at the destination.
+        dtype: of the written tensors; "keep" leaves each unchanged.
+        part: "decoder" writes only the text model, as a plain Qwen3 checkpoint.
+        overwrite: replace the destination.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, misshapen, of a type that is not read or damaged, or the
-            destination cannot be used.
+        CheckpointError: a tensor is missing, unexpected, misshapen, damaged or of an unsupported dtype, or the
+            destination is unusable.
     """
     check_apart(source.path, destination)
     spec = source.spec.part(part)
@@ -113,7 +113,7 @@ def to_orbax(
 def _uniform_dtypes(
     found: list[tuple[Place, str]], entries: Mapping[str, Entry], dtype: DTypeChoice
 ) -> dict[str, np.dtype]:
-    """The type to write every parameter in: the layers of one are stacked, and so must have the same."""
+    """The dtype to write each parameter in. Layers of a parameter are stacked, so they must share one."""
     dtypes: dict[str, np.dtype] = {}
     problems = []
     for place, key in found:
@@ -143,18 +143,18 @@ def to_hf(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> str:
-    """Export a converted checkpoint, or a training run's, as a complete Hugging Face directory.
+    """Exports a converted checkpoint, or a training run's, as a complete Hugging Face directory.
 
-    A checkpoint that was converted from files in the layout on disk is written into the same files, byte for byte.
-    Returns what was written, in words.
+    A checkpoint converted from files in the layout on disk is written back to identical files, byte for byte. Returns a
+    description of the result.
 
     Args:
         dtype, part, overwrite: as in `to_orbax`.
-        side_files: a Hugging Face directory whose tokenizer, templates and code go beside exported weights.
-        shard_bytes: of an exported file, at most.
+        side_files: a Hugging Face directory whose tokenizer, templates and code are exported with the weights.
+        shard_bytes: largest size of an exported file.
 
     Raises:
-        CheckpointError: the checkpoint does not fit its configuration, is damaged, or the destination cannot be used.
+        CheckpointError: the checkpoint does not fit its configuration or is damaged, or the destination is unusable.
     """
     for read in (source.path, source.step.parent):
         check_apart(read, destination)
@@ -205,7 +205,7 @@ def to_hf(
 
 
 def _is_same(headers: dict[str, str], wanted: list[Place], dtypes: Mapping[str, np.dtype]) -> bool:
-    """Whether the files that the checkpoint came from had today's keys, shapes and types."""
+    """Whether the original files had the same keys, shapes and dtypes."""
     recorded = [item for name, text in headers.items() for item in parse_header(Path(name), text).items()]
     found = {key: (entry.shape, entry.dtype_name) for key, entry in recorded}
     needed = {place.key: (place.shape, NAMES[dtypes[place.tensor.name]]) for place in wanted}
@@ -214,12 +214,12 @@ def _is_same(headers: dict[str, str], wanted: list[Place], dtypes: Mapping[str, 
 
 
 def _layer_order(place: Place) -> tuple[str, int]:
-    """What has no layers first, then layer by layer, as the files are read."""
+    """Sort key: tensors without layers first, then layer by layer, the order of reading."""
     return ("", 0) if place.layer is None else (place.tensor.key.partition("{layer}")[0], place.layer)
 
 
 def _blocks(wanted: list[Place], source: OrbaxDirectory, prefix: str) -> Iterator[tuple[ts.TensorStore, list[Place]]]:
-    """The places in groups that are read together: layers that lie in one chunk of the stored array."""
+    """Groups places to read together: layers in one chunk of the stored array."""
     by_tensor: dict[str, list[Place]] = {}
     for place in wanted:
         by_tensor.setdefault(place.tensor.key, []).append(place)
@@ -244,16 +244,16 @@ def _export(array: ts.TensorStore, block: list[Place], entries: Mapping[str, Ent
 
 
 def check_apart(source: Path, destination: Path, *, may_hold: bool = False) -> None:
-    """Raises CheckpointError where filling or replacing the destination could touch what is read.
+    """Raises CheckpointError if filling or replacing the destination could modify the source.
 
-    With `may_hold`, the destination may be in the source.
+    With `may_hold`, the destination may be inside the source.
     """
     read = Path(os.path.realpath(source))
     for name in (destination.name, destination.name + SUFFIX, destination.name + REPLACED):
         written = Path(os.path.realpath(destination.with_name(name)))
         if read.is_relative_to(written) or (written.is_relative_to(read) and not may_hold):
             raise CheckpointError(
-                f"{destination} and {source}, which is read, are the same or one within the other: name another place"
+                f"{destination} and {source}, which is read, are the same or nested: name another place"
             )
 
 
@@ -262,18 +262,16 @@ def _cast(stored: np.dtype, dtype: DTypeChoice) -> np.dtype:
 
 
 def _run(jobs: list[Job], work: Partial) -> dict[str, int]:
-    """Runs the jobs that an earlier attempt has not finished; returns the digest of every parameter.
+    """Runs the jobs not finished by an earlier attempt; returns the digest of every parameter.
 
     Raises:
-        CheckpointError: the disk has no room for what they write.
+        CheckpointError: the disk is too full for the output.
     """
     total = sum(job.nbytes for job in jobs)
     waiting = [job for job in jobs if job.key not in work.done]
     left, free = sum(job.nbytes for job in waiting), shutil.disk_usage(work.directory).free
     if left > free:
-        raise CheckpointError(
-            f"{work.directory}: {left / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free"
-        )
+        raise CheckpointError(f"{work.directory}: {left / 1e9:.1f} GB to write, but only {free / 1e9:.1f} GB free")
     if work.done:
         _log.info("resuming %s after %.0f%%", work.directory, 100 * (total - left) / max(total, 1))
     with progress(total, unit="B", description="converting", done=total - left) as bar:
@@ -286,7 +284,7 @@ def _run(jobs: list[Job], work: Partial) -> dict[str, int]:
     parts: dict[str, list[int]] = {}
     for job in jobs:
         digest = work.done[job.key]
-        if digest is not None:  # a copy has none
+        if digest is not None:  # copies have none
             parts.setdefault(job.array, []).append(digest)
     return {name: add_up(digests) for name, digests in parts.items()}
 

@@ -1,4 +1,4 @@
-"""Engines from the command line: which model, in which types, on how many devices."""
+"""Engines from the command line: model, dtype and number of devices."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -14,18 +14,18 @@ if TYPE_CHECKING:  # commands parse their arguments without JAX
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineArguments:
-    """Of a model that is loaded into this process."""
+    """Options for a model loaded into this process."""
 
-    dtype: DType = "bfloat16"  # of parameters and computation
+    dtype: DType = "bfloat16"  # dtype of parameters and computation
     tensor_parallel: int = 1  # devices that share the model and decode one batch together
-    data_parallel: int = 1  # copies of the model, each with a cache and batches of its own
-    yarn_factor: float = 1.0  # stretches the context beyond the trained one; PaCoRe's report uses 2
+    data_parallel: int = 1  # copies of the model, each with its own cache and batches
+    yarn_factor: float = 1.0  # stretch the context beyond the trained length; PaCoRe's report uses 2
     engine: EngineConfig = EngineConfig()
 
     def check(self) -> None:
         """
         Raises:
-            ConfigError: a value is out of range. (A parser would take an error of the constructor for its own.)
+            ConfigError: a value is out of range. (Not in the constructor: the parser would swallow it.)
         """
         for name in ("tensor_parallel", "data_parallel", "yarn_factor"):
             if not getattr(self, name) >= 1:
@@ -33,10 +33,10 @@ class EngineArguments:
 
 
 def load_engines(path: str, arguments: EngineArguments) -> "tuple[list[Engine], AnyProcessor]":
-    """An engine for each part of the data axis, and what makes their prompts.
+    """One engine per index of the data axis, and the prompt processor.
 
     Raises:
-        ConfigError: there are fewer devices than asked for, or the arguments do not suit the model.
+        ConfigError: there are too few devices, or the arguments do not suit the model.
         CheckpointError, TokenError: see `load`.
     """
     import jax
@@ -51,7 +51,7 @@ def load_engines(path: str, arguments: EngineArguments) -> "tuple[list[Engine], 
     if needed > there:
         raise ConfigError(
             f"--tensor-parallel {arguments.tensor_parallel} --data-parallel {arguments.data_parallel}: need {needed} "
-            f"devices, and there are {there}"
+            f"devices, but there are {there}"
         )
     numerics = NumericsConfig(param_dtype=arguments.dtype, compute_dtype=arguments.dtype, remat="none")
     shape = MeshConfig(data=arguments.data_parallel, fsdp=1, tensor=arguments.tensor_parallel)

@@ -1,8 +1,8 @@
-"""The files beside the weights of an exported directory: configuration, tokenizer, templates.
+"""Side files of an exported directory: configuration, tokenizer, templates.
 
-Those that a converted checkpoint kept are given back as they were. For a model that was trained here they are made: the
-PyTorch files and the chat template in `assets/pytorch` are copied, unless `--side-files DIR` takes the tokenizer and
-the remote code of another directory, such as the public checkpoint.
+A converted checkpoint's side files are exported unchanged. For a model trained here they are generated: the PyTorch
+files and the chat template come from `assets/pytorch`, unless `--side-files DIR` supplies the tokenizer and the remote
+code of another directory, such as the public checkpoint.
 """
 
 import copy
@@ -24,7 +24,7 @@ from stepjax.interop.model_spec import ModelSpec
 from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.processing.tokenizer import MARKERS, SpecialTokens, Tokenizer, load_tokenizer
 
-# These belong to the model that sees images alone.
+# Only for models that read images.
 _VISION_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -37,13 +37,13 @@ def write_side_files(
     is_cast: bool,
     others: Path | None,
 ) -> None:
-    """Write the side files of an exported checkpoint.
+    """Writes the side files of an exported checkpoint.
 
     Args:
-        spec: of what is exported, the whole model or its text part.
-        dtypes: of the tensors; configurations name the type where it is one.
-        is_cast: these are not the types that are stored.
-        others: a directory whose files come before ours; for training runs.
+        spec: of the exported model, the whole one or its text part.
+        dtypes: of the tensors; configurations state the dtype if there is only one.
+        is_cast: whether `dtypes` differ from the stored ones.
+        others: a directory whose files take precedence over ours; for training runs.
     """
     names = {dtype.name for dtype in dtypes.values()}
     dtype = names.pop() if len(names) == 1 else None
@@ -64,9 +64,9 @@ def write_side_files(
 
 
 def copy_kept(directory: Path, target: Path, *, text_only: bool) -> list[str]:
-    """Copy the side files of a Hugging Face directory. Returns the names of what else is in it.
+    """Copies the side files of a Hugging Face directory. Returns the names of everything else in it.
 
-    With `text_only`, the remote code and the image processor's settings stay behind.
+    `text_only` skips the remote code and the image processor's settings.
     """
     target.mkdir(exist_ok=True)
     files, others = side_files(directory)
@@ -80,7 +80,7 @@ def copy_kept(directory: Path, target: Path, *, text_only: bool) -> list[str]:
 def make(
     target: Path, spec: ModelSpec, tokenizer_config: TokenizerConfig, dtype: str | None, others: Path | None
 ) -> None:
-    """Write the side files of a model that was trained here; those of the directory `others` come before ours."""
+    """Writes the side files of a model trained here; files in `others` take precedence over ours."""
     if others is not None:
         copy_kept(others, target, text_only=spec.is_text)
         (target / INDEX).unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def make(
             for file in _assets().iterdir():
                 if file.name.endswith(".py"):
                     (target / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-            for name in _VISION_FILES:  # of other code
+            for name in _VISION_FILES:  # belong to other code
                 (target / name).unlink(missing_ok=True)
         made |= dict.fromkeys(_VISION_FILES, image_fields(spec.images))
     texts = {"chat_template.jinja": chat_template(starts_thinking=starts_thinking)}
@@ -125,8 +125,8 @@ def make(
 def chat_template(*, starts_thinking: bool) -> str:
     """`processing.chat_template` as a Jinja template, for servers that render conversations themselves.
 
-    It writes the same text, without the wall between text and control tokens: whoever writes `<|im_end|>` in a message
-    ends a turn. An image is one `<im_patch>`, which their processors expand. See `chat_template.generation_prompt` for
+    It renders the same text but does not separate text from control tokens: `<|im_end|>` in a message ends a turn. An
+    image is one `<im_patch>`, which those servers' processors expand. See `chat_template.generation_prompt` for
     `starts_thinking`.
     """
     template = (_assets() / "chat_template.jinja").read_text(encoding="utf-8")
@@ -152,7 +152,7 @@ def _tokenizer_files(tokenizer_json: Path, max_positions: int) -> dict[str, Any]
             **ends,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
-            "padding_side": "left",  # of batches that are generated from
+            "padding_side": "left",  # for batched generation
             "model_max_length": max_positions,
         },
         "special_tokens_map.json": {"additional_special_tokens": special, **ends},
@@ -165,8 +165,8 @@ def _check_same_ids(given: Tokenizer, trained: Tokenizer, where: Path) -> None:
     differing = [name for name in names if getattr(given.special_tokens, name) != getattr(trained.special_tokens, name)]
     if differing or given.vocab_size != trained.vocab_size:
         raise CheckpointError(
-            f"--side-files {where}: its tokenizer is not the one that the model was trained with (it differs in "
-            f"{', '.join(differing) or 'the number of ids'}); leave the option out, or name the right directory"
+            f"--side-files {where}: its tokenizer is not the one the model was trained with (it differs in "
+            f"{', '.join(differing) or 'the number of ids'}); drop the option, or name the right directory"
         )
 
 
@@ -178,17 +178,16 @@ def write_config(directory: Path, fields: dict[str, Any]) -> None:
 
 
 def text_config(whole: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
-    """`config.json` of the decoder alone, from that of the whole model."""
+    """The decoder's `config.json`, derived from the whole model's."""
     made = config_json(spec, None, None)
     names = {name: made[name] for name in ("architectures", "model_type")}
     return made | (whole.get("text_config") or {}) | names
 
 
 def config_json(spec: ModelSpec, tokens: SpecialTokens | None, dtype: str | None) -> dict[str, Any]:
-    """The fields of a model's config.json that Transformers, vLLM and SGLang read, in the public checkpoint's words.
+    """The config.json fields that Transformers, vLLM and SGLang read, named as in the public checkpoint.
 
-    `tokens` gives the ids of control tokens, which are left out where they are unknown; `dtype` is that of the tensors,
-    None where it varies.
+    `tokens` provides control token ids; None omits them. `dtype` is the tensors' dtype; None if it varies.
     """
     if isinstance(spec.model, DecoderConfig):
         return _text_fields(spec.model, tokens, dtype)
@@ -259,7 +258,7 @@ def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str
 
 
 def image_fields(images: ImageConfig) -> dict[str, Any]:
-    """`processor_config.json`, by which the exported processor cuts images into views."""
+    """`processor_config.json`: how the exported processor cuts images into views."""
     fields = {"global_size": "size", "mean": "image_mean", "std": "image_std"}
     return {
         "processor_class": "Step3VLProcessor",

@@ -1,7 +1,7 @@
-"""`config.json` as it is read: types, limits, the variants that are refused by name, and our configuration from it.
+"""Reads `config.json`: types, limits, unsupported variants, and the conversion to our configuration.
 
-Every value is checked here, once, before anything is made of it. Fields that change nothing that is computed are
-ignored; a field that does is either read, or refused unless its value turns it off.
+Every value is validated here, once, before use. Fields that do not affect the computation are ignored. A field that
+does is either read, or refused unless its value turns it off.
 """
 
 import json
@@ -18,10 +18,10 @@ from stepjax.config import Activation, DecoderConfig, ImageConfig, ModelConfig, 
 from stepjax.errors import CheckpointError, ConfigError
 
 TEXT_FAMILIES = ("qwen3", "llama")
-IMAGE_FIELDS = "stepjax_images"  # our field: what differs from the public model's images
-STARTS_THINKING = "stepjax_starts_thinking"  # ours too: false where generation prompts do not open <think>
+IMAGE_FIELDS = "stepjax_images"  # our field: differences from the public model's images
+STARTS_THINKING = "stepjax_starts_thinking"  # our field: false if generation prompts do not open <think>
 
-# Far beyond any known model, and small enough that computing the shapes of such a model costs nothing.
+# Far beyond any known model, but small enough that computing the shapes of such a model is cheap.
 Layers = Annotated[int, Field(gt=0, le=2_000)]
 Heads = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1_000_000)]
@@ -35,13 +35,13 @@ TokenId = Annotated[int, Field(ge=0, le=100_000_000)]
 
 
 class _Fields(pydantic.BaseModel):
-    """Fields by our names; where the file has another one, it is the alias."""
+    """Fields by our names; the alias is the name in the file, if different."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, validate_by_name=True)
 
 
 class _Vision(_Fields):
-    """Of `vision_config`: those of `VisionConfig`, with two that others follow from."""
+    """`vision_config`: the fields of `VisionConfig`, plus two from which others are derived."""
 
     image_size: Pixels
     patch_size: Pixels
@@ -56,7 +56,7 @@ class _Vision(_Fields):
 
 
 class _Rope(_Fields):
-    """Of `rope_scaling`, or `rope_parameters` as Transformers 5 writes it; no others are known."""
+    """`rope_scaling`, or Transformers 5's `rope_parameters`; other fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,7 +78,7 @@ class _Rope(_Fields):
 
 
 class _Text(_Fields):
-    """Of a text model: those of `DecoderConfig`."""
+    """A text model: the fields of `DecoderConfig`."""
 
     width: Width = Field(alias="hidden_size")
     num_layers: Layers = Field(alias="num_hidden_layers")
@@ -94,7 +94,7 @@ class _Text(_Fields):
 
 
 class _TextFile(_Text):
-    """And what else is checked."""
+    """A text model's file: plus the other validated fields."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
@@ -104,7 +104,7 @@ class _TextFile(_Text):
 
 
 class _StepFile(_Fields):
-    """Beside the two parts of a STEP3-VL configuration."""
+    """Top-level fields of a STEP3-VL configuration."""
 
     vision_config: dict[str, Any]
     text_config: dict[str, Any]
@@ -118,7 +118,7 @@ class _StepFile(_Fields):
 Parsed = TypeVar("Parsed", bound=_Fields)
 Allowed = Mapping[str, tuple[Any, ...]]
 
-# What a field has to hold, if it is present and not null: the one variant that is computed here.
+# Allowed values of fields that are present and not null: the supported variant.
 _STEP: Allowed = {"vision_select_layer": (-1,), "understand_projector_stride": (2,)}
 _VISION: Allowed = {
     "hidden_act": ("quick_gelu", "gelu"),
@@ -152,13 +152,13 @@ def config_from_hf(config: dict[str, Any]) -> tuple[ModelConfig, ImageConfig]:
     """Model and image configuration from a STEP3-VL `config.json`.
 
     Raises:
-        CheckpointError: the file describes a variant that this model does not cover, or has an unusable value.
+        CheckpointError: the file describes an unsupported variant, or has an unusable value.
     """
     _check_variant(config, _STEP, "")
     fields = _parsed(_StepFile, config, "")
     _check_variant(fields.vision_config, _VISION, "vision_config.")
     vision = _parsed(_Vision, fields.vision_config, "vision_config.")
-    # The file has the crop's token count and not its size: a square of a grid that is down-sampled four-fold.
+    # The file has the crop's token count, not its size: a square grid, down-sampled four-fold.
     crop_size = 4 * round((fields.patch_token_len or 81) ** 0.5) * vision.patch_size
     implied = {"global_size": vision.image_size, "crop_size": crop_size, "patch_size": vision.patch_size}
     try:
@@ -194,16 +194,16 @@ def _image_config(implied: dict[str, int], own: dict[str, Any]) -> ImageConfig:
 
 
 def text_family(text: dict[str, Any]) -> str | None:
-    """Which of `TEXT_FAMILIES` a `config.json` names; None where it names no family at all.
+    """The member of `TEXT_FAMILIES` that a `config.json` names; None if it names no family at all.
 
     Raises:
-        CheckpointError: it names another.
+        CheckpointError: the file names another family.
     """
     names = text.get("architectures")
     named = [text.get("model_type"), *(names if isinstance(names, list) else [names])]
     named = [name for name in named if name is not None]
     for family in TEXT_FAMILIES:
-        # One more letter may be of another model: "qwen3_moe", "Llama4ForCausalLM".
+        # A longer name may be another model: "qwen3_moe", "Llama4ForCausalLM".
         if named and re.fullmatch(rf"{family}(?:for\w+|model|)", str(named[0]).lower()):
             return family
     if named:
@@ -218,17 +218,17 @@ def decoder_config_from_hf(text: dict[str, Any]) -> DecoderConfig:
     """Decoder configuration from a Qwen3 or Llama `config.json` (or the `text_config` of a STEP3-VL one).
 
     Raises:
-        CheckpointError: the file describes a variant that the decoder does not cover, or has an unusable value.
+        CheckpointError: the file describes an unsupported variant, or has an unusable value.
     """
     qwen = text_family(text) != "llama"
     fields = _checked_text(text, is_qwen=qwen)
     ropes = [rope for rope in (fields.rope_parameters, fields.rope_scaling) if rope is not None]
-    rope = ropes[0] if ropes else _Rope()  # Transformers 5 writes the first
+    rope = ropes[0] if ropes else _Rope()  # Transformers 5 writes rope_parameters
     if any(other != rope for other in ropes):
         raise CheckpointError(f"config.json has rope_parameters={rope!r} and another rope_scaling: remove one of them")
     if fields.rope_theta not in (None, rope.rope_theta or fields.rope_theta):
         raise CheckpointError(
-            f"config.json has rope_theta={fields.rope_theta}, and {rope.rope_theta} beside its scaling"
+            f"config.json has rope_theta={fields.rope_theta}, but {rope.rope_theta} in its rotary scaling"
         )
     yarn = _yarn_fields(rope, fields.max_positions)
     stretched = int(yarn.get("yarn_factor", 0) * yarn.get("yarn_trained_positions", 0))
@@ -262,16 +262,16 @@ def _yarn_fields(rope: _Rope, max_positions: int) -> dict[str, Any]:
 
 
 def vision_fields(config: VisionConfig, image_size: int) -> dict[str, Any]:
-    """The fields of a `vision_config` that are read."""
+    """The `vision_config` fields that we read."""
     ratio = config.mlp_dim / config.width
-    if int(config.width * ratio) < config.mlp_dim:  # what readers take
+    if int(config.width * ratio) < config.mlp_dim:  # readers truncate like this
         ratio = math.nextafter(ratio, math.inf)
     known = {name: getattr(config, name) for name in _Vision.model_fields if hasattr(config, name)}
     return _Vision(**known, image_size=image_size, mlp_ratio=ratio).model_dump(by_alias=True)
 
 
 def text_fields(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of a text model's `config.json` that are read, but for its family and its scaling of positions."""
+    """The fields of a text model's `config.json` that we read, except its family and rotary scaling."""
     return _Text(**{name: getattr(config, name) for name in _Text.model_fields}).model_dump(by_alias=True)
 
 
@@ -279,7 +279,7 @@ def text_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFile:
-    for rope in ("rope_parameters", "rope_scaling"):  # first, since each kind has fields of its own
+    for rope in ("rope_parameters", "rope_scaling"):  # first, since each kind has its own fields
         given = text.get(rope)
         kind = (given.get("rope_type") or given.get("type")) if isinstance(given, dict) else None
         if isinstance(kind, str) and kind not in ("default", "yarn"):
@@ -291,8 +291,8 @@ def _checked_text(text: dict[str, Any], *, is_qwen: bool) -> _TextFile:
     _check_variant(text, {**_TEXT, **patterns}, "")
     for rope in ("rope_parameters", "rope_scaling"):
         _check_variant(text.get(rope) or {}, _ROPE, f"{rope}.")
-    # Where it is present, `layer_types` decides. Otherwise Qwen by default ignores the window that its file has, and
-    # the layers below `max_window_layers` never use it.
+    # `layer_types` decides if present. Otherwise Qwen ignores its file's window by default, and layers below
+    # `max_window_layers` never use it.
     window, first = text.get("sliding_window"), text.get("max_window_layers")
     used = window is not None and text.get("use_sliding_window", not is_qwen)
     if used and text.get("layer_types") is None and not (type(first) is int and first >= fields.num_layers):
@@ -308,7 +308,7 @@ def _check_variant(given: Mapping[str, Any], table: Allowed, prefix: str) -> Non
         if not _is_allowed(given.get(name), allowed):
             supported = " or ".join(map(repr, allowed)) or "null"
             raise CheckpointError(
-                f"config.json has {prefix}{name}={reprlib.repr(given[name])}, which changes what is computed: only "
+                f"config.json has {prefix}{name}={reprlib.repr(given[name])}, which changes the computation: only "
                 f"{supported} is supported"
             )
 

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: what its model is, where its tensors lie, and the files beside them."""
+"""A Hugging Face directory: its model's configuration, the locations of its tensors, and its side files."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from stepjax.interop.safetensors_file import Entry, check_size, parse_header, re
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-# Weights in formats that are not read here, and copies of weights.
+# Weights in unsupported formats, and copies of weights.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".safetensors", ".bak", ".orig")
 _log = logging.getLogger(__name__)
 
@@ -24,16 +24,15 @@ _log = logging.getLogger(__name__)
 class HFDirectory:
     """`config.json`, and the tensors in safetensors files.
 
-    The index says which files, and from which of them each tensor comes. Without one, or with one whose files are
-    absent, it is `model.safetensors`, or else all of `model-00001.safetensors`, or `model-00001-of-00009.safetensors`,
-    and so on. Other files in the directory never decide.
+    The index lists the files and each tensor's file. If it is missing, or its files are, `model.safetensors` is read,
+    or else all of `model-00001.safetensors`, or `model-00001-of-00009.safetensors`, and so on. Other files are ignored.
 
     Attributes:
-        headers: text of the header of every safetensors file, by its name.
-        entries: place and shape of every tensor, by its key.
+        headers: header text of every safetensors file, by file name.
+        entries: location and shape of every tensor, by key.
 
     Raises:
-        CheckpointError: the directory or a file in it is not usable; what is wrong is named.
+        CheckpointError: the directory or a file in it is unusable; names the problem.
     """
 
     def __init__(self, path: str | Path):
@@ -64,11 +63,11 @@ class HFDirectory:
             )
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, as it is stored."""
+        """Reads a tensor as stored."""
         return read_tensor(key, self.entries[key])
 
     def _names(self) -> tuple[list[str], dict[str, str]]:
-        """The files to read, and for each tensor that the index names, which of them has it."""
+        """The files to read, and the file of each tensor in the index."""
         index = self.path / INDEX
         if index.exists():
             chosen = read_json(index).get("weight_map")
@@ -95,7 +94,7 @@ class HFDirectory:
 
 
 def is_weights_name(name: Any) -> bool:
-    """Whether this is a plain name of a safetensors file: the names that others wrote down may lead anywhere."""
+    """Whether this is a plain safetensors file name: names from untrusted files may be arbitrary paths."""
     return (
         isinstance(name, str)
         and name.endswith(".safetensors")
@@ -107,10 +106,10 @@ def is_weights_name(name: Any) -> bool:
 
 
 def side_files(path: Path) -> tuple[list[Path], list[str]]:
-    """The files of a directory beside its weights (tokenizer, templates, code), and the names of all else in it.
+    """The side files of a directory (tokenizer, templates, code), and the names of everything else in it.
 
-    Links that lead out of the directory are not followed, for they may lead to any file of this machine; but those of
-    the hub's cache, from snapshots/COMMIT to blobs, are. The configuration and the index have been read, and count.
+    Links out of the directory are not followed, since they may point to any file of this machine, except those of the
+    hub's cache, from snapshots/COMMIT to blobs. The configuration and the index count as side files.
     """
     files, others = [], []
     inside = Path(os.path.realpath(path))

@@ -1,11 +1,11 @@
-"""Which tensor of the public checkpoint is which parameter of ours, and how each is reshaped into the other.
+"""Maps tensors of the public checkpoint to our parameters, and reshapes one into the other.
 
-Public tensors are PyTorch's: linear weights [out, in], convolutions [out, in, height, width], one tensor a layer. Ours
-keep the contracted dimensions first, split the heads, and stack the layers. Public keys come in two layouts, and both
-are read: the one on disk (`vision_model.*`, `model.layers.*`) and the one that Transformers re-saves
-(`model.vision_model.*`, `model.language_model.*`).
+Public tensors follow PyTorch: linear weights [out, in], convolutions [out, in, height, width], one tensor per layer.
+Ours put contracted dimensions first, split the heads, and stack the layers. Public keys come in two layouts; we read
+both: the one on disk (`vision_model.*`, `model.layers.*`) and the one saved by Transformers (`model.vision_model.*`,
+`model.language_model.*`).
 
-Legend: N query heads, K key-value heads, H dimensions a head.
+Legend: N query heads, K key-value heads, H dimensions per head.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ def _same(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One public tensor (`{layer}` in its key: one a layer) and the parameter that it fills."""
+    """One public tensor (one per layer if its key has `{layer}`) and the parameter it fills."""
 
     key: str
     name: str  # our parameter, e.g. "decoder/blocks/mlp/up_kernel"
     to_ours: Callable[[Array], Array] = _same
     to_hf: Callable[[Array], Array] = _same
-    is_copy: bool = False  # of a parameter that another tensor fills; a checkpoint may or may not have it
+    is_copy: bool = False  # copy of a parameter that another tensor fills; optional in a checkpoint
 
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.key
 
     def hf_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the public tensor that fills a parameter (of a stacked one: one layer) of the shape `ours`."""
+        """Shape of the public tensor for a parameter (or one layer of a stacked parameter) of shape `ours`."""
         return self.to_hf(np.broadcast_to(np.float32(0), ours)).shape
 
 
@@ -96,7 +96,7 @@ def vision_tensors(config: VisionConfig) -> list[Tensor]:
 
 
 def decoder_tensors(config: DecoderConfig, prefix: str = "decoder/") -> list[Tensor]:
-    """The decoder's tensors: plain Qwen3, or Llama where norms are absent and embeddings tied."""
+    """The decoder's tensors: plain Qwen3, or Llama without query and key norms; embeddings may be tied."""
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     layer, ours = "model.layers.{layer}", f"{prefix}blocks"
     tensors = [
@@ -118,7 +118,7 @@ def decoder_tensors(config: DecoderConfig, prefix: str = "decoder/") -> list[Ten
         ]
     if not config.tie_embeddings:
         tensors.append(_linear("lm_head.weight", f"{prefix}head_kernel"))
-    else:  # some writers store the tied head all the same
+    else:  # some writers store the tied head anyway
         tensors.append(Tensor("lm_head.weight", f"{prefix}embedding", is_copy=True))
     return tensors
 
@@ -133,12 +133,12 @@ def step_vl_tensors(config: ModelConfig) -> list[Tensor]:
 
 
 def disk_key(key: str) -> str:
-    """The key on disk of a key in either public layout."""
+    """Converts a key of either public layout to the one on disk."""
     key = re.sub(r"^model\.(vision_model|vit_large_projector)\.", r"\1.", key)
     return re.sub(r"^model\.language_model\.", "model.", key)
 
 
-# timm renamed Meta's keys of the encoder, and so those of STEP3-VL.
+# STEP3-VL keeps Meta's encoder keys; timm renamed them.
 _TIMM_NAMES = (
     ("vision_model.", ""),
     ("transformer.resblocks.", "blocks."),
@@ -156,7 +156,7 @@ _TIMM_NAMES = (
 
 
 def timm_tensors(config: VisionConfig) -> list[Tensor]:
-    """The encoder's tensors as timm stores a Perception Encoder (`vit_pe_lang_gigantic_patch14_448`)."""
+    """The encoder's tensors in timm's layout of a Perception Encoder (`vit_pe_lang_gigantic_patch14_448`)."""
     tensors = []
     for tensor in vision_tensors(config):
         if tensor.name.startswith("vision/"):

@@ -1,4 +1,4 @@
-"""Stored tensors into the parameters of a model; missing, unexpected and misshapen ones are all named at once."""
+"""Loads stored tensors into a model's parameters, and reports all missing, unexpected and misshapen ones at once."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,7 +14,7 @@ from stepjax.interop.bounds import packed
 from stepjax.interop.hf_layout import Tensor, disk_key
 from stepjax.sharding import named_leaves, shardings
 
-_NAMED = 100  # of each kind of misfit; a model of another size has thousands
+_NAMED = 100  # listed per kind of problem; a model of another size has thousands
 
 Abstract = Mapping[str, jax.ShapeDtypeStruct]  # parameters by name
 
@@ -26,7 +26,7 @@ class Shaped(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A public tensor and the parameter, or the layer of a stacked one, that it fills."""
+    """A public tensor and the parameter (or layer of a stacked one) that it fills."""
 
     key: str  # on disk
     tensor: Tensor
@@ -35,7 +35,7 @@ class Place:
 
 
 def places(tensors: Iterable[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
-    """Every public tensor of a model whose parameters have these shapes; a parameter's layers follow each other."""
+    """All public tensors of a model whose parameters have these shapes; layers of a parameter are consecutive."""
     found = []
     for tensor in tensors:
         shape = shapes[tensor.name]
@@ -48,13 +48,13 @@ def places(tensors: Iterable[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def match(wanted: Iterable[Place], stored: Mapping[str, Shaped]) -> list[tuple[Place, str]]:
-    """The places that a checkpoint fills, each with the key under which it has the tensor.
+    """The places that a checkpoint fills, each with the tensor's key in the checkpoint.
 
-    `stored` may have the keys of either public layout. Copies (`Tensor.is_copy`) may be absent. The tables of rotary
-    angles that old Llama checkpoints store are ignored.
+    `stored` may use the keys of either public layout. Copies (`Tensor.is_copy`) are optional. Tables of rotary angles
+    in old Llama checkpoints are ignored.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, of another shape or given twice; all of them are named.
+        CheckpointError: tensors are missing, unexpected, misshapen or duplicated; names all of them.
     """
     keys = [key for key in stored if not key.endswith("rotary_emb.inv_freq")]
     by_disk_key = {disk_key(key): key for key in keys}
@@ -92,7 +92,7 @@ def _listed(entries: Collection[str]) -> str:
 
 
 def abstract_parameters(model: Any, mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, type and, with a mesh, sharding of every parameter of a model by name, in order."""
+    """Shape, dtype and (with a mesh) sharding of every parameter of a model, by name, in order."""
     leaves = {name: jax.tree.leaves(leaf)[0] for name, leaf in named_leaves(model).items()}
     layouts = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(model, mesh))
     return {
@@ -108,13 +108,13 @@ def fill(
     stored: Mapping[str, Shaped],
     mesh: jax.sharding.Mesh | None = None,
 ) -> Any:
-    """The model of `abstract`'s structure and types with the values that `read` returns for the keys of `stored`.
+    """Builds a model with the structure and dtypes of `abstract` from the tensors that `read` returns.
 
-    With a mesh, every parameter goes to its sharding before the next one is read.
+    With a mesh, each parameter is sharded before the next one is read.
 
     Raises:
         CheckpointError: as `match`, before anything is read; or a tied head differs from the embeddings.
-        ConfigError: a parameter does not divide over the mesh.
+        ConfigError: the mesh does not divide a parameter.
     """
     values = read_parameters(abstract_parameters(abstract, mesh), tensors, read, stored)
     return jax.tree.unflatten(jax.tree.structure(abstract), values.values())
@@ -123,7 +123,7 @@ def fill(
 def read_parameters(
     wanted: Abstract, tensors: Iterable[Tensor], read: Callable[[str], np.ndarray], stored: Mapping[str, Shaped]
 ) -> dict[str, jax.Array]:
-    """The wanted parameters by name, in order, each on its sharding if it has one; see `fill`."""
+    """The wanted parameters, by name, in order, sharded if `wanted` says so; see `fill`."""
     parts: dict[str, list[tuple[Place, str]]] = {}
     for place, key in match(places(tensors, {name: leaf.shape for name, leaf in wanted.items()}), stored):
         parts.setdefault(place.tensor.name, []).append((place, key))
@@ -146,6 +146,6 @@ def read_parameters(
 
 
 def check_copy(key: str, values: np.ndarray, original: np.ndarray) -> None:
-    """Raises CheckpointError where a tied head is not what it is tied to."""
+    """Raises CheckpointError if a tied head differs from its original."""
     if not np.array_equal(values, original):
-        raise CheckpointError(f"{key} differs from the embeddings that it is tied to: set tie_word_embeddings to false")
+        raise CheckpointError(f"{key} differs from the embeddings it is tied to: set tie_word_embeddings to false")

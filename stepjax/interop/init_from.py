@@ -1,14 +1,14 @@
-"""Where a new run takes its parameters from, part by part: published weights, a converted checkpoint, another run.
+"""Initialises a new run, part by part, from published weights, a converted checkpoint or another run.
 
     source                                                                  fills
     a Hugging Face directory of STEP3-VL                                    vision, projector, decoder
     a Hugging Face directory of a Qwen3 or Llama text model                 decoder
     a Perception Encoder in timm's safetensors layout, or its directory     vision
-    a converted checkpoint; a run, its checkpoint directory, or one step    what it holds
+    a converted checkpoint; a run, its checkpoint directory, or one step    its own parts
 
-`plan_start` reads headers only and names everything that does not fit. `initial_model` then puts one parameter at a
-time onto its sharding, straight from the source: no host holds the model, and no device a parameter twice (but for the
-few that are resized or extended). What no source fills gets the values of a run without sources, by the same seed.
+`plan_start` reads only headers and reports every mismatch. `initial_model` then shards one parameter at a time straight
+from the source: no host holds the whole model, and no device holds a parameter twice (except the few that are resized
+or extended). Parameters without a source get the same values as in a run without sources and with the same seed.
 """
 
 import dataclasses
@@ -38,25 +38,25 @@ from stepjax.training.checkpoint import restore_parameters
 Shapes = dict[str, tuple[int, ...]]
 
 POSITIONS = "vision/positions"
-ROWS = {"decoder/embedding": 0, "decoder/head_kernel": 1}  # the dimension that has one entry an id
+ROWS = {"decoder/embedding": 0, "decoder/head_kernel": 1}  # dimension indexed by token id
 _TIMM_KEY = "patch_embed.proj.weight"
-# A source and the recipe may differ in these, and the tensors still have the same shapes.
+# Differences that tensor shapes may not reveal.
 _UNSEEN = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "tie_embeddings")
-# They say how a model starts, or sizes that the shapes of the tensors, resized or extended, have said already.
+# Not reported: initial values, and sizes already checked by the shapes of the tensors (resized or extended).
 _UNTOLD = ("layer_scale_init", "position_grid", "vocab_size", "width", "num_layers", "mlp_dim", "patch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """An opened source: its headers have been read, its weights have not."""
+    """An opened source: headers are read, weights are not."""
 
     path: str
     kind: str
     stored: Mapping[str, Mapping[str, Shaped]]  # tensors by part and key
-    tensors: Callable[[ModelConfig], Iterable[Tensor]]  # what fills the parameters of a model
+    tensors: Callable[[ModelConfig], Iterable[Tensor]]  # source tensors for a model's parameters
     read: Callable[[Abstract, list[Tensor], Mapping[str, Shaped]], dict[str, jax.Array]]
-    configs: Mapping[str, Any]  # by part: a VisionConfig, a DecoderConfig; None for the projector
-    pixels: Mapping[str, Any]  # `mean` and `std` of the images, where known
+    configs: Mapping[str, Any]  # by part: VisionConfig, DecoderConfig, or None for the projector
+    pixels: Mapping[str, Any]  # `mean` and `std` of the images, if known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,11 @@ class PartStart:
     """How a part of the model starts.
 
     Attributes:
-        path: as `init_from` names it.
-        shapes: the shape in the model of every parameter.
-        stored: the shape in the source of every parameter that it fills; the others start from random values.
-        tensors: what fills them.
-        notes: what the source was made with, and the recipe is not.
+        path: the path in `init_from`.
+        shapes: shape of every parameter in the model.
+        stored: shape in the source of every parameter it fills; the others start from random values.
+        tensors: the source tensors that fill them.
+        notes: settings in which the source differs from the recipe.
     """
 
     part: str
@@ -81,7 +81,7 @@ class PartStart:
 
     @property
     def new_rows(self) -> dict[str, int]:
-        """Rows of random values behind those of the source."""
+        """Number of random rows appended to the source's rows."""
         rows = {
             name: self.shapes[name][dim] - self.stored[name][dim] for name, dim in ROWS.items() if name in self.stored
         }
@@ -89,7 +89,7 @@ class PartStart:
 
     @property
     def resized(self) -> dict[str, tuple[int, int]]:
-        """Sides of the position table, in the source and here, where they differ."""
+        """Sides of the position table in the source and here, if they differ."""
         old, new = self.stored.get(POSITIONS), self.shapes.get(POSITIONS)
         return {} if old is None or new is None or old == new else {POSITIONS: (old[0], new[0])}
 
@@ -107,13 +107,13 @@ class PartStart:
 
 
 def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartStart]:
-    """How every part of a model would start; empty where `init_from` names no source. Reads headers, no weights.
+    """How every part of the model would start; empty if `init_from` names no source. Reads headers, not weights.
 
-    Without `must_exist`, a source that does not exist leaves a part with a path and without a source; URLs are ignored.
+    Without `must_exist`, a part whose source does not exist or is a URL gets a path but no source.
 
     Raises:
-        CheckpointError: a source cannot be read, has nothing for its part, or does not fit; all tensors of a part that
-            do not are named with both shapes.
+        CheckpointError: a source cannot be read, lacks its part, or does not fit; names all mismatched tensors of the
+            part, with both shapes.
     """
     if not any(config.init_from.sources.values()):
         return []
@@ -131,11 +131,11 @@ def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartS
 
 
 def describe(starts: list[PartStart], config: PretrainConfig) -> list[str]:
-    """A line a part, and one for everything in which a source differs from the recipe."""
+    """One line per part, and one per difference between a source and the recipe."""
     lines = []
     for start in starts:
         if start.source is None:
-            what = "random values" if start.path is None else f"from {start.path}, which was not found: nothing checked"
+            what = "random values" if start.path is None else f"from {start.path}, which was not found and not checked"
             lines.append(f"{start.part:<10} {what}")
             continue
         values = sum(map(math.prod, start.stored.values()))
@@ -150,11 +150,11 @@ def describe(starts: list[PartStart], config: PretrainConfig) -> list[str]:
 
 
 def initial_model(config: PretrainConfig, mesh: Mesh) -> tuple[StepVL, list[PartStart]]:
-    """The model that a new run starts from, and where its parts come from (nothing where `init_from` names no source).
+    """The initial model of a new run, and the start of each part (empty if `init_from` names no source).
 
     Raises:
         CheckpointError: as `plan_start`, or a source's weights are damaged.
-        ConfigError: a parameter does not divide over the mesh.
+        ConfigError: the mesh does not divide a parameter.
     """
     starts = plan_start(config)
     if not starts:
@@ -178,8 +178,8 @@ def _fitted(start: PartStart, source: Source, config: PretrainConfig, place: str
     part = start.part
     if part not in source.stored:
         raise CheckpointError(
-            f"{place}: {source.path} ({source.kind}) has nothing for it, only for {', '.join(source.stored)}; name "
-            f"another source, or None to start from random values"
+            f"{place}: {source.path} ({source.kind}) has no weights for {part}, only for {', '.join(source.stored)}; "
+            f"name another source, or None to start from random values"
         )
     model, stored, made = config.model, dict(start.shapes), source.configs[part]
     if part == "vision":
@@ -218,7 +218,7 @@ def _fitted(start: PartStart, source: Source, config: PretrainConfig, place: str
 
 
 def _stored_like(target: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """The target with a source's shape; a dimension that will change is not spread: it need not divide."""
+    """The target with a source's shape. Dimensions that will change are not sharded: the mesh may not divide them."""
     assert isinstance(target.sharding, NamedSharding)
     axes = [
         axis if old == new else None for axis, old, new in zip(target.sharding.spec, shape, target.shape, strict=True)
@@ -227,7 +227,7 @@ def _stored_like(target: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.Sh
 
 
 def _random_values(config: PretrainConfig, targets: Abstract, stored: Shapes) -> dict[str, jax.Array]:
-    """Values for the parameters that no source fills, and for the rows that a source lacks; no others are computed."""
+    """Random values for the parameters and rows that no source fills; computes nothing else."""
     rows = {name: ROWS[name] for name in ROWS if name in stored and stored[name] != targets[name].shape}
     layouts = {
         name: _stored_like(target, stored[name]).sharding if name in rows else target.sharding
@@ -273,7 +273,7 @@ def _open(path: str, field: str, vision: VisionConfig, must_exist: bool) -> Sour
         return None
     if not is_url and not local.exists():
         raise CheckpointError(
-            f"{field}={path!r}: there is no such file or directory; pass --{field.replace('_', '-')} PATH, or None to "
+            f"{field}={path!r}: no such file or directory; pass --{field.replace('_', '-')} PATH, or None to "
             f"start from random values"
         )
     try:
@@ -298,10 +298,10 @@ def _timm_file(path: Path) -> Path | None:
 
 
 def _open_timm(file: Path, vision: VisionConfig) -> Source:
-    """timm's Perception Encoder has our encoder's tensors under other names, and turns its heads' pairs as we do.
+    """timm's Perception Encoder has our encoder's tensors under other names, and the same rotary convention.
 
-    Its MLP has the exact GELU. On a grid that is not the pretrained one timm rescales rotary positions to that; the
-    report's model does not.
+    Its MLP uses exact GELU. On grids other than the pretrained one, timm rescales rotary positions; the report's model
+    does not.
     """
     entries = parse_header(file, read_header(file))
     check_size(file, entries)
@@ -309,7 +309,7 @@ def _open_timm(file: Path, vision: VisionConfig) -> Source:
     grid = math.isqrt(shape[1]) if len(shape) == 3 else 0
     if len(shape) != 3 or grid * grid != shape[1] or _TIMM_KEY not in entries:
         raise CheckpointError(
-            f"{file} is no Perception Encoder without class token in timm's layout: pos_embed has shape {shape}"
+            f"{file} is not a Perception Encoder without class token in timm's layout: pos_embed has shape {shape}"
         )
     fields = read_json(file.with_name(CONFIG)) if file.with_name(CONFIG).exists() else {}
     known: dict[str, Any] = {"num_heads": 16} if str(fields.get("architecture", "")).startswith("vit_pe_lang") else {}
@@ -317,7 +317,7 @@ def _open_timm(file: Path, vision: VisionConfig) -> Source:
         known |= fields[name] if isinstance(fields.get(name), dict) else {}
     pixels = {name: tuple(known[name]) for name in ("mean", "std") if isinstance(known.get(name), list)}
     made = dataclasses.replace(vision, position_grid=grid, activation="gelu", norm_eps=1e-5, rope_theta=1e4)
-    # Not by `replace`, which would refuse heads that do not divide the recipe's width, and not say whose they are.
+    # Not `replace`: it would reject heads that do not divide the recipe's width, without naming the source.
     configs = {"vision": types.SimpleNamespace(**vars(made) | {"num_heads": known.get("num_heads", vision.num_heads)})}
     return Source(
         path=str(file),
@@ -350,7 +350,7 @@ def _open_hf(directory: HFDirectory) -> Source:
 
 
 def _open_checkpoint(source: OrbaxDirectory) -> Source:
-    prefix = "decoder/" if source.spec.is_text else ""  # the names of a text model have none
+    prefix = "decoder/" if source.spec.is_text else ""  # a text model's names have no prefix
     stored: dict[str, dict[str, Shaped]] = {}
     for name, array in source.parameters.items():
         stored.setdefault(f"{prefix}{name}".split("/")[0], {})[f"{prefix}{name}"] = array
@@ -363,7 +363,7 @@ def _open_checkpoint(source: OrbaxDirectory) -> Source:
         path=str(source.step),
         kind="converted checkpoint" if source.run is None else "run",
         stored=stored,
-        tensors=lambda model: [Tensor(name, name) for name in ModelSpec(model).shapes()],  # stored by our own names
+        tensors=lambda model: [Tensor(name, name) for name in ModelSpec(model).shapes()],  # stored under our own names
         read=read,
         **_facts(source.spec),
     )
@@ -375,7 +375,7 @@ def _reader(read: Callable[[str], np.ndarray]) -> Callable[..., dict[str, jax.Ar
 
 
 def _facts(spec: ModelSpec) -> dict[str, Any]:
-    """What the fields `configs` and `pixels` of a source hold."""
+    """The fields `configs` and `pixels` of a source."""
     if isinstance(spec.model, ModelConfig) and spec.images is not None:
         configs = {"vision": spec.model.vision, "projector": None, "decoder": spec.model.decoder}
         return {"configs": configs, "pixels": {"mean": spec.images.mean, "std": spec.images.std}}

@@ -1,4 +1,4 @@
-"""`stepjax.load`: a model and its processor from any directory that holds one, or from a run in an object store."""
+"""`stepjax.load`: loads a model and its processor from a local directory, or from a run in an object store."""
 
 from pathlib import Path
 
@@ -21,21 +21,21 @@ from stepjax.training.checkpoint import restore_model
 def load(
     path: str | Path, *, numerics: NumericsConfig | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[StepVL | Qwen3, Processor | TextProcessor]:
-    """The model in a directory, and what makes its inputs.
+    """Loads the model in a directory and the processor for its inputs.
 
     Args:
         path: a Hugging Face directory (STEP3-VL, or a plain Qwen3 or Llama text model), a converted checkpoint, a
-            training run, its checkpoint directory, or one step of it. Of a run it may be a URL ("gs://...").
-        numerics: types to hold and to compute with; by default those of the run, or `NumericsConfig`'s. Parameters are
-            cast as they are read.
-        mesh: every parameter is put onto its sharding by `stepjax.sharding`; by default onto the first device.
+            training run, its checkpoint directory, or one step of it. A run may be a URL ("gs://...").
+        numerics: parameter and compute dtypes; by default the run's, or `NumericsConfig`'s. Parameters are cast as they
+            are read.
+        mesh: shard parameters over it (see `stepjax.sharding`); by default they go to the first device.
 
     Returns:
         `StepVL` and a `Processor`; for text models, the decoder `Qwen3` and a `TextProcessor`.
 
     Raises:
         CheckpointError: there is no usable checkpoint; names what is missing or does not fit.
-        TokenError: the tokenizer beside it cannot be used.
+        TokenError: the checkpoint's tokenizer cannot be used.
     """
     if "://" in str(path):
         model, processor, _ = load_run(path, numerics=numerics, mesh=mesh)
@@ -47,26 +47,26 @@ def load(
 def load_run(
     path: str | Path, *, numerics: NumericsConfig | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[StepVL, Processor, PretrainConfig]:
-    """Model, processor and configuration of a training run.
+    """Loads the model, processor and configuration of a training run.
 
     Args:
         path: the run, its checkpoint directory, or one step of it; local, or the URL of an object store.
         numerics, mesh: as in `load`.
 
     Raises:
-        CheckpointError: there is no usable checkpoint of a run.
+        CheckpointError: the run has no usable checkpoint.
         TokenError: the run's tokenizer cannot be used.
     """
     source = OrbaxDirectory(path)
     if source.run is None:
-        raise CheckpointError(f"{path} is a converted checkpoint and no run: copy it here, and load the copy")
+        raise CheckpointError(f"{path} is a converted checkpoint, not a run: copy it here, and load the copy")
     model, processor = load_model(source, numerics=numerics, mesh=mesh), load_processor(source)
     assert isinstance(model, StepVL) and isinstance(processor, Processor)
     return model, processor, source.run
 
 
 def open_checkpoint(path: str | Path) -> HFDirectory | OrbaxDirectory:
-    """Raises CheckpointError where the directory is none that can be loaded."""
+    """Raises CheckpointError if the directory is not loadable."""
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise CheckpointError(f"{path}: there is no such directory")
@@ -85,7 +85,7 @@ def load_model(
     numerics: NumericsConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> StepVL | Qwen3:
-    """The model alone; see `load`."""
+    """Loads only the model; see `load`."""
     if isinstance(source, HFDirectory):
         return fill(source.spec.abstract(numerics), source.spec.tensors(), source.read, source.entries, mesh)
     abstract = source.spec.abstract(numerics or (source.run.numerics if source.run else None))
@@ -96,7 +96,7 @@ def load_model(
 
 
 def load_processor(source: HFDirectory | OrbaxDirectory) -> Processor | TextProcessor:
-    """The processor alone; see `load`."""
+    """Loads only the processor; see `load`."""
     spec = source.spec
     if isinstance(source, OrbaxDirectory) and source.run is not None:
         assert spec.images is not None
@@ -117,7 +117,7 @@ def load_processor(source: HFDirectory | OrbaxDirectory) -> Processor | TextProc
         size = processor.tokenizer.vocab_size
     if size > spec.decoder.vocab_size:
         raise CheckpointError(
-            f"{directory / TOKENIZER} has {size} ids, and the model only {spec.decoder.vocab_size} embeddings: "
+            f"{directory / TOKENIZER} has {size} ids, but the model only {spec.decoder.vocab_size} embeddings: "
             "they do not belong together"
         )
     return processor

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: STEP3-VL, or a text decoder alone."""
+"""The model in a checkpoint: STEP3-VL, or a text decoder alone."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from stepjax.sharding import named_leaves
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model's configuration and, unless it is a text model, that of its images."""
+    """Configuration of a model and, unless it is a text model, of its images."""
 
     model: ModelConfig | DecoderConfig
     images: ImageConfig | None = None
@@ -35,11 +35,11 @@ class ModelSpec:
         return self.model if isinstance(self.model, DecoderConfig) else self.model.decoder
 
     def part(self, name: str) -> "ModelSpec":
-        """Itself for "all"; for "decoder" the decoder as a model of its own."""
+        """This spec for "all"; the decoder as a text model for "decoder"."""
         return ModelSpec(self.decoder) if name == "decoder" else self
 
     def tensors(self) -> list[Tensor]:
-        """The public tensors, with our names for the parameters that they fill."""
+        """The public tensors, with the names of the parameters they fill."""
         if isinstance(self.model, DecoderConfig):
             return decoder_tensors(self.model, prefix="")
         return step_vl_tensors(self.model)
@@ -65,17 +65,17 @@ class ModelSpec:
         return json.loads(json.dumps({"kind": type(self.model).__name__, **dataclasses.asdict(self)}))
 
 
-@functools.lru_cache(maxsize=16)  # tracing a model takes a while
+@functools.lru_cache(maxsize=16)  # tracing a model is slow
 def _shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in named_leaves(spec.abstract()).items()}
 
 
 def spec_from_hf(config: dict[str, Any]) -> ModelSpec:
-    """What the `config.json` of a Hugging Face directory describes.
+    """Parses the `config.json` of a Hugging Face directory.
 
     Raises:
-        CheckpointError: it is neither STEP3-VL nor a text model of a known family, a variant that is not covered, or
-            has an unusable value.
+        CheckpointError: the model is neither STEP3-VL nor of a known text family, is an unsupported variant, or has an
+            unusable value.
     """
     if config.get("vision_config") is not None:
         return ModelSpec(*config_from_hf(config))
@@ -88,7 +88,7 @@ def spec_from_json(fields: dict[str, Any]) -> ModelSpec:
     """The inverse of `ModelSpec.to_json`.
 
     Raises:
-        CheckpointError: the fields are not those of this version.
+        CheckpointError: the fields do not fit this version.
     """
     kinds: dict[str, Any] = {"ModelConfig": ModelConfig, "DecoderConfig": DecoderConfig}
     try:

@@ -1,18 +1,18 @@
-"""A checkpoint that Orbax restores: one that was converted, or one of a training run.
+"""Orbax checkpoints: converted ones, and those of training runs.
 
 A converted checkpoint:
 
-    DIR/0/state/        the parameters, a zarr array each: "model/decoder/blocks/mlp/up_kernel"
-    DIR/0/meta/         JSON, as beside a run's checkpoints; its configuration says what the model is
-    DIR/hf/             the files of the Hugging Face directory that are not weights, as they were
+    DIR/0/state/        the parameters, one zarr array each: "model/decoder/blocks/mlp/up_kernel"
+    DIR/0/meta/         JSON, as in a run's checkpoints; its configuration describes the model
+    DIR/hf/             unchanged non-weight files of the Hugging Face directory
     DIR/hf_headers.json the headers of its safetensors files, by file name
 
-Step 0 is a step like any other for `stepjax.training.checkpoint.restore_model`.
+`stepjax.training.checkpoint.restore_model` reads step 0 like any other step.
 
-Orbax saves arrays that are whole in memory, and a conversion never holds a model. So `create_array` and `write_part`
-fill the arrays by TensorStore, a layer at a time, as Orbax specifies them; then Orbax saves the step (`save_step`),
-with a type handler that moves each finished array into place. Arrays are uncompressed (bfloat16 weights shrink by
-little) and cut at the layers of a stacked parameter, so that each layer can be written, and read, alone.
+Orbax saves arrays that are entirely in memory, but a conversion never holds a whole model. So `create_array` and
+`write_part` fill arrays with TensorStore, layer by layer, in Orbax's format. Orbax then saves the step (`save_step`)
+with a type handler that moves each finished array into place. Arrays are uncompressed (bfloat16 weights barely shrink)
+and chunked by layer of a stacked parameter, so that each layer can be written and read on its own.
 """
 
 import dataclasses
@@ -44,21 +44,21 @@ from stepjax.training.digests import add_up, part_digest
 
 SIDE_FILES = "hf"
 HEADERS = "hf_headers.json"
-_UNFINISHED = "arrays"  # in a directory that is being written
+_UNFINISHED = "arrays"  # arrays of an unfinished conversion
 _ANOTHER = "use another step or copy"
 
 
 class OrbaxDirectory:
-    """A converted checkpoint, a run, its checkpoint directory, or one step of either; of a run also by URL.
+    """A converted checkpoint, a run, its checkpoint directory, or one step of either; a run may also be a URL.
 
     Attributes:
-        path: as it was given, absolute; an `epath.Path` for a URL.
-        step: the directory of the step, likewise.
-        run: the configuration of the training run; None for a converted checkpoint.
-        side_files: the directory of the files beside the weights; None if there is none.
+        path: the given path, absolute; an `epath.Path` for a URL.
+        step: the step's directory, likewise.
+        run: the training run's configuration; None for a converted checkpoint.
+        side_files: the directory of side files; None if there is none.
 
     Raises:
-        CheckpointError: the directory or a file in it is not usable.
+        CheckpointError: the directory or a file in it is unusable.
     """
 
     def __init__(self, path: str | Path):
@@ -76,14 +76,14 @@ class OrbaxDirectory:
 
     @functools.cached_property
     def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and type of every stored parameter, by name."""
+        """Shape and dtype of every stored parameter, by name."""
         return stored_parameters(self.step)[1]
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """The stored type of every parameter.
+        """The stored dtype of every parameter.
 
         Raises:
-            CheckpointError: the parameters are not those of the configuration; all that differ are named.
+            CheckpointError: the parameters do not match the configuration; names all differences.
         """
         shapes, stored = self.spec.shapes(), self.parameters
         problems = [f"missing: {name}" for name in shapes if name not in stored]
@@ -98,21 +98,21 @@ class OrbaxDirectory:
         return {name: array.dtype for name, array in stored.items()}
 
     def changed(self, digests: Mapping[str, int]) -> list[str]:
-        """The parameters whose digests are not those that were saved; older versions saved none."""
+        """The parameters whose digests differ from the saved ones; older versions saved none."""
         saved = self.meta.get("arrays")
         return [] if saved is None else [name for name, digest in digests.items() if saved.get(MODEL + name) != digest]
 
     def headers(self) -> dict[str, str]:
-        """Text of the safetensors headers that the checkpoint was converted from, by file name; of a run, none."""
+        """Header text of the original safetensors files, by file name; empty for a run."""
         path = self.step.parent / HEADERS
         headers = read_json(path, MAX_HEADER) if path.exists() else {}
         for name, text in headers.items():
             if not is_weights_name(name) or not isinstance(text, str):
-                raise CheckpointError(f"{path} names no safetensors file in a directory: {name!r}")
+                raise CheckpointError(f"{path} has {name!r}, which is not a plain safetensors file name")
         return headers
 
     def kept_config(self) -> dict[str, Any] | None:
-        """The config.json among the side files, checked, since it is exported as it is; None without side files."""
+        """The config.json among the side files, validated, since it is exported unchanged; None if there is none."""
         if self.side_files is None:
             return None
         fields = read_json(self.side_files / CONFIG)
@@ -120,10 +120,10 @@ class OrbaxDirectory:
         return fields
 
     def open(self, name: str) -> ts.TensorStore:
-        """A stored parameter, of which parts can be read.
+        """A stored parameter, which can be read in parts.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: the parameter is missing or damaged.
         """
         state = self.step / "state"
         is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(state)
@@ -140,21 +140,21 @@ def _opened(path: str | Path) -> Path | epath.Path:
         return Path(path).expanduser().absolute()
     try:
         return epath.Path(path)
-    except (ImportError, KeyError) as error:  # KeyError: an unknown kind of URL
+    except (ImportError, KeyError) as error:  # KeyError: unknown URL scheme
         raise CheckpointError(
             f"{path} cannot be opened ({error}): give a local path, or a gs:// URL with stepjax[tpu] installed"
         ) from error
 
 
 def read_part(array: ts.TensorStore, layers: slice | None = None) -> np.ndarray:
-    """The array's values, or those of some layers.
+    """Reads an array, or some of its layers.
 
     Raises:
         CheckpointError: the stored values are damaged.
     """
     try:
         return np.asarray((array if layers is None else array[layers]).read().result())
-    except ValueError as error:  # a chunk that is missing is an error, and no zeros
+    except ValueError as error:  # a missing chunk is an error, not zeros
         where = array.kvstore.url if array.kvstore else array
         raise CheckpointError(f"{where} is damaged, or lacks chunks, {_ANOTHER}: {error}") from error
 
@@ -163,9 +163,9 @@ def read_part(array: ts.TensorStore, layers: slice | None = None) -> np.ndarray:
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, *, stacked: bool) -> tuple[int, ...]:
-    """Of about 128 MiB at most: a layer of a stack, or a part of one along its longest dimension.
+    """At most about 128 MiB: a layer of a stack, or a part of it along the longest dimension.
 
-    Of a large matrix that is the dimension in front before its transposition or after it.
+    In a large matrix, that dimension comes first either before or after transposition.
     """
     chunk = [1, *shape[1:]] if stacked else list(shape)
     if math.prod(chunk) * itemsize > PIECE_BYTES:
@@ -176,7 +176,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, *, stacked: bool) -> tupl
 
 
 def create_array(work: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, *, stacked: bool) -> ts.TensorStore:
-    """A parameter of the checkpoint that is written in `work`; one that exists is opened as it is."""
+    """Creates a parameter's array in `work`, or opens the existing one."""
     info = _array_info(name, work / _UNFINISHED)
     chunk = chunk_shape(shape, dtype.itemsize, stacked=stacked)
     spec = ocp.type_handlers.get_json_tspec_write(
@@ -189,9 +189,9 @@ def create_array(work: Path, name: str, shape: tuple[int, ...], dtype: np.dtype,
 
 
 def write_part(array: ts.TensorStore, layer: int | None, values: np.ndarray) -> int:
-    """Put values, which may be a transposed view, into an array or one layer of it; on disk when this returns.
+    """Writes values (possibly a transposed view) to an array or one of its layers; on disk when this returns.
 
-    Returns what they add to the array's digest (`stepjax.training.digests`).
+    Returns their contribution to the array's digest (`stepjax.training.digests`).
     """
     if layer is not None:
         values = values[None]
@@ -211,9 +211,9 @@ def write_part(array: ts.TensorStore, layer: int | None, values: np.ndarray) -> 
 
 
 def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
-    """Let Orbax save step 0 of the arrays in `work`, which all have digests, with the metadata that `read_meta` reads.
+    """Makes Orbax save the arrays in `work`, which all have digests, as step 0, with metadata for `read_meta`.
 
-    Once begun, this cannot be resumed: the arrays have moved.
+    Not resumable once started: it moves the arrays.
     """
     meta = {
         "format": FORMAT,
@@ -233,7 +233,7 @@ def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)  # Orbax warns that it finds no OCDBT database to merge
+    log.setLevel(logging.ERROR)  # Orbax warns that there is no OCDBT database to merge
     try:
         with ocp.CheckpointManager(work, options=options, handler_registry=handlers) as manager:
             items = {"state": ocp.args.PyTreeSave(arrays), "meta": ocp.args.JsonSave(sealed(meta))}
@@ -245,11 +245,11 @@ def save_step(work: Path, spec: ModelSpec, digests: Mapping[str, int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Finished:
-    directory: Path  # of an array
+    directory: Path  # of the array
 
 
 class _MovesIntoPlace(ocp.type_handlers.NumpyHandler):
-    """Saves an array that has been written in another directory."""
+    """Saves an array by moving its finished directory into place."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         for array, info in zip(values, infos, strict=True):
@@ -260,7 +260,7 @@ class _MovesIntoPlace(ocp.type_handlers.NumpyHandler):
 
 
 def _array_info(name: str, directory: Any, is_ocdbt: bool = False) -> Any:
-    """Orbax's description of a parameter's array."""
+    """Orbax's metadata for a parameter's array."""
     return ocp.type_handlers.ParamInfo(
         name=MODEL + name,
         parent_dir=directory,

@@ -1,7 +1,7 @@
-"""A directory that is filled under another name, takes its own when it is complete, and is resumed after a kill.
+"""A directory that is filled under a temporary name, renamed when complete, and resumable after a kill.
 
-A journal beside the work names what is done: its first line says which conversion it is, and every other one names a
-finished tensor with what it adds to its array's digest.
+A journal in the directory records progress: its first line identifies the conversion, and every other line names a
+finished tensor and its contribution to its array's digest.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ JOURNAL = "journal.jsonl"
 
 
 class Partial:
-    """Work under way. `directory` is where to write; `done` has what was finished, by name, with its digest."""
+    """Unfinished work. `directory` is where to write; `done` maps finished tensors to their digests."""
 
     def __init__(self, directory: Path, conversion: dict[str, Any], done: dict[str, int | None], length: int):
         self.directory, self.done, self._lock = directory, done, threading.Lock()
         self._first = _line(conversion)
         self._journal = (directory / JOURNAL).open("ab", buffering=0)
-        self._journal.truncate(length)  # bytes of the journal that count
+        self._journal.truncate(length)  # drop a partial last line
         if not length:
             self._journal.write(self._first)
 
     def mark(self, name: str, digest: int | None) -> None:
-        """Note that a tensor is on disk. Threads may call this."""
+        """Records that a tensor is on disk. Thread-safe."""
         with self._lock:
             self._journal.write(_line([name, digest]))
             self.done[name] = digest
 
     def forget(self) -> None:
-        """What was done is not to be resumed."""
+        """Makes the work so far non-resumable."""
         self._journal.truncate(len(self._first))
         self.done.clear()
 
@@ -49,13 +49,13 @@ class Partial:
 
 @contextlib.contextmanager
 def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -> Iterator[Partial]:
-    """Fill `destination`, or resume filling it; it appears under its name when the block ends without an error.
+    """Fills `destination`, or resumes filling it. It gets its name when the block ends without an error.
 
-    `conversion` says what is made of what: work of another one is not resumed. With `overwrite`, what is in the way is
-    removed, the old destination at the last moment; but only a directory that a conversion may have made.
+    `conversion` identifies the work; only work with the same value is resumed. `overwrite` removes existing work, and
+    an old destination at the last moment, but only directories that a conversion may have made.
 
     Raises:
-        CheckpointError: the destination exists, another conversion's work does, or one is under way.
+        CheckpointError: the destination or another conversion's work exists, or a conversion is running.
     """
     if os.path.lexists(destination):
         if not overwrite:
@@ -64,14 +64,14 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
             )
         if not _is_output(destination):
             raise CheckpointError(
-                f"--overwrite would delete {destination}, which no conversion has made ({_listed(destination)}): name "
-                "another place, or remove it yourself"
+                f"--overwrite would delete {destination}, which is not a conversion's output ({_listed(destination)}): "
+                "name another place, or remove it yourself"
             )
     directory = destination.with_name(destination.name + SUFFIX)
     inside = set(os.listdir(directory)) if directory.is_dir() else set()
     if directory.is_symlink() or not (inside <= {LOCK} or JOURNAL in inside):
         raise CheckpointError(
-            f"{directory} is in the way, and no conversion has made it: name another place, or move it"
+            f"{directory} is in the way and is not a conversion's work: name another place, or move it"
         )
     with locked(directory):
         conversion = {"journal": 2} | json.loads(json.dumps(conversion))
@@ -79,7 +79,7 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
         try:
             yield work
         except CheckpointError:
-            if not work.done:  # there is nothing to resume
+            if not work.done:  # nothing to resume
                 shutil.rmtree(directory)
             raise
         finally:
@@ -90,7 +90,7 @@ def partial(destination: Path, conversion: dict[str, Any], *, overwrite: bool) -
 
 
 def _resumed(directory: Path, conversion: dict[str, Any], overwrite: bool) -> tuple[dict[str, int | None], int]:
-    """What the journal says is done, if it is this conversion's, and its length; otherwise the directory is emptied."""
+    """This conversion's finished tensors and the length of its journal; empties the directory if there is none."""
     journal = directory / JOURNAL
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []  # a kill may have cut the last line
     is_same = False
@@ -102,7 +102,7 @@ def _resumed(directory: Path, conversion: dict[str, Any], overwrite: bool) -> tu
     if (lines or others) and not (is_same or overwrite):
         raise CheckpointError(
             f"{directory} holds the unfinished work of another conversion, or of a source that has changed since: "
-            "remove it, or pass --overwrite to start anew"
+            "remove it, or pass --overwrite to start over"
         )
     for path in others:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -114,7 +114,7 @@ def _line(entry: Any) -> bytes:
 
 
 def _is_output(path: Path) -> bool:
-    """Whether a conversion may have made this: nothing, a converted checkpoint, or files beside weights."""
+    """Whether a conversion may have made this: an empty directory, a converted checkpoint, or files with weights."""
     if path.is_symlink() or not path.is_dir():
         return False
     entries = {entry.name: entry for entry in path.iterdir()}

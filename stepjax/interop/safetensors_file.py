@@ -1,7 +1,7 @@
-"""Safetensors files, one tensor at a time: the library maps or holds whole files, which counts as memory in use.
+"""Safetensors files, one tensor at a time: the library maps or loads whole files, which counts as used memory.
 
-A file is the header's length (8 bytes, little-endian), the header (JSON: key -> dtype, shape, and the tensor's place
-among the bytes that follow), and the tensors' bytes.
+A file consists of the header's length (8 bytes, little-endian), the header (JSON: key -> dtype, shape, and byte offsets
+into the data), and the tensors' data.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "I32": 32, "U32": 32, "I16"
 _BITS |= {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS |= {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
-SHARD_BYTES = 4_500_000_000  # of an exported file, at most
+SHARD_BYTES = 4_500_000_000  # largest exported file
 
 TensorFacts = tuple[str, np.dtype, tuple[int, ...]]  # key, type, shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     path: Path
     dtype_name: str  # as in the header
     shape: tuple[int, ...]
-    start: int  # in the file, in bytes
+    start: int  # byte offset in the file
     stop: int
 
     @property
@@ -48,10 +48,10 @@ class Entry:
 
 
 def read_header(path: Path) -> str:
-    """The header's text.
+    """Reads a file's header text.
 
     Raises:
-        CheckpointError: it is not a whole safetensors file.
+        CheckpointError: the file is not a complete safetensors file.
     """
     size = file_size(path)
     try:
@@ -67,7 +67,7 @@ def read_header(path: Path) -> str:
 
 
 def parse_header(path: Path, text: str) -> dict[str, Entry]:
-    """The tensors of a file whose header is `text`, by key: they follow each other, and each has the size of its shape.
+    """Parses a header into tensors by key; checks that they are contiguous and that sizes match shapes.
 
     Raises:
         CheckpointError: the header is malformed.
@@ -97,17 +97,17 @@ def parse_header(path: Path, text: str) -> dict[str, Entry]:
 
 
 def check_size(path: Path, entries: dict[str, Entry]) -> None:
-    """Raises CheckpointError where the file is shorter or longer than its header says."""
+    """Raises CheckpointError if the file's size does not match its header."""
     wanted = max((entry.stop for entry in entries.values()), default=None)
     size = path.stat().st_size
     if wanted is not None and size != wanted:
         raise CheckpointError(
-            f"{path} is damaged: it has {size:,} bytes and its header asks for {wanted:,}; fetch it again"
+            f"{path} is damaged: it has {size:,} bytes, but its header specifies {wanted:,}; fetch it again"
         )
 
 
 def make_header(tensors: Iterable[TensorFacts]) -> str:
-    """The header of a file that holds these tensors; wide types come first, so that every tensor is aligned."""
+    """The header for a file with these tensors; wide dtypes come first, so that every tensor is aligned."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for key, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
@@ -119,9 +119,9 @@ def make_header(tensors: Iterable[TensorFacts]) -> str:
 
 
 def plan_shards(tensors: Iterable[TensorFacts], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Headers by file name, as on the hub: model-00001.safetensors and so on, or model.safetensors alone.
+    """Headers by file name, as on the hub: model-00001.safetensors and so on, or just model.safetensors.
 
-    Tensors keep their order, and each file takes what fits.
+    Fills the files in tensor order.
     """
     groups: list[list[TensorFacts]] = [[]]
     used = 0
@@ -151,10 +151,10 @@ def index_of(headers: dict[str, str]) -> str:
 
 
 def read_tensor(key: str, entry: Entry) -> np.ndarray:
-    """One tensor, in memory of its own.
+    """Reads one tensor into its own memory.
 
     Raises:
-        CheckpointError: its type is not one that we compute with, or its bytes end early.
+        CheckpointError: its dtype is unsupported, or the file is truncated.
     """
     if entry.dtype_name not in DTYPES:
         raise CheckpointError(f"{key} in {entry.path} is {entry.dtype_name}: only {', '.join(DTYPES)} are read")
@@ -168,7 +168,7 @@ def read_tensor(key: str, entry: Entry) -> np.ndarray:
 
 
 def create(path: Path, header: str) -> None:
-    """Make the file in its full size, without the tensors; keep one that exists."""
+    """Creates the file at full size, with the header but no tensors; keeps the data of an existing file."""
     data = header.encode()
     size = max((entry.stop for entry in parse_header(path, header).values()), default=8 + len(data))
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
@@ -177,7 +177,7 @@ def create(path: Path, header: str) -> None:
 
 
 def write_tensor(entry: Entry, values: np.ndarray) -> None:
-    """Put a tensor into its place; it is on disk when this returns. `values` may be a transposed view."""
+    """Writes a tensor; it is on disk when this returns. `values` may be a transposed view."""
     assert values.shape == entry.shape, (values.shape, entry)
     with entry.path.open("r+b", buffering=0) as file:
         file.seek(entry.start)
@@ -189,6 +189,6 @@ def write_tensor(entry: Entry, values: np.ndarray) -> None:
 
 
 def _drop_from_cache(file: IO[bytes], entry: Entry) -> None:
-    """What is read or written once would push out of the page cache what others need."""
+    """Drops data used only once from the page cache, so that it does not evict other data."""
     if hasattr(os, "posix_fadvise"):  # Linux
         os.posix_fadvise(file.fileno(), entry.start, entry.nbytes, os.POSIX_FADV_DONTNEED)

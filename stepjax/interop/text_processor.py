@@ -1,8 +1,8 @@
-"""Conversations and text for a model that sees no images: any tokenizer, and the chat template that came with it.
+"""Conversations and text for text-only models: any tokenizer, with its own chat template.
 
-`stepjax.processing` keeps text and control tokens apart, and knows the markup of STEP3-VL. Other text models have
-control tokens and templates of their own. As in the software that they were made for, a conversation is rendered to one
-string here, and text that spells a control token becomes that token.
+`stepjax.processing` keeps text and control tokens apart and knows STEP3-VL's markup. Other text models have their own
+control tokens and templates. As in the software they were made for, a conversation is rendered to one string here, and
+text that spells a control token becomes that token.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from stepjax.processing.tokens import Example, check_length, least_tokens, text_
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 
-_MAX_BYTES = 256 * 2**20  # of a file beside the weights; the largest tokenizers have some 30 MiB
+_MAX_BYTES = 256 * 2**20  # limit per side file; the largest tokenizers have some 30 MiB
 
 
 class TextProcessor:
     """
     Attributes:
-        tokenizer: as the file has it.
-        chat_templates: Jinja, by name; none for models that are not made for conversations. "tool_use" is taken where
-            there are tools, and otherwise "default".
+        tokenizer: as loaded from the file.
+        chat_templates: Jinja templates by name; empty for base models. "tool_use" is used if there are tools, otherwise
+            "default".
         stop_ids: tokens that end a generation.
-        special: what a template may ask for by name, such as `bos_token`.
+        special: tokens available to templates by name, such as `bos_token`.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class TextProcessor:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextProcessor":
-        """Reads the tokenizer and, where present, its configuration, templates and stop tokens.
+        """Reads the tokenizer and, if present, its configuration, templates and stop tokens.
 
-        Stop tokens are those of all files, since each file is the only one that some model fills in.
+        Stop tokens are merged from all files, since models differ in which file they fill in.
 
         Raises:
             CheckpointError: there is no usable tokenizer.json, or another file is broken.
@@ -64,12 +64,12 @@ class TextProcessor:
         text = read_text(directory / TOKENIZER, _MAX_BYTES)
         try:
             tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare ones
+        except Exception as error:  # the library raises bare exceptions
             raise CheckpointError(f"{directory / TOKENIZER} cannot be read: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         fields = _json(directory / "tokenizer_config.json")
-        if "added_tokens_decoder" not in fields:  # as older software wrote it
+        if "added_tokens_decoder" not in fields:  # older format
             fields |= _json(directory / "special_tokens_map.json")
         names = {name: _spelling(value) for name, value in fields.items() if name.endswith("_token")}
         special = {name: value for name, value in names.items() if value is not None}
@@ -77,7 +77,7 @@ class TextProcessor:
         for path in (directory / "generation_config.json", directory / "config.json"):
             config = _json(path)
             stop_ids += [*_stop_ids(path, config), *_stop_ids(path, config.get("text_config"))]
-        # A token that the tokenizer lacks cannot be generated either.
+        # A token missing from the tokenizer cannot be generated.
         end = tokenizer.token_to_id(special.get("eos_token", ""))
         stop_ids += [] if end is None else [end]
         return cls(
@@ -89,16 +89,16 @@ class TextProcessor:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; a decoder needs at least this many rows of embeddings."""
+        """Largest id plus one; a decoder needs at least this many embedding rows."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text; with those around it that the model was trained with, such as a first token."""
+        """Ids of a text, including special tokens that the model expects around it, such as BOS."""
         return ids_of(self.tokenizer, text, add_special_tokens=add_special_tokens)
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Bytes of the longest one that text can become."""
+        """Length in bytes of the longest token of plain text."""
         return longest_token(self.tokenizer)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -113,19 +113,19 @@ class TextProcessor:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """A conversation as the model's template writes it.
+        """Renders a conversation with the model's template.
 
-        The template sees what it sees in Transformers, and of a request what it sees in vLLM: items of text become one
-        string, content that is null "", and arguments of calls that are given as JSON the object.
+        The template gets the same variables as in Transformers, and messages are normalised as in vLLM: text items
+        become one string, null content becomes "", and JSON call arguments become an object.
 
         Args:
-            variables: the template's own.
+            variables: extra variables for the template.
 
         Raises:
             TokenError: there is no template, it refuses the conversation, or it fails.
         """
         if not self.chat_templates:
-            raise TokenError("the checkpoint has no chat template: encode a text instead")
+            raise TokenError("the checkpoint has no chat template: encode plain text instead")
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             raise TokenError(f"no chat template is named {name!r}, only {', '.join(self.chat_templates)}: rename one")
@@ -148,11 +148,11 @@ class TextProcessor:
         max_tokens: int | None = None,
         name: str = "prompt",
     ) -> Example:
-        """The prompt of a conversation that the assistant is to continue; as `Processor.process_prompt`, of text.
+        """The prompt for the assistant's next turn; like `Processor.process_prompt`, for text.
 
         Raises:
             TokenError: see `render`.
-            ContextLengthError: it has more than `max_tokens`.
+            ContextLengthError: the prompt has more than `max_tokens`.
         """
         variables: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         text = self.render(messages, tools=tools, **variables)
@@ -162,7 +162,7 @@ class TextProcessor:
         return example
 
     def process_text(self, text: str, *, name: str = "prompt", add_special_tokens: bool = True) -> Example:
-        """A text that the model is to continue."""
+        """A prompt for the model to continue."""
         return text_example(self.encode(text, add_special_tokens=add_special_tokens), name)
 
 
@@ -171,7 +171,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise TokenError(f"{where}={message!r:.120}: give a dict of role and content")
     made = {key: value for key, value in message.items() if value is not None}
     made["content"] = _content(message.get("content"), f"{where}.content")
-    # Templates ask for reasoning by the names that it has had.
+    # Templates use various names for reasoning.
     reasoning = next((made[key] for key in ("reasoning_content", "thinking", "reasoning") if key in made), None)
     if reasoning is not None:
         made = {"thinking": reasoning, **made, "reasoning_content": reasoning}
@@ -200,7 +200,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise TokenError(f"{where}={call!r:.120}: give a dict with the function's name and arguments")
     arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):  # servers pass them as JSON, and some write none as no text
+    if isinstance(arguments, str):  # servers pass JSON; some write "" for no arguments
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments.strip() or "{}")
     if not isinstance(arguments, dict):
@@ -210,7 +210,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
-    """By name; files win over the tokenizer's configuration."""
+    """Templates by name; files override the tokenizer's configuration."""
     files = {"default": directory / TEMPLATE} if (directory / TEMPLATE).exists() else {}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if files:
@@ -224,11 +224,11 @@ def _chat_templates(directory: Path, given: Any) -> dict[str, str]:
             return named
     except (TypeError, KeyError):
         pass
-    raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a text, or a list of name and template")
+    raise CheckpointError(f"{directory}: chat_template={given!r:.120}: give a string, or a list of name and template")
 
 
 def _stop_ids(path: Path, fields: Any) -> list[int]:
-    """Those of a configuration that was read from `path`."""
+    """Stop ids in the configuration `fields`, which was read from `path`."""
     given = fields.get("eos_token_id") if isinstance(fields, dict) else None
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for index in ids:
@@ -238,7 +238,7 @@ def _stop_ids(path: Path, fields: Any) -> list[int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file, or no JSON object in it."""
+    """The file's JSON object; empty if the file is missing or holds something else."""
     text = read_text(path, _MAX_BYTES) if path.exists() else "{}"
     try:
         fields = json.loads(text)
@@ -248,7 +248,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _spelling(value: Any) -> str | None:
-    """Of a token that is given by its text, or by a dict with it."""
+    """The text of a token, given as a string or as a dict with it."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
@@ -257,14 +257,14 @@ def _spelling(value: Any) -> str | None:
 
 AnyProcessor = Processor | TextProcessor  # servers and samplers take either
 
-_TAIL = 16  # tokens at the end of a prompt, enough for `<think>` however it is spelled
+_TAIL = 16  # last tokens of a prompt; enough for any spelling of `<think>`
 
 
 def encode(processor: AnyProcessor, text: str, *, max_tokens: int | None = None, name: str = "prompt") -> list[int]:
-    """Ids of a text to continue. STEP3-VL's are never those of control tokens.
+    """Ids of a text to continue. For STEP3-VL, never ids of control tokens.
 
     Raises:
-        ContextLengthError: the length of the text alone tells that it has more than `max_tokens`.
+        ContextLengthError: the text is certainly longer than `max_tokens`, judging by its length.
     """
     encoder = processor if isinstance(processor, TextProcessor) else processor.tokenizer
     check_length(least_tokens(text, encoder.longest_token), max_tokens, name, at_least=True)
@@ -276,10 +276,10 @@ def vocab_size(processor: AnyProcessor) -> int:
 
 
 def image_token(processor: AnyProcessor) -> int | None:
-    """The id that stands for an image's features."""
+    """The placeholder id for image features; None for text-only models."""
     return None if isinstance(processor, TextProcessor) else processor.tokenizer.special_tokens.image_patch
 
 
 def starts_thinking(processor: AnyProcessor, prompt: Example) -> bool:
-    """Whether the prompt has opened `<think>` for the model."""
+    """Whether the prompt ends with an open `<think>`."""
     return processor.decode(prompt.tokens[-_TAIL:].tolist(), False).rstrip().endswith("<think>")

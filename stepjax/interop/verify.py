@@ -1,15 +1,15 @@
-"""A model against recorded inputs and activations: is what was converted still the same model?
+"""Compares a model with recorded inputs and activations: did the conversion preserve the model?
 
-Legend: B rows, T tokens, M views, P patches, E encoder width, Q features a view, F features of all views, D decoder
+Legend: B rows, T tokens, M views, P patches, E encoder width, Q features per view, F features of all views, D decoder
 width, V vocabulary.
 
-The file is safetensors, with any of
+The recording is a safetensors file with any of
 
-    pixel_values [M,3,S,S], patch_pixel_values [M,3,C,C], num_patches [images]   normalised views, and crops an image
-    trunk_global, trunk_crop [M,P,E]                                             the encoder's outputs
-    features_global, features_crop [M,Q,D]                                       the projector's
-    input_ids [1,T], logits [1,T,V], greedy_tokens [N]                           text with images, its greedy end
-    text_ids [B,T], text_logits [B,T,V]                                          text alone
+    pixel_values [M,3,S,S], patch_pixel_values [M,3,C,C], num_patches [images]   normalised views, crops per image
+    trunk_global, trunk_crop [M,P,E]                                             encoder outputs
+    features_global, features_crop [M,Q,D]                                       projector outputs
+    input_ids [1,T], logits [1,T,V], greedy_tokens [N]                           text with images, greedy continuation
+    text_ids [B,T], text_logits [B,T,V]                                          text only
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ Computations = dict[str, Callable[[], jax.Array | np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Between a recorded tensor and the model's; for tokens, the number that differ."""
+    """Difference between a recorded tensor and the model's; for tokens, how many differ."""
 
     name: str
     largest: float
@@ -58,10 +58,10 @@ class Difference:
 
 
 def verify(path: str | Path, golden: str | Path) -> tuple[list[Difference], list[str]]:
-    """Computes in float32 every recorded tensor that the model has. Returns the differences, and what was left out.
+    """Computes every comparable recorded tensor in float32. Returns the differences and the names left out.
 
     Raises:
-        CheckpointError: the model or the file cannot be read, nothing in it can be compared, or an input is missing.
+        CheckpointError: the model or the file cannot be read, nothing is comparable, or an input is missing.
     """
     try:
         recorded = load_file(golden)
@@ -87,7 +87,7 @@ def verify(path: str | Path, golden: str | Path) -> tuple[list[Difference], list
 
 def _difference(name: str, ours: np.ndarray, recorded: np.ndarray) -> Difference:
     if ours.shape != recorded.shape:
-        raise CheckpointError(f"{name} is recorded as {recorded.shape}, and the model makes {ours.shape}")
+        raise CheckpointError(f"{name} is recorded as {recorded.shape}, but the model computes {ours.shape}")
     if name == "greedy_tokens":
         return Difference(name, float(np.sum(ours != recorded)), float(recorded.size))
     distance = np.abs(ours.astype(np.float64) - recorded)
@@ -106,7 +106,7 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
     assert images is not None
     image_token = _image_token(source)
     views = {
-        kind: recorded[key].transpose(0, 2, 3, 1)  # PyTorch's images are channels first
+        kind: recorded[key].transpose(0, 2, 3, 1)  # PyTorch images are channels-first
         for kind, key in (("global", "pixel_values"), ("crop", "patch_pixel_values"))
         if key in recorded
     }
@@ -133,7 +133,7 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
 
     def greedy() -> np.ndarray:
         prompt_T, count = recorded["input_ids"][0], recorded["greedy_tokens"].size
-        # One shape for all steps; what stands behind a token does not change it.
+        # One shape for all steps: later tokens do not affect earlier ones.
         tokens_1T = np.concatenate([prompt_T, np.zeros(count, prompt_T.dtype)])[None]
         for position in range(len(prompt_T), len(prompt_T) + count):
             tokens_1T[0, position] = int(jnp.argmax(logits(tokens_1T)[0, position - 1]))
@@ -150,7 +150,7 @@ def _with_images(model: StepVL, recorded: Recorded, source: HFDirectory | OrbaxD
 
 
 def _feature_index(tokens_T: np.ndarray, num_crops: np.ndarray, images: ImageConfig, image_token: int) -> np.ndarray:
-    """Rows of the feature table (all crops, then all global views) in the order of the tokens: crops, then the view."""
+    """Maps tokens (per image: crops, then global view) to feature table rows (all crops, then all global views)."""
     counts = [int(count) for count in num_crops]
     crops = np.arange(sum(counts) * images.crop_tokens).reshape(-1, images.crop_tokens)
     views = crops.size + np.arange(len(counts) * images.global_tokens).reshape(-1, images.global_tokens)
@@ -162,7 +162,7 @@ def _feature_index(tokens_T: np.ndarray, num_crops: np.ndarray, images: ImageCon
     places = np.flatnonzero(tokens_T == image_token)
     if len(places) != len(order):
         raise CheckpointError(
-            f"input_ids has {len(places)} image tokens (id {image_token}), and the views make {len(order)} features"
+            f"input_ids has {len(places)} image tokens (id {image_token}), but the views have {len(order)} features"
         )
     index_T[places] = order
     return index_T

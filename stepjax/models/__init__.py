@@ -1,6 +1,4 @@
-"""STEP3-VL as flax.nnx modules: Perception Encoder, projector, Qwen3 decoder. Modules are pytrees; plain JAX runs
-them.
-"""
+"""STEP3-VL as flax.nnx modules: Perception Encoder, projector, Qwen3 decoder. Modules are pytrees, run by plain JAX."""
 
 from stepjax.models.step_vl import StepVL, abstract_model, init_model
 

@@ -1,4 +1,4 @@
-"""Attention of the models: which implementation computes it, and how it is spread over a mesh.
+"""Attention for all models: picks the implementation and shards it over the mesh.
 
 Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
@@ -14,16 +14,16 @@ from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
 from stepjax.sharding import all_gather, spec, target_platform
 
-INPUT_NAME = "attention_input"  # of q, k and v, for rematerialisation policies
+INPUT_NAME = "attention_input"  # checkpoint name of q, k and v for rematerialisation policies
 
 
 def resolve(
     implementation: AttentionImplementation, platform: str, dtype: Any = jnp.bfloat16, head_dim: int = 128
 ) -> Implementation:
-    """The implementation that a configured one means on a platform ("cpu", "gpu", "tpu").
+    """Resolves the configured implementation for a platform ("cpu", "gpu", "tpu").
 
-    "auto" is the Mosaic kernel on TPU, and cuDNN on GPU where it takes the arrays: on an H200 it was 2.8 to 7.2 times
-    as fast as XLA's form (benchmarks/results/gpu_attention.json), and it does not hold the scores.
+    "auto" is the Mosaic kernel on TPU, and cuDNN on GPU if it supports the arrays: on an H200 it was 2.8 to 7.2 times
+    as fast as XLA's attention (benchmarks/results/gpu_attention.json), and it does not materialise the scores.
     """
     if implementation != "auto":
         return implementation
@@ -46,20 +46,20 @@ def attend(
 ) -> jax.Array:
     """softmax(scale * q k^T) v with grouped queries; [B, T, N, H].
 
-    A token sees the tokens of its own segment only (packed rows), and those up to itself if `causal`. Segment 0 is
-    padding: it neither sees nor is seen, and gives zero.
+    A token sees only its own segment (packed rows) and, if `causal`, nothing after itself. Segment 0 is padding: it
+    neither sees nor is seen, and its output is zero.
 
     Args:
         scale: 1 / sqrt(H) by default.
-        rows_axis, length_axis: logical axes of B and T; None if no mesh spreads T.
-        implementation: "auto" is resolved by the platform of the mesh in scope, without one by JAX's default.
+        rows_axis, length_axis: logical axes of B and T; None if T is never sharded.
+        implementation: "auto" uses the platform of the current mesh or, without a mesh, JAX's default.
 
     Raises:
-        ArgumentError: the implementation cannot do these shapes or this dtype.
+        ArgumentError: the implementation does not support these shapes or this dtype.
     """
     chosen = resolve(implementation, target_platform(), q_BTNH.dtype, q_BTNH.shape[-1])
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, INPUT_NAME) for x in (q_BTNH, k_BTKH, v_BTKH))
-    # Packing counts segments from 1, the kernels take negative ids for padding.
+    # Packing numbers segments from 1; the kernels expect negative ids for padding.
     segment_ids = () if segment_ids_BT is None else (segment_ids_BT - 1,)
     if chosen == "xla" or jax.sharding.get_abstract_mesh().empty:
         q_ids = segment_ids[0] if segment_ids else None
@@ -88,8 +88,8 @@ def attend(
             return part(q_BTNH, 0, q_ids_BT)
         return balanced(part, q_BTNH, q_ids_BT, length_axis)
 
-    # The partitioner cannot look into a kernel, so every device is given its rows, its heads and its part of the
-    # queries, and gathers the keys of those rows.
+    # The partitioner cannot see into a kernel, so shard explicitly: every device gets its rows, its heads and its part
+    # of the queries, and all-gathers the keys of those rows.
     q_spec, kv_spec = spec(rows_axis, length_axis, "heads", None), spec(rows_axis, length_axis, "kv_heads", None)
     ids_specs = (spec(rows_axis, length_axis), spec(rows_axis, None)) if segment_ids else ()
     sharded = jax.shard_map(

@@ -1,11 +1,11 @@
-"""Causal attention of a row that several devices share, with equal work for each.
+"""Load-balanced causal attention of a row sharded over several devices.
 
 Legend: B rows, T query tokens of a device, N query heads, H head dim.
 
-Early queries see few keys and late ones many: of c devices with consecutive parts the last has nearly twice the mean
-to do, and all wait for it. So the row is cut into 2c chunks, and while they attend device i has the chunks i and
-2c - 1 - i. Chunks move to their place and back by two permutations each way; the keys are gathered anyway, and are
-a quarter as wide as the queries' chunks are (grouped queries). The layout outside of attention stays consecutive.
+Early queries see few keys, late ones many: if c devices hold consecutive parts, the last has nearly twice the mean work
+and all others wait for it. So the row is cut into 2c chunks, and during attention device i holds chunks i and
+2c - 1 - i. Two ppermutes move the chunks into place and two move them back; the keys are all-gathered anyway, and are
+a quarter as wide as the queries (grouped queries). Outside attention the layout stays consecutive.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from stepjax.sharding import axis_index, axis_size, ppermute
 
-# (queries of a chunk, index of the first one in the row, their segment ids) -> their attention
+# (a chunk's queries, index of the first one in the row, their segment ids) -> attention output
 PartAttention = Callable[[jax.Array, int | jax.Array, jax.Array | None], jax.Array]
 
 
 def balanced(attend: PartAttention, q_BTNH: jax.Array, ids_BT: jax.Array | None, axis: str) -> jax.Array:
-    """Inside `jax.shard_map` over a divided logical axis: attention of this device's queries; [B, T, N, H]."""
+    """Attention of this device's queries, [B, T, N, H]. Call it inside `jax.shard_map` over the sharded axis."""
     parts, length = axis_size(axis), q_BTNH.shape[1]
     if parts % 2 or length % 2:
-        # No two permutations bring every device one early and one late chunk.
+        # Odd counts: no two permutations give every device an early and a late chunk.
         return attend(q_BTNH, axis_index(axis) * length, ids_BT)
 
     half, me = length // 2, axis_index(axis)
@@ -41,5 +41,5 @@ def balanced(attend: PartAttention, q_BTNH: jax.Array, ids_BT: jax.Array | None,
 
 
 def _place(chunk: int, parts: int) -> int:
-    """The device at which a chunk attends."""
+    """The device that computes a chunk's attention."""
     return chunk if chunk < parts else 2 * parts - 1 - chunk

@@ -1,15 +1,15 @@
-"""Model FLOPs: what the mathematics needs, not what the hardware did. One formula for progress lines, plans and tests.
+"""Model FLOPs: what the mathematics needs, not what the hardware does. One formula for progress lines, plans and tests.
 
-A matrix product of [m, k] by [k, n] counts 2 m k n; everything that is not a matrix product counts nothing.
+A matrix product of [m, k] by [k, n] counts as 2 m k n; nothing else counts.
 
     per token     2 * (decoder matrices + output projection); the embedding is a look-up
     attention     4 * heads * head_dim * layers per visible (query, key) pair; a causal segment of n tokens has
                   n (n + 1) / 2
-    per view      2 * patches * encoder matrices + 4 * width * layers * patches^2, and the two convolutions and the
-                  projector at the positions they are applied to
+    per view      2 * patches * encoder matrices + 4 * width * layers * patches^2, plus the two convolutions and the
+                  projector at their output positions
 
-Training costs three forward passes (one forward, two for the gradients of inputs and weights). Rematerialisation is not
-counted: MFU is about useful work. Padding and empty slots are not counted either.
+Training costs three forward passes (one forward, two for the gradients of inputs and weights). Rematerialisation,
+padding and empty slots do not count: MFU measures useful work.
 """
 
 from stepjax.config import DecoderConfig, ModelConfig, VisionConfig, down_sampled
@@ -46,7 +46,7 @@ def training_flops(
     global_grid: int,
     crop_grid: int,
 ) -> float:
-    """FLOPs of one optimizer step over this much content."""
+    """FLOPs of one optimizer step on this much content."""
     width = config.decoder.width
     vision = global_views * view_flops(config.vision, width, global_grid)
     vision += crops * view_flops(config.vision, width, crop_grid)

@@ -1,11 +1,11 @@
-"""The small parts that both towers share: parameter creation, norms, rotary angles.
+"""Building blocks shared by both towers: parameter creation, norms, rotary positions.
 
 Legend: B batch, T tokens, P patches, N heads, H head dim, D any feature width.
 
 Initial values (`D` is the size of the contracted dimensions):
 
     matrices            normal, standard deviation 1 / sqrt(D); 0.0156 at width 4096
-    residual outputs    the same, divided by sqrt(2 * layers), so that depth does not inflate the residual stream
+    residual outputs    the same, divided by sqrt(2 * layers), so the residual stream does not grow with depth
     embeddings          normal, standard deviation config.init_range
     norm scales         one; biases zero; LayerScale config.layer_scale_init
 """
@@ -22,7 +22,7 @@ from stepjax.config import DecoderConfig
 def matrix(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float = 1.0
 ) -> nnx.Param:
-    """A weight with normal entries of standard deviation scale / sqrt(fan_in)."""
+    """A normally distributed weight with standard deviation scale / sqrt(fan_in)."""
     std = scale / math.sqrt(fan_in)
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
@@ -61,11 +61,11 @@ class LayerNorm(nnx.Module):
 
 YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
 
-# Rotary positions. The model has two conventions: the encoder rotates adjacent pairs, the decoder the two halves.
+# Rotary positions, in two conventions: the encoder rotates adjacent pairs, the decoder rotates halves.
 
 
 def rotary_1d(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, H / 2] of the decoder: the angle of frequency i is position * theta^(-2i / H)."""
+    """The decoder's cosines and sines [B, T, H / 2]; angle i is position * theta^(-2i / H)."""
     frequencies_H = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     if config.yarn_factor > 1:
         frequencies_H = yarn(frequencies_H, config)
@@ -77,8 +77,8 @@ def rotary_1d(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array
 def yarn(frequencies_H: jax.Array, config: DecoderConfig) -> jax.Array:
     """Frequencies for a context `yarn_factor` times the trained one (YaRN, arXiv 2309.00071, section 3.2).
 
-    Pairs that turn 32 times or more within the trained positions keep their frequency, those that turn once or less are
-    slowed by the factor, and those between are mixed linearly in their index.
+    Pairs that turn at least 32 times within the trained positions keep their frequency. Pairs that turn at most once
+    are slowed by the factor. Between them, the two are interpolated linearly in the pair's index.
     """
 
     def index_of(turns: float) -> float:
@@ -93,26 +93,26 @@ def yarn(frequencies_H: jax.Array, config: DecoderConfig) -> jax.Array:
 
 
 def rotate_halves(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotate the pairs (x[i], x[i + H/2]): the NeoX convention of the decoder."""
+    """Rotate the pairs (x[i], x[i + H/2]): the decoder's NeoX convention."""
     low_BTNH, high_BTNH = jnp.split(x_BTNH, 2, axis=-1)
     return rotate(low_BTNH, high_BTNH, cos_BTH, sin_BTH)
 
 
 def rotate(low_BTNH: jax.Array, high_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotate the pairs (low[i], high[i]) and join the halves: [B, T, N, 2 H], computed in float32."""
+    """Rotate the pairs (low[i], high[i]) and concatenate the halves: [B, T, N, 2 H], computed in float32."""
     low32_BTNH, high32_BTNH = low_BTNH.astype(jnp.float32), high_BTNH.astype(jnp.float32)
     cos_BT1H, sin_BT1H = cos_BTH[:, :, None], sin_BTH[:, :, None]
     low = low32_BTNH * cos_BT1H - high32_BTNH * sin_BT1H
     high = high32_BTNH * cos_BT1H + low32_BTNH * sin_BT1H
-    # Cast before they are joined: XLA does not fuse what comes after a concatenation into it.
+    # Cast before concatenating: XLA does not fuse later operations into a concatenation.
     return jnp.concatenate([low.astype(low_BTNH.dtype), high.astype(high_BTNH.dtype)], axis=-1)
 
 
 def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [P, H / 2] of the encoder: the first half turns with the column, the second with the row.
+    """The encoder's cosines and sines [P, H / 2]: the first half encodes the column, the second the row.
 
-    Positions are the patch's own column and row from 0, whatever the size of the view: a 36 x 36 crop uses the
-    corner of the 52 x 52 table, not a rescaled one.
+    Positions are the patch's column and row, from 0, for any view size: a 36 x 36 crop uses the corner of the 52 x 52
+    table, not a rescaled one.
     """
     per_axis = head_dim // 2
     frequencies_H = theta ** (-jnp.arange(0, per_axis, 2, dtype=jnp.float32) / per_axis)
@@ -122,12 +122,12 @@ def rotary_2d(grid: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Ar
 
 
 def halves_of_pairs(x: jax.Array, axis: int) -> jax.Array:
-    """Take entries 2i and 2i + 1 of the last axis apart: `axis` becomes twice as long, the last one half as long.
+    """Deinterleave the last axis: even and odd entries become halves along `axis`, which doubles; the last axis halves.
 
-    `rotate` then rotates what were adjacent pairs (the GPT-J convention of the encoder). Where queries and keys are
-    treated alike, their products stay as they are; so the encoder takes its weights apart, which are small. Rotating
-    adjacent entries themselves would shuffle lanes of a TPU for every patch, and even halves would have to be cut out
-    of the projected patches if they did not come apart.
+    `rotate` then rotates formerly adjacent pairs (the encoder's GPT-J convention). Permuting queries and keys alike
+    leaves their products unchanged, so the encoder deinterleaves its weights, which are small. Rotating adjacent
+    entries directly would shuffle TPU lanes for every patch; contiguous halves would still have to be sliced out of the
+    projected patches.
     """
     halves = jnp.stack([x[..., 0::2], x[..., 1::2]], axis=axis + 1)
     return halves.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 : -1], x.shape[-1] // 2)

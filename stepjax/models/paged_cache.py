@@ -1,11 +1,11 @@
-"""The key-value cache in pages, and attention to it: of a prompt's next chunk, or of one token of many sequences.
+"""The paged key-value cache and attention over it: for a prompt's next chunk, or for one token of many sequences.
 
-One pool holds all layers: layer i owns the pages from i * P on, so that a scan over the layers carries the pool and
-every layer writes into its own part in place. Page numbers of a cache are those of a layer, 0 to P - 1; NO_PAGE is one
-into which nothing is written. A sequence's token t lies in place t % T of its page t // T.
+One pool holds all layers. Layer i owns pages i * P to (i + 1) * P - 1; a scan over the layers carries the pool, and
+every layer writes its own part in place. Caches use page numbers within a layer, 0 to P - 1; writes to NO_PAGE are
+dropped. A sequence's token t is stored at index t % T of its page t // T.
 
-Legend: B sequences, C tokens of a chunk, N query heads, K key-value heads, H head dim, W width of the pool (H, on a TPU
-rounded up to its lanes), P pages of a layer, S of all layers, T tokens of a page (of a row, in BTNH), M pages of a row.
+Legend: B sequences, C tokens of a chunk, N query heads, K key-value heads, H head dim, W width of the pool (H, rounded
+up to the lane count on TPU), P pages per layer, S of all layers, T tokens per page (per row, in BTNH), M pages per row.
 """
 
 from typing import Any, NamedTuple
@@ -26,19 +26,19 @@ NO_PAGE = -1
 
 
 class Chunk(NamedTuple):
-    """A stretch of one prompt. Its tokens see those before them, their own chunk's included."""
+    """A chunk of one prompt. Its tokens see all earlier tokens, including those of the chunk."""
 
-    pages_M: Any  # of the prompt; the chunk's own must be there
+    pages_M: Any  # pages of the prompt, including those of this chunk
     start: Any  # position of the first token
-    length: Any  # tokens that count; what is behind them is padding
+    length: Any  # tokens in use; the rest is padding
 
 
 class PagedCache(NamedTuple):
-    """The pool, and what this call's tokens see of it."""
+    """The pool, and the part of it that this call's tokens see."""
 
     pool_S2KTW: jax.Array
-    reads: PageTables | Chunk  # one token of every sequence (their lengths count it), or a stretch of one
-    first_page: jax.Array | int = 0  # of the layer at work
+    reads: PageTables | Chunk  # one token per sequence (lengths include it), or a chunk of one sequence
+    first_page: jax.Array | int = 0  # of the current layer
 
     def at_layer(self, layer: jax.Array, num_layers: int) -> "PagedCache":
         return self._replace(first_page=layer * (self.pool_S2KTW.shape[0] // num_layers))
@@ -73,12 +73,12 @@ def append_and_attend(
     cache: PagedCache,
     implementation: AttentionImplementation,
 ) -> tuple[jax.Array, PagedCache]:
-    """Writes keys and values into the current layer's pages, and attends to what the cache says is seen; [B, T, N, H].
+    """Writes keys and values into the current layer's pages, then attends as `reads` specifies; [B, T, N, H].
 
-    With a mesh in scope every device has its own heads, of the queries and of the pool.
+    With a mesh in scope, heads of the queries and of the pool are sharded over its devices.
     """
     platform = target_platform()
-    # There is a paged kernel for TPUs only; GPUs take the same algorithm from XLA.
+    # Only TPUs have a paged kernel; GPUs run the same algorithm in XLA.
     chosen = "tpu" if resolve(implementation, platform) == "tpu" else "xla"
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, pool_S2KTW, reads, first_page):
@@ -103,9 +103,9 @@ def _paired(k_BTKH: jax.Array, v_BTKH: jax.Array, pool_S2KTW: jax.Array) -> jax.
 
 
 def _write(pool_S2KTW, kv_X2KW, page_X, place_X, first_page):
-    # Beyond the pool, to be dropped: a negative index would count from its end.
+    # Out of range, so that the write is dropped: a negative index would wrap around.
     page_X = jnp.where(page_X == NO_PAGE, pool_S2KTW.shape[0], first_page + page_X)
-    # Row by row of W: a scatter of whole [2, K, W] would have XLA for TPUs turn the pool around for it, and back.
+    # Scatter rows of W: for a scatter of whole [2, K, W], XLA on TPU would transpose the pool back and forth.
     which_21, head_K = jnp.arange(2)[:, None], jnp.arange(pool_S2KTW.shape[2])
     return pool_S2KTW.at[page_X[:, None, None], which_21, head_K, place_X[:, None, None]].set(kv_X2KW, mode="drop")
 
@@ -140,7 +140,7 @@ def _attend_chunk(q_1CNH, pool_S2KTW, chunk: Chunk, first_page, implementation):
     num_kv_heads, page_size, width = pool_S2KTW.shape[2:]
     pages_M = chunk.pages_M + first_page
     if implementation == "tpu":
-        # The chunk's row of pages, copied into one piece for the kernel; it skips the blocks past the diagonal.
+        # Copy the prompt's pages into one contiguous array; the kernel skips blocks past the diagonal.
         kv_M2KTW = pool_S2KTW.at[pages_M].get(mode="clip")[..., :head_dim]
         k_1SKH, v_1SKH = (kv_M2KTW[:, i].transpose(0, 2, 1, 3).reshape(1, -1, num_kv_heads, head_dim) for i in range(2))
         return flash_attention(q_1CNH, k_1SKH, v_1SKH, causal=True, q_offset=chunk.start, implementation="tpu")

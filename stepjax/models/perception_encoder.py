@@ -2,10 +2,10 @@
 
 Legend: M views, P patches of a view, E encoder width, N heads, H head dim, F MLP width, C channels.
 
-What sets it apart from a plain ViT:
-- no class token, no pooling, no final norm: the features of the last layer go on to the projector;
-- absolute positions are learned on the global grid and interpolated for crops, rotary positions are not rescaled;
-- rotary rotation of adjacent pairs, the column's half of the head first (layers.rotary_2d);
+Differences from a plain ViT:
+- no class token, pooling or final norm: the projector reads the features of the last layer;
+- learned absolute positions on the global grid, interpolated for crops; rotary positions are not rescaled;
+- rotary rotation of adjacent pairs, column half of the head first (layers.rotary_2d);
 - LayerScale on both residual branches, quick_gelu in the MLP (`VisionConfig.activation`).
 """
 
@@ -32,10 +32,10 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": partial(jax.nn.gelu, approximat
 
 
 def scaled(weight: nnx.Param, scale_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A weight with the LayerScale of its output multiplied in, which is the same and costs less.
+    """Folds the LayerScale of the output into the weight: equivalent and cheaper.
 
-    A branch that is scaled when it is done has to be there for the gradient of the scale: rematerialisation would
-    compute both residual outputs again for nothing else.
+    Scaling the branch's output instead would need that output for the scale's gradient, so rematerialisation would
+    recompute both residual branches just for it.
     """
     return (weight.astype(jnp.float32) * scale_E.astype(jnp.float32)).astype(dtype)
 
@@ -57,10 +57,10 @@ class EncoderAttention(nnx.Module):
         """`scale_E` is the LayerScale of the output."""
         dtype = x_MPE.dtype
         kernel, bias = self.qkv_kernel.astype(dtype), self.qkv_bias.astype(dtype)
-        # Q: both halves of the queries, both of the keys. (Two axes in place of one would double the product's time.)
+        # Q: both halves of the queries, both of the keys. (Two axes instead of one would double the product's time.)
         qk_kernel, qk_bias = halves_of_pairs(kernel[:, :2], axis=1), halves_of_pairs(bias[:2], axis=0)
         halves_QMPNH = jnp.einsum("MPE,EQNH->QMPNH", x_MPE, qk_kernel) + qk_bias[:, None, None]
-        # The scores' scale goes with the angles of the queries, which saves a pass over them.
+        # Folding the score scale into the queries' angles saves a pass over the queries.
         scale = (2 * cos_PH.shape[-1]) ** -0.5 / LOG2_UNITS
         q_MPNH = rotate(halves_QMPNH[0], halves_QMPNH[1], scale * cos_PH[None], scale * sin_PH[None])
         k_MPNH = rotate(halves_QMPNH[2], halves_QMPNH[3], cos_PH[None], sin_PH[None])
@@ -109,9 +109,7 @@ class EncoderBlock(nnx.Module):
 
 
 class PerceptionEncoder(nnx.Module):
-    """Pixels of square views to one feature a patch. Source: spec of PE-lang (Bolya et al. 2025) as STEP3-VL uses
-    it.
-    """
+    """Maps pixels of square views to one feature per patch. Source: PE-lang (Bolya et al. 2025), as in STEP3-VL."""
 
     def __init__(self, config: VisionConfig, numerics: NumericsConfig, *, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
@@ -130,7 +128,7 @@ class PerceptionEncoder(nnx.Module):
         p, grid = config.patch_size, side // config.patch_size
 
         with jax.named_scope("patches"):
-            # A convolution whose stride is its kernel is a matrix product over disjoint patches.
+            # A convolution with stride equal to its kernel size is a matrix product over patches.
             patches = views_MHWC.astype(dtype).reshape(num_views, grid, p, grid, p * 3).transpose(0, 1, 3, 2, 4)
             patches = patches.reshape(num_views, grid * grid, p * p * 3)
             x_MPE = patches @ self.patch_kernel.astype(dtype).reshape(p * p * 3, config.width)
@@ -149,5 +147,5 @@ class PerceptionEncoder(nnx.Module):
         table = self.positions[...].astype(jnp.float32)
         if grid == self.config.position_grid:
             return table
-        # Half-pixel centres and no antialiasing, as torch's interpolate(align_corners=False).
+        # Half-pixel centres, no antialiasing, like torch's interpolate(align_corners=False).
         return jax.image.resize(table, (grid, grid, table.shape[-1]), "bilinear", antialias=False)

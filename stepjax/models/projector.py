@@ -2,7 +2,7 @@
 
 Legend: M views, P patches, E encoder width, Q tokens of a view after the convolutions, D decoder width, O channels out.
 
-There is no activation and no norm in between. 52 x 52 patches become 13 x 13 = 169 tokens, 36 x 36 become 81.
+No activation or norm in between. 52 x 52 patches become 13 x 13 = 169 tokens, 36 x 36 become 81.
 """
 
 import jax
@@ -25,12 +25,12 @@ class DownSampler(nnx.Module):
         """[M, h, w, E] to [M, (h - 1) // 2 + 1, (w - 1) // 2 + 1, O]."""
         num_views, height, width, channels = x_MHWE.shape
         rows, columns = (height - 1) // 2 + 1, (width - 1) // 2 + 1
-        # Explicit padding of one on both sides as PyTorch has it; "SAME" would pad the far side only. The nine taps as
-        # one matrix product: five times faster than XLA's convolution gradient on CPU, the same operation on a TPU.
+        # Pad one on both sides, like PyTorch; "SAME" would pad only the far side. The nine taps form one matrix
+        # product: five times faster than XLA's convolution gradient on CPU, the same operation on TPU.
         padded = jnp.pad(x_MHWE, ((0, 0), (1, 1), (1, 1), (0, 0)))
         taps = [padded[:, y : y + 2 * rows - 1 : 2, x : x + 2 * columns - 1 : 2] for y in range(3) for x in range(3)]
         kernel = self.kernel.astype(x_MHWE.dtype).reshape(9 * channels, -1)
-        # Views stay where they are: left to choose, the partitioner gathers all taps for the kernel's gradient.
+        # Without this constraint, the partitioner gathers all taps for the kernel's gradient.
         taps_MHWT = constrain(jnp.concatenate(taps, axis=-1), "views", None, None, None)
         y_MHWO = taps_MHWT @ kernel + self.bias.astype(x_MHWE.dtype)
         return constrain(y_MHWO, "views", None, None, None)

@@ -3,7 +3,7 @@
 Legend: B rows, T tokens, D width, N query heads, K key-value heads, H head dim, F MLP width, V
 vocabulary, L layers.
 
-`qk_norm=False` and `tie_embeddings=True` make it a plain Llama-like decoder.
+With `qk_norm=False` and `tie_embeddings=True` it is a plain Llama-like decoder.
 """
 
 import math
@@ -87,9 +87,7 @@ class DecoderBlock(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """Embeddings in, final hidden states out; `embed` and `logits` are the two ends, apart so that losses can be
-    chunked.
-    """
+    """Embeddings in, final hidden states out. `embed` and `logits` are separate so that losses can be chunked."""
 
     def __init__(self, config: DecoderConfig, numerics: NumericsConfig, *, init_range: float = 0.02, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
@@ -103,8 +101,8 @@ class Qwen3(nnx.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D] in the compute dtype.
 
-        The table is gathered over the axes of its width, whatever the number of tokens. Casting comes after the
-        look-up, so that the gradients of a frequent token are added up in the parameters' dtype.
+        The table is all-gathered over its width axes, for any number of tokens. The cast follows the look-up, so that
+        gradients of frequent tokens accumulate in the parameters' dtype.
         """
         table_VD = constrain(self.embedding[...], "vocab", None)
         return table_VD[tokens_BT].astype(jnp.dtype(self.numerics.compute_dtype))
@@ -116,10 +114,10 @@ class Qwen3(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         cache: PagedCache | None = None,
     ) -> tuple[jax.Array, PagedCache | None]:
-        """Hidden states after the final norm, and the cache with the keys and values of these tokens.
+        """Hidden states after the final norm, and the cache with these tokens' keys and values added.
 
-        Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment a row). With
-        one, they attend to what it says they see. Positions count from 0 within a segment.
+        Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment per row). With
+        a cache, its `reads` decide what they see. Positions count from 0 within a segment.
         """
         rotary = rotary_1d(positions_BT, self.config)
         if cache is not None:
@@ -132,7 +130,7 @@ class Qwen3(nnx.Module):
         return self.norm(x_BTD), None
 
     def _with_cache(self, x_BTD, rotary, positions_BT, cache: PagedCache) -> tuple[jax.Array, PagedCache]:
-        # The pool is carried from layer to layer, so that each writes its own pages in place.
+        # Carry the pool through the scan so that each layer writes its own pages in place.
         def layer(carry, block_and_index):
             x_BTD, cache = carry
             block, index = block_and_index
@@ -148,6 +146,6 @@ class Qwen3(nnx.Module):
         return self.embedding[...].T if self.head_kernel is None else self.head_kernel[...]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Float32 logits [B, T, V]. For training use `training.losses`, which never holds them all."""
+        """Float32 logits [B, T, V]. For training use `training.losses`, which never materialises them all."""
         head_DV = self.head().astype(jnp.dtype(self.numerics.compute_dtype))
         return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)

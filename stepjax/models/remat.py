@@ -1,11 +1,11 @@
-"""Rematerialisation policies by name: what the backward pass keeps of a layer, and what it computes again.
+"""Rematerialisation policies by name: what a layer saves for the backward pass, and what is recomputed.
 
-full        keep the input of every layer only
-attention   keep what the attention kernel computed of every layer (output, log-sum-exp), so that it runs only once
-qkv         keep what enters the attention kernel besides, so that its projections run only once
-dots        keep the results of all projections and of the attention kernel: only norms, rotary positions and activation
-            functions are computed again
-none        keep everything
+full        save only the input of every layer
+attention   also save the attention kernel's results (output, log-sum-exp), so the kernel runs only once
+qkv         also save the attention kernel's inputs, so their projections run only once
+dots        save the results of all projections and of the attention kernel: only norms, rotary positions and activation
+            functions are recomputed
+none        save everything
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def remat(layer: Callable, policy: RematPolicy) -> Callable:
         "full": known.nothing_saveable,
         "attention": of_attention,
         "qkv": known.save_only_these_names(*RESIDUAL_NAMES, INPUT_NAME),
-        # Scores, where XLA makes them, are products with a batch dimension.
+        # Attention scores computed by XLA are products with a batch dimension.
         "dots": known.save_from_both_policies(known.dots_with_no_batch_dims_saveable, of_attention),
     }
-    # Inside a scan the loop itself keeps XLA from merging the two computations; the barrier would only cost.
+    # Inside a scan, the loop already keeps XLA from merging the two computations; a barrier would only add cost.
     return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)

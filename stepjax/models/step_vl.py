@@ -2,9 +2,9 @@
 
 Legend: B rows, T tokens, G global-view slots of a row, C crop slots of a row, F features of a row, D decoder width.
 
-The features of a row form one table, crops first and global views behind them (`feature_table` says where each lies),
-and `feature_index_BT` says which entry replaces a token's embedding. Pixels thus stay on the device that holds their
-text, and a new number of images or crops never means a new shape.
+The features of a row form one table: crops first, then global views (see `feature_table`). `feature_index_BT` selects
+the entry that replaces a token's embedding. Pixels thus stay on the device that holds their text, and the number of
+images or crops never changes a shape.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class StepVL(nnx.Module):
         self.decoder = Qwen3(config.decoder, numerics, init_range=config.init_range, rngs=rngs)
 
     def encode_views(self, views_BMHWC: jax.Array) -> jax.Array:
-        """Normalised pixels of M views a row, [B, M, side, side, 3], to embeddings [B, M * tokens of a view, D]."""
+        """Encodes normalised pixels [B, M, side, side, 3] of M views per row as [B, M * tokens per view, D]."""
         rows, views = views_BMHWC.shape[:2]
-        # Devices that share a row share its views; empty ones make the shares equal.
+        # Devices that share a row split its views; empty views make the parts equal.
         empty = -views % axis_size("row_views")
         views_BMHWC = jnp.pad(views_BMHWC, ((0, 0), (0, empty)) + ((0, 0),) * 3)
         views_BMHWC = constrain(views_BMHWC, "batch", "row_views", None, None, None)
@@ -51,7 +51,7 @@ class StepVL(nnx.Module):
             return constrain(y_BMQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
 
     def feature_table(self, global_views_BGHWC: jax.Array, crops_BCHWC: jax.Array) -> jax.Array:
-        """Embeddings [B, F, D] of all views of each row: the crops' in order, then the global views'."""
+        """Embeddings [B, F, D] of each row's views: crops in order, then global views."""
         tables = [self.encode_views(views) for views in (crops_BCHWC, global_views_BGHWC) if views.shape[1]]
         if not tables:
             rows, dtype = global_views_BGHWC.shape[0], jnp.dtype(self.numerics.compute_dtype)
@@ -59,7 +59,7 @@ class StepVL(nnx.Module):
         return jnp.concatenate(tables, axis=1)
 
     def embed(self, tokens_BT: jax.Array, features_BFD: jax.Array, feature_index_BT: jax.Array) -> jax.Array:
-        """Token embeddings, with image features in the places that `feature_index_BT` points out; [B, T, D]."""
+        """Token embeddings [B, T, D], replaced by image features where `feature_index_BT` selects one."""
         x_BTD = self.decoder.embed(tokens_BT)
         if features_BFD.shape[1]:
             index_BT1 = jnp.maximum(feature_index_BT, 0)[..., None]
@@ -77,7 +77,7 @@ class StepVL(nnx.Module):
         global_views_BGHWC: jax.Array,
         crops_BCHWC: jax.Array,
     ) -> jax.Array:
-        """Hidden states [B, T, D] after the final norm; `model.decoder.logits` maps them on."""
+        """Hidden states [B, T, D] after the final norm; `model.decoder.logits` maps them to logits."""
         features_BFD = self.feature_table(global_views_BGHWC, crops_BCHWC)
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, features_BFD, feature_index_BT)
@@ -89,13 +89,13 @@ Model = TypeVar("Model", bound=StepVL | Qwen3)
 
 
 def make_model(config: ModelConfig, numerics: NumericsConfig, key: jax.Array) -> StepVL:
-    """Random parameters, to be traced; `init_model` computes them."""
+    """Random parameters; meant to be traced (see `init_model`)."""
     model = StepVL(config, numerics, rngs=nnx.Rngs(key))
     return jax.tree.map(lambda x: x.astype(numerics.param_dtype), model)
 
 
 def abstract_model(config: ModelConfig, numerics: NumericsConfig | None = None) -> StepVL:
-    """The model with shapes in place of arrays: no memory is used, whatever its size."""
+    """The model with shapes in place of arrays; allocates nothing."""
     return jax.eval_shape(lambda: make_model(config, numerics or NumericsConfig(), jax.random.key(0)))
 
 
@@ -106,7 +106,7 @@ def init_model(
     seed: int | jax.Array = 0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> StepVL:
-    """Random parameters. With a mesh, each device makes its own shards and no device ever holds the whole.
+    """Random parameters. With a mesh, each device creates its own shards; no device ever holds the whole model.
 
     Raises:
         ConfigError: a parameter does not divide over the mesh.
@@ -118,13 +118,13 @@ def init_model(
 
 
 def stretched(model: Model, factor: float, *, attention_factor: float = 1.0) -> Model:
-    """The same weights with rotary positions for `factor` times as many tokens, by YaRN.
+    """The same weights, with rotary positions stretched by YaRN to `factor` times as many tokens.
 
     Args:
-        attention_factor: of cosines and sines. 1 is what PaCoRe serves with; YaRN's own is 0.1 ln(factor) + 1.
+        attention_factor: scales cosines and sines. PaCoRe serves with 1; YaRN's default is 0.1 ln(factor) + 1.
 
     Raises:
-        ConfigError: the factor is below 1, or the model is stretched already.
+        ConfigError: the factor is below 1, or the model is already stretched.
     """
     trained = (model.decoder if isinstance(model, StepVL) else model).config
     if factor < 1:
@@ -148,5 +148,5 @@ def stretched(model: Model, factor: float, *, attention_factor: float = 1.0) -> 
 
 
 def num_parameters(model: Any) -> int:
-    """Parameters of a model, abstract or not."""
+    """Number of parameters of a model, abstract or not."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))

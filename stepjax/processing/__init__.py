@@ -1,1 +1,1 @@
-"""From pictures and conversations to what the model reads: views of images, token ids, and their layout."""
+"""Turns images and conversations into model inputs: image views, token ids, and their layout."""

@@ -1,15 +1,15 @@
-"""An answer taken apart as it is written: reasoning, content and tool calls. `chat_template` does the reverse.
+"""Parses an answer as it is generated into reasoning, content and tool calls. `chat_template` does the reverse.
 
-    [<think>] REASONING </think> CONTENT      `<think>` is in the prompt already, or opens the text
+    [<think>] REASONING </think> CONTENT      `<think>` ends the prompt or starts the text
     CONTENT <think> REASONING </think> CONTENT
 
-`split_reasoning` does whole texts. Fed in pieces of any size, `ReasoningStream` gives parts that add up to the same, if
-at most one `</think>` is written and reasoning was open before it. What has been sent cannot be taken back: here
-reasoning ends at the first `</think>`, not at the last one, and a `</think>` that ends nothing is content.
+`split_reasoning` parses whole texts. `ReasoningStream` takes pieces of any size; its result is the same if there is at
+most one `</think>` and it closes open reasoning. A stream cannot take back what it has sent: its reasoning ends at the
+first `</think>`, not the last, and an unmatched `</think>` is content.
 
-Tool calls are the JSON of a name and an object of arguments between `<tool_call>` and `</tool_call>`; anything else
-there stays content. `CallStream` holds a call back until it is complete. It strips the text between calls, and removes
-a `<tool_calls>` around them, which the public checkpoint is known to write.
+A tool call is JSON with a name and an arguments object between `<tool_call>` and `</tool_call>`; anything else there
+stays content. `CallStream` holds a call back until it is complete. It strips the text between calls and removes a
+surrounding `<tool_calls>`, which the public checkpoint is known to write.
 """
 
 import json
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class AnswerStream:
-    """One answer, as fields of OpenAI's messages.
+    """One answer, as fields of OpenAI messages.
 
     Attributes:
         num_calls: tool calls so far.
@@ -45,15 +45,15 @@ class AnswerStream:
     def __init__(self, *, starts_thinking: bool, parses_calls: bool):
         """
         Args:
-            starts_thinking: the prompt has opened `<think>`.
-            parses_calls: take tool calls out of the content.
+            starts_thinking: the prompt opened `<think>`.
+            parses_calls: extract tool calls from the content.
         """
         self._reasoning = ReasoningStream(starts_thinking=starts_thinking)
         self._calls = CallStream() if parses_calls else None
         self.num_calls = 0
 
     def take(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
-        """What some more text adds: dicts of either `reasoning_content`, `content` or `tool_calls`."""
+        """Feeds text; returns new pieces, each a dict of `reasoning_content`, `content` or `tool_calls`."""
         parts = self._reasoning.feed(text) + (self._reasoning.finish() if is_last else [])
         made: list[dict[str, Any]] = []
         for kind, text in parts:
@@ -78,7 +78,7 @@ class AnswerStream:
 
 
 def add_piece(message: dict[str, Any], piece: dict[str, Any]) -> None:
-    """Adds to a message what `AnswerStream.take` gave."""
+    """Adds a piece from `AnswerStream.take` to a message."""
     for field, value in piece.items():
         if field == "tool_calls":
             calls = [{name: each for name, each in call.items() if name != "index"} for call in value]
@@ -104,11 +104,11 @@ def _call_json(call: Call) -> dict[str, Any]:
 
 
 def split_reasoning(text: str, *, starts_thinking: bool = False) -> tuple[str, str | None]:
-    """Content and reasoning of an assistant's whole text; text without reasoning is returned as it is, with None.
+    """Content and reasoning of an assistant's whole text; without reasoning, the unchanged text and None.
 
     Args:
-        starts_thinking: the prompt has opened `<think>`. Text that never closes it is then reasoning alone, as of a
-            generation that was cut off.
+        starts_thinking: the prompt opened `<think>`. Text that never closes it, such as a truncated generation, is all
+            reasoning.
     """
     head, is_closed, tail = text.rpartition(_CLOSE)
     if not is_closed:
@@ -117,7 +117,7 @@ def split_reasoning(text: str, *, starts_thinking: bool = False) -> tuple[str, s
     before, is_open, after = head.partition(_OPEN)
     starts_reasoning = is_open and not before.strip()
     if starts_reasoning or (is_open and is_closed and not starts_thinking):
-        # Text in front of the reasoning belongs to the answer.
+        # Text before the reasoning belongs to the answer.
         return (before if before.strip() else "") + content, after.strip("\n")
     if is_closed or starts_thinking:
         return content, head.strip("\n")
@@ -128,10 +128,10 @@ _State = Literal["start", "reasoning", "content", "inner reasoning", "answer"]
 
 
 class ReasoningStream:
-    """Feed it text, then `finish`; each returns the parts that are certain by then.
+    """Call `feed` with text, then `finish`; each returns the parts that are certain by then.
 
-    States: `start` while only white space has come; `content` until reasoning begins, if it does; `inner reasoning`
-    from a `<think>` in the middle, which counts only if it is closed; `answer` after the reasoning.
+    States: `start` while there is only white space; `content` until reasoning begins, if it does; `inner reasoning`
+    after a `<think>` mid-text, which counts only if it is closed; `answer` after the reasoning.
     """
 
     def __init__(self, *, starts_thinking: bool):
@@ -141,8 +141,8 @@ class ReasoningStream:
         """
         self._starts_thinking = starts_thinking
         self._state: _State = "start"
-        self._held = ""  # what may yet turn out to be markup, or a newline that is cut off
-        self._drops_newlines = False  # those in front of reasoning, and of the answer
+        self._held = ""  # possible markup, or a newline to strip
+        self._drops_newlines = False  # strip newlines before reasoning and before the answer
 
     def feed(self, text: str) -> list[Part]:
         self._held += text
@@ -231,7 +231,7 @@ class ReasoningStream:
 
 
 def open_end(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that `marker` begins with, but is not all of."""
+    """Length of the longest suffix of `text` that is a proper prefix of `marker`."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if text.endswith(marker[:length]):
             return length
@@ -239,16 +239,16 @@ def open_end(text: str, marker: str) -> int:
 
 
 class CallStream:
-    """Feed it content, then `finish`; each returns the parts, text and calls, that are certain by then."""
+    """Call `feed` with content, then `finish`; each returns the text and calls that are certain by then."""
 
     def __init__(self):
-        self._held = ""  # not looked at yet, or the beginning of markup
-        self._call: _ObjectScanner | None = None  # of the call whose `<tool_call>` came last, while it is open
+        self._held = ""  # not parsed yet, or possibly the start of markup
+        self._call: _ObjectScanner | None = None  # scanner of the open call, if any
         self._num_calls = 0
-        self._open_wrappers = 0  # `<tool_calls>` that were left out, and whose end will be
-        self._space = ""  # dropped if a call follows, or the end after one
-        self._wrapper = ""  # `<tool_calls>` and white space, dropped if a call follows
-        self._begins_piece = True  # no word has come since the last call
+        self._open_wrappers = 0  # number of dropped `<tool_calls>` whose end tag is to be dropped too
+        self._space = ""  # white space, dropped before a call, or at the end after a call
+        self._wrapper = ""  # `<tool_calls>` and white space, dropped before a call
+        self._begins_piece = True  # no words since the last call
         self._has_text = False
 
     def feed(self, text: str) -> list[str | Call]:
@@ -291,7 +291,7 @@ class CallStream:
                 parts += self._text(_WRAPPER_END)
 
     def _take_call(self, scanner: "_ObjectScanner", is_last: bool) -> tuple[bool, Call | None]:
-        """Whether it is decided what follows `<tool_call>`, and the call if it is one; that is then taken."""
+        """Whether the text after `<tool_call>` is decided, and the call if it is one, which is then consumed."""
         end = scanner.scan(self._held)
         if end is None:
             return is_last or scanner.failed, None
@@ -301,7 +301,7 @@ class CallStream:
             return True, None
         if rest.startswith(_CALL_END):
             self._held = rest[len(_CALL_END) :]
-        elif is_last and not rest:  # a generation may stop right after the JSON
+        elif is_last and not rest:  # generation may stop right after the JSON
             self._held = ""
         else:
             return is_last or not _CALL_END.startswith(rest), None
@@ -323,7 +323,7 @@ class CallStream:
         return self._words(text)
 
     def _words(self, text: str) -> list[str | Call]:
-        """What is to be sent of text: pieces between calls are stripped, and joined by newlines."""
+        """The text to send: pieces between calls are stripped and joined by newlines."""
         self._wrapper = ""
         text = self._space + text
         words = text.rstrip()
@@ -337,10 +337,10 @@ class CallStream:
 
 
 class _ObjectScanner:
-    """Finds the end of a JSON object in a text that grows, looking at each character once.
+    """Finds the end of a JSON object in a growing text, reading each character once.
 
     Attributes:
-        failed: it is no object. Only JSON whose brackets are wrong in kind passes for one, until it is parsed.
+        failed: the text is not an object. Mismatched kinds of brackets are only detected when it is parsed.
     """
 
     def __init__(self):
@@ -350,7 +350,7 @@ class _ObjectScanner:
         self._in_string = False
 
     def scan(self, text: str) -> int | None:
-        """The end of the object, once it is there. `text` begins as it did the last time."""
+        """The end of the object, or None so far. `text` must extend the previous call's text."""
         while self._position < len(text) and not self.failed:
             if self._in_string:
                 mark = _QUOTE_OR_ESCAPE.search(text, self._position)

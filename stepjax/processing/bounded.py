@@ -1,8 +1,8 @@
-"""Calls on untrusted data, in processes of their own, with limits of time and memory.
+"""Runs calls on untrusted data in separate processes, with time and memory limits.
 
 Chat templates come with weights; images and answers come from anybody. Each can keep one C call busy for hours, or make
-it allocate all memory. A thread in such a call can be neither stopped nor limited, but a process can. A process starts
-when it is first needed, in about a third of a second, and then waits for the next call: a round trip takes under 1 ms.
+it allocate all memory. A thread in such a call can be neither stopped nor limited; a process can. A process starts on
+first use, in about a third of a second, and is then reused: a round trip takes under 1 ms.
 """
 
 import atexit
@@ -20,22 +20,22 @@ from stepjax.errors import LimitError, StepjaxError
 
 _Result = TypeVar("_Result")
 
-# What a process needs from the environment, which may hold keys.
+# Environment variables that a process needs; others may hold keys.
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "OPENBLAS_CORETYPE")
 _TIME_IS_UP = (-signal.SIGPROF, -signal.SIGALRM)
 _START = "import sys; from stepjax.processing.bounded import serve; serve(int(sys.argv[1]))"
 
 
 def call(function: Callable[..., _Result], *args: Any, seconds: float, memory: int) -> _Result:
-    """Calls a module's function. The function, its arguments and its result are pickled.
+    """Calls a module-level function. The function, its arguments and its result are pickled.
 
     Args:
-        seconds: of processor time, so that a busy machine fails nothing; six times as much by the clock, for a call
-            that only waits.
-        memory: bytes, on top of the process's own; enforced on Linux alone.
+        seconds: CPU time, so that calls do not fail on a busy machine. The wall-clock limit, for calls that only wait,
+            is six times as much.
+        memory: bytes beyond the process's own; enforced only on Linux.
 
     Raises:
-        LimitError: it took more, or failed with an unexpected exception.
+        LimitError: the call exceeded a limit or failed with an unexpected exception.
         StepjaxError: raised by the function.
     """
     worker = _take()
@@ -48,7 +48,7 @@ def call(function: Callable[..., _Result], *args: Any, seconds: float, memory: i
             f"more than {seconds:g} seconds" if status in _TIME_IS_UP else f"its process down, with status {status}"
         )
         raise LimitError(f"it takes {reason}") from None
-    except BaseException:  # such as Ctrl-C: an unread answer may be on its way
+    except BaseException:  # such as Ctrl-C: an answer may be unread
         worker.end()
         raise
     _idle.append(worker)
@@ -61,7 +61,7 @@ class _Worker:
     def __init__(self):
         self.channel, theirs = Pipe()
         with theirs:
-            # The process finds the same modules. Libraries' threads, and their heaps, would count as memory.
+            # Same modules as here. Library threads and their heaps would count as memory.
             paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
             environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
             environment |= {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
@@ -79,7 +79,7 @@ class _Worker:
         return self._process.poll() is None
 
     def end(self) -> int:
-        """Ends the process, unless it has ended by itself; returns its exit status."""
+        """Ends the process if it is still running; returns its exit status."""
         self.channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(0.5)
@@ -87,10 +87,10 @@ class _Worker:
         return self._process.wait()
 
 
-_idle: list[_Worker] = []  # pop and append are atomic; as many as threads call at a time
+_idle: list[_Worker] = []  # pop and append are atomic; one worker per concurrent call
 
 
-os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
+os.register_at_fork(after_in_child=_idle.clear)  # workers belong to the parent
 
 
 def _take() -> _Worker:
@@ -110,9 +110,9 @@ def _end_idle() -> None:
 
 
 def serve(descriptor: int) -> None:
-    """The process's side: answers calls until the channel closes."""
+    """Worker side: answers calls until the channel closes."""
     for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)  # ends the process in any call
+        signal.signal(number, signal.SIG_DFL)  # kills the process even inside a C call
     channel = Connection(descriptor)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -120,14 +120,14 @@ def serve(descriptor: int) -> None:
 
 
 def set_limit(seconds: float) -> None:
-    """Sets how much time the current call has left; 0 lifts the limit. Call it in the process itself."""
+    """Sets the time left for the current call; 0 removes the limit. Call it inside the worker."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
 
 
 def _outcome(function: Callable[..., Any], args: tuple, seconds: float, memory: int) -> tuple[bool, Any]:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError, ValueError):  # /proc is Linux's; elsewhere there is no limit
+    with contextlib.suppress(OSError, ValueError):  # /proc exists only on Linux; no limit elsewhere
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))

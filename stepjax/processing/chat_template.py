@@ -1,17 +1,17 @@
-r"""Conversations as ChatML. `answer_stream` takes apart what the model writes in turn.
+r"""Renders conversations as ChatML. `answer_stream` parses the model's replies.
 
     <|im_start|>ROLE\nCONTENT<|im_end|>\n                       a turn
-    <think>\nREASONING\n</think>\n                              before the content of an assistant's turn
-    <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>  after it, in the style of Hermes
-    <tool_response>\nCONTENT\n</tool_response>                  results of tools, in a user's turn
+    <think>\nREASONING\n</think>\n                              before the content of an assistant turn
+    <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>  after the content, Hermes style
+    <tool_response>\nCONTENT\n</tool_response>                  tool results, in a user turn
 
-Reasoning is shown to the model only after the last user turn, as in Qwen3.
+The model sees reasoning only after the last user turn, as in Qwen3.
 
-Rendering gives segments, not a string: text that spells a control token stays text. Only an assistant's content may
-carry markup, its own `<think>` and `<tool_call>`.
+Rendering yields segments, not a string: text that spells a control token stays text. Only an assistant's content may
+carry markup, namely its own `<think>` and `<tool_call>`.
 
-Unconfirmed: the template of the public checkpoint has not been seen. This follows its known properties and, where they
-end (tools, dropped reasoning), Qwen3's.
+Unconfirmed: we have not seen the public checkpoint's template. This one follows its known properties and otherwise
+(tools, dropped reasoning) Qwen3's template.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 _KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 _CALL_MARKERS = re.compile("(</?tool_call>)")
 
-# The wording that Qwen3 was trained on: another one would be another protocol.
+# Qwen3's training prompt, verbatim; other wording would be another protocol.
 _TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -49,7 +49,7 @@ class TextSegment:
 
 @dataclasses.dataclass(frozen=True)
 class SpecialSegment:
-    """A control token, by name; as plain text where the tokenizer has no such token."""
+    """A control token, by name; plain text if the tokenizer has no such token."""
 
     name: str
     trained: bool = False
@@ -57,11 +57,11 @@ class SpecialSegment:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSegment:
-    """An image, as the record gives it. Never trained."""
+    """An image, as given in the record. Never trained."""
 
     image: Any
-    frame: int | None = None  # of an animation, or page of a file
-    where: str = ""  # its place in the record, for errors
+    frame: int | None = None  # frame of an animation, or page of a file
+    where: str = ""  # place in the record, for error messages
 
 
 Segment = TextSegment | SpecialSegment | ImageSegment
@@ -76,17 +76,17 @@ def render(
     """Renders a conversation, without a generation prompt.
 
     Args:
-        messages: dicts of `role` and `content`, a string or a list of `{"type": "text", "text": ...}` and `{"type":
-            "image", "image": ...}`, with the number of a `frame`, from 0, where it is an animation. An assistant's may
-            have `reasoning_content` and `tool_calls`; its content may then be None. Without `reasoning_content`, a
-            `<think>...</think>` at the start of its content is the reasoning. `name` and `tool_call_id`, which other
-            software wants, are accepted and not shown to the model.
+        messages: dicts of `role` and `content`. Content is a string or a list of `{"type": "text", "text": ...}` and
+            `{"type": "image", "image": ...}`; an animation also needs a `frame` number, from 0. Assistant messages may
+            have `reasoning_content` and `tool_calls`; content may then be None. Without `reasoning_content`, a
+            `<think>...</think>` at the start of the content is the reasoning. `name` and `tool_call_id` are accepted
+            for compatibility but not shown to the model.
         tools: JSON schemas of the functions that the assistant may call.
-        trained: the assistant turns that count in the loss, with their closing `<|im_end|>`: all of them, those after
-            the last user turn, or none. Reasoning of earlier turns is left out either way.
+        trained: assistant turns that count in the loss, including their closing `<|im_end|>`: all, those after the last
+            user turn, or none. Reasoning of earlier turns is dropped either way.
 
     Returns:
-        Segments; neighbouring text of one turn is joined, so that it is tokenized as one string.
+        Segments; adjacent text within a turn is joined, so it is tokenized as one string.
 
     Raises:
         TokenError: a message is malformed; names its position and the value.
@@ -116,7 +116,7 @@ def render(
             is_trained = trained == "all" or (trained == "last" and is_last)
             segments += _turn(role, _assistant(message, where, is_trained, shows_reasoning=is_last), is_trained)
         elif role == "tool":
-            # Results of parallel calls share one turn.
+            # Results of parallel calls share a turn.
             if index == 0 or roles[index - 1] != "tool":
                 segments += [SpecialSegment("<|im_start|>"), TextSegment("user")]
             segments += [TextSegment("\n"), SpecialSegment("<tool_response>"), TextSegment("\n")]
@@ -130,11 +130,11 @@ def render(
 
 
 def generation_prompt(*, starts_thinking: bool, enable_thinking: bool | None = None) -> list[Segment]:
-    """What follows a conversation to make the model answer.
+    """The segments after a conversation that prompt the model to answer.
 
     Args:
-        starts_thinking: open `<think>` for the model, if `enable_thinking` does not say.
-        enable_thinking: True opens `<think>`; False writes empty reasoning, which the model then takes as done.
+        starts_thinking: whether to open `<think>` if `enable_thinking` is None.
+        enable_thinking: True opens `<think>`; False writes empty reasoning, so that the model skips it.
     """
     segments: list[Segment] = [SpecialSegment("<|im_start|>"), TextSegment("assistant\n")]
     if enable_thinking is False:
@@ -149,7 +149,7 @@ def content_segments(content: object, where: str, *, trained: bool = False) -> l
 
     Args:
         content: a string, or a list of text and image items.
-        where: stands for the content in error messages.
+        where: names the content in error messages.
 
     Raises:
         TokenError: the content is neither, or an item is malformed.
@@ -269,9 +269,9 @@ def _marked(text: str, trained: bool) -> list[Segment]:
 
 
 def _joined(segments: Iterable[Segment]) -> list[Segment]:
-    # Tokens do not cross from an untrained to a trained segment: a prompt would end inside of them.
+    # No token spans an untrained and a trained segment: a prompt would end inside it.
     joined: list[Segment] = []
-    texts: list[str] = []  # of neighbours, joined at once: one by one takes the square of their number
+    texts: list[str] = []  # adjacent texts, joined all at once: repeated concatenation is quadratic
     trained = False
 
     def close() -> None:

@@ -1,8 +1,8 @@
-"""The views of an image: one global view, and crops at native detail for images that have more to show.
+"""The views of an image: one global view and, for larger images, crops at native resolution.
 
-`plan_views` is geometry alone; `make_views` cuts pixels by it. Both follow the public checkpoint's processor, whose
-order of rounding steps is kept, so that features match: 8-bit resizing for the size cap and for the grid of crops,
-then float resizing to the sizes that the encoder takes.
+`plan_views` computes the geometry; `make_views` cuts the pixels. Both follow the public checkpoint's processor,
+including its order of rounding steps, so that features match: 8-bit resizing for the size cap and the grid of crops,
+then float resizing to the encoder's input sizes.
 
 H, W: pixels down and across. C: the 3 colours. N: crops. Sizes are (width, height), as in PIL.
 """
@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class ViewPlan:
-    """How an image of some size is cut. All lengths are pixels; `window` and the grid are 0 where there are no crops.
+    """How to cut an image of a given size. Lengths are pixels; `window` and the grid are 0 if there are no crops.
 
     image_size --pad if thin--> padded_size --shrink if large--> capped_size --> the global view
                                                                       |
@@ -33,7 +33,7 @@ class ViewPlan:
     image_size: Size
     padded_size: Size
     capped_size: Size
-    resized_size: Size  # what the crops are cut from; capped_size where there are none
+    resized_size: Size  # the crops are cut from this; capped_size if there are none
     window: int  # side of a crop before it is resized to crop_size
     columns: int
     rows: int
@@ -50,7 +50,7 @@ class ViewPlan:
     def boxes(self) -> tuple[Box, ...]:
         """(x0, y0, x1, y1) of each crop in the resized image, row by row.
 
-        A box may reach beyond an image that is lower or narrower than the window; what lies there is black.
+        A box may extend beyond an image smaller than the window; that part is black.
         """
         starts = [(self.window * x, self.window * y) for y in range(self.rows) for x in range(self.columns)]
         return tuple((x, y, x + self.window, y + self.window) for x, y in starts)
@@ -62,7 +62,7 @@ class ViewPlan:
         return tuple((i + 1) % self.columns == 0 and i != last for i in range(self.num_crops))
 
     def num_tokens(self, config: ImageConfig) -> int:
-        """Tokens of the image in a sequence: features, the start and end token of each view, and newlines."""
+        """The image's tokens in a sequence: features, start and end tokens of each view, and newlines."""
         return (config.crop_tokens + 2) * self.num_crops + self.num_newlines + config.global_tokens + 2
 
 
@@ -78,12 +78,12 @@ class ImageViews:
 def plan_views(width: int, height: int, config: ImageConfig) -> ViewPlan:
     """Decides the views of an image of `width` x `height` pixels.
 
-    Quotients and products are float64 and truncated exactly where the public processor does it, since a last bit
-    decides borderline sizes.
+    Quotients and products are float64 and truncated exactly where the public processor does so: the last bit decides
+    borderline sizes.
 
     Raises:
-      ImageError: if the image is empty, is so thin that it would vanish when shrunk or explode when padded, or needs
-        more than `config.max_crops` crops.
+      ImageError: the image is empty, is so thin that it would vanish when shrunk or explode when padded, or needs more
+        than `config.max_crops` crops.
     """
     name = f"image of {width}x{height} pixels"
     if width < 1 or height < 1:
@@ -102,7 +102,7 @@ def plan_views(width: int, height: int, config: ImageConfig) -> ViewPlan:
         return ViewPlan((width, height), padded_size, capped_size, capped_size, window=0, columns=0, rows=0)
 
     resized_width, resized_height = (_whole_windows(side, window, config) for side in capped_size)
-    # A resized side is a multiple of the window, or is shorter than one window.
+    # A resized side is a multiple of the window, or shorter than it.
     columns, rows = max(1, resized_width // window), max(1, resized_height // window)
     plan = ViewPlan((width, height), padded_size, capped_size, (resized_width, resized_height), window, columns, rows)
     if config.max_crops is not None and plan.num_crops > config.max_crops:
@@ -151,7 +151,7 @@ def make_views(image: Image.Image, config: ImageConfig) -> ImageViews:
     """Cuts an RGB image (`image_files.open_image` makes one) into normalised float32 views.
 
     Raises:
-      ImageError: if the image is not RGB, or `plan_views` refuses its size.
+      ImageError: the image is not RGB, or `plan_views` refuses its size.
     """
     if image.mode != "RGB":
         raise ImageError(f"image of mode {image.mode!r}: views need mode 'RGB'; read it with open_image")
@@ -172,15 +172,15 @@ def make_views(image: Image.Image, config: ImageConfig) -> ImageViews:
 
 
 def _resize(image: Image.Image, size: Size) -> Image.Image:
-    """8-bit bilinear, widened when shrinking. To its own size an image is its own copy, so none is made."""
+    """8-bit bilinear, widened when shrinking. Returns the image itself if the size is unchanged."""
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
 
 
 def _write_view(view_HWC: np.ndarray, image: Image.Image, config: ImageConfig) -> None:
-    """Resizes to the view's square in float, without rounding back to 8 bits, and normalises.
+    """Resizes to the view's square in float, without rounding back to 8 bits, then normalises.
 
-    The reference normalises first. Each output of a bilinear resize is a weighted mean, weights adding up to 1, and
-    normalising is affine per channel, so the two commute; the view is mostly the smaller of the two to normalise.
+    The reference normalises first. The two commute: bilinear weights sum to 1 and normalising is affine per channel.
+    The view is usually smaller than the image, so it is cheaper to normalise.
     """
     side = len(view_HWC)
     if image.size == (side, side):
@@ -190,7 +190,7 @@ def _write_view(view_HWC: np.ndarray, image: Image.Image, config: ImageConfig) -
             channel = channel.convert("F").resize((side, side), Image.Resampling.BILINEAR)
             view_HWC[:, :, index] = np.asarray(channel)
     mean_row, std_row = _rows(config.mean, config.std, side)
-    rows = view_HWC.reshape(side, side * 3)  # numpy is several times slower when it broadcasts over an axis of 3
+    rows = view_HWC.reshape(side, side * 3)  # NumPy is several times slower when broadcasting over an axis of 3
     rows /= np.float32(255)
     rows -= mean_row
     rows /= std_row

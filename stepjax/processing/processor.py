@@ -1,4 +1,4 @@
-"""From a record to an `Example`: views of its images, token ids and loss weights. Training and inference share it."""
+"""Turns a record into an `Example`: image views, token ids and loss weights. Shared by training and inference."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,13 +27,13 @@ _SHAPE = (
 
 
 class Processor:
-    """Pickles, for data workers."""
+    """Picklable, for data workers."""
 
     def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig, tokenizer_config: TokenizerConfig):
         """
         Args:
             tokenizer: need not come from `tokenizer_config.path`.
-            tokenizer_config: says how generation prompts end.
+            tokenizer_config: decides how generation prompts end.
         """
         self.tokenizer = tokenizer
         self.image_config = image_config
@@ -41,10 +41,10 @@ class Processor:
 
     @classmethod
     def from_config(cls, images: ImageConfig, tokenizer: TokenizerConfig) -> "Processor":
-        """Loads the tokenizer that the configuration names.
+        """Loads the configured tokenizer.
 
         Raises:
-            TokenError: it cannot be used.
+            TokenError: the tokenizer cannot be used.
         """
         return cls(load_tokenizer(tokenizer), images, tokenizer)
 
@@ -58,13 +58,13 @@ class Processor:
                 - `text`: a document.
                 - `content`: a document of text and image items, in order.
 
-                Documents are trained whole, and end with `<|endoftext|>`. `images` are put where the text has a place
-                for them (see `record_images`). Other keys may hold what the caller likes.
-            trained: the assistant turns of a conversation that count in the loss.
+                Documents are trained whole and end with `<|endoftext|>`. `images` go to their places in the text (see
+                `place_images`). Unrelated keys are ignored.
+            trained: assistant turns of a conversation that count in the loss.
 
         Raises:
-            RecordError: the record is malformed, one of its images or messages is not usable, or nothing in it is
-                trained. Names the record and the cause.
+            RecordError: the record is malformed, an image or message is unusable, or nothing in it is trained. Names
+                the record and the cause.
         """
         name = _record_name(record)
         try:
@@ -73,7 +73,7 @@ class Processor:
         except (ImageError, TokenError) as error:
             raise RecordError(f"record {name!r}: {error}") from error
         except RecursionError as error:
-            raise RecordError(f"record {name!r}: a value of it is nested too deeply; leave it out") from error
+            raise RecordError(f"record {name!r}: a value is nested too deeply; leave it out") from error
         if not example.loss_weights.any():
             raise RecordError(
                 f"record {name!r} has nothing to train on (trained={trained!r}): give a document some text, "
@@ -91,20 +91,20 @@ class Processor:
         name: str = "prompt",
         open_image: Callable[..., Image.Image] = open_image,
     ) -> Example:
-        """Makes the prompt of a conversation that the assistant is to continue. All loss weights are zero.
+        """Makes the prompt for the assistant's next turn. All loss weights are zero.
 
         Args:
             messages: see `chat_template.render`.
             tools: JSON schemas of the functions that the assistant may call.
-            enable_thinking: None leaves it to `TokenizerConfig.generation_starts_thinking`; see
+            enable_thinking: None defers to `TokenizerConfig.generation_starts_thinking`; see
                 `chat_template.generation_prompt`.
-            max_tokens: that the prompt may have. Where its text alone tells that it has more, nothing else is done.
-            name: stands for the conversation in error messages.
-            open_image: as `image_files.open_image`.
+            max_tokens: limit for the prompt. Fails early if the text alone exceeds it.
+            name: names the conversation in error messages.
+            open_image: like `image_files.open_image`.
 
         Raises:
-            ContextLengthError: it has more tokens.
-            RecordError: a message or an image is not usable. Names the cause.
+            ContextLengthError: the prompt is longer than `max_tokens`.
+            RecordError: a message or an image is unusable. Names the cause.
         """
         try:
             segments = [
@@ -185,22 +185,22 @@ def _shown(value: object) -> str:
 
 
 def place_images(record: dict[str, Any]) -> dict[str, Any]:
-    r"""The record with its images as items of its content; itself if it names none beside its text.
+    r"""Moves a record's `images` into its content as items. Returns the record itself if it has none.
 
-    Other tools (LLaVA, LLaMA-Factory, ms-swift, TRL) write a list of images and a place for each, `<image>` in the text
-    or an image item without an image:
+    Other tools (LLaVA, LLaMA-Factory, ms-swift, TRL) write a list of images, and a place for each: `<image>` in the
+    text, or an image item without an image:
 
         {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ...], "images": ["a.png"]}
 
-    The text around a marker stays as it is. Without a place, images go before the text of the user's turn if there is
-    just one. Anything else is refused: such a record would train as text, without its images.
+    Text around a marker is unchanged. Without places, images go before the text of the user turn if there is only one.
+    Anything else is refused, since the record would train as text, without its images.
 
     Raises:
-        TokenError: which image goes where is not clear, a place has no image, or there are other media.
+        TokenError: it is unclear which image goes where, a place has no image, or there are other media.
     """
     for key in _OTHER_MEDIA:
         if _is_given(record.get(key)):
-            raise TokenError(f"it has {key!r}, and only images can be seen: give frames as images, or leave it out")
+            raise TokenError(f"it has {key!r}, but the model reads only images: give frames as images, or leave it out")
     kind = next((kind for kind in ("messages", "content", "text") if record.get(kind) is not None), "text")
     turns = record["messages"] if kind == "messages" and isinstance(record["messages"], list) else [record]
     key = "text" if kind == "text" else "content"
@@ -209,7 +209,7 @@ def place_images(record: dict[str, Any]) -> dict[str, Any]:
 
     keys = [key for key in _IMAGE_KEYS if _is_given(record.get(key))]
     if not keys:
-        # A document without images may mention <image>, as HTML does. A question that does has lost its images.
+        # A document without images may mention <image>, like HTML. A question that mentions it has lost its images.
         if num_slots and kind != "text":
             raise TokenError(
                 f"it has {num_slots} place(s) for images ({MARKER}, or an item without one), and no 'images': "
@@ -250,7 +250,7 @@ def _is_given(value: object) -> bool:
 
 
 def _split(content: object) -> list[Any]:
-    """The items of a content, with a slot for each place of an image; malformed ones are left out."""
+    """The items of a content, with a slot per image place; malformed items are dropped."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     items: list[Any] = []

@@ -1,7 +1,7 @@
 """Untrusted Jinja templates, rendered within limits.
 
-Templates are programs. Jinja's sandbox keeps them off the machine, but cannot stop nested loops or `'a' * 10 ** 10`, so
-they run in a process of their own.
+Templates are programs. Jinja's sandbox keeps them from touching the machine but cannot stop nested loops or
+`'a' * 10 ** 10`, so they run in a separate process.
 """
 
 import datetime
@@ -21,20 +21,20 @@ from stepjax.processing import bounded
 
 SECONDS = 2.0
 MEMORY = 512 * 2**20
-MAX_CHARS = 8 * 2**20  # of what a template writes
+MAX_CHARS = 8 * 2**20  # limit for a template's output
 
 
 def render(template: str, variables: Mapping[str, Any], *, name: str, is_chat: bool = False) -> str:
-    """What a template writes.
+    """Renders a template.
 
     Args:
-        variables: values that JSON lacks reach the template as the names of their types, as in Transformers.
-        name: what errors call the template.
-        is_chat: render as Transformers renders chat templates; otherwise as Jinja does by default, with undefined
-            variables as errors.
+        variables: values that JSON cannot express become the names of their types, as in Transformers.
+        name: names the template in errors.
+        is_chat: render the way Transformers renders chat templates; otherwise with Jinja's defaults, and undefined
+            variables are errors.
 
     Raises:
-        TokenError: the template is wrong, refuses, fails, or does not end in time.
+        TokenError: the template is invalid, refuses the conversation, fails, or exceeds its limits.
     """
     try:
         data = json.dumps(variables, default=lambda value: f"<{type(value).__name__}>")
@@ -42,7 +42,7 @@ def render(template: str, variables: Mapping[str, Any], *, name: str, is_chat: b
     except (LimitError, TokenError) as error:
         raise TokenError(f"{name} {str(error).removeprefix('it ')}") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise TokenError(f"{name} cannot be given its variables as JSON: {error}") from None
+        raise TokenError(f"{name}: its variables cannot be written as JSON: {error}") from None
 
 
 def _render(template: str, data: str, is_chat: bool) -> str:
@@ -56,19 +56,19 @@ def _render(template: str, data: str, is_chat: bool) -> str:
             parts.append(part)
     except (TokenError, MemoryError):
         raise
-    except Exception as error:  # templates fail in as many ways as programs
+    except Exception as error:  # templates can raise anything
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _FILE]
         line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else lines[-1] if lines else "?"
         raise TokenError(f"cannot render: line {line}: {type(error).__name__}: {error}"[:500]) from None
     return "".join(parts)
 
 
-_FILE = "<template>"  # what Jinja calls templates without a file
+_FILE = "<template>"  # Jinja's name for templates without a file
 
 
 @functools.lru_cache(maxsize=16)
 def compiled(template: str, is_chat: bool = False) -> jinja2.Template:
-    """The template, to be rendered without limits: see `render`."""
+    """The compiled template. Rendering it directly is unlimited; see `render`."""
     if not is_chat:
         return jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(template)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -81,7 +81,7 @@ def compiled(template: str, is_chat: bool = False) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text, for training; it writes its body."""
+    """Supports `{% generation %}`, which marks assistant text for training; renders its body."""
 
     tags = {"generation"}
 

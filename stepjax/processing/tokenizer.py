@@ -1,7 +1,7 @@
-"""Text to token ids and back. Ids of control tokens are looked up by their string, never hard-coded.
+"""Text to token ids and back. Control tokens are looked up by their string; ids are never hard-coded.
 
-Two names are easily confused: `<|im_start|>` opens a chat turn, `<im_start>` opens the global view of an image.
-`SpecialTokens` therefore calls them `turn_start` and `image_start`.
+Two names are easily confused: `<|im_start|>` opens a chat turn, `<im_start>` opens an image's global view.
+`SpecialTokens` calls them `turn_start` and `image_start`.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import tokenizers
 from stepjax.config import TokenizerConfig
 from stepjax.errors import TokenError
 
-# Qwen3's tokenizer followed by these 23 gives STEP3-VL's. `<im_patch>` is confirmed at 151679; the order, and so the
-# ids, of all others is inferred from sister models. Prefer the tokenizer.json that ships with a checkpoint.
+# STEP3-VL's tokenizer is Qwen3's plus these 23 tokens. `<im_patch>` is confirmed at 151679; the order, and so the ids,
+# of the others is inferred from sister models. Prefer the tokenizer.json that ships with a checkpoint.
 STEP3_TOKENS = (
     *("<|EOT|>", "<|BOT|>", "<|CALL_START|>", "<|CALL_END|>", "<|THINK_START|>", "<|THINK_END|>"),
     *("<|IMG_START|>", "<|IMG_END|>", "<|META_START|>", "<|META_END|>"),
@@ -29,11 +29,11 @@ STEP3_TOKENS = (
     *("<patch_start>", "<patch_end>", "<patch_newline>"),
 )
 
-# Markup that the model writes for its readers. Decoding always shows it: reasoning and tool calls are parsed from it.
+# Markup in the model's output. Decoding always keeps it: reasoning and tool calls are parsed from it.
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 _LONG_TEXT = 2**14  # characters
-_UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER, as for bytes that are not UTF-8
+_UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER, as for invalid UTF-8
 
 
 def _named(name: str):
@@ -46,41 +46,41 @@ def _named_optional(name: str):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the control tokens. The optional ones are None in tokenizers that spell them as ordinary text."""
+    """Ids of the control tokens. Optional ones are None if the tokenizer spells them as ordinary text."""
 
     end_of_text: int = _named("<|endoftext|>")
     turn_start: int = _named("<|im_start|>")
     turn_end: int = _named("<|im_end|>")
-    image_patch: int = _named("<im_patch>")  # one for every image feature
+    image_patch: int = _named("<im_patch>")  # one per image feature
     image_start: int = _named("<im_start>")  # around the features of a global view
     image_end: int = _named("<im_end>")
     patch_start: int = _named("<patch_start>")  # around the features of a crop
     patch_end: int = _named("<patch_end>")
-    patch_newline: int = _named("<patch_newline>")  # after the last crop of a row
+    patch_newline: int = _named("<patch_newline>")  # after each row of crops
     think_start: int | None = _named_optional("<think>")
     think_end: int | None = _named_optional("</think>")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generation. The image token is one of them, as in the public checkpoint's configuration."""
+        """Ids that end a generation. They include the image token, as in the public checkpoint's configuration."""
         return self.end_of_text, self.turn_end, self.image_patch
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that keeps control tokens and text apart. Pickles, for data workers.
+    """A `tokenizers.Tokenizer` that keeps control tokens and text apart. Picklable, for data workers.
 
-    `encode` never yields a control token: a user who writes "<|im_end|>" ends no turn.
-    Control tokens are asked for by name with `special` and `encode_marker`.
+    `encode` never yields a control token: a user who writes "<|im_end|>" does not end a turn.
+    `special` and `encode_marker` return control tokens by name.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, name: str = "tokenizer"):
         """
         Args:
-            raw: holds every token of `SpecialTokens` that is not optional.
-            name: stands for the tokenizer in error messages.
+            raw: must have every non-optional token of `SpecialTokens`.
+            name: names the tokenizer in error messages.
 
         Raises:
-            TokenError: control tokens are missing, or its model spells them by itself.
+            TokenError: control tokens are missing, or the tokenizer's model produces them from plain text.
         """
         self._raw = raw
         self._added = {token.content: index for index, token in raw.get_added_tokens_decoder().items()}
@@ -95,7 +95,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; a decoder needs at least this many rows of embeddings."""
+        """Largest id plus one; a decoder needs at least this many embedding rows."""
         return max(self._raw.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -112,29 +112,29 @@ class Tokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Bytes of the longest one that text can become."""
+        """Length in bytes of the longest token of plain text."""
         return longest_token(self._text)
 
     def special(self, name: str) -> int:
         """Id of the control token spelled `name`, such as "<im_patch>".
 
         Raises:
-            TokenError: there is none.
+            TokenError: there is no such token.
         """
         if name not in self._added:
             raise TokenError(f"the tokenizer has no control token {name!r}: it has {', '.join(self._added)}")
         return self._added[name]
 
     def encode_marker(self, name: str) -> list[int]:
-        """The control token spelled `name` if there is one, else the ids of its letters as plain text."""
+        """The control token spelled `name` if it exists, else the ids of `name` as plain text."""
         return [self._added[name]] if name in self._added else self.encode(name)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids.
 
         Args:
-            ids: ids beyond the vocabulary, which a decoder with spare embedding rows can sample, read as U+FFFD.
-            skip_special: leave out the control tokens, except for the markup of reasoning and of tool calls.
+            ids: ids beyond the vocabulary, which a decoder with spare embedding rows can sample, become U+FFFD.
+            skip_special: drop control tokens, except reasoning and tool call markup.
         """
         parts: list[str] = []
         run: list[int] = []
@@ -165,7 +165,7 @@ class Tokenizer:
         return SpecialTokens(**ids)
 
     def _check_text_stays_text(self, name: str) -> None:
-        # A model that merges the letters of a control token into its id would let user text control the model.
+        # If text could merge into a control token's id, users could control the model.
         for token, index in self._added.items():
             if index in self.encode(token):
                 raise TokenError(
@@ -174,7 +174,7 @@ class Tokenizer:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Ids of a text. While a long one is encoded, other threads go on.
+    """Ids of a text. Other threads keep running while a long text is encoded.
 
     Raises:
         TokenError: `text` is not a string of Unicode characters (half a surrogate pair, for example).
@@ -188,7 +188,7 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bo
 
 
 def longest_token(tokenizer: tokenizers.Tokenizer) -> int:
-    """Bytes of the longest token, or some more: tokens may spell bytes as characters."""
+    """Upper bound on the bytes of the longest token: tokens may spell bytes as characters."""
     return max((len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
 
@@ -196,12 +196,12 @@ def load_tokenizer(source: TokenizerConfig | str | os.PathLike[str], *, add_miss
     """Reads a tokenizer.json.
 
     Args:
-        source: the file, a directory that holds one, or "demo" for the small tokenizer that is shipped ("./demo" is
-            a directory of that name).
-        add_missing: add the STEP3-VL tokens that are missing, as for Qwen3's tokenizer; see `add_step3_tokens`.
+        source: the file, its directory, or "demo" for the small bundled tokenizer ("./demo" is a directory of that
+            name).
+        add_missing: add missing STEP3-VL tokens, e.g. to Qwen3's tokenizer; see `add_step3_tokens`.
 
     Raises:
-        TokenError: there is no such file, it is not a tokenizer, or it lacks control tokens.
+        TokenError: the file does not exist, is not a tokenizer, or lacks control tokens.
     """
     path = os.fspath(source.path if isinstance(source, TokenizerConfig) else source)
     text = _demo_json() if path == "demo" else _read_json(Path(path))
@@ -215,13 +215,13 @@ def load_tokenizer(source: TokenizerConfig | str | os.PathLike[str], *, add_miss
 
 
 def add_step3_tokens(raw: tokenizers.Tokenizer) -> list[str]:
-    """Adds those of `STEP3_TOKENS` that `raw` lacks, in that order, at the next free ids.
+    """Adds missing `STEP3_TOKENS` to `raw`, in order, at the next free ids.
 
-    Qwen3's tokenizer then has `<im_patch>` at 151679, as the public checkpoint does, and `<patch_newline>` at 151691.
-    Unconfirmed: the ids of all the others. With a published checkpoint use the tokenizer.json that came with it.
+    Qwen3's tokenizer then has `<im_patch>` at 151679, like the public checkpoint, and `<patch_newline>` at 151691.
+    Unconfirmed: all other ids. With a published checkpoint, use its own tokenizer.json.
 
     Returns:
-        The names that were added.
+        The added names.
     """
     present = {token.content for token in raw.get_added_tokens_decoder().values()}
     missing = [name for name in STEP3_TOKENS if name not in present]
@@ -246,9 +246,9 @@ def _read_json(path: Path) -> str:
 
 
 def _without_added_tokens(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    # The library splits text at added tokens before its model sees it, and its own switch against that
-    # (encode_special_tokens) leaves those that are not marked special, such as <think>.
+    # The library splits text at added tokens before tokenizing it. Its switch against this (encode_special_tokens) does
+    # not cover tokens that are not marked special, such as <think>.
     description = json.loads(raw.to_str())
-    # Truncation would drop text silently, and a post-processor may insert tokens.
+    # Truncation would silently drop text, and a post-processor may insert tokens.
     description.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
     return tokenizers.Tokenizer.from_str(json.dumps(description))

@@ -1,20 +1,20 @@
-"""The layout of an example: where image features go among the tokens, and which tokens the loss counts.
+"""The layout of an example: where image features go among the tokens, and which tokens count in the loss.
 
-An image is laid out as all its crops and then its global view:
+An image is laid out as its crops followed by its global view:
 
     <patch_start> <im_patch> x crop_tokens <patch_end>  [<patch_newline> after the last crop of a row, but the last row]
     ...
     <im_start> <im_patch> x global_tokens <im_end>
 
-Every `<im_patch>` stands for one feature. `feature_index` says which row of the example's feature table replaces it.
-The table has the two static shapes of the encoder one after the other, so its order differs from the tokens' as soon
-as two images have crops:
+Every `<im_patch>` stands for one feature; `feature_index` gives the row of the example's feature table to replace it.
+The table groups views by the encoder's two static shapes, so its order differs from the token order as soon as two
+images have crops:
 
     tokens         image 0: crop 0, crop 1, global    image 1: crop 2, global    (and text)
     feature table  crop 0, crop 1, crop 2, global of image 0, global of image 1
 
-Shape suffixes: T tokens, G global views, N crops, S side of a global view and C side of a crop in pixels, and a last 3
-for the colours.
+Shape suffixes: T tokens, G global views, N crops, S side of a global view and C side of a crop in pixels; the last axis
+is 3 colours.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from stepjax.processing.tokenizer import SpecialTokens
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A record that is ready to be packed. Prompts have zero `loss_weights`.
+    """A processed record, ready for packing. Prompts have zero `loss_weights`.
 
     Attributes:
-        name: the record it was made of.
+        name: the source record.
         tokens: int32[T].
-        loss_weights: float32[T], weight of predicting that very token (not its successor). Zero for the first token,
-            which nothing predicts, and for the tokens of images.
+        loss_weights: float32[T], weight of predicting this token (not its successor). Zero for the first token, which
+            nothing predicts, and for image tokens.
         feature_index: int32[T], row of the feature table, or -1 where the token itself is embedded.
         global_views: float32[G, S, S, 3], normalised.
-        crops: float32[N, C, C, 3], normalised, of all images in order.
+        crops: float32[N, C, C, 3], normalised, all images in order.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Example:
 
 
 def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:
-    """A prompt of tokens alone."""
+    """A text-only prompt."""
     tokens_T = np.fromiter(tokens, np.int32)
     nothing = np.zeros((0, 0, 0, 3), np.float32)
     return Example(
@@ -62,10 +62,10 @@ def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:
 def check_length(count: int, most: int | None, name: str, *, at_least: bool = False) -> None:
     """
     Args:
-        at_least: there may be more than `count`.
+        at_least: `count` is a lower bound.
 
     Raises:
-        ContextLengthError: so many tokens are more than there may be.
+        ContextLengthError: `count` exceeds `most`.
     """
     if most is not None and count > most:
         shown = f"at least {count}" if at_least else f"{count}"
@@ -74,20 +74,20 @@ def check_length(count: int, most: int | None, name: str, *, at_least: bool = Fa
 
 
 def least_tokens(text: str, longest_token: int) -> int:
-    """The fewest tokens a text can have, from its length alone: normalizers leave at least 3 bytes of 4 characters."""
+    """Lower bound on a text's tokens, from its length: normalizers leave at least 3 bytes per 4 characters."""
     return len(text) * 3 // (4 * longest_token)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSpan:
-    """Ids of text and control tokens, and the loss weight that each of them has."""
+    """Ids of text and control tokens, and the loss weight of each."""
 
     ids: Sequence[int]
     loss_weight: float
 
 
 def image_tokens(plan: ViewPlan, config: ImageConfig, special_tokens: SpecialTokens) -> list[int]:
-    """Token ids of an image, `plan.num_tokens(config)` of them."""
+    """An image's `plan.num_tokens(config)` token ids."""
     crop = [
         special_tokens.patch_start,
         *[special_tokens.image_patch] * config.crop_tokens,
@@ -110,7 +110,7 @@ def assemble(
     config: ImageConfig,
     special_tokens: SpecialTokens,
 ) -> Example:
-    """Lays out text and images in the order given."""
+    """Lays out text and images in the given order."""
     images = [span for span in spans if isinstance(span, ImageViews)]
     next_crop_feature = 0
     next_global_feature = sum(image.plan.num_crops for image in images) * config.crop_tokens

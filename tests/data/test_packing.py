@@ -289,7 +289,7 @@ def test_skipped_records_travel_with_the_next_row():
 
 def test_nothing_but_unusable_records_is_an_error_and_not_an_endless_wait():
     samples = cycle([(30, 0, 0)])
-    with pytest.raises(RecordError, match=f"{MAX_SKIPPED} records in succession.*30 tokens of 25"):
+    with pytest.raises(RecordError, match=f"{MAX_SKIPPED} consecutive records.*30 tokens of 25"):
         next(new_stream(samples, budget(25, 1, 2), skip_oversize=True))
 
 

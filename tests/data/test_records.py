@@ -116,8 +116,8 @@ BAD_LINES = {
     "NUL": (b'{"text": "a\x00b"}', "not valid JSON.*control character"),
     "half a pair": (b'{"text": "a\\ud83d"}', "half a surrogate pair"),
     "half a pair as a key": (b'{"text": "a", "\\uDE00": 1}', "half a surrogate pair"),
-    "a key twice": (b'{"text": "a", "text": "b"}', "the key 'text' is there twice"),
-    "a key twice within": (b'{"messages": [{"role": "user", "role": "assistant"}]}', "the key 'role' is there twice"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "the key 'text' is given twice"),
+    "a key twice within": (b'{"messages": [{"role": "user", "role": "assistant"}]}', "the key 'role' is given twice"),
     "an id that is a list": (b'{"text": "a", "id": [1]}', r"id is \[1\]"),
     "an id that is empty": (b'{"text": "a", "id": ""}', "id is ''"),
     "an array": (b"[1, 2]", "JSON object, this is list"),
@@ -162,9 +162,9 @@ def test_ids(tmp_path, given, name):
 def test_only_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(RecordError, match="cannot be read: no regular file"):
+        with pytest.raises(RecordError, match="cannot be read: not a regular file"):
             JsonlRecords("docs", path)
-        with pytest.raises(RecordError, match="cannot be read: .*no regular file"):
+        with pytest.raises(RecordError, match="cannot be read: .*not a regular file"):
             ArrayRecords("docs", [str(path)])
 
 

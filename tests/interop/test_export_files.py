@@ -128,7 +128,7 @@ def test_side_files_with_another_tokenizer_are_refused(run, exported, tmp_path, 
     tokenizer.add_special_tokens(["<extra>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert main(["convert", str(run[0]), str(tmp_path / "hf"), "--side-files", str(tmp_path)]) == 1
-    assert "its tokenizer is not the one that the model was trained with" in capsys.readouterr().err
+    assert "its tokenizer is not the one the model was trained with" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json"]
 
 

@@ -230,9 +230,9 @@ def changed(part, **fields):
 @pytest.mark.parametrize(
     ("source", "wanted", "message"),
     [
-        ({"projector": "text"}, SMALL, r"init_from.projector=.*text.* has nothing for it, only for decoder"),
-        ({"path": "timm"}, SMALL, r"init_from.path=.*timm.* has nothing for it, only for vision"),
-        ({"vision": "converted_text"}, SMALL, r"init_from.vision=.* has nothing for it, only for decoder"),
+        ({"projector": "text"}, SMALL, r"init_from.projector=.*text.* has no weights for .*, only for decoder"),
+        ({"path": "timm"}, SMALL, r"init_from.path=.*timm.* has no weights for .*, only for vision"),
+        ({"vision": "converted_text"}, SMALL, r"init_from.vision=.* has no weights for .*, only for decoder"),
         (
             {"decoder": "text"},
             changed("decoder", mlp_dim=64),
@@ -263,11 +263,11 @@ def test_what_does_not_fit_is_named(source, wanted, message, sources):
 
 
 def test_what_is_no_source_is_named(tmp_path, sources):
-    with pytest.raises(CheckpointError, match=r"init_from.decoder='nowhere': there is no such.*--init-from.decoder"):
+    with pytest.raises(CheckpointError, match=r"init_from.decoder='nowhere': no such.*--init-from.decoder"):
         plan_start(recipe(decoder="nowhere"))
     with pytest.raises(CheckpointError, match=r"init_from.path='nowhere'.*--init-from.path"):
         plan_start(recipe(path="nowhere"))
-    with pytest.raises(CheckpointError, match="init_from.path=.*there is no such|no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="init_from.path=.*no such|no complete checkpoint"):
         plan_start(recipe(path=str(tmp_path)))
     tensors = load_file(sources["timm_file"])
     save_file({**tensors, "pos_embed": np.zeros((1, 37, 32), np.float32)}, tmp_path / "odd.safetensors")
@@ -304,7 +304,7 @@ def test_headers_are_all_that_a_dry_run_reads(sources, monkeypatch):
     config = dataclasses.replace(base, init_from=named_here)
     page = dry_run(config, config)
     assert "projector  from " in page and "(run): " in page and "(timm): " in page
-    assert "decoder    from Qwen3-8B, which was not found: nothing checked" in page
+    assert "decoder    from Qwen3-8B, which was not found and not checked" in page
     misfit = dataclasses.replace(config, init_from=InitConfig(decoder=str(sources["text"])))
     with pytest.raises(CheckpointError, match="model.embed_tokens.weight"):
         dry_run(misfit, misfit)

@@ -96,7 +96,7 @@ def test_a_tokenizer_of_another_model_is_refused(exported, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((exported / file).read_bytes())
-    with pytest.raises(CheckpointError, match="has 745 ids, and the model only 512 embeddings"):
+    with pytest.raises(CheckpointError, match="has 745 ids, but the model only 512 embeddings"):
         stepjax.load(tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_urls_are_of_runs(reconverted, capsys):
             read("nowhere://bucket/run")
     assert main(["generate", "nowhere://bucket/run", "--prompt", "?"]) == 1
     assert "nowhere://bucket/run cannot be opened" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="is a converted checkpoint and no run"):
+    with pytest.raises(CheckpointError, match="is a converted checkpoint, not a run"):
         load_run(reconverted)
 
 

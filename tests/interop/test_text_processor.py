@@ -147,7 +147,7 @@ def test_chat_templates_of_a_directory(directory, files, expected):
 
 @pytest.mark.parametrize("template", [7, [{"name": "default"}], ["text"], [{"name": "default", "template": None}]])
 def test_chat_templates_that_are_none(directory, template):
-    with pytest.raises(CheckpointError, match="chat_template=.*give a text, or a list of name and template"):
+    with pytest.raises(CheckpointError, match="chat_template=.*give a string, or a list of name and template"):
         processor(directory, tokenizer_config_json={"chat_template": template})
 
 

@@ -66,7 +66,7 @@ def test_files_that_cannot_be_compared_are_refused(tiny_dir, tmp_path, capsys):
         {"text_logits": recorded["text_logits"][:, :3], "text_ids": recorded["text_ids"]}, tmp_path / "o.safetensors"
     )
     assert verify(tiny_dir, tmp_path / "o.safetensors") == 1
-    assert "is recorded as (1, 3, 320), and the model makes (1, 24, 320)" in capsys.readouterr().err
+    assert "is recorded as (1, 3, 320), but the model computes (1, 24, 320)" in capsys.readouterr().err
 
 
 def test_the_image_token_comes_from_the_configuration(tiny_dir, tmp_path, capsys):
@@ -74,4 +74,4 @@ def test_the_image_token_comes_from_the_configuration(tiny_dir, tmp_path, capsys
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((tiny_dir / "model.safetensors").read_bytes())
     assert verify(tmp_path, GOLDEN) == 1
-    assert "image tokens (id 5), and the views make 30 features" in capsys.readouterr().err
+    assert "image tokens (id 5), but the views have 30 features" in capsys.readouterr().err

@@ -130,13 +130,13 @@ def test_refuses_other_arrays(array, message):
 
 @pytest.mark.parametrize("source", [None, 3, {"bytes": b""}, io.BytesIO(b"x")])
 def test_refuses_other_types(source):
-    with pytest.raises(ImageError, match=f"a {type(source).__name__} is no image"):
+    with pytest.raises(ImageError, match=f"a {type(source).__name__} is not an image"):
         open_image(source)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("url", ["http://host/a.png", "https://host/a.png", "HTTPS://host/a.png", "s3://bucket/a.png"])
 def test_fetches_nothing(url):
-    with pytest.raises(ImageError, match=f"{url} is a URL, and nothing is fetched"):
+    with pytest.raises(ImageError, match=f"{url} is a URL, which is not fetched"):
         open_image(url)
 
 
@@ -146,9 +146,9 @@ def test_fetches_nothing(url):
         ("data:image/png;base64,@@@@", "base64 text is broken"),
         ("data:image/png;base64,abcde", "base64 text is broken"),
         ("data:image/png;base64,", "0 bytes"),
-        ("data:text/plain;base64,YWJj", "no data URI of an image"),
-        ("data:image/png", "no data URI of an image"),
-        ("data:image/png;base64,YWJj", "no image in a known format"),
+        ("data:text/plain;base64,YWJj", "not an image data URI"),
+        ("data:image/png", "not an image data URI"),
+        ("data:image/png;base64,YWJj", "not an image in a known format"),
     ],
 )
 def test_refuses_broken_data_uris(uri, message):
@@ -495,15 +495,15 @@ ICON = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, 57, 22) + png(9
 )
 def test_refuses_unknown_formats(data):
     """PostScript counts as unknown: PIL would run an interpreter on it."""
-    with pytest.raises(ImageError, match="^image 0: no image in a known format.*JPEG, PNG"):
+    with pytest.raises(ImageError, match="^image 0: not an image in a known format.*JPEG, PNG"):
         open_image(data, name="image 0")
 
 
 def test_refuses_missing_files_and_folders(tmp_path):
     missing = tmp_path / "missing.png"
-    with pytest.raises(ImageError, match="missing.png: there is no such file"):
+    with pytest.raises(ImageError, match="missing.png: no such file"):
         open_image(missing)
-    with pytest.raises(ImageError, match="^image 5: there is no such file; correct the path .*missing.png"):
+    with pytest.raises(ImageError, match="^image 5: no such file; correct the path .*missing.png"):
         open_image(str(missing), name="image 5")
     with pytest.raises(ImageError, match=f"{tmp_path.name}: cannot be read .*directory"):
         open_image(tmp_path)

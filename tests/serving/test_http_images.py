@@ -45,8 +45,8 @@ def beside_text(url, **fields):
 @pytest.mark.parametrize(
     ("url", "fields", "reason"),
     [
-        (uri(b"hello"), {}, "no image in a known format"),
-        (uri(b"qoif" + bytes(100)), {}, "no image in a known format"),
+        (uri(b"hello"), {}, "not an image in a known format"),
+        (uri(b"qoif" + bytes(100)), {}, "not an image in a known format"),
         (uri(cut_short()), {}, "cannot be read"),
         (uri(animation()), {}, 'it has several frames or pages; add "frame": 0 to the image'),
         (uri(animation()), {"frame": 2}, "there is no frame 2"),
