@@ -1,4 +1,4 @@
-# The image that launch/gke_jobset.sh and launch/xpk.sh ask for: the repository, installed, as the working directory.
+# The image for launch/gke_jobset.sh and launch/xpk.sh, with the installed repository as working directory.
 #
 #   docker build --tag REGION-docker.pkg.dev/PROJECT/REPO/stepjax:1 .
 #   docker build --build-arg EXTRAS=cuda13 --tag stepjax:cuda .
@@ -8,7 +8,7 @@ ARG EXTRAS=tpu,tracking
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /stepjax
 
-# Requirements first: a change of the code alone installs nothing again.
+# Requirements first, so that a code change reinstalls nothing.
 COPY pyproject.toml README.md ./
 COPY stepjax/__init__.py stepjax/
 COPY pallas_kernels/__init__.py pallas_kernels/

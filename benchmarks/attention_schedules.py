@@ -3,16 +3,16 @@
     pip install jax libtpu tokamax        # Python 3.12 or newer; without tokamax its columns stay empty
     python benchmarks/attention_schedules.py [--chips v5e v6e] [--tune]
 
-Needs no TPU. Every kernel is compiled by the real compiler for every chip, its bundles are read
-(kernel_schedule.py) and a whole call is added up:
+Needs no TPU. The real compiler compiles every kernel for every chip; the bundles of a whole call are read from its
+output (kernel_schedule.py) and added up:
 
     bundles = full tiles * body of a full tile + diagonal tiles * body of a diagonal tile
-              + tiles * what runs at every grid step + rows of tiles * what runs once a row (initialise, write)
+              + tiles * bundles per grid step + rows of tiles * bundles per row (initialise, write)
 
-and useful floating-point operations (4 L^2 D forward and 10 L^2 D backward, half of it if causal) are divided by that.
-Each kernel gets the best of several block sizes and options. Our forward pass is counted without its repair (see
-pallas_kernels/flash_attention/tpu_forward.py): it does not run while logits stay within +-41 nats. The last columns
-give what a tile costs if it is repaired. Writes results/attention_schedules.json.
+The rate is useful floating-point operations (4 L^2 D forward and 10 L^2 D backward, half of it if causal) per bundle.
+Each kernel uses the best of several block sizes and options. Our forward pass is counted without its repair (see
+pallas_kernels/flash_attention/tpu_forward.py), which does not run while logits stay within +-41 nats. The last columns
+give the cost of a repaired tile. Writes results/attention_schedules.json.
 """
 
 import argparse
@@ -58,7 +58,7 @@ SHAPES = (
     Shape(2704, 96, False),
     Shape(1296, 96, False),
 )
-# Tiles at least this long outside the bodies run once a row of tiles, shorter ones at every grid step.
+# Outside the bodies, code of at least this many bundles runs once per row of tiles, shorter code at every grid step.
 STEP_BUNDLES = 64
 
 
@@ -66,7 +66,7 @@ STEP_BUNDLES = 64
 
 
 def ours(shape: Shape, which: str, blocks: list[int] | None) -> tuple[str, dict[str, Any]]:
-    length = min(shape.length, 8192)  # the schedule of a tile does not depend on how many there are
+    length = min(shape.length, 8192)  # a tile's schedule does not depend on the number of tiles
     arguments = dict(length=length, head_dim=shape.head_dim, causal=shape.causal, blocks=blocks, heads=HEADS)
     return f"kernel_targets:flash_{which}", arguments
 
@@ -74,7 +74,7 @@ def ours(shape: Shape, which: str, blocks: list[int] | None) -> tuple[str, dict[
 def splash_target(
     package: str, which: str, length: int, head_dim: int, causal: bool, block: int, options: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Splash attention of "tokamax" or "jax", in the layout it asks for: [heads, length, head dim]."""
+    """Splash attention of "tokamax" or "jax", in its layout: [heads, length, head dim]."""
     if package == "tokamax":
         from tokamax._src.ops.experimental.tpu.splash_attention import (  # type: ignore[import-not-found]
             splash_attention_kernel,
@@ -111,7 +111,7 @@ def splash_target(
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a kernel's parts cost, in bundles."""
+    """Costs of a kernel's parts, in bundles."""
 
     full: int
     diagonal: int
@@ -140,7 +140,7 @@ def cost(
     repair = 0
     if kernel == "ours" and "forward" in found.kernel:  # the last body is the loop of the repair
         bodies, repair = bodies[:-1], bodies[-1].bundles * (block_kv // 256 if block_kv % 256 == 0 else 1)
-    # A tile whose keys end within it has a body of its own, after that of a full one.
+    # A tile in which the keys end has its own body, after the full tile's.
     full = bodies[-1] if ragged else bodies[0]
     diagonal = bodies[-1] if shape.causal else full
     outside = [region for region in found.regions if region not in found.bodies]
@@ -162,7 +162,7 @@ def padded(length: int, block: int) -> int:
 
 
 def candidates(kernel: str, shape: Shape, chip: str, tune: bool) -> Iterable[tuple[str, str, dict[str, Any], int, int]]:
-    """(label, which pass, arguments of the target, block_q, block_kv) of everything to compile."""
+    """Yields (label, which pass, arguments of the target, block_q, block_kv) of everything to compile."""
     for which in ("forward", "backward"):
         if kernel == "ours":
             chosen: list[list[int] | None] = [None]
@@ -174,7 +174,7 @@ def candidates(kernel: str, shape: Shape, chip: str, tune: bool) -> Iterable[tup
                 q, kv = blocks[:2] if which == "forward" else blocks[2:4]
                 yield label, which, {"blocks": blocks}, q, kv
             continue
-        # What their own tuning guides try at these shapes; smaller tiles are slower throughout.
+        # The sizes in their own tuning guides for these shapes; smaller tiles are always slower.
         sides = (
             (1024, 2048) if shape.causal else (padded(math.ceil(shape.length / math.ceil(shape.length / 1408)), 128),)
         )
@@ -226,7 +226,7 @@ def run(chips: Iterable[str], kernels: list[str], tune: bool) -> list[dict[str, 
     rows = []
     with ThreadPoolExecutor(2) as pool:
         for chip in chips:
-            # Causal lengths share their schedules: only the number of tiles differs.
+            # Causal lengths share a schedule and differ only in the number of tiles.
             classes = {(s.head_dim, s.causal, 0 if s.causal else s.length): s for s in SHAPES}
             jobs = [
                 (kernel, shape, chip, *candidate)
@@ -251,7 +251,7 @@ def run(chips: Iterable[str], kernels: list[str], tune: bool) -> list[dict[str, 
                             if found is None:
                                 tried[label] = {"error": error}
                                 continue
-                            # Long enough for the tile, or the tile would be mostly padding.
+                            # Long enough that the tile is not mostly padding.
                             bundles = found.call(shape)
                             tried[label] = {
                                 "flop_per_bundle": round(useful / bundles), "bundles_per_head": round(bundles),
@@ -280,14 +280,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument(
-        "--tune", action="store_true", help="our kernels over all block sizes, for block_sizes.py; writes nothing"
+        "--tune", action="store_true", help="try all block sizes of our kernels, for block_sizes.py; writes nothing"
     )
     parser.add_argument(
         "--kernels",
         nargs="+",
         default=list(KERNELS),
         choices=KERNELS,
-        help="of others the results file keeps its figures",
+        help="chips to compile for; the results file keeps the others",
     )
     arguments = parser.parse_args()
     columns = f"{'ours':>14} {'tokamax':>14} {'jax splash':>14}  ours/tokamax, useful flop/bundle"
@@ -299,7 +299,7 @@ def main() -> None:
 
 
 def keep(rows: list[dict[str, Any]]) -> None:
-    """Put what was measured of a chip in the place of what the results file has of it."""
+    """Replace a chip's entries in the results file by new ones."""
     path = machine.RESULTS / "attention_schedules.json"
     saved = json.loads(path.read_text()) if path.exists() else {"rows": [], "compiler": {}}
     others = [row for row in saved["rows"] if row["chip"] != rows[0]["chip"]]

@@ -1,12 +1,12 @@
-"""The 10B checkpoint from Hugging Face's layout to Orbax's and back: nothing changes; how long, in how much memory.
+"""Convert the 10B checkpoint from Hugging Face to Orbax and back: byte equality, time and memory.
 
     python benchmarks/convert_10b.py [--layers N] [--directory DIR]
 
 Makes a synthetic checkpoint of STEP3-VL-10B (20.3 GB of seeded bfloat16 values), converts it with `stepjax convert`,
-deletes it, exports it again, and compares every file: its header, and every tensor by SHA-256. A plain copy of the same
-files, each flushed to the disk, is what the times are compared with. Peak memory is what the system counted for the
-converting process (ru_maxrss). Files leave the page cache before they are read. Takes 41 GB of disk at a time, and
-removes all of it. Writes results/convert_10b.json.
+deletes the source, exports it again, and compares every file: its header, and every tensor by SHA-256. The baseline is
+a plain copy of the same files, each flushed to disk. Peak memory is the converting process's ru_maxrss. Files are
+dropped from the page cache before they are read. Needs up to 41 GB of disk and frees all of it. Writes
+results/convert_10b.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # also where stepjax is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installing stepjax
 
 from benchmarks import machine
 
@@ -33,9 +33,9 @@ PIECE = 64 << 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="of the encoder and of the decoder; the model's own by default")
-    parser.add_argument("--directory", help="where to work; the system's temporary directory by default")
-    parser.add_argument("--make", help=argparse.SUPPRESS)  # this process writes the checkpoint there
+    parser.add_argument("--layers", type=int, help="layers of encoder and decoder; by default the model's own")
+    parser.add_argument("--directory", help="working directory; by default the system's temporary directory")
+    parser.add_argument("--make", help=argparse.SUPPRESS)  # make the checkpoint there, in this process
     arguments = parser.parse_args()
     if arguments.make:
         make_checkpoint(Path(arguments.make), arguments.layers)
@@ -43,11 +43,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="convert_10b_", dir=arguments.directory) as directory:
         figures = measure(Path(directory), arguments.layers)
     print(f"\n{figures['parameters']:,} parameters, {figures['gigabytes']:.2f} GB in {figures['files']} files\n")
-    print(f"{'':<24}{'seconds':>9}{'GB/s':>8}{'of the copy':>13}{'peak memory':>14}")
+    print(f"{'':<24}{'seconds':>9}{'GB/s':>8}{'vs copy':>13}{'peak memory':>14}")
     for name, stage in figures["stages"].items():
         rate, share = figures["gigabytes"] / stage["seconds"], stage["seconds"] / figures["stages"]["copy"]["seconds"]
         print(f"{name:<24}{stage['seconds']:>9.1f}{rate:>8.3f}{share:>12.2f}x{stage['peak_gib']:>10.2f} GiB")
-    print(f"\n{figures['tensors']} tensors, {figures['files']} files: byte for byte the same")
+    print(f"\n{figures['tensors']} tensors, {figures['files']} files: identical byte for byte")
     if arguments.layers is None:
         print(f"written to {machine.write('convert_10b', figures).relative_to(Path.cwd())}")
 
@@ -69,7 +69,7 @@ def measure(directory: Path, layers: int | None) -> dict[str, Any]:
     found = digests(back)
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if differing:
-        sys.exit(f"these came back different: {', '.join(differing)}")
+        sys.exit(f"these files or tensors changed: {', '.join(differing)}")
     from stepjax.interop.model_spec import spec_from_hf
 
     spec = spec_from_hf(json.loads((back / "config.json").read_text()))
@@ -85,7 +85,7 @@ def measure(directory: Path, layers: int | None) -> dict[str, Any]:
 
 
 STEPJAX = (sys.executable, "-m", "stepjax.cli")
-# Each copy is flushed, and removed, before the next.
+# Flushes and removes each copy before the next.
 COPY = """
 import os, pathlib, shutil, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
@@ -97,7 +97,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Wall time and peak memory of a process. What calls this must be small: a fork counts what it forked from."""
+    """Wall time and peak memory of a process. The caller must be small: a fork counts its memory."""
     print(f"{' '.join(command[1:4])} ...", file=sys.stderr, flush=True)
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -119,7 +119,7 @@ def evict(directory: Path) -> None:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every tensor ("file/key"), of every header, and of every file that is not safetensors."""
+    """SHA-256 of every tensor ("file/key"), every header, and every file that is not safetensors."""
     from stepjax.interop.safetensors_file import parse_header, read_header
 
     found = {}
@@ -142,7 +142,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def make_checkpoint(directory: Path, layers: int | None) -> None:
-    """The files, and beside the directory the digests of what is in them."""
+    """Write the files, and their digests beside the directory."""
     import ml_dtypes
     import numpy as np
 

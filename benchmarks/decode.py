@@ -1,16 +1,16 @@
-"""Decoding of SmolLM2-135M: the engine beside Transformers' `generate` and llama.cpp, and samples that share a prompt.
+"""Decoding SmolLM2-135M: our engine, Transformers' `generate` and llama.cpp; samples that share a prompt.
 
     python benchmarks/decode.py [--model DIR] [--repeats 3]
 
-Needs what `benchmarks/smollm2.py` needs for the weights (`make .venv-parity/installed`), and takes llama.cpp along if
-llama-cpp-python is installed. All sides hold the same weights in float32, on the same cores, in one run, their turns
-interleaved; every figure is a median. Large pages for malloc, which help JAX on CPU, are asked for here.
+Needs the weights from `benchmarks/smollm2.py` (`make .venv-parity/installed`), and includes llama.cpp if
+llama-cpp-python is installed. All sides use the same float32 weights and the same cores in one run with interleaved
+turns; every figure is a median. The script turns on large pages for malloc, which help JAX on CPU.
 
     one, sixteen   tokens/s of 1 and of 16 requests at once, prompts of 100 tokens and answers of 64, greedy, from the
                    first prompt token to the last token drawn. Transformers takes the sixteen as one padded batch,
-                   llama.cpp one after the other: llama-cpp-python has no batches of requests.
-    shared         16 samples of one prompt of 2,048 tokens, 32 tokens each, against 16 requests with as many prompts:
-                   tokens/s, and pages of the cache that are held at most.
+                   llama.cpp sequentially, because llama-cpp-python does not batch requests.
+    shared         16 samples of one prompt of 2,048 tokens, 32 tokens each, against 16 requests with 16 prompts:
+                   tokens/s, and the peak number of cache pages.
 
 Writes results/decode.json.
 """
@@ -45,7 +45,7 @@ Generate = Callable[[list[list[int]], int], int]  # prompts and tokens of an ans
 
 
 def prompts(count: int, length: int, seed: int) -> list[list[int]]:
-    """Of ordinary tokens, each another."""
+    """Distinct prompts of ordinary tokens."""
     return np.random.default_rng(seed).integers(100, 40_000, (count, length)).tolist()
 
 
@@ -85,7 +85,7 @@ def transformers_side(directory: Path) -> Generate:
 
 
 def llama_cpp_side(directory: Path) -> Generate | None:
-    """None where llama-cpp-python is not installed."""
+    """None if llama-cpp-python is not installed."""
     try:
         import llama_cpp  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -106,7 +106,7 @@ def llama_cpp_side(directory: Path) -> Generate | None:
 
 
 def gguf_float32(directory: Path) -> Path:
-    """The same float32 weights as a GGUF file, under the names and in the order of heads that llama.cpp wants."""
+    """The same float32 weights as a GGUF file, with llama.cpp's names and head order."""
     import gguf  # pyright: ignore[reportMissingImports]
     from safetensors.numpy import load_file
 
@@ -137,7 +137,7 @@ def gguf_float32(directory: Path) -> Path:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for key, tensor in load_file(directory / "model.safetensors").items():
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in key:  # it rotates adjacent pairs, the public layout halves
+            if part in key:  # llama.cpp rotates adjacent pairs, the public layout halves
                 rows, width = tensor.shape
                 tensor = tensor.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width)
         name = names.get_name(key, try_suffixes=(".weight",))
@@ -151,7 +151,7 @@ def gguf_float32(directory: Path) -> Path:
 
 
 def beside(sides: dict[str, Generate], repeats: int) -> dict[str, dict[str, float]]:
-    """Tokens a second of every side, for one request and for sixteen."""
+    """Tokens per second of every side, for one request and for sixteen."""
     figures: dict[str, dict[str, float]] = {}
     for label, count in (("one", 1), ("sixteen", 16)):
         seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -169,7 +169,7 @@ def beside(sides: dict[str, Generate], repeats: int) -> dict[str, dict[str, floa
 
 
 def shared(directory: Path, repeats: int) -> dict[str, Any]:
-    """16 samples of a prompt, and 16 prompts with a sample each, on one engine in turns."""
+    """16 samples of one prompt, and one sample each of 16 prompts, on one engine in turns."""
     model, processor = stepjax.load(directory, numerics=FLOAT32)
     context = -(-(SHARED_PROMPT + SHARED_ANSWER) // PAGE) * PAGE
     config = EngineConfig(max_sequences=SAMPLES, max_context=context, page_size=PAGE, prefix_caching=False)
@@ -211,7 +211,7 @@ def main() -> None:
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="where the weights are, or are put")
+    parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="the weights; fetched if missing")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     directory = smollm2.smollm2(options.model)

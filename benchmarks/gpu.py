@@ -2,15 +2,15 @@
 
     python benchmarks/gpu.py [--out DIR] [--only STAGE ...] [--seconds 480] [--dry]
 
-Needs JAX on CUDA and no network. Every stage runs in a process of its own, so that none leaves memory behind, and its
-figures are written when it ends: DIR/gpu_STAGE.json (benchmarks/results by default). A stage that fails says so there.
-`--dry` runs all of it on CPU with tiny shapes.
+Needs JAX on CUDA and no network. Every stage runs in its own process, so that it frees its memory, and writes
+DIR/gpu_STAGE.json (benchmarks/results by default) when it ends or fails. `--dry` runs everything on CPU with tiny
+shapes.
 
     numerics    largest error of each route against float32 XLA, over heads, masks and lengths
-    attention   TFLOP/s of useful work, forward and with backward: our routes, cuDNN as JAX calls it, PyTorch's best
-    train       a train step of Qwen3-8B's shapes with 8 of its layers: tokens/s, MFU
-    decode      Qwen3-8B with random weights: tokens/s at batch 1, 16, 64, and the share of the memory's bandwidth
-                that reading the weights once a step takes
+    attention   TFLOP/s of useful work, forward and with backward: our routes, cuDNN by JAX, PyTorch's best
+    train       a train step with Qwen3-8B's shapes and 8 of its layers: tokens/s, MFU
+    decode      Qwen3-8B with random weights: tokens/s at batch 1, 16, 64, and the share of memory bandwidth that
+                reading the weights once per step takes
     shared      K samples of one prompt against K prompts of that length, decoding only
     demo        tokens/s of `stepjax pretrain configs/digits/pretrain.py`
 """
@@ -279,12 +279,12 @@ def decoder_model() -> Any:
 
 
 def weight_bytes(model: Any) -> int:
-    embedding = model.embedding[...].nbytes  # of which a step reads a row a token
+    embedding = model.embedding[...].nbytes  # a step reads only one row per token
     return sum(x.nbytes for x in jax.tree.leaves(model)) - embedding
 
 
 def timed_answers(engine: Any, prompts: list[list[int]], n: int, answer: int) -> tuple[float, int]:
-    """Seconds from the moment when every sample has its first token to the last token, and tokens drawn in them."""
+    """Seconds from when every sample has its first token to the last token, and the tokens drawn in that time."""
     from stepjax.inference.request import SamplingParams
 
     for i, prompt in enumerate(prompts):
@@ -411,7 +411,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=machine.RESULTS)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seconds", type=float, default=480, help="no stage begins after this, and none goes on")
+    parser.add_argument("--seconds", type=float, default=480, help="total time; no stage starts or runs after it")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()

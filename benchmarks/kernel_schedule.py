@@ -2,24 +2,23 @@
 
     python benchmarks/kernel_schedule.py kernel_targets:flash_forward --chip v6e length=4096
 
-A TPU core issues one bundle (a very long instruction word) a cycle, in order, and the compiler decides at compile time
-which operations share a bundle. So the compiled program itself says most of what a kernel will cost. This module
-compiles a function for a named TPU with libtpu, lets the compiler write down its bundles, and reads from them, for
-every kernel:
+A TPU core issues one bundle (a very long instruction word) per cycle, in order, and the compiler decides at compile
+time which operations share a bundle, so the compiled program determines most of a kernel's cost. This module compiles a
+function for a given TPU with libtpu, lets the compiler dump its bundles, and reads from them, for every kernel:
 
     body        a stretch of the program that feeds the matrix unit: the steady state of a loop or of a grid step, apart
                 from what surrounds it (pipeline prologue and epilogue, initialisation, the final write)
-    bundles     the cycles of one pass through it, stalls that the compiler foresaw included
+    bundles     the cycles of one pass through it, including stalls that the compiler foresaw
     matrix      the share of those bundles in which a matrix unit is busy, averaged over the units. A unit that
                 multiplies a 128-deep operand on a 256-deep array is busy and half idle: flop/bundle shows that, this
                 does not
     spills      stores of vector registers that did not fit, and their loads
-    flop/bundle useful floating-point operations (the caller says how many) a bundle, and the ceiling of the chip
+    flop/bundle useful floating-point operations (given by the caller) per bundle, and the chip's ceiling
     vmem        the largest address of vector memory in use: windows, scratch and spills
 
-It is an estimate, made for comparing kernels compiled by the same compiler, never a measured speed. It cannot see:
-stalls on DMA (a kernel bound by HBM bandwidth looks as fast as one that is not), what a branch decides at run time,
-contention between the cores of a chip, clock throttling. A loop is counted once; multiply by its trips.
+The result is an estimate for comparing kernels built by the same compiler, not a measured speed. It ignores DMA stalls
+(a kernel bound by HBM bandwidth looks as fast as one that is not), run-time branches, contention between a chip's cores
+and clock throttling. A loop is counted once; multiply by its trip count.
 """
 
 import argparse
@@ -45,7 +44,7 @@ _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{")
 _LOOP_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*(>*)\s*\{")
 _BRANCH = re.compile(r"target bundleno = (\d+)")
-_BRANCH_DELAY = {"tpu7x": 6}  # bundles issued while a branch is taken; 4 on the others
+_BRANCH_DELAY = {"tpu7x": 6}  # bundles issued while a branch is taken; 4 on other chips
 _VMEM = re.compile(r"#allocation\S* \[.*space=vmem, size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)")
 
 
@@ -56,7 +55,7 @@ class Region:
     number: int  # the compiler's; 0 is the whole kernel
     first: int  # index of its first bundle
     depth: int  # regions around it
-    bundles: int  # its own, without those of the regions inside it
+    bundles: int  # its own, excluding inner regions
     operations: Mapping[str, int]  # issued, by unit: MATMUL, VALU, VSTORE:SPILL and so on
 
     @property
@@ -66,11 +65,11 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop, the grid's included, for kernels that do not use the matrix unit."""
+    """A loop, such as the grid's, for kernels that do not use the matrix unit."""
 
     first: int  # index of its first bundle
     depth: int  # of loops, 1 for the outermost
-    bundles: int  # of one trip, without those of the loops inside it
+    bundles: int  # of one trip, excluding inner loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Schedule:
 
 
 def ceiling(chip: str) -> float:
-    """The chip's peak bfloat16 floating-point operations a bundle: TFLOP/s of a core over its clock."""
+    """The chip's peak bfloat16 floating-point operations per bundle: TFLOP/s of a core over its clock."""
     return CHIPS[chip].bf16_tflops * 1e3 / CHIPS[chip].clock_ghz
 
 
@@ -111,7 +110,7 @@ def read(folder: Path, chip: str) -> list[Schedule]:
             continue
         prefix, kernel, number = re.fullmatch(r"(\d+)-(.+)-(\d+)-packed-bundles-post-ra\.txt", path.name).groups()  # type: ignore[union-attr]
         if kernel == "TLP" or not _is_kernel(folder, f"{prefix}-{kernel}-*"):
-            continue  # the program around the kernels, and the operations that XLA compiled by itself
+            continue  # the surrounding program, and XLA's own operations
         following = {match[1]: p for p in folder.glob(f"{prefix}-{kernel}-*") if (match := _label(p))}
         slots, use = _read_use(following["pre-delay_hlo-static-per-bundle-utilization"])
         regions = _read_regions(path, use)
@@ -121,7 +120,7 @@ def read(folder: Path, chip: str) -> list[Schedule]:
 
 
 def _is_kernel(folder: Path, prefix: str) -> bool:
-    """Whether a dump is of a Mosaic kernel: the compiler's own analysis names the operation it is of."""
+    """Whether a dump is a Mosaic kernel's: the compiler's analysis names its operation."""
     analyses = folder.glob(f"{prefix}-schedule-analysis_packed-bundles-post-ra.txt")
     return any('custom_call_target="tpu_custom_call"' in path.read_text() for path in analyses)
 
@@ -149,7 +148,7 @@ def _read_regions(path: Path, use: Sequence[Mapping[str, int]]) -> tuple[Region,
     depth: dict[int, int] = {}
     counts: dict[int, dict[str, int]] = {}
     index = -1
-    waiting: list[str] = []  # ends noted in the current bundle take effect after it
+    waiting: list[str] = []  # ends marked in the current bundle take effect after it
     with path.open() as lines:
         for line in lines:
             if _BUNDLE.match(line):
@@ -185,7 +184,7 @@ def _read_regions(path: Path, use: Sequence[Mapping[str, int]]) -> tuple[Region,
 
 
 def _read_loops(path: Path, chip: str) -> tuple[Loop, ...]:
-    """From where a branch jumps back to, up to that branch and the bundles that are issued while it is taken."""
+    """The loops: from a backward branch's target to that branch and the bundles issued while it is taken."""
     depth: dict[int, int] = {}  # by the loop's first bundle
     length: dict[int, int] = {}
     index = -1
@@ -216,7 +215,7 @@ def _read_vmem(path: Path) -> int:
 
 
 def compile_target(target: str, chip: str, arguments: Mapping[str, Any] | None = None) -> list[Schedule]:
-    """Compile `target` for `chip` in a process of its own and read its schedules.
+    """Compile `target` for `chip` in a separate process and read its schedules.
 
     Args:
       target: "module:function"; called with `arguments`, it returns (f, args) where `f(*args)` is to be compiled
@@ -230,10 +229,10 @@ def compile_target(target: str, chip: str, arguments: Mapping[str, Any] | None =
     check(chip in CHIPS, f"chip is {chip!r}; choose one of {', '.join(CHIPS)}")
     check(target.count(":") == 1, f"target is {target!r}; write it as module:function")
     with tempfile.TemporaryDirectory() as folder:
-        # The compiler reads its flags once, when it starts; a process of its own also bounds its memory.
+        # The compiler reads its flags only when it starts; a separate process also frees its memory.
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false"
         flags += f" --xla_jf_dump_llo_pass_label_regex={_LABELS}"
-        # libtpu aborts on flags of other backends.
+        # libtpu aborts on other backends' flags.
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
             "JAX_PLATFORMS": "cpu",
             "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
@@ -310,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for pair in options.arguments:
         name, equals, value = pair.partition("=")
         if not equals:
-            parser.error(f"{pair!r} is no name=value")
+            parser.error(f"{pair!r} is not of the form name=value")
         try:
             arguments[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""The kernels at realistic sizes, over abstract arrays: what `kernel_schedule` compiles.
+"""Targets for `kernel_schedule`: the kernels at realistic sizes, over abstract arrays.
 
 python benchmarks/kernel_schedule.py kernel_targets:flash_forward --chip v6e length=4096
 """
@@ -18,7 +18,7 @@ from pallas_kernels.shared_prefix_attention import PageTables, shared_prefix_att
 
 Target = tuple[Callable[..., Any], tuple[Any, ...]]
 
-# Of the sampling kernel, in program order, with their depth in the nest of loops.
+# The sampling kernel's loops in program order, with their nesting depth.
 SAMPLING_LOOPS = {
     "block": 1,
     "collect": 2,
@@ -59,7 +59,7 @@ def flash_forward(
 
 
 def flash_backward(**options: Any) -> Target:
-    """The gradient, which holds the forward kernel too: the backward pass needs its log-sum-exp."""
+    """The gradient. It includes the forward kernel, because the backward pass needs its log-sum-exp."""
     f, (q_BTNH, k_BTNH, v_BTNH, ids_BT) = flash_forward(**options)
 
     def gradient(q_BTNH, k_BTNH, v_BTNH, ids_BT, d_out_BTNH):
@@ -82,8 +82,8 @@ def decode(
 ) -> Target:
     """One step of shared-prefix attention, of Qwen3-8B's size by default.
 
-    The prefix kernel has a body for subgroups of up to 4, 16, 32 and 64 sequences, the suffix kernel one; each is of
-    tiling.chunk tokens.
+    The prefix kernel has one body each for subgroups of up to 4, 16, 32 and 64 sequences, the suffix kernel a single
+    one; each processes tiling.chunk tokens.
     """
 
     def step(q_BNH, kv_pages_S2KTW, *tables):
@@ -98,7 +98,7 @@ def decode(
 
 
 def draw(rows: int = 64, vocab_size: int = 151_936) -> Target:
-    """One token for every row, all filters at hand."""
+    """One token for every row, with all filters."""
 
     def step(logits_BV, arguments):
         return sample(logits_BV, implementation="tpu", **arguments)
@@ -110,21 +110,21 @@ def draw(rows: int = 64, vocab_size: int = 151_936) -> Target:
 
 
 def sampling_bundles(kernel: Schedule, vocab_size: int) -> dict[str, int]:
-    """The bundles of each part of the sampling kernel's work on a block of 8 rows: loops times their trips.
+    """Bundles of each part of the sampling kernel's work on a block of 8 rows: loops times their trips.
 
-    What an unrolled loop leaves over is outside it, and is counted with the block.
+    An unrolled loop's remainder is outside the loop and counted with the block.
 
     Returns the bundles of
-      always: what a block takes without top-k and top-p, the branches it then skips included.
+      always: a block without top-k and top-p, including the branches it then skips.
       probe: a probe among the candidates.
       full_probe: a probe over the vocabulary.
-      filtered: what a block with top-k or top-p takes besides, apart from its probes.
+      filtered: what top-k or top-p adds to a block, apart from its probes.
 
     Raises:
-      RuntimeError: the compiler has made other loops than those of the kernel's source.
+      RuntimeError: the compiled loops differ from the kernel's source.
     """
     if [loop.depth for loop in kernel.loops] != list(SAMPLING_LOOPS.values()):
-        raise RuntimeError(f"loops {kernel.loops} do not nest as {SAMPLING_LOOPS}; the kernel or the compiler changed")
+        raise RuntimeError(f"loops {kernel.loops} do not match {SAMPLING_LOOPS}; the kernel or the compiler changed")
     loops = {name: loop.bundles for name, loop in zip(SAMPLING_LOOPS, kernel.loops, strict=True)}
     chunks, whole = -(-vocab_size // CHUNK), vocab_size // CHUNK
     passes = loops["collect"] * whole + loops["weigh"] * (whole // WEIGH_UNROLL)

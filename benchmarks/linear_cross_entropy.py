@@ -1,26 +1,25 @@
-"""What the output projection with its cross-entropy costs a training step, forward and backward, by several ways.
+"""Cost of the output projection with cross-entropy in a training step, forward and backward, by several methods.
 
     python benchmarks/linear_cross_entropy.py [--chips v5p v6e] [--tokens 4096 8192] [--no-timing]
 
-Needs no TPU: every way is compiled by the real compiler for every chip, at the public model's size (width 4,096,
-vocabulary 151,936, parameters and sums in float32, products of bfloat16), and read from its program:
+Needs no TPU: the real compiler compiles every method for every chip, at the public model's size (width 4,096,
+vocabulary 151,936, parameters and sums in float32, products of bfloat16). Read from the compiled program:
 
-  ms         the compiler's own `estimated_cycles` of every operation, a loop's body as often as it runs, at the chip's
-             clock. Of operations that stream memory the estimate assumes less than half of the nominal bandwidth
-  products   the same in units of one product of tokens x width x vocabulary at the chip's nominal peak: the least is 3,
-             or 4 where the logits are made a second time. The cast of the kernel, 0.4 to 0.8 of a product, is in it;
-             where the kernel lies spread over many chips each casts its part
-  HBM        gigabytes that the operations read and write, each operand once and whole, without those in vector memory
+  ms         the compiler's `estimated_cycles` of every operation, loop bodies times their trips, at the chip's clock.
+             For operations that stream memory the compiler assumes less than half of the nominal bandwidth
+  products   the same in units of one product of tokens x width x vocabulary at the chip's nominal peak: at least 3,
+             or 4 if the logits are recomputed. Includes the cast of the kernel, 0.4 to 0.8 of a product; if the kernel
+             is sharded over many chips, each casts its part
+  HBM        gigabytes that the operations read and write, each operand counted once and whole, except in vector memory
              (not for `vocabulary`, whose operations each read a slice of the kernel)
   temporary  memory that the program allocates besides its arguments and results
 
-The ways: `sum` and `scores` are token_loss_sum and token_scores; `checkpointed scan` is autodiff of a
-scan over chunks of tokens; `vocabulary` makes chunks of the vocabulary, with the normalizer carried along. tokamax's
-Mosaic kernels, where tokamax is installed (Python 3.12), are counted from their static schedule: the shorter of the
-bodies that a grid step may run, as often as the grid has steps, without stalls on memory and without the cast: no less
-than that.
+Methods: `sum` and `scores` are token_loss_sum and token_scores; `checkpointed scan` is autodiff of a scan over chunks
+of tokens; `vocabulary` scans over chunks of the vocabulary with a running normalizer. tokamax's Mosaic kernels, if
+installed (Python 3.12), are counted from their static schedule: the shorter of the bodies that a grid step may run,
+times the grid steps, without memory stalls and without the cast. This is a lower bound.
 
-On the CPU the same run at a small size, in turns; the ratio to `checkpointed scan` says whether anything is lost there.
+On the CPU the same methods run at a small size, in turns, with their ratio to `checkpointed scan`.
 Writes results/linear_cross_entropy.json.
 """
 
@@ -56,7 +55,7 @@ CHUNKS = (512, 2048, 4096)
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 
-# The ways -------------------------------------------------------------------------------------------------------------
+# The methods ----------------------------------------------------------------------------------------------------------
 
 
 def weighted(log_probs, log_normalizers, weights):
@@ -92,7 +91,7 @@ def by_checkpointed_scan(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk: i
 
 
 def by_vocabulary(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk: int):
-    """Chunks of the vocabulary with all tokens: a carried normalizer forwards, every column of the gradient once."""
+    """Chunks of the vocabulary with all tokens: a running normalizer forward, each gradient column computed once."""
     width, vocab = kernel_DV.shape
     blocks = math.ceil(vocab / chunk)
     padded_DV = jnp.pad(kernel_DV, ((0, 0), (0, blocks * chunk - vocab)))
@@ -153,10 +152,10 @@ def by_vocabulary(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk: int):
 
 
 def tokamax_step(tokens: int, width: int, vocab: int) -> tuple[Callable[..., Any], Any]:
-    """The target of kernel_schedule: tokamax's kernels with the block sizes it chooses itself."""
+    """Target for kernel_schedule: tokamax's kernels with its own block sizes."""
 
     def step(hidden_ND, kernel_DV, targets_N, cotangents_N):
-        fwd, bwd, kernel = tokamax_blocks(tokens, width, vocab)  # by the chip that is being compiled for
+        fwd, bwd, kernel = tokamax_blocks(tokens, width, vocab)  # depends on the target chip
         loss_N, lse_N = kernel.linear_softmax_cross_entropy_loss_fwd_pallas_mosaic_tpu(
             hidden_ND, targets_N, kernel_DV, **fwd, reduction="none"
         )
@@ -204,7 +203,7 @@ def arguments(tokens: int, kernel_dtype: Any = jnp.float32) -> list[jax.ShapeDty
 
 
 def step_of(way: Callable[..., Any], chunk: int) -> Callable[..., Any]:
-    """Loss, scores, and gradients by hidden states and kernel."""
+    """Loss, scores, and gradients with respect to hidden states and kernel."""
     return jax.value_and_grad(partial(way, chunk=chunk), argnums=(0, 1), has_aux=True)
 
 
@@ -264,7 +263,7 @@ def count(text: str) -> tuple[int, int]:
 
 
 def hbm_bytes(shape: str) -> int:
-    """Of a shape as HLO writes it, or a tuple of them; S(n) marks what lies in another memory."""
+    """Bytes of an HLO shape or tuple of shapes; S(n) marks another memory space."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape)
     return sum(
         BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
@@ -280,8 +279,8 @@ def tokamax_figures(chip: str, tokens: int) -> dict[str, Any]:
         fwd, bwd, _ = tokamax_blocks(tokens, WIDTH, VOCAB)
     bundles = 0
     for kernel in kernels:
-        # A grid step runs one of a pair of bodies: the first block of the width, or a further one. The backward pass
-        # goes over the width three times, with a pair each.
+        # A grid step runs one of two bodies: for the first block of the width, or for later ones. The backward pass
+        # goes over the width three times, with a pair of bodies each.
         blocks, passes = (bwd, 3) if "bwd" in kernel.kernel else (fwd, 1)
         bodies = [body.bundles for body in kernel.bodies]
         assert len(bodies) == 2 * passes, kernel.kernel
@@ -331,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=tuple(CHIPS), default=tuple(CHIPS))
     parser.add_argument("--tokens", nargs="+", type=int, default=(4096, 8192))
-    parser.add_argument("--no-timing", action="store_true", help="leave out the run on this machine")
+    parser.add_argument("--no-timing", action="store_true", help="skip the run on this machine")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
 
@@ -352,7 +351,7 @@ def main() -> None:
                     else:
                         continue
                 except jax.errors.JaxRuntimeError as error:
-                    # JAX 0.10 cannot print some programs that libtpu 0.0.52 makes (an async copy of several operands).
+                    # JAX 0.10 cannot print some of libtpu 0.0.52's programs (async copies of several operands).
                     row["failed"] = str(error).splitlines()[0]
                 rows.append(row)
                 figures = [f"{row.get(key, '-'):>{width}}" for key, width in zip(KEYS, (9, 9, 8, 14), strict=True)]

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: versions and machine, for its results file."""
+"""Versions and machine, for a benchmark's results file."""
 
 import importlib.metadata
 import json
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def version(package: str) -> str | None:
-    """Its installed version; None where it is not installed."""
+    """The installed version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 
 
 def write(name: str, figures: dict[str, Any]) -> Path:
-    """Leave `figures` with the machine's description in results/NAME.json."""
+    """Write `figures` with the machine's description to results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": describe(), **figures}, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Compile MaxText's train step for a topology that is not here, and leave the scheduled program and its memory.
+"""Compile MaxText's train step ahead of time for a TPU topology; write the scheduled program and its memory.
 
-A part of plan_vs_maxtext.py, which starts it with the Python of an environment that has MaxText 0.2.5:
+plan_vs_maxtext.py runs this with the Python of an environment that has MaxText 0.2.5:
 
     python benchmarks/maxtext_step.py OUT.hlo OUT.json OPTIONS.json KEY=VALUE ...
 
-KEY=VALUE are MaxText's own settings on top of its base.yml; OPTIONS.json holds the compiler's options. What is compiled
-is what `python -m maxtext.trainers.pre_train.train_compile` compiles, by calling its functions one after the other. The
-JSON has the memory of a device in bytes and the chips' places in the order of the mesh, or what the compiler refused.
+KEY=VALUE override settings in MaxText's base.yml; OPTIONS.json has the compiler's options. The script calls the same
+functions as `python -m maxtext.trainers.pre_train.train_compile`, so it compiles the same step. OUT.json has the memory
+of a device in bytes and the chips' coordinates in mesh order, or the compiler's refusal.
 """
 
 import json
@@ -31,7 +31,7 @@ from pallas_kernels.chips import compile_only_environment
 def main(text_path: str, json_path: str, options_path: str, settings: list[str]) -> None:
     compile_only_environment()
     jax.config.update("jax_platforms", "cpu")
-    # As train_compile does before anything else.
+    # train_compile starts with this.
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_tpu_spmd_rng_bit_generator_unsafe=true"
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")

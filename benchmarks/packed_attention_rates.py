@@ -1,9 +1,9 @@
-"""How fast the attention kernels of two packed decoders are: useful floating-point operations a bundle, with segments.
+"""Rates of the attention kernels in two packed decoders: useful floating-point operations per bundle, with segments.
 
-A part of plan_vs_maxtext.py. The rates of stepjax.planning.core_time are of sequences without segments, each kernel
-at the best of several block sizes. Both trainers pack: their kernels take segment ids, and run with the block sizes of
-their settings. So the instrument reads those very kernels (grouped heads, segments, these blocks). A row is taken to be
-one segment, which is the most work: neither side skips anything but what lies above the diagonal.
+Part of plan_vs_maxtext.py. The rates in stepjax.planning.core_time are for sequences without segments, with the best of
+several block sizes. Both trainers pack, so their kernels take segment ids and use the block sizes of their settings;
+this module reads exactly those kernels (grouped heads, segments, these blocks). It assumes one segment per row, which
+is the most work: both sides then skip only what lies above the diagonal.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from stepjax.planning.core_time import Pass
 
 Kernel = Literal["ours", "tokamax", "jax_splash"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
-HEADS, KV_HEADS = 8, 2  # 4 query heads a key-value head, as Qwen3-8B has
+HEADS, KV_HEADS = 8, 2  # 4 query heads per key-value head, as in Qwen3-8B
 
 
 def splash_target(
     package: str, which: str, length: int, head_dim: int, blocks: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The target of kernel_schedule: splash attention of "tokamax" or "jax", causal, with segments."""
+    """Target for kernel_schedule: splash attention of "tokamax" or "jax", causal, with segments."""
     if package == "tokamax":
         from tokamax._src.ops.experimental.tpu.splash_attention import (  # type: ignore[import-not-found]
             splash_attention_kernel,
@@ -62,10 +62,10 @@ def splash_target(
 def rates(
     kernel: Kernel, chip: str, length: int, head_dim: int, blocks: dict[str, int], cache: Path, source: str
 ) -> dict[str, int]:
-    """Useful FLOPs a bundle of both passes.
+    """Useful FLOPs per bundle of both passes.
 
     Args:
-        blocks: of splash attention, as its configuration calls them; of ours, those it chooses itself.
+        blocks: splash attention's block sizes, by its own names; our kernel chooses its own.
         source: tells versions of our kernel apart.
     """
     key = f"{kernel} {chip} {length} {head_dim} {json.dumps(blocks)} {source if kernel == 'ours' else ''}"
@@ -99,7 +99,7 @@ def _measure(kernel: Kernel, chip: str, which: Pass, shape: Shape, blocks: dict[
 
 
 def visited(length: int, block_q: int, block_kv: int) -> tuple[int, int]:
-    """Tiles of causal attention that hold anything, and those of them that the diagonal crosses."""
+    """Nonempty tiles of causal attention, and how many of them the diagonal crosses."""
     tiles = [(q, k) for q in range(0, length, block_q) for k in range(0, length, block_kv) if k < q + block_q]
     return len(tiles), sum(k + block_kv > q + 1 for q, k in tiles)
 

@@ -1,13 +1,13 @@
-"""How full the rows are that the packer makes: tokens, global-view slots and crop slots, and the compute behind them.
+"""How full packed rows are: tokens, global-view slots and crop slots, and the compute spent on them.
 
     python benchmarks/packing.py
 
-Slots for vision are static: an empty one is encoded all the same, and the encoder is most of a step of the 10B model.
-So the row's budget has to suit the mixture, and the packer has to fill all three at once: which is the easier, the more
-examples share a row. The benchmark packs made-up records of the recipe's kinds and weights (sizes only: their
-distributions are below, and are an assumption; none is longer than 4,096 tokens) into rows of 4,096 to 16,384 tokens
-with the slots that the mixture asks for, and with a tenth less. It prints the share of every kind of slot in use and
-the share of the step's FLOPs that is spent on something, for several numbers of open rows.
+Vision slots are static: an empty slot is encoded like a full one, and the encoder is most of a step of the 10B model.
+So the row's budgets must suit the mixture, and the packer must fill all three at once, which is easier with more
+examples per row. The benchmark packs synthetic records of the recipe's kinds and weights (sizes only, no longer than
+4,096 tokens; we assume the distributions below) into rows of 4,096 to 16,384 tokens, with the mixture's average number
+of slots and with a tenth less. For several numbers of open rows it prints the share of each kind of slot in use and the
+share of the step's FLOPs that is not wasted.
 
 Legend: T tokens, G global views, N crops, HWC pixels.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # also where stepjax is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # works without installing stepjax
 
 from benchmarks import machine
 from stepjax.config import ImageConfig, ModelConfig
@@ -30,7 +30,7 @@ from stepjax.processing.images import plan_views
 from stepjax.processing.tokens import Example
 
 REAL = ImageConfig()
-# The packer copies pixels; what it decides does not depend on how many there are.
+# The packer copies pixels, but its decisions do not depend on their number.
 SMALL = ImageConfig(global_size=16, crop_size=8, patch_size=1)
 CONTEXT = 4096  # tokens of the longest record
 CROPS = 20  # of the largest one
@@ -38,7 +38,7 @@ Size = tuple[int, int, int]  # tokens, global views, crops
 
 
 class Records:
-    """An endless mixture of records that have sizes and no content."""
+    """An endless mixture of records with sizes but no content."""
 
     def __init__(self, seed: int):
         self._seed = seed
@@ -58,10 +58,10 @@ class Records:
 
     @staticmethod
     def size(rng: np.random.Generator) -> Size:
-        """Of a record of one of the recipe's five kinds, drawn by the recipe's weights."""
+        """Draws a record's size: one of the recipe's five kinds, by the recipe's weights."""
         kind = rng.choice(["text", "interleaved", "pairs", "ocr", "grounding"], p=[0.3, 0.2, 0.2, 0.15, 0.15])
         while True:
-            if kind == "text":  # documents, cut where they are longer than a row
+            if kind == "text":  # documents, cut at the length of a row
                 size = min(int(rng.lognormal(6.5, 0.9)) + 16, CONTEXT), 0, 0
             elif kind == "interleaved":  # web pages with one to four pictures
                 size = _with_images(rng, int(rng.integers(1, 5)), rng.lognormal(5.8, 0.5), (500, 1400), (0.6, 1.8))
@@ -88,7 +88,7 @@ def _with_images(
 
 
 def flops(tokens: float, views: float, crops: float) -> float:
-    """Of training on them; attention of the decoder apart, which depends on how the tokens are divided."""
+    """FLOPs of training on them, without the decoder's attention, which depends on how tokens are divided."""
     return training_flops(
         ModelConfig(),
         tokens=tokens,
@@ -101,7 +101,7 @@ def flops(tokens: float, views: float, crops: float) -> float:
 
 
 def fill(budget: tuple[int, int, int], open_rows: int, rows: int, seed: int) -> dict[str, Any]:
-    """Shares in use of the slots of `rows` rows, after as many that fill the open ones."""
+    """Shares of slots in use over `rows` rows, after as many to fill the open ones."""
     row = RowBudget(*budget, SMALL)
     records: Any = Records(seed)
     stream = PackingStream(records, row, stream=0, num_streams=1, open_rows=open_rows)
@@ -119,14 +119,14 @@ def fill(budget: tuple[int, int, int], open_rows: int, rows: int, seed: int) -> 
 
 
 def demand(records: int, seed: int) -> np.ndarray:
-    """Global views and crops that the mixture has a token."""
+    """The mixture's global views and crops per token."""
     sizes = np.array([Records.size(np.random.default_rng((seed, index))) for index in range(records)])
     return sizes.sum(axis=0)[1:] / sizes[:, 0].sum()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How full the rows are that the packer makes.")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="packed for each setting (default a million)")
+    parser = argparse.ArgumentParser(description="How full packed rows are.")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens packed per setting (default a million)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     views, crops = demand(4000, arguments.seed)

@@ -2,17 +2,17 @@
 
     python benchmarks/pacore_curve.py [--tasks count arithmetic sums] [--run runs/digits] [--problems N] [--texts N]
 
-Three tasks. Two are of the demo model (`make pretrain`; trained if the run is not there): counting the digits in an
-image, and arithmetic without one, at temperature 1. The third is of SmolLM2-135M-Instruct, as published: sums of two
-numbers, told in words. None of the models has been trained to synthesise, so that this shows where training begins.
+Three tasks. Two use the demo model (`make pretrain`; trained here if the run is missing) at temperature 1: counting the
+digits in an image, and arithmetic without one. The third uses SmolLM2-135M-Instruct as published: sums of two numbers,
+in words. Neither model was trained to synthesise, so this shows where training starts from.
 
-As in section 3.2 of the paper, a pool of 32 trajectories is drawn of each problem and every method takes the first K of
-it: seeds derive from the problem, the round and the index, so that those are just the ones that it would have drawn. Of
-PaCoRe's rounds after the first, all are drawn. Sequential rounds form one chain, read off after every round: the final
+As in section 3.2 of the paper, a pool of 32 trajectories is sampled per problem and every method takes the first K.
+Seeds derive from the problem, the round and the index, so these are the trajectories that the method would have sampled
+itself. PaCoRe's later rounds are all sampled. Sequential rounds form one chain, read off after every round: the final
 call of a short chain is the next round of a longer one.
 
-The x axis is the mean number of tokens that were drawn for a problem, prompts not counted. Needs matplotlib, and what
-smollm2.py needs.
+The x axis is the mean number of tokens sampled per problem, without prompts. Needs matplotlib, and what smollm2.py
+needs.
 """
 
 import argparse
@@ -48,7 +48,7 @@ ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "pacore_curve.png"
 POOL = 32
 SCHEDULES = ((1,), (2,), (4,), (8,), (16,), (32,), (32, 4))
-Curves = dict[str, list[dict[str, Any]]]  # by method, the JSON form of its points
+Curves = dict[str, list[dict[str, Any]]]  # method -> its points as JSON
 WIDTHS = (1, 2, 4, 8, 16, 32)  # of votes, and lengths of chains
 
 
@@ -68,7 +68,7 @@ class Point:
     label: str
     right: int
     total: int
-    tokens: float  # drawn for a problem, on average
+    tokens: float  # sampled per problem, on average
 
     def as_json(self) -> dict[str, Any]:
         low, high = wilson_interval(self.right, self.total)
@@ -130,7 +130,7 @@ async def solve(
 ) -> tuple[bool, int]:
     try:
         outcome = await solver.solve(problem, done=done)
-    except RoundFailedError as error:  # nothing was written: wrong, and paid for
+    except RoundFailedError as error:  # no answer: wrong, but its tokens count
         return False, Totals.of(each for made in error.rounds for each in made.trajectories).output_tokens
     return is_right(outcome.content, problem.ground_truth, matching), outcome.totals.output_tokens
 
@@ -138,14 +138,14 @@ async def solve(
 async def chain(
     solver: Coordinator, problem: Problem, done: Iterable[Trajectory], matching: Matching
 ) -> list[tuple[bool, int]]:
-    """Right or not, and tokens so far, after each round. A round that writes nothing leaves the answer before it."""
+    """Whether right, and tokens so far, after each round. A round without an answer keeps the previous one."""
     run, ended, tokens, right = solver.begin(problem, done=done), [], 0, False
     for _ in range(POOL + 1):
         try:
             made = await run.round(1)
             right = is_right(made.messages[0].text, problem.ground_truth, matching)
         except RoundFailedError:
-            made = run.rounds.pop()  # the next one sees what this one saw
+            made = run.rounds.pop()  # the next one sees the same references
             tokens += made.totals.output_tokens
             ended += [(right, tokens)] * (POOL + 1 - len(ended))
             break
@@ -211,7 +211,7 @@ def plot(curves: dict[str, Curves], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(0, 100)
         axes.set_title(task, fontsize=10)
-        axes.set_xlabel("tokens drawn for a problem")
+        axes.set_xlabel("tokens sampled per problem")
         axes.grid(alpha=0.3)
         if not place:
             axes.set_ylabel("right, %")
@@ -224,9 +224,11 @@ def main() -> None:
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default=str(ROOT / "runs" / "digits"), help="of the demo recipe; trained if not there")
-    parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="where SmolLM2's weights are, or are put")
-    parser.add_argument("--problems", type=int, default=200, help="of each task of the demo model")
+    parser.add_argument(
+        "--run", default=str(ROOT / "runs" / "digits"), help="run of the demo recipe; trained if missing"
+    )
+    parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="SmolLM2's weights; fetched if missing")
+    parser.add_argument("--problems", type=int, default=200, help="problems per task of the demo model")
     parser.add_argument("--texts", type=int, default=40, help="problems for SmolLM2")
     makers = {
         "count": lambda: digits(options.run, "count", options.problems),
@@ -234,7 +236,11 @@ def main() -> None:
         "sums": lambda: sums(options.model, options.texts),
     }
     parser.add_argument(
-        "--tasks", nargs="+", choices=list(makers), default=list(makers), help="others stay as they are"
+        "--tasks",
+        nargs="+",
+        choices=list(makers),
+        default=list(makers),
+        help="tasks to run; the others keep their results",
     )
     options = parser.parse_args()
     for name in options.tasks:
@@ -252,7 +258,7 @@ def main() -> None:
 
 
 def save(task: str, curves: Curves) -> None:
-    """Leaves the figures beside those of other tasks, and draws them all."""
+    """Adds the figures to those of other tasks, and plots all."""
     path = machine.RESULTS / "pacore_curve.json"
     tasks = json.loads(path.read_text())["tasks"] if path.exists() else {}
     tasks = {name: figures for name, figures in sorted((tasks | {task: curves}).items())}

@@ -1,12 +1,12 @@
-"""A synthesis round of PaCoRe on one engine: trajectories that share their prompt, and the same as independent calls.
+"""A synthesis round of PaCoRe on one engine: trajectories that share their prompt, against independent calls.
 
     python benchmarks/pacore_sampling.py [--model DIR] [--problems N] [--references TOKENS]
 
-The model is SmolLM2-135M in float32 (`benchmarks/smollm2.py` fetches it). Each problem comes with 16 references, about
-7,400 tokens together, which with template and answer fill the model's context of 8,192. Sixteen trajectories are drawn
-of each, by the same coordinator with the same seeds on an engine of the same size. In one engine requests with the same
-prompt share its computation, its pages and the reading of them; in the other each is on its own. Pages are counted
-while it runs. All problems are given at once, so that their rounds overlap. Needs what smollm2.py needs.
+The model is SmolLM2-135M in float32 (`benchmarks/smollm2.py` fetches it). Each problem has 16 references, about
+7,400 tokens together, which with template and answer fill the model's context of 8,192. Sixteen trajectories are
+sampled per problem, by the same coordinator with the same seeds on engines of the same size. In one engine requests
+with the same prompt share its computation, pages and page reads; in the other each is independent. Pages are counted
+while the engine runs. All problems run concurrently, so their rounds overlap. Needs what smollm2.py needs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONTEXT = 8192
 
 
 def reference(tokens: ProcessorTokens, count: int, seed: int) -> str:
-    """A working of about `count` tokens, such as trajectories leave."""
+    """A worked solution of about `count` tokens, as a trajectory would leave."""
     rng, lines, have = random.Random(seed), [], 0
     while have < count:
         a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
@@ -62,7 +62,7 @@ def problems(tokens: ProcessorTokens, count: int, reference_tokens: int) -> list
 @dataclasses.dataclass
 class Measured:
     seconds: float
-    pages: int  # held at the most
+    pages: int  # at the peak
     prompt_tokens: int  # computed
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="where the weights are, or are put")
+    parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="the weights; fetched if missing")
     parser.add_argument("--problems", type=int, default=1)
     parser.add_argument("--references", type=int, default=440, help="tokens of each of the 16")
     parser.add_argument("--repeats", type=int, default=1)
@@ -149,7 +149,7 @@ def main() -> None:
     }
     ratio = figures["shared"]["problems_per_hour"] / figures["independent"]["problems_per_hour"]
     memory = figures["independent"]["kv_bytes"] / figures["shared"]["kv_bytes"]
-    print(f"\n{options.problems} problems at once, of each {WIDTH} x {ANSWER} tokens after a prompt of {prompt:,}")
+    print(f"\n{options.problems} concurrent problems, {WIDTH} x {ANSWER} tokens each after a prompt of {prompt:,}")
     print(f"{'':<14}{'problems/hour':>16}{'KV cache':>12}{'prompt tokens':>16}")
     for name, figure in figures.items():
         print(

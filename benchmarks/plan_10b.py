@@ -1,11 +1,10 @@
-"""The steps of STEP3-VL-10B on TPU pods: memory, time and MFU, by `stepjax plan`.
+"""Memory, time and MFU of STEP3-VL-10B's steps on TPU pods, by `stepjax plan`.
 
     python benchmarks/plan_10b.py [--steps vlm-v5p-128 ...] [--cache FOLDER]
 
-Each step is compiled whole by the TPU's compiler, which takes a quarter of an hour and up to 6 GiB on two cores;
-nothing else should run beside it. FOLDER keeps every program with what the compiler said of its memory: an interrupted
-run goes on, and a changed estimator reads the same programs again. Empty it when the model, the recipes or libtpu
-change.
+Compiling a step takes a quarter of an hour and up to 6 GiB on two cores; run nothing else meanwhile. FOLDER keeps every
+program with its memory report, so an interrupted run resumes, and a changed estimator rereads the same programs. Empty
+it when the model, the recipes or libtpu change.
 Writes results/plan_step3_vl_10b.json.
 """
 
@@ -51,7 +50,7 @@ class Step:
 
 STEPS = {
     "vlm-v5p-128": Step(PRETRAIN, "v5p-128"),
-    # 31 GiB a chip: smaller micro-batches, and nothing kept.
+    # 31 GiB per chip: smaller micro-batches, full rematerialisation.
     "vlm-v6e-256": Step(
         PRETRAIN,
         "v6e-256",
@@ -62,7 +61,7 @@ STEPS = {
 
 
 def plan(name: str, step: Step, cache: Path) -> StepPlan:
-    """From the cached program, or compiled."""
+    """The plan from the cached program, or compiled."""
     config = override(load_recipe(step.recipe), ["--tokenizer.path", "demo", *step.overrides], prog="plan_10b")
     topology = find(step.topology)
     text, facts = cache / f"{name}.hlo", cache / f"{name}.json"
@@ -76,7 +75,7 @@ def plan(name: str, step: Step, cache: Path) -> StepPlan:
 
 
 def read(config: PretrainConfig, topology: Topology, text: str, facts: dict) -> StepPlan:
-    """A plan from a program and what was written of it when it was compiled."""
+    """A plan from a cached program and its compilation report."""
     mesh = make_mesh(config.mesh, topology.devices())
     step = CompiledStep(
         mesh,

@@ -3,21 +3,21 @@
     python3.12 -m venv VENV && VENV/bin/pip install "maxtext[tpu]==0.2.5" tyro
     PYTHONPATH=. VENV/bin/python benchmarks/plan_vs_maxtext.py [--topologies v5p-128 v6e-256] [--cache FOLDER]
 
-Both sides are compiled by the same JAX and libtpu if the same Python runs them (--maxtext-python names another). Rows
-of 4,096 tokens, the same chips, the same tokens a step, float32 parameters and AdamW moments, bfloat16 compute. Ours is
-the decoder of STEP3-VL-10B, which is Qwen3-8B, with no slots for images and an encoder of one narrow layer (10.8 M
-parameters more than MaxText's model; their optimizer state is counted, and no FLOPs).
+Both sides use the same JAX and libtpu if the same Python runs them (--maxtext-python names another). Rows of 4,096
+tokens, the same chips, the same tokens per step, float32 parameters and AdamW moments, bfloat16 compute. Ours is the
+decoder of STEP3-VL-10B, which is Qwen3-8B, without image slots and with an encoder of one narrow layer (10.8 M more
+parameters than MaxText's model; we count their optimizer state but no FLOPs).
 
-What is compared is an estimate, not a measurement: stepjax.planning.estimate walks through the scheduled program of
-either side; fusions take the compiler's cycles, collectives the time on the wires that nothing hides, attention kernels
-their static schedule with segments and the blocks of the setting (packed_attention_rates.py). Copies to the host's
-memory, which only MaxText's setting on v6e has, are as fast as HBM here, which favours it.
+The comparison is an estimate, not a measurement: stepjax.planning.estimate walks through each side's scheduled program.
+Fusions take the compiler's cycles, collectives their exposed time on the wires, attention kernels their static schedule
+with segments and the setting's blocks (packed_attention_rates.py). Copies to host memory, used only by MaxText's
+setting on v6e, are assumed to be as fast as HBM, which favours MaxText.
 
-Every setting of plan_vs_maxtext_settings.py is tried, and each side counts with its best. MaxText has its recipes for
-the chip (configs/tpu/v5p/llama2_7b.sh; llama3_1_8b_8192 of its Trillium recipes), less the flags that libtpu 0.0.52
-refuses on these chips (asynchronous collective fusion), with ours (stepjax.xla_flags), with tokamax's or JAX's splash
-attention and its best blocks; and settings that were found to be better for it than its recipes. A compilation takes 2
-to 12 minutes; FOLDER keeps each program, so that an interrupted run goes on.
+Every setting of plan_vs_maxtext_settings.py is tried, and each side's best counts. MaxText's settings are its recipes
+for the chip (configs/tpu/v5p/llama2_7b.sh; llama3_1_8b_8192 of its Trillium recipes), without the flags that libtpu
+0.0.52 refuses on these chips (asynchronous collective fusion), with our flags (stepjax.xla_flags), with tokamax's or
+JAX's splash attention and its best blocks; and settings that we found to be better for it. A compilation takes 2 to 12
+minutes; FOLDER keeps each program, so an interrupted run resumes.
 Writes results/plan_vs_maxtext.json.
 """
 
@@ -55,18 +55,18 @@ DECODER = c.DecoderConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A setting, read."""
+    """A setting and its estimate."""
 
     side: Side
     topology: str
     label: str
     is_recipe: bool
     chips: int
-    tokens: int  # a step
+    tokens: int  # per step
     model_flops: float
-    peak_flops: float  # a chip
-    seconds: float  # a step
-    hbm_gib: float  # a device
+    peak_flops: float  # per chip
+    seconds: float  # per step
+    hbm_gib: float  # per device
     exposed_seconds: float  # of collectives
     attention_flop_per_bundle: dict[str, int]
     seconds_by_part: dict[str, float]
@@ -86,7 +86,7 @@ class Result:
 
 def our_config(rows: int, values: dict[str, Any]) -> c.PretrainConfig:
     values = dict(values)
-    side = 28  # pixels of a view: there are none
+    side = 28  # pixels of a view; there are no images
     return c.PretrainConfig(
         name="qwen3_8b",
         model=c.ModelConfig(
@@ -129,19 +129,19 @@ def compile_maxtext(
     with log.open("w") as output:
         command = [python, str(script), str(text), str(found), str(options), *settings]
         if subprocess.run(command, stdout=output, stderr=output).returncode:
-            raise SystemExit(f"MaxText's step failed; {log} says why")
+            raise SystemExit(f"MaxText's step failed; see {log}")
     answer = json.loads(found.read_text())
     if "refused" not in answer:
         rows = ROWS[topology.name] * topology.chips
         assert answer["global_batch"] == rows, f"{answer['global_batch']} rows in place of {rows}"
         whole = answer["argument_size"] + answer["output_size"] - answer["alias_size"] + answer["temp_size"]
-        # What lies in the host's memory is in the compiler's peak, too.
+        # The compiler's peak includes host memory.
         answer["hbm_bytes"] = max(whole, answer["peak_memory"] - answer["host_temp_size"])
     return answer
 
 
 def source_digest() -> str:
-    """Of the code that a step is compiled from."""
+    """Digest of the code that a step is compiled from."""
     digest = hashlib.sha256()
     for folder in ("stepjax/models", "stepjax/training", "pallas_kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -152,7 +152,7 @@ def source_digest() -> str:
 
 
 def cache_name(side: Side, topology: str, setting: Setting, flags: dict[str, str]) -> str:
-    """Of a compiled program: changes with all that it depends on."""
+    """Name of a compiled program, derived from everything it depends on."""
     packages = ("jax", "libtpu", "maxtext") if side == "maxtext" else ("jax", "libtpu")
     versions = [machine.version(package) for package in packages]
     parts = [side, topology, ROWS[topology], TOKENS, setting.values, flags, versions]
@@ -193,7 +193,7 @@ def read(side: Side, topology: Topology, setting: Setting, compiled: dict[str, A
 
 
 def by_part(program: hlo.Program, estimated: Estimate) -> dict[str, float]:
-    """Seconds by what they are for. The sides name nothing alike, so the sizes of arrays tell the parts."""
+    """Seconds by part of the step. The sides use different names, so array sizes identify the parts."""
     shapes = {op.name: op.shape for ops in program.computations.values() for op in ops}
     total: dict[str, float] = {}
     for cost in estimated.costs:
@@ -215,7 +215,7 @@ def part_by_shape(cost: Cost, operands: list[str]) -> str:
     names = f"{cost.scope} {cost.operation.source.file if cost.operation.source else ''}"
     if "splash" in names or "flash_attention" in names:
         return "around the attention kernel"
-    # dot_general fusions keep the name of the product; norms and rotations next to it may be fused with it.
+    # dot_general fusions keep the product's name; they may include adjacent norms and rotations.
     return "attention projections" if "dot_general" in cost.scope else "norms, rotary, residuals, stacking"
 
 
@@ -227,10 +227,10 @@ def best(results: list[Result], side: Side) -> Result | None:
 
 
 def ratio(results: list[Result], *, recipes: bool = False) -> float | None:
-    """Tokens a second, ours over MaxText's, each with its best setting; None while one of them is missing.
+    """Tokens per second, ours over MaxText's, each with its best setting; None while one side is missing.
 
     Args:
-        recipes: of MaxText's settings take only those that it publishes.
+        recipes: use only MaxText's published settings.
     """
     theirs = best([r for r in results if r.is_recipe or not recipes], "maxtext")
     ours = best(results, "stepjax")
@@ -280,7 +280,9 @@ def run(topology: Topology, side: Side, setting: Setting, python: str, cache: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topologies", nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
-    parser.add_argument("--maxtext-python", default=sys.executable, help="of an environment with maxtext[tpu]==0.2.5")
+    parser.add_argument(
+        "--maxtext-python", default=sys.executable, help="Python of an environment with maxtext[tpu]==0.2.5"
+    )
     parser.add_argument("--cache", type=Path, default=Path("plan_vs_maxtext_cache"), help="keeps compiled programs")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -1,7 +1,7 @@
 """The settings that plan_vs_maxtext.py tries: ours, and MaxText's.
 
-MaxText's are its own recipes for the chip, less the flags that libtpu 0.0.52 refuses on these chips, and what was found
-to be better for it.
+MaxText's are its own recipes for the chip, without the flags that libtpu 0.0.52 refuses on these chips, and settings
+that we found to be better for it.
 """
 
 import dataclasses
@@ -17,23 +17,23 @@ SIDES: tuple[Side, ...] = ("stepjax", "maxtext")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to run the step: what to override, on top of what all settings of a side share."""
+    """One way to run the step: overrides of the side's common settings."""
 
     label: str
     values: dict[str, Any]
-    flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # on stepjax.xla_flags; None takes away
+    flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # None removes a flag
     attention: Kernel = "ours"
     is_recipe: bool = False  # close to what MaxText publishes for the chip
 
 
 def splash(forward: int, q_dkv: int, kv_dkv: int, kv_dkv_compute: int) -> dict[str, int]:
-    """MaxText's names of the block sizes; the forward pass has square ones."""
+    """Block sizes by MaxText's names; the forward pass uses square blocks."""
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     sizes = (forward, forward, forward, q_dkv, kv_dkv, kv_dkv_compute)
     return {f"sa_{name}": size for name, size in zip(names, sizes, strict=True)}
 
 
-# Of MaxText's benchmarks/xla_flags_library.py: HOST_OFFLOAD_FLAGS, LAYOUT_FOR_ALL_REDUCE_SCATTER.
+# From MaxText's benchmarks/xla_flags_library.py: HOST_OFFLOAD_FLAGS, LAYOUT_FOR_ALL_REDUCE_SCATTER.
 HOST_OFFLOAD = {
     "xla_tpu_enable_all_experimental_scheduler_features": "true",
     "xla_tpu_enable_scheduler_memory_pressure_tracking": "true",
@@ -54,12 +54,12 @@ ALL_REDUCE_SCATTER = {
 }
 OFFLOADED = ("decoder_layer_input", "out_proj", "query_proj", "key_proj", "value_proj")
 OFFLOAD = {"remat_policy": "custom"} | dict.fromkeys(OFFLOADED, "offload")
-# Of 64 MiB a core. Products of matrices get larger tiles: on v5p either side's step takes a fifth less than without it.
+# Of 64 MiB per core. Matrix products get larger tiles: on v5p both sides' steps take a fifth less time with it.
 VMEM = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 OWN_VMEM = {"xla_tpu_scoped_vmem_limit_kib": None}  # MaxText's recipe leaves it to the compiler
-ONE_BLOCK = splash(512, 1024, 4096, 1024)  # all keys in one block backward: no partial gradients of queries to add up
+ONE_BLOCK = splash(512, 1024, 4096, 1024)  # backward with all keys in one block: no partial query gradients to sum
 
-ROWS = {"v5p-128": 4, "v6e-256": 8}  # a chip and step
+ROWS = {"v5p-128": 4, "v6e-256": 8}  # per chip and step
 SETTINGS: dict[tuple[str, Side], tuple[Setting, ...]] = {
     ("v5p-128", "stepjax"): (Setting("remat dots", {"remat": "dots"}, VMEM),),
     ("v6e-256", "stepjax"): (Setting("remat qkv, 2 x 4 rows", {"remat": "qkv", "accumulation": 2}),),

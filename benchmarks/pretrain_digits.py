@@ -1,9 +1,9 @@
-"""The README's figures: run the demo recipe from scratch as a user does, and record how long and how well.
+"""The README's figures: run the demo recipe from scratch as a user does; record time and accuracy.
 
     python benchmarks/pretrain_digits.py [--keep DIR]
 
 Takes as long as `make pretrain`. Writes results/pretrain_digits.json: wall times, median rates, the loss curve and
-held-out accuracy, and puts the picture into docs/.
+held-out accuracy, and puts the contact sheet into docs/.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RATES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", help="leave the run in this directory")
+    parser.add_argument("--keep", help="keep the run in this directory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(arguments.keep or temporary)

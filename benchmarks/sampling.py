@@ -1,16 +1,15 @@
-"""What sampling without a sort saves: measured on this machine's CPU, and from the static schedule of four TPUs.
+"""Savings of sampling without a sort: measured on this machine's CPU, and from the static schedules of four TPUs.
 
     python benchmarks/sampling.py [--rows 64] [--repeats 3]
 
 Needs libtpu for the TPU part. Writes results/sampling.json:
-    cpu   seconds of the "xla" implementation and of a sampler that sorts (jax.lax.sort, cumsum), best of the repeats,
-          taken in turn, and their ratio. Both do temperature, top-k, top-p and both log-probabilities.
-    tpu   of the kernel: bundles a row, from the loops' bundles and trips, and bytes of HBM that a row reads (its
-          logits and parameters, as the kernel's block copies them, once). Of the sorting sampler compiled by
-          XLA for the same chip: the bytes that XLA says its operations access, the operands and results of each counted
-          once, so that the passes inside the sort are missing; and the cycles that XLA estimates, which it does for all
-          but the sort (where this JAX can print the program).
-The probes that a bisection takes are counted on this machine, by blocks of 8 rows of synthetic logits.
+    cpu   seconds of the "xla" implementation and of a sorting sampler (jax.lax.sort, cumsum), best of interleaved
+          repeats, and their ratio. Both do temperature, top-k, top-p and both log-probabilities.
+    tpu   kernel: bundles per row, from the loops' bundles and trips, and HBM bytes read per row (logits and parameters,
+          once, as the kernel's block copies them). Sorting sampler compiled by XLA for the same chip: bytes accessed by
+          XLA's count, each operation's operands and results once, so passes inside the sort are missing; and XLA's
+          estimated cycles of everything but the sort (if this JAX can print the program).
+The probes of a bisection are counted on this machine, in blocks of 8 rows of synthetic logits.
 """
 
 import argparse
@@ -62,9 +61,9 @@ def main() -> None:
 
 
 def synthetic_logits(rows: int) -> jax.Array:
-    """A bell-shaped bulk, less likely with the id, and 1 to 200 tokens a row that stand out: float32 [B, V].
+    """A bell-shaped bulk, less likely with increasing id, and 1 to 200 outstanding tokens per row: float32 [B, V].
 
-    These hold 96 % of the mass of the median row, in whose nuclei of 0.9 there are then a few tokens.
+    In the median row these have 96 % of the mass, so its nucleus of 0.9 has a few tokens.
     """
     rng = np.random.default_rng(1)
     logits_BV = 2.5 * rng.standard_normal((rows, VOCAB), np.float32) - 0.4 * np.log(
@@ -125,9 +124,9 @@ def on_cpu(logits_BV: jax.Array, top_k: int, top_p: float, repeats: int) -> dict
 
 
 def count_probes(logits_BV: jax.Array, top_k: int, top_p: float) -> dict[str, float]:
-    """Probes of the kernel's bisections for a block of 8 rows, on average.
+    """Mean number of probes of the kernel's bisections for a block of 8 rows.
 
-    Returns those among the candidates, those over the vocabulary, and the share of blocks whose candidates suffice.
+    Returns probes among the candidates, probes over the vocabulary, and the share of blocks whose candidates suffice.
     """
     among_candidates, over_vocabulary, found = [], [], []
     for first in range(0, len(logits_BV) // ROWS * ROWS, ROWS):
@@ -174,7 +173,7 @@ def as_measure(kept_RV: np.ndarray, mass_RV: np.ndarray) -> selection.Measure:
 
 
 def candidates_floor(x_RV: jax.Array) -> jax.Array:
-    """The largest of the logits that are the LARGEST-th of a lane of a part, as the kernel collects them."""
+    """The largest LARGEST-th logit of any lane of any part, as the kernel collects them."""
     chunks = -(-VOCAB // (CHUNK * PARTS)) * PARTS
     padded = np.pad(np.asarray(x_RV), ((0, 0), (0, chunks * CHUNK - VOCAB)), constant_values=-np.inf)
     of_lane = padded.reshape(len(padded), -1, PARTS, CHUNK // LANES, LANES).transpose(0, 2, 4, 1, 3)
@@ -203,7 +202,7 @@ def on_tpu(chip: str, rows: int, probes: dict[str, dict[str, float]]) -> dict[st
 
 
 def sort_on_tpu(chip: str, rows: int) -> dict[str, Any]:
-    """What XLA says of `sample_by_sorting`, by the row, and how often the bytes are those of its logits."""
+    """XLA's figures for `sample_by_sorting` per row, and the ratio of its bytes to the logits' bytes."""
     mesh = chips.compile_only_mesh(chip)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arguments = {"logits_BV": jnp.zeros((rows, 1)), **row_arguments(rows, 1, 1.0)}
@@ -220,7 +219,7 @@ def sort_on_tpu(chip: str, rows: int) -> dict[str, Any]:
     }
     try:
         cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())))
-    except jax.errors.JaxRuntimeError:  # this version's asynchronous copies do not print in older JAX
+    except jax.errors.JaxRuntimeError:  # older JAX cannot print this version's asynchronous copies
         return figures
     return figures | {"cycles_a_row_without_the_sort": round(cycles / rows)}
 

@@ -1,20 +1,19 @@
-"""What a decoding step reads and costs when sequences share a prefix, against a step that treats each by itself.
+"""Bytes and cost of a decoding step whose sequences share a prefix, against a step that treats each separately.
 
     python benchmarks/shared_prefix_attention.py [--chips v5e v6e ...] [--suffix 4096] [--no-timing]
 
-For prefixes of 2k, 8k and 32k tokens, 4, 16 and 32 sequences a group, eight prefix groups, Qwen3-8B's attention (one
-layer), pages of 64 tokens:
+For prefixes of 2k, 8k and 32k tokens, eight prefix groups of 4, 16 and 32 sequences, Qwen3-8B's attention (one layer),
+pages of 64 tokens:
 
-  bytes      of keys and values a step reads: by formula, and by counting the copies that the kernel's own work list
-             makes it issue. "Per sequence" is the same kernel with no prefix shared: every sequence's prefix and
-             suffix lie in its own row
-  bundles    of the chip's core for the step, from the static schedule of the compiled kernel: the loop bodies, each as
-             often as the work list runs it (starting the copies adds some 10 a page). An estimate, not a measurement:
+  bytes      keys and values read per step: by formula, and by counting the copies that the kernel's work list issues.
+             "Per sequence" is the same kernel without sharing: every sequence has prefix and suffix in its own row
+  bundles    per core and step, from the compiled kernel's static schedule: loop bodies times their runs in the work
+             list (starting the copies adds about 10 per page). An estimate, not a measurement:
              see kernel_schedule.py
   HBM time   bytes over the chip's memory bandwidth; the step takes at least the larger of the two times
 
-Where JAX has a GPU, also the time of a step in XLA: shared prefix, per sequence over pages, and per sequence over a
-dense cache. Without one the same three run at a small size on the CPU, which says nothing about accelerators.
+With a GPU, also the time of a step in XLA: shared prefix, per sequence over pages, and per sequence over a dense cache.
+Without one, the same three run at a small size on the CPU, which says nothing about accelerators.
 
 Writes results/shared_prefix_attention.json.
 """
@@ -54,10 +53,10 @@ DECODE = "kernel_targets:decode"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A batch of equal prefix groups and the attention they meet."""
+    """A batch of equal prefix groups and the attention's sizes."""
 
     groups: int = 8
-    sequences: int = 16  # of each group
+    sequences: int = 16  # per group
     prefix: int = 8192
     suffix: int = 4096
     page_size: int = 64
@@ -84,7 +83,7 @@ class Sizes:
 def tables(sizes: Sizes, shared: bool) -> PageTables:
     """The step's tables on scattered pages. Not shared: a sequence's row is its group's prefix pages, then its own.
 
-    The prefix is then taken up to its last full page, since a row is filled without gaps; the sizes used have no other.
+    An unshared prefix ends at its last full page, since rows have no gaps; the sizes used here are full pages.
     """
     assert sizes.prefix % sizes.page_size == 0
     pages = np.random.default_rng(0).permutation(sizes.num_pages).astype(np.int32)
@@ -103,11 +102,11 @@ def tables(sizes: Sizes, shared: bool) -> PageTables:
 
 @dataclasses.dataclass
 class Walk:
-    """What the kernel does on its way through a work list."""
+    """What the kernel does for a work list."""
 
-    copies: int = 0  # of a page each
+    copies: int = 0  # one page each
     steps: int = 0
-    chunks: Counter = dataclasses.field(default_factory=Counter)  # run, by the body that runs them
+    chunks: Counter = dataclasses.field(default_factory=Counter)  # runs by body
 
 
 def walk(work: WorkList, page_size: int, block: int, chunk: int) -> Walk:
@@ -125,7 +124,7 @@ def walk(work: WorkList, page_size: int, block: int, chunk: int) -> Walk:
 
 
 def walk_step(sizes: Sizes, chip: str, shared: bool) -> tuple[Walk, Walk]:
-    """The prefix kernel's way and the suffix kernel's."""
+    """The walks of the prefix kernel and the suffix kernel."""
     tiling = choose_tiling(sizes.num_kv_heads, sizes.width, 2, CHIPS[chip])
     step = PageTables(*map(jnp.asarray, tables(sizes, shared)))
     subgroups = make_subgroups(step.group_of_B, sizes.groups)
@@ -137,7 +136,7 @@ def walk_step(sizes: Sizes, chip: str, shared: bool) -> tuple[Walk, Walk]:
 
 
 def read_bytes(sizes: Sizes, chip: str) -> dict[str, float]:
-    """Bytes of keys and values of one layer's step, by formula and by counting copies."""
+    """Key and value bytes of one layer's step, by formula and by counting copies."""
     figures: dict[str, float] = {}
     for name, shared in (("shared", True), ("per_sequence", False)):
         readers = sizes.groups if shared else sizes.batch
@@ -170,8 +169,8 @@ def bodies(chip: str, sizes: Sizes) -> tuple[list[int], int]:
 
 
 def estimate(sizes: Sizes, chip: str, prefix_bundles: list[int], suffix_bundles: int) -> dict[str, float]:
-    """Bundles of a step and the times they and its bytes imply, in microseconds, for one layer."""
-    cores = choose_tiling(sizes.num_kv_heads, sizes.width, 2, CHIPS[chip]).split  # each does its part of the heads
+    """Bundles of a step for one layer, and the microseconds implied by bundles and by bytes."""
+    cores = choose_tiling(sizes.num_kv_heads, sizes.width, 2, CHIPS[chip]).split  # each computes its part of the heads
     bandwidth = cores * pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1).mem_bw_bytes_per_second
     figures: dict[str, float] = {}
     for name, shared in (("shared", True), ("per_sequence", False)):
@@ -225,7 +224,7 @@ def seconds(f: Callable[..., Any], arguments: tuple[Any, ...], repeats: int = 20
 
 
 def time_steps(sizes: Sizes, dtype: Any, **options: int) -> dict[str, dict[str, float]]:
-    """Attention steps of one layer: seconds, and tokens (one a sequence) a second."""
+    """Attention steps of one layer: seconds, and tokens per second (one per sequence)."""
     figures = {}
     for name, (f, arguments) in methods(sizes, dtype).items():
         taken = seconds(f, arguments, **options)
@@ -235,9 +234,9 @@ def time_steps(sizes: Sizes, dtype: Any, **options: int) -> dict[str, dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="*", default=list(CHIPS), choices=tuple(CHIPS), help="to compile for")
-    parser.add_argument("--suffix", type=int, default=4096, help="tokens of every sequence's own")
-    parser.add_argument("--no-timing", action="store_true", help="leave out the XLA implementations' times")
+    parser.add_argument("--chips", nargs="*", default=list(CHIPS), choices=tuple(CHIPS), help="chips to compile for")
+    parser.add_argument("--suffix", type=int, default=4096, help="tokens of each sequence's suffix")
+    parser.add_argument("--no-timing", action="store_true", help="skip timing the XLA implementations")
     options = parser.parse_args()
     grid = [
         Sizes(prefix=prefix, sequences=sequences, suffix=options.suffix)
@@ -258,7 +257,7 @@ def main() -> None:
 
 
 def report_bytes(grid: list[Sizes]) -> list[dict[str, float]]:
-    print("MiB of keys and values read a step and layer; copied: by the copies in the work list")
+    print("MiB of keys and values read per step and layer; copied: counted from the work list")
     print(f"{'prefix':>7} {'sequences':>13} {'shared':>9} {'copied':>9} {'per seq.':>9} {'copied':>9} {'ratio':>6}")
     rows = []
     for sizes in grid:
@@ -278,7 +277,7 @@ def report_chip(grid: list[Sizes], chip: str) -> dict[str, Any]:
         f"\n{chip}: bundles of {tiling.chunk} tokens, a core's heads: prefix {prefix_bundles} for groups of up to 4, "
         f"16, 32 and 64 sequences, suffix {suffix_bundles}"
     )
-    print("us a step and layer: the core's bundles over its clock, and bytes over bandwidth")
+    print("us per step and layer: the core's bundles over its clock, and bytes over bandwidth")
     print(f"{'prefix':>7} {'sequences':>13} {'core':>9} {'HBM':>9} {'core p.s.':>10} {'HBM p.s.':>9} {'speed-up':>9}")
     rows = []
     for sizes in grid:
@@ -301,7 +300,7 @@ def report_times(suffix: int) -> dict[str, Any]:
     else:
         small = Sizes(groups=2, prefix=512, suffix=64, page_size=16, num_heads=4, num_kv_heads=1, width=64)
         grid, dtype = [dataclasses.replace(small, sequences=k) for k in (4, 16)], jnp.float32
-    print(f"\nXLA on {device.device_kind}: us a step and layer")
+    print(f"\nXLA on {device.device_kind}: us per step and layer")
     rows = []
     for sizes in grid:
         row = time_steps(sizes, dtype)

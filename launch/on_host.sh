@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# The part of a launch that runs on a TPU VM: keeps one run going there, whether or not anyone is logged in.
+# Runs on a TPU VM and keeps one run going there, whether or not anyone is logged in.
 #
 #   launch/on_host.sh --action start --run a --chip v6e -- stepjax pretrain RECIPE --out gs://BUCKET/a
 #   launch/on_host.sh --action follow --run a
 #
-# tpu_vm.sh, tpu_pod.sh and queued_resource.sh copy the repository to each host and call this script there. It needs
-# Linux, bash 4.4 and, in the repository, .venv with stepjax.
+# tpu_vm.sh, tpu_pod.sh and queued_resource.sh copy the repository to each host and call this script there. Needs
+# Linux, bash 4.4 and a .venv with stepjax in the repository.
 #
-#   start   starts the run in the background, with its log in STATE_DIR/RUN.log; does nothing if it is running already
+#   start   starts the run in the background, logging to STATE_DIR/RUN.log; does nothing if it is already running
 #   follow  prints the log until the run ends, and exits with its status
-#   stop    SIGTERM: the run saves a checkpoint and leaves; SIGKILL after the grace time
+#   stop    SIGTERM: the run checkpoints and exits; SIGKILL after the grace time
 #   status  prints "running", "ended STATUS" or "unknown"
 #
-# The run is started again, up to --restarts times, after status 75 (another host died) and after 143 (SIGTERM) unless
-# it was stopped here or the machine is going down, when the system sends SIGTERM to this script too. Such a signal is
-# not passed on: the system has sent it to stepjax itself, which takes a second one as an order to leave unsaved.
+# The run restarts, up to --restarts times, after status 75 (another host died) and after 143 (SIGTERM), unless it was
+# stopped here or the machine is shutting down, in which case the system sends SIGTERM to this script too. This script
+# does not forward such a signal: stepjax got it from the system, and a second one would end it without a checkpoint.
 #
 # Flags:
 #   --action WHAT       start, follow, stop or status
 #   --run NAME          the run's name
-#   --restarts N        how often to start again, at most (10)
+#   --restarts N        maximum restarts (10)
 #   --delay SECONDS     pause before a restart (10)
-#   --grace SECONDS     time to save after stop (120)
+#   --grace SECONDS     time to checkpoint after stop (120)
 #   --chip CHIP         set the compiler's flags for it
-#   --cache-dir DIR     JAX's compilation cache; on several hosts a gs:// path, for only the first host writes to it
+#   --cache-dir DIR     JAX's compilation cache; on several hosts a gs:// path, because only the first host writes it
 #   --distributed       join the other hosts (STEPJAX_DISTRIBUTED=auto)
-#   --state-dir DIR     where log, process id and status are kept (~/.stepjax)
+#   --state-dir DIR     directory for log, process id and status (~/.stepjax)
 #   --print             print what would run, and run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -45,10 +45,10 @@ need_number delay 0
 need_number grace 1
 state=$opt_state_dir/$opt_run
 
-# A run that has left its status has ended, even if its process is still to be collected.
+# A run whose status file exists has ended, even if its process has not been reaped.
 running() { [[ -f $state.pid && ! -f $state.status ]] && kill -0 "$(<"$state.pid")" 2>/dev/null; }
 
-# What the run needs, as shell code: for --print the same as for the run.
+# The run's environment as shell code, the same for --print and for the run.
 environment() {
   if [[ -d $repository/.venv/bin ]]; then echo "export PATH=$(quoted "$repository/.venv/bin"):\"\$PATH\""; fi
   if [[ $opt_cache_dir ]]; then echo "export JAX_COMPILATION_CACHE_DIR=$(quoted "$opt_cache_dir")"; fi
@@ -60,7 +60,7 @@ start() {
   need_command
   if [[ $print ]]; then
     environment
-    remark "In the background, until it ends or has been started again $opt_restarts times:"
+    remark "In the background, until it ends or has restarted $opt_restarts times:"
     echo "$(quoted "${command[@]}") >>$(quoted "$state.log") 2>&1"
     return
   fi
@@ -70,7 +70,7 @@ start() {
   fi
   mkdir -p "$opt_state_dir"
   rm -f "$state.status" "$state.stop"
-  # A process group of its own, for SIGKILL, and which the end of a login does not reach.
+  # Its own process group, for SIGKILL and to survive the end of the login.
   set -m
   (
     trap '' HUP
@@ -115,12 +115,12 @@ follow() {
   [[ -f $state.pid ]] || die "the run '$opt_run' was not started here"
   while running; do sleep 0.2; done &
   tail --lines=+1 --follow --sleep-interval=0.2 --pid="$!" "$state.log"
-  # Without a status the supervisor was killed, most likely with the machine: 75, run it again.
+  # No status: the supervisor was killed, most likely with the machine. 75: restart.
   [[ -f $state.status ]] || exit 75
   exit "$(<"$state.status")"
 }
 
-# SIGTERM goes to the command alone; the processes that it has started are its own to end.
+# SIGTERM goes only to the command, which ends its own children.
 stop() {
   local until=$((SECONDS + opt_grace))
   if [[ $print ]]; then
@@ -136,7 +136,7 @@ stop() {
   kill -TERM "$(<"$state.child")" 2>/dev/null || true
   while running && ((SECONDS < until)); do sleep 0.2; done
   if running; then
-    say "not ended after $opt_grace s: SIGKILL"
+    say "still running after $opt_grace s: SIGKILL"
     kill -KILL -- "-$(<"$state.pid")"
   fi
 }

@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# A TPU, of one host or several, by way of a queued resource: asks for it, waits until it is there, runs, and when a
-# spot TPU is taken away asks for another one and goes on from the last checkpoint. Stays until the run has ended.
+# Run on a TPU of one or more hosts from a queued resource: requests it, waits for it and starts the run. When a spot
+# TPU is preempted, it requests another one and resumes from the last checkpoint. Exits when the run has ended.
 #
 #   ssh-add ~/.ssh/google_compute_engine
 #   launch/queued_resource.sh --name vl-spot --accelerator v5p-128 --zone ZONE --spot --cache-dir gs://BUCKET/cache \
 #     -- stepjax pretrain configs/step3_vl_10b/pretrain.py --out gs://BUCKET/vl
 #
-# Needs: what tpu_pod.sh needs, and a machine that stays on to run this script, for it is what asks again. It may be
-# stopped (the run and the request stay) and run again: it takes up what it finds. Checkpoints must be on gs://, for
-# the hosts' disks go with the TPU. Ends with the run's status; 75 when --resubmits are used up.
+# Needs: what tpu_pod.sh needs, and a machine that stays on to run this script, which makes the new requests. You may
+# stop and restart it: the run and the request stay, and it picks them up. Checkpoints must be on gs://, because the
+# hosts' disks go with the TPU. Exits with the run's status, or with 75 when --resubmits are used up.
 #
 # Flags:
-#   --name NAME         the queued resource's name, and the TPU's and the run's
-#   --accelerator TYPE  such as v5p-128; the known ones are in launch/tpu_types.tsv
-#   --zone ZONE         default: gcloud's own setting (compute/zone)
-#   --project PROJECT   default: gcloud's own setting (core/project)
-#   --spot              a spot TPU, cheaper, which may be taken away at any time
-#   --reserved          from a reservation
-#   --valid-until DURATION  give a request up that has waited this long, such as 6h
-#   --image VERSION     the software that it is made with (default: the image for its chip)
-#   --service-account ADDRESS  whose rights it has, to buckets for instance (default: Compute Engine's account)
-#   --internal-ip       reach it by its internal address, from inside its network
+#   --name NAME         name of the queued resource, the TPU and the run
+#   --accelerator TYPE  such as v5p-128; see launch/tpu_types.tsv
+#   --zone ZONE         default: gcloud's compute/zone
+#   --project PROJECT   default: gcloud's core/project
+#   --spot              use a spot TPU: cheaper, can be preempted at any time
+#   --reserved          use a reservation
+#   --valid-until DURATION  give up a request after this long in the queue, such as 6h
+#   --image VERSION     the TPU VM's software version (default: the image for its chip)
+#   --service-account ADDRESS  the TPU VM's service account, for access to buckets (default: Compute Engine's account)
+#   --internal-ip       connect to the internal address, from inside its network
 #   --ref REF           the commit of this repository to run (HEAD)
-#   --python VERSION    the Python to install there, by uv (3.12)
+#   --python VERSION    the Python that uv installs there (3.12)
 #   --cache-dir DIR     JAX's compilation cache: gs://BUCKET/PATH, which outlives the TPU
-#   --restarts N        how often the hosts start the run again after status 75 or 143, at most (10)
-#   --resubmits N       how often to ask for another TPU, or to start again after the last of those, at most (50)
-#   --poll SECONDS      pause between looks at the state (30)
-#   --grace SECONDS     time to save after --action stop (120)
-#   --keep              keep the TPU when the run has ended; otherwise it is deleted
-#   --action ACTION     run (the default), stop (save and leave), status or delete (the request and the TPU)
+#   --restarts N        maximum restarts on the hosts after status 75 or 143 (10)
+#   --resubmits N       maximum requests for another TPU, and restarts after the hosts' own are used up (50)
+#   --poll SECONDS      pause between state checks (30)
+#   --grace SECONDS     time to checkpoint after --action stop (120)
+#   --keep              keep the TPU after the run; by default it is deleted
+#   --action ACTION     run (default), stop (checkpoint and exit), status or delete (the request and the TPU)
 #   --print             print what would run, and run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/tpu_lib.sh"
 
@@ -45,10 +45,10 @@ need_number resubmits 0
 need_number poll 0
 [[ ! $opt_spot || ! $opt_reserved ]] || die "--spot and --reserved exclude each other"
 need_bucket cache-dir
-# shellcheck disable=SC2034  # for tpu_lib.sh
+# shellcheck disable=SC2034  # used by tpu_lib.sh
 workers=$([[ $tpu_vm_hosts == 1 ]] && echo 0 || echo all)
 
-# The request's state, empty where there is none. `describe` would fail alike for no request and for no connection.
+# The request's state, empty if there is no request. `describe` would also fail without a connection.
 request_state() {
   run gcloud compute tpus queued-resources list "${where[@]}" "--filter=name ~ \"/$opt_name\$\"" \
     "--format=value(state.state)"
@@ -68,7 +68,7 @@ delete_request() { run gcloud compute tpus queued-resources delete "$opt_name" "
 
 finish() {
   if [[ ! $opt_keep ]] && ! delete_request; then
-    say "the queued resource could not be deleted: it costs money until it is"
+    say "the queued resource could not be deleted; it costs money until it is"
   fi
   exit "$1"
 }
@@ -78,7 +78,7 @@ fail() {
   exit 1
 }
 
-# One more try at going on; 75, as for any run that stopped halfway, when there have been enough.
+# Counts another attempt; exits with 75, as for any interrupted run, when they are used up.
 tries=0
 again() {
   say "$1"
@@ -89,11 +89,11 @@ again() {
   fi
 }
 
-# The TPU is there: run, or go on watching. Returns when there is reason to look at the TPU's state again.
+# The TPU is ready: start the run, or keep following it. Returns when the TPU's state should be checked again.
 serve() {
   local answer
   answer=$(on_host 0 status) || answer=
-  # A run that has ended meanwhile is started all the same: stepjax finds its checkpoint and ends at once.
+  # A run that has ended meanwhile is started anyway: stepjax finds its checkpoint and ends at once.
   if [[ $answer != running ]]; then
     if ! install_on_tpu || ! start_on_tpu; then
       say "the run could not be started"
@@ -101,13 +101,13 @@ serve() {
     fi
   fi
   follow_on_tpu || true
-  # gcloud's own failures look like the run's, so the host is asked.
+  # gcloud's own failures look like the run's, so ask the host.
   answer=$(on_host 0 status) || answer=
   case $answer in
     running) ;;
     'ended 75' | 'ended 143')
-      again "the run ended with status ${answer#ended } and can go on"
-      sleep "$opt_poll" # a TPU that is being taken away is not ACTIVE any more by then
+      again "the run ended with status ${answer#ended } and can be resumed"
+      sleep "$opt_poll" # a preempted TPU is no longer ACTIVE by then
       if [[ $(request_state) == ACTIVE ]]; then start_on_tpu; fi
       ;;
     'ended '*) finish "${answer#ended }" ;;
@@ -118,15 +118,15 @@ serve() {
 if [[ $print ]]; then
   case $opt_action in
     run)
-      remark "Is there a request already, and in which state?"
+      remark "Is there already a request, and in which state?"
       request_state
-      remark "If there is none, and again after SUSPENDED (taken away) or FAILED, when the old one has been deleted:"
+      remark "If there is none, and again after SUSPENDED (preempted) or FAILED, once the old one is deleted:"
       request
-      remark "Then the first command again every $opt_poll s until it says ACTIVE, and:"
+      remark "Repeat the first command every $opt_poll s until it says ACTIVE, then:"
       install_on_tpu
       start_on_tpu
       follow_on_tpu
-      remark "Has the run ended, or only the connection? After 75 or 143, and when the TPU is gone, all from the start."
+      remark "Has the run ended, or only the connection? After 75 or 143, or if the TPU is gone, start over."
       on_host 0 status
       if [[ ! $opt_keep ]]; then
         remark "When the run has ended, and before another request:"
@@ -165,7 +165,7 @@ case $opt_action in
       esac
       if [[ $state == UNREACHABLE ]]; then
         failures=$((failures + 1))
-        ((failures < 10)) || fail "no answer for the tenth time in a row; the run, if it is there, goes on"
+        ((failures < 10)) || fail "no answer for the tenth time in a row; a run on the TPU continues"
       fi
       sleep "$opt_poll"
     done

@@ -1,7 +1,7 @@
 """Fills in jobset.yaml.template: `render_jobset.py NAME=VALUE ... -- COMMAND ...` prints a JobSet.
 
-gke_jobset.sh calls it. It needs nothing but Python, for it runs on the machine that one submits from. Values go into
-the template as JSON, which is YAML too, so nothing that a user wrote can be read as anything but a string.
+gke_jobset.sh calls it on the submitting machine, so it needs only Python. Values go into the template as JSON, which is
+valid YAML, so a user's value is always read as a string.
 """
 
 import json
@@ -32,9 +32,9 @@ def render(values: dict[str, str], command: list[str]) -> str:
         "JAX_COMPILATION_CACHE_DIR": values["cache_dir"],
     }
     fields["env"] = [{"name": name, "value": value} for name, value in variables.items() if value]
-    # `exec` leaves no shell between Kubernetes, which sends SIGTERM, and the command, which saves on it.
+    # `exec` replaces the shell, so Kubernetes' SIGTERM reaches the command, which then checkpoints.
     words = ["bash", "-c", values["setup"] + ' && exec "$@"', "bash", *command]
-    # Kubernetes replaces $(NAME) in a command, and $$ by $.
+    # Kubernetes expands $(NAME) in a command, and turns $$ into $.
     fields["command"] = [word.replace("$", "$$") for word in words]
     return Template(TEMPLATE.read_text()).substitute({name: json.dumps(value) for name, value in fields.items()})
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     values = dict(argument.split("=", 1) for argument in arguments[:dashes])
     expected = {*NUMBERS, *STRINGS, *OTHERS}
     if values.keys() != expected:
-        print(f"render_jobset.py: not as expected: {sorted(values.keys() ^ expected)}", file=sys.stderr)
+        print(f"render_jobset.py: missing or unknown values: {sorted(values.keys() ^ expected)}", file=sys.stderr)
         return 2
     sys.stdout.write(render(values, arguments[dashes + 1 :]))
     return 0

@@ -1,39 +1,38 @@
 #!/usr/bin/env bash
-# GPUs of a Slurm cluster: writes a batch job and submits it.
+# Run on GPUs of a Slurm cluster: writes a batch job and submits it.
 #
 #   launch/slurm_gpu.sh --name vl-big --nodes 8 --gpus-per-node 8 --chip h100 --time 24:00:00 --partition PARTITION \
 #     --cache-dir /shared/cache -- stepjax pretrain configs/step3_vl_10b/pretrain.py --out /shared/runs/vl
 #   scancel ID                        # ends the job for good
-#   scancel --signal=TERM ID          # to the steps only: saves, and goes on later in the queue
+#   scancel --signal=TERM ID          # to the steps only: checkpoints and requeues
 #
-# Needs: sbatch, run in the repository on a file system that the nodes share, as checkpoints and the cache must be; an
-# environment there with stepjax[cuda12] or [cuda13], and Slurm 21.08 or newer with GPUs as a resource (gres).
+# Needs: sbatch, run in the repository on a file system that the nodes share (checkpoints and the cache must be on it
+# too); an environment there with stepjax[cuda12] or [cuda13]; Slurm 21.08 or newer with GPUs as a resource (gres).
 #
-# One task a GPU, for that is what JAX's detection of Slurm takes for granted: a task's number on its node is the only
-# GPU that it opens. All GPUs of a node stay visible to its tasks (no --gpus-per-task), so that NCCL uses NVLink
-# between them.
+# Each GPU has its own task, because JAX under Slurm opens only the GPU with the task's number on its node. All GPUs of
+# a node stay visible to its tasks (no --gpus-per-task), so that NCCL uses NVLink between them.
 #
-# --warn seconds before the time limit the tasks get SIGTERM, save, and leave with status 143. After 143, and after 75
-# (a peer died), the job puts itself back into the queue; with --requeue Slurm does so when it takes the nodes away or
-# one fails. Status 1 or 2 ends the job. A preempted job has the time to save only if the cluster grants it one:
-# GraceTime, and preempt_send_user_signal, of slurm.conf. --restarts limits how often, all reasons together.
+# --warn seconds before the time limit the tasks get SIGTERM, checkpoint, and exit with status 143. After 143, and after
+# 75 (a peer died), the job requeues itself; because of --requeue, Slurm also requeues it after preemption or a node
+# failure. Status 1 or 2 ends the job. A preempted job can checkpoint only if the cluster grants it time: GraceTime and
+# preempt_send_user_signal in slurm.conf. --restarts limits all requeues together.
 #
 # Flags:
 #   --name NAME         the job's name
-#   --nodes N           how many (1)
-#   --gpus-per-node N   how many (8)
-#   --cpus-per-gpu N    processor cores for each task (8)
+#   --nodes N           number of nodes (1)
+#   --gpus-per-node N   GPUs per node (8)
+#   --cpus-per-gpu N    CPU cores per task (8)
 #   --chip CHIP         set the compiler's flags for it (h100)
 #   --time LIMIT        the job's time limit, as sbatch takes it (24:00:00)
 #   --warn SECONDS      SIGTERM this long before the limit (300); Slurm may send it up to 60 s earlier
-#   --peer-grace SECONDS  SIGKILL to the other tasks this long after the first has left (120)
+#   --peer-grace SECONDS  SIGKILL the other tasks this long after the first has exited (120)
 #   --partition NAME  --account NAME  --qos NAME  --constraint FEATURES     as sbatch takes them
 #   --exclusive         whole nodes
 #   --venv DIR          the environment (.venv)
-#   --log-dir DIR       where the log goes, NAME-ID.log (runs/logs)
-#   --cache-dir DIR     JAX's compilation cache, on the shared file system, for only the first task writes to it
-#   --restarts N        how often the job starts again, at most (50)
-#   --print             print what would run, the batch job with it, and run nothing
+#   --log-dir DIR       directory of the log, NAME-ID.log (runs/logs)
+#   --cache-dir DIR     JAX's compilation cache, on the shared file system, because only the first task writes it
+#   --restarts N        maximum restarts of the job (50)
+#   --print             print what would run, including the batch job, and run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 flag name
@@ -88,14 +87,14 @@ batch_job() {
 status=\$?
 echo "status \$status, after \${SLURM_RESTART_COUNT:-0} restarts of at most $opt_restarts" >&2
 if { [ "\$status" = 75 ] || [ "\$status" = 143 ]; } && [ "\${SLURM_RESTART_COUNT:-0}" -lt $opt_restarts ]; then
-  # "incomplete": a job that has been cancelled meanwhile stays so. Requeuing ends this script.
+  # "incomplete": do not requeue a job that has been cancelled meanwhile. Requeuing ends this script.
   scontrol requeue incomplete "\$SLURM_JOB_ID" && sleep 60
 fi
 exit "\$status"
 END
 }
 
-run mkdir -p "$opt_log_dir" # Slurm does not make it
+run mkdir -p "$opt_log_dir" # Slurm does not create it
 if [[ $print ]]; then
   echo "sbatch <<'END_OF_JOB'"
   batch_job

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh, tpu_pod.sh and queued_resource.sh share: a TPU VM, or several, reached by gcloud's ssh. Sourced,
-# never run. `workers` says which: 0, or all. What goes on once there is on_host.sh.
+# Shared by tpu_vm.sh, tpu_pod.sh and queued_resource.sh: TPU VMs reached over gcloud's ssh. Sourced, never run.
+# `workers` selects the hosts: 0 or all. On the host, on_host.sh takes over.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 tpu_flags() {
@@ -20,7 +20,7 @@ tpu_flags() {
   switch internal-ip
 }
 
-# After parse: checks, the accelerator's facts, and where it is.
+# Call after parse: checks the flags, and sets the accelerator's facts and gcloud's location arguments.
 tpu_checks() {
   local actions=$1
   need_name name
@@ -31,7 +31,7 @@ tpu_checks() {
   [[ $opt_python =~ ^3\.[0-9]+$ ]] || die "--python must be a version such as 3.12, not '$opt_python'"
   read_tpu_type "$opt_accelerator"
   [[ $tpu_vm_hosts != - ]] ||
-    die "$opt_accelerator is not made by the TPU API; use launch/gke_jobset.sh or launch/xpk.sh"
+    die "$opt_accelerator is not available from the TPU API; use launch/gke_jobset.sh or launch/xpk.sh"
   where=()
   [[ -z $opt_zone ]] || where+=("--zone=$opt_zone")
   [[ -z $opt_project ]] || where+=("--project=$opt_project")
@@ -45,18 +45,18 @@ ssh_to() {
   run gcloud compute tpus tpu-vm ssh "$opt_name" "${where[@]}" "${reach[@]}" "--worker=$1" "--command=$2"
 }
 
-# on_host WORKERS ACTION [ARGUMENT ...]: on_host.sh there. A login starts in the home directory.
+# on_host WORKERS ACTION [ARGUMENT ...]: runs on_host.sh there. A login starts in the home directory.
 on_host() {
   local on=$1 action=$2
   shift 2
   ssh_to "$on" "cd stepjax && bash launch/on_host.sh $(quoted --action "$action" --run "$opt_name" "$@")"
 }
 
-# Copies the repository as committed, and makes its environment; the images are Ubuntu 22.04, whose own Python is 3.10.
+# Copies the committed repository and creates its environment; the images' own Python (Ubuntu 22.04) is 3.10.
 install_on_tpu() {
   local archive=${TMPDIR:-/tmp}/stepjax-$opt_name.tar.gz
   if [[ ! $print ]] && [[ -n $(git -C "$repository" status --porcelain) ]]; then
-    say "the working tree has changes that are not committed, and so not copied; what runs is $opt_ref"
+    say "uncommitted changes in the working tree are not copied; running $opt_ref"
   fi
   run git -C "$repository" archive --format=tar.gz "--output=$archive" "$opt_ref" &&
     run gcloud compute tpus tpu-vm scp "$archive" "$opt_name:stepjax.tar.gz" "${where[@]}" "${reach[@]}" \
@@ -85,10 +85,10 @@ create_tpu_vm() {
   run gcloud compute tpus tpu-vm create "$opt_name" "${where[@]}" "${arguments[@]}"
 }
 
-# What tpu_vm.sh and tpu_pod.sh do.
+# The main of tpu_vm.sh and tpu_pod.sh.
 tpu_vm_main() {
   [[ $opt_create || -z $opt_spot$opt_image$opt_service_account ]] ||
-    die "--spot, --image and --service-account say how the TPU is made: add --create, or leave them out"
+    die "--spot, --image and --service-account apply only to creating the TPU: add --create, or leave them out"
   case $opt_action in
     run)
       if [[ $opt_create ]]; then create_tpu_vm; fi

@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# One TPU VM with one host: makes it if told to, installs stepjax there, starts a run and follows its log.
+# Run on a single-host TPU VM: creates it if asked to, installs stepjax there, starts the run and follows its log.
 #
 #   launch/tpu_vm.sh --name vl-try --accelerator v6e-8 --zone ZONE --create \
 #     --cache-dir gs://BUCKET/cache -- stepjax pretrain configs/digits/pretrain.py --out gs://BUCKET/digits
 #   launch/tpu_vm.sh --name vl-try --accelerator v6e-8 --zone ZONE --action stop
 #
-# Needs: gcloud, logged in, with the TPU API enabled in the project and an SSH key that it may use; git. The
-# repository is copied as it is committed. The run goes on when this script or its connection ends: --action follow
-# finds it again, and the exit status is the run's. A TPU costs money until it is deleted (--action delete).
+# Needs: git, and gcloud, logged in, with an SSH key and the TPU API enabled in the project. Only committed files are
+# copied. The run continues when this script or its connection ends; --action follow reconnects. The exit status is the
+# run's. A TPU costs money until it is deleted (--action delete).
 #
 # Flags:
-#   --name NAME         the TPU's name, and the run's
-#   --accelerator TYPE  such as v6e-8; the known ones are in launch/tpu_types.tsv
-#   --zone ZONE         default: gcloud's own setting (compute/zone)
-#   --project PROJECT   default: gcloud's own setting (core/project)
-#   --create            make the TPU first
-#   --spot              as a spot TPU, cheaper, which may be taken away at any time
-#   --image VERSION     the software that it is made with (default: the image for its chip)
-#   --service-account ADDRESS  whose rights it has, to buckets for instance (default: Compute Engine's account)
-#   --internal-ip       reach it by its internal address, from inside its network
+#   --name NAME         name of the TPU and of the run
+#   --accelerator TYPE  such as v6e-8; see launch/tpu_types.tsv
+#   --zone ZONE         default: gcloud's compute/zone
+#   --project PROJECT   default: gcloud's core/project
+#   --create            create the TPU first
+#   --spot              use a spot TPU: cheaper, can be preempted at any time
+#   --image VERSION     the TPU VM's software version (default: the image for its chip)
+#   --service-account ADDRESS  the TPU VM's service account, for access to buckets (default: Compute Engine's account)
+#   --internal-ip       connect to the internal address, from inside its network
 #   --ref REF           the commit of this repository to run (HEAD)
-#   --python VERSION    the Python to install there, by uv (3.12)
-#   --skip-install      it has the repository and its environment already
-#   --cache-dir DIR     JAX's compilation cache: a path there, or gs://BUCKET/PATH
-#   --restarts N        how often the run is started again after status 75 or 143, at most (10)
-#   --grace SECONDS     time to save after --action stop (120)
+#   --python VERSION    the Python that uv installs there (3.12)
+#   --skip-install      the repository and its environment are already there
+#   --cache-dir DIR     JAX's compilation cache: a path on the VM, or gs://BUCKET/PATH
+#   --restarts N        maximum restarts after status 75 or 143 (10)
+#   --grace SECONDS     time to checkpoint after --action stop (120)
 #   --detach            do not wait for the end
-#   --action ACTION     run (the default), follow, stop (save and leave), status or delete (the TPU)
+#   --action ACTION     run (default), follow, stop (checkpoint and exit), status or delete (the TPU)
 #   --print             print what would run, and run nothing
 source "$(dirname "${BASH_SOURCE[0]}")/tpu_lib.sh"
 
-# shellcheck disable=SC2034  # for tpu_lib.sh
+# shellcheck disable=SC2034  # used by tpu_lib.sh
 workers=0
 tpu_flags
 switch create

@@ -1,8 +1,7 @@
-"""Makes the small tokenizer of the demo, `stepjax/assets/demo_tokenizer/tokenizer.json`.
+"""Makes the demo's small tokenizer, `stepjax/assets/demo_tokenizer/tokenizer.json`.
 
-Byte-level BPE: any text can be encoded, and the words of the demo's prompts are one token each. Every decimal digit is
-a token of its own, so that a model reads and writes numbers digit by digit. Ids: 256 bytes, merges, control tokens with
-the same names as STEP3-VL's.
+Byte-level BPE: it encodes any text, and each word of the demo's prompts is one token. Every decimal digit is a token,
+so a model reads and writes numbers digit by digit. Ids: 256 bytes, merges, control tokens named as in STEP3-VL.
 
     python tools/make_demo_tokenizer.py [FILE]
 """
@@ -13,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PATH = Path(__file__).parents[1] / "stepjax" / "assets" / "demo_tokenizer" / "tokenizer.json"
-MAX_VOCAB_SIZE = 384  # the corpus needs fewer: its words are whole before that
+MAX_VOCAB_SIZE = 384  # the corpus needs fewer
 
 CORPUS = (
     "user\n",
@@ -32,7 +31,7 @@ CONTROL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>"),
 )
-# Not "special", as in Qwen3's tokenizer: other software shows them when it decodes.
+# Not "special", as in Qwen3's tokenizer: decoders show them.
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 

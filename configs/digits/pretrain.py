@@ -1,9 +1,8 @@
 """Pretrain a small STEP3-VL from scratch, fully unfrozen, on images of real handwritten digits, on a laptop's CPU.
 
-The proportions are those of the real thing, one tenth the pixels: a global view of 8 x 8 patches becomes 4 tokens, a
-crop of 4 x 4 becomes one, and a strip of digits is cut into about one crop a digit. Transcription has most of the
-weight: until the model finds out that images tell the digits nothing else can be learned, and its short strips show it
-soonest.
+The proportions match the 10B model at about one tenth of the pixels: a global view of 8 x 8 patches becomes 4 tokens, a
+crop of 4 x 4 becomes one, and a strip of digits is cut into about one crop per digit. Transcription has most of the
+weight: the model must first learn that the image shows the digits, and its short strips teach that fastest.
 """
 
 from stepjax.config import (
@@ -47,7 +46,7 @@ config = PretrainConfig(
             num_kv_heads=2,
             head_dim=32,
             mlp_dim=256,
-            max_positions=2048,  # more than its questions need: PaCoRe lists many answers in one prompt
+            max_positions=2048,  # more than the questions need, because PaCoRe lists many answers in one prompt
         ),
         init_range=0.1,
     ),

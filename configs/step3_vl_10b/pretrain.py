@@ -1,6 +1,6 @@
 """STEP3-VL-10B pretraining with the technical report's figures (arXiv 2601.09668, section 2.3).
 
-One stage, everything trained: encoder 1.7 B, projector 0.2 B, decoder 8.2 B parameters.
+One stage, fully unfrozen: encoder 1.7 B, projector 0.2 B, decoder 8.2 B parameters.
 
 Stated by the report, and set here
     AdamW with beta 0.9 / 0.95, eps 1e-8, weight decay 0.01; global batch 8,192 sequences of 4,096 tokens; 900 B tokens
@@ -8,19 +8,19 @@ Stated by the report, and set here
 
 Not resolved
     tokens     370 K iterations of this batch are 12.4 T tokens, ten times the 1.2 T that the report states. The phases
-               below hold to the tokens, which makes 35.8 K steps.
-    schedule   the decay's shape and the warm-up are not stated: cosine, and 2,000 steps.
-    clipping   not stated: global norm 1.
-    decay      whether norms and biases are decayed is not stated: they are not.
+               below follow the tokens: 35.8 K steps.
+    schedule   the decay's shape and the warm-up are not stated; here cosine and 2,000 steps.
+    clipping   not stated; here global norm 1.
+    decay      whether norms and biases are decayed is not stated; here they are not.
     mixture    no percentages are published, and the second phase's mixture is not described. The sources and weights
-               below are placeholders for your own data; start the second phase as a run of its own with other sources.
+               below are placeholders for your own data; start the second phase as a separate run with other sources.
     start      the encoder starts from Perception Encoder weights, the decoder from Qwen3-8B, the projector from random
                values. Which PE-lang checkpoint (plain or tiling), and how its 32 x 32 position table became 52 x 52, is
-               not stated: the plain one, bilinear. The released encoder has the exact GELU and pixels normalised to
-               mean and deviation 0.5; STEP3-VL has quick_gelu and CLIP's statistics, and when that changed is not
-               stated either: from the start. The start names these differences.
+               not stated; here plain and bilinear. The released encoder has the exact GELU and pixels normalised to
+               mean and deviation 0.5; STEP3-VL has quick_gelu and CLIP's statistics. When that changed is not stated
+               either; here from the start. The run logs these differences.
 
-Download both sources beside this checkout, or say where they are: --init-from.vision PATH --init-from.decoder PATH.
+Download both sources into the working directory, or give their paths: --init-from.vision PATH --init-from.decoder PATH.
     Qwen3-8B                               the Hugging Face repository of that name
     vit_pe_lang_gigantic_patch14_448.fb    timm's safetensors of PE-Lang-G14-448
 """
@@ -59,10 +59,10 @@ config = PretrainConfig(
         num_workers=16,
         open_rows=8,
     ),
-    # The report's 8,192 sequences of 4,096 tokens, two to a row: examples are no longer than 4,096, but the more of
-    # them share a row, the fewer of its slots stay empty. 8 global views and 36 crops are what the mixture of
-    # benchmarks/packing.py has in 8,192 tokens (92 % in use); measure your own. 64 micro-batches give each of 64 v5p
-    # chips one row at a time; `stepjax plan` tells for other machines.
+    # The report's 8,192 sequences of 4,096 tokens, two to a row: examples are no longer than 4,096, but longer rows
+    # leave fewer slots empty. 8 global views and 36 crops suit the mixture of benchmarks/packing.py in 8,192 tokens
+    # (92 % in use); measure your own. 64 micro-batches give each of 64 v5p chips one row at a time; use `stepjax plan`
+    # for other machines.
     batch=BatchConfig(
         rows=GLOBAL_BATCH * SEQUENCE // ROW,
         tokens=ROW,

@@ -5,14 +5,15 @@ Stated by the report, and set here
     1e-5 by a cosine after 200 steps of warm-up. The second stage is sft_stage2.py.
 
 Not resolved
-    optimizer  not stated again: that of pretraining.
-    mixture    domain weights are not published. The sources below are placeholders for your own conversations; of chat
-               records, only the assistant's turns are learned.
-    positions  the public configuration ends at 65,536 positions and names no rope scaling: here they go on as they are.
+    optimizer  not restated; here as in pretraining.
+    mixture    domain weights are not published. The sources below are placeholders for your own conversations; only
+               the assistant's turns are trained on.
+    positions  the public configuration ends at 65,536 positions and names no rope scaling; here RoPE is not scaled.
 
-It starts from the pretraining run's last checkpoint; --init-from.path names another one, or a Hugging Face directory.
+The run starts from the pretraining run's last checkpoint; --init-from.path takes another run or a Hugging Face
+directory.
 
-Eight devices share a row: each attends for its part of the row, and encodes an eighth of its views.
+Eight devices share a row: each computes attention for an eighth of the row and encodes an eighth of its views.
 """
 
 from stepjax.config import (
@@ -45,7 +46,7 @@ config = PretrainConfig(
         ),
         num_workers=1,
     ),
-    # Views in multiples of eight, the devices that share them; four micro-batches on 64 chips.
+    # View counts are multiples of eight, the devices that share a row; four micro-batches on 64 chips.
     batch=BatchConfig(rows=GLOBAL_BATCH, tokens=SEQUENCE, global_views=16, crops=64, accumulation=4),
     mesh=MESHES["context"],
     schedule=ScheduleConfig(

@@ -5,12 +5,12 @@ Stated by the report, and set here
     1e-5 by a cosine after 200 steps of warm-up.
 
 Not resolved
-    schedule   the report gives one schedule for both stages. Here each stage is a run with a schedule of its own; set
-               schedule.phases.0.start lower to go on where the first stage ended.
-    optimizer  whether its moments go over from the first stage is not stated: they start anew.
-    mixture    as in sft.py, which holds everything else.
+    schedule   the report gives one schedule for both stages. Here each stage is a run with its own schedule; lower
+               schedule.phases.0.start to continue where the first stage ended.
+    optimizer  whether its moments carry over from the first stage is not stated; here they are reset.
+    mixture    as in sft.py, which has all other settings.
 
-It starts from the first stage's last checkpoint; --init-from.path names another one.
+The run starts from the first stage's last checkpoint; --init-from.path takes another one.
 """
 
 import dataclasses
@@ -32,6 +32,6 @@ config = dataclasses.replace(
             ArrayRecordSource(name="multimodal", weight=0.5, paths=("data/sft2-multimodal-00000.array_record",)),
         ),
     ),
-    # The batch's views are those of the first stage: measure how many your mixture has in 128k tokens.
+    # View counts as in the first stage: measure how many your mixture has in 128k tokens.
     schedule=dataclasses.replace(stage1.schedule, phases=(Phase(tokens=36e9, start=1e-4, end=1e-5),)),
 )

@@ -77,7 +77,7 @@ def test_a_process_that_does_not_leave_is_killed_after_the_grace_time(launcher, 
     wait_for(lambda: len(starts(launcher)) == 2)
     process.terminate()
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 137 and "process 1 left with status 137" in errors
+    assert process.returncode == 137 and "process 1 exited with status 137" in errors
     assert list(saved(launcher)) == [0]
 
 

@@ -84,7 +84,7 @@ def test_bad_arguments_end_with_a_message(arguments, words, capsys):
 def test_a_pair_without_equals_is_refused(capsys):
     with pytest.raises(SystemExit):
         schedule.main([TARGET, "steps"])
-    assert "no name=value" in capsys.readouterr().err
+    assert "is not of the form name=value" in capsys.readouterr().err
 
 
 def test_a_dump_in_an_unknown_format_is_not_misread(tmp_path):
