@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from stepjax.config import ModelConfig, NumericsConfig
 from stepjax.models.perception_encoder import PerceptionEncoder
@@ -32,7 +33,7 @@ class StepVL(nnx.Module):
         self.projector = Projector(config, numerics, rngs=rngs)
         self.decoder = Qwen3(config.decoder, numerics, init_range=config.init_range, rngs=rngs)
 
-    def encode_views(self, views_BMHWC: jax.Array) -> jax.Array:
+    def encode_views(self, views_BMHWC: Float[Array, "B M H H 3"]) -> Float[Array, "B F D"]:
         """Normalised pixels of M views a row, [B, M, side, side, 3], to embeddings [B, M * tokens of a view, D]."""
         rows, views = views_BMHWC.shape[:2]
         # Devices that share a row share its views; empty ones make the shares equal.
@@ -48,7 +49,9 @@ class StepVL(nnx.Module):
             y_BMQD = constrain(y_BMQD, "batch", None, None, "act_embed")[:, :views]
             return constrain(y_BMQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
 
-    def feature_table(self, global_views_BGHWC: jax.Array, crops_BCHWC: jax.Array) -> jax.Array:
+    def feature_table(
+        self, global_views_BGHWC: Float[Array, "B G H H 3"], crops_BCHWC: Float[Array, "B C S S 3"]
+    ) -> Float[Array, "B F D"]:
         """Embeddings [B, F, D] of all views of each row: the crops' in order, then the global views'."""
         tables = [self.encode_views(views) for views in (crops_BCHWC, global_views_BGHWC) if views.shape[1]]
         if not tables:
@@ -56,7 +59,12 @@ class StepVL(nnx.Module):
             return jnp.zeros((rows, 0, self.config.decoder.width), dtype)
         return jnp.concatenate(tables, axis=1)
 
-    def embed(self, tokens_BT: jax.Array, features_BFD: jax.Array, feature_index_BT: jax.Array) -> jax.Array:
+    def embed(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        features_BFD: Float[Array, "B F D"],
+        feature_index_BT: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
         """Token embeddings, with image features in the places that `feature_index_BT` points out; [B, T, D]."""
         x_BTD = self.decoder.embed(tokens_BT)
         if features_BFD.shape[1]:
@@ -68,13 +76,13 @@ class StepVL(nnx.Module):
     def __call__(
         self,
         *,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array | None = None,
-        feature_index_BT: jax.Array,
-        global_views_BGHWC: jax.Array,
-        crops_BCHWC: jax.Array,
-    ) -> jax.Array:
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        feature_index_BT: Int[Array, "B T"],
+        global_views_BGHWC: Float[Array, "B G H H 3"],
+        crops_BCHWC: Float[Array, "B C S S 3"],
+    ) -> Float[Array, "B T D"]:
         """Hidden states [B, T, D] after the final norm; `model.decoder.logits` maps them on."""
         features_BFD = self.feature_table(global_views_BGHWC, crops_BCHWC)
         with jax.named_scope("embed"):

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.linear_cross_entropy import (
     Layout,
@@ -18,7 +19,9 @@ from pallas_kernels.linear_cross_entropy import (
 from stepjax.sharding import spec
 
 
-def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int) -> TokenScores:
+def token_scores(
+    hidden_BTD: Float[Array, "B T D"], head_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"], *, chunk: int
+) -> TokenScores:
     """Score `targets_BT` under softmax(hidden @ head), `chunk` tokens of a device at a time.
 
     Log-probabilities and log-normalizers may be differentiated, with any cotangents.
@@ -28,10 +31,10 @@ def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Arra
 
 def token_loss_sum(
     token_loss: TokenLoss,
-    hidden_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
-    *args_BT: jax.Array,
+    hidden_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    *args_BT: Shaped[Array, "B T"],
     chunk: int,
 ) -> tuple[jax.Array, TokenScores]:
     """The sum over tokens of token_loss(log_probs, log_normalizers, *args), and the scores for metrics.
@@ -44,10 +47,10 @@ def token_loss_sum(
 
 
 def cross_entropy_sum(
-    hidden_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
+    hidden_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
     *,
     z_loss: float,
     chunk: int,
@@ -73,7 +76,9 @@ def _layout() -> Layout | None:
     return Layout(rows=rows, length=length, width=width, vocab=vocab)
 
 
-def next_tokens(tokens_BT: jax.Array, loss_weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_tokens(
+    tokens_BT: Int[Array, "B T"], loss_weights_BT: Float[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """The target of every position and its weight.
 
     The weight of a token is that of predicting it from the position before. The first token of every segment has weight
