@@ -22,6 +22,18 @@ if jax.__version_info__ < (0, 11):  # XLA refuses to start on a flag that it doe
 # Tracing makes objects by the million and leaves hardly a cycle: the collector's looks at them are a tenth of a test.
 gc.set_threshold(50_000, 20, 50)
 
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The shapes and dtypes that public functions state are checked at every call of the tests. It must precede the imports.
+SHAPES_CHECKED = tuple(
+    f"stepjax.{name}"
+    for name in (
+        *("models.attention", "models.layers", "models.perception_encoder", "models.projector", "models.qwen3"),
+        *("models.step_vl", "processing.images", "training.losses"),
+    )
+)
+install_import_hook(SHAPES_CHECKED, "shape_checks.check_shapes")
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from forked import ForkServer  # noqa: E402

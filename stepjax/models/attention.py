@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention import Implementation, flash_attention
 from stepjax.config import AttentionImplementation
@@ -33,18 +34,18 @@ def resolve(
 
 
 def attend(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
     *,
     causal: bool = False,
-    segment_ids_BT: jax.Array | None = None,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     rows_axis: str = "batch",
     length_axis: str | None = None,
     implementation: AttentionImplementation = "auto",
-) -> jax.Array:
-    """softmax(scale * q k^T) v with grouped queries; [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q k^T) v with grouped queries.
 
     A token sees only its own segment (packed rows) and, if `causal`, nothing after itself. Segment 0 is padding: it
     neither sees nor is seen, and its output is zero.

@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from stepjax.config import DecoderConfig
 
@@ -64,7 +65,9 @@ YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
 # Rotary positions, in two conventions: the encoder rotates adjacent pairs, the decoder rotates halves.
 
 
-def rotary_1d(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+def rotary_1d(
+    positions_BT: Int[Array, "B T"], config: DecoderConfig
+) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
     """The decoder's cosines and sines [B, T, H / 2]; angle i is position * theta^(-2i / H)."""
     frequencies_H = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     if config.yarn_factor > 1:

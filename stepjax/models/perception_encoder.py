@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from pallas_kernels.flash_attention import LOG2_UNITS
 from stepjax.config import NumericsConfig, VisionConfig
@@ -120,7 +121,7 @@ class PerceptionEncoder(nnx.Module):
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = jax.vmap(lambda key: EncoderBlock(config, rngs=nnx.Rngs(key)))(keys)
 
-    def __call__(self, views_MHWC: jax.Array) -> jax.Array:
+    def __call__(self, views_MHWC: Float[Array, "M H H 3"]) -> Float[Array, "M P E"]:
         """Normalised pixels [M, side, side, 3] to features [M, grid^2, E], patches row-major."""
         config, dtype = self.config, jnp.dtype(self.numerics.compute_dtype)
         num_views, side, width, _ = views_MHWC.shape

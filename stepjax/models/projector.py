@@ -8,6 +8,7 @@ No activation or norm in between. 52 x 52 patches become 13 x 13 = 169 tokens, 3
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from stepjax.config import ModelConfig, NumericsConfig, down_sampled
 from stepjax.models.layers import constant, matrix
@@ -47,7 +48,7 @@ class Projector(nnx.Module):
         self.kernel = matrix(rngs, (4 * E, D), ("mlp", "embed"), fan_in=4 * E)
         self.bias = constant(0.0, (D,), ("norm",)) if config.projector_bias else None
 
-    def __call__(self, x_MPE: jax.Array) -> jax.Array:
+    def __call__(self, x_MPE: Float[Array, "M P E"]) -> Float[Array, "M Q D"]:
         """Encoder features [M, grid^2, E] to decoder embeddings [M, Q, D], both row-major."""
         num_views, patches, width = x_MPE.shape
         grid = int(patches**0.5)

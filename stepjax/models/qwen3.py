@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from stepjax.config import DecoderConfig, NumericsConfig
 from stepjax.models.attention import attend
@@ -98,7 +99,7 @@ class Qwen3(nnx.Module):
         self.norm = RMSNorm(D, config.norm_eps)
         self.head_kernel = None if config.tie_embeddings else matrix(rngs, (D, V), ("embed", "vocab"), fan_in=D)
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings [B, T, D] in the compute dtype.
 
         The table is all-gathered over its width axes, for any number of tokens. The cast follows the look-up, so that
@@ -109,11 +110,11 @@ class Qwen3(nnx.Module):
 
     def __call__(
         self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array | None = None,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
         cache: PagedCache | None = None,
-    ) -> tuple[jax.Array, PagedCache | None]:
+    ) -> tuple[Float[Array, "B T D"], PagedCache | None]:
         """Hidden states after the final norm, and the cache with these tokens' keys and values added.
 
         Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment per row). With
@@ -141,11 +142,11 @@ class Qwen3(nnx.Module):
         (x_BTD, cache), _ = jax.lax.scan(layer, (x_BTD, cache), (self.blocks, layers))
         return self.norm(x_BTD), cache
 
-    def head(self) -> jax.Array:
+    def head(self) -> Float[Array, "D V"]:
         """The output projection [D, V] in the parameters' dtype."""
         return self.embedding[...].T if self.head_kernel is None else self.head_kernel[...]
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits [B, T, V]. For training use `training.losses`, which never materialises them all."""
         head_DV = self.head().astype(jnp.dtype(self.numerics.compute_dtype))
         return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from stepjax.config import ModelConfig, NumericsConfig
 from stepjax.errors import ConfigError
@@ -34,7 +35,7 @@ class StepVL(nnx.Module):
         self.projector = Projector(config, numerics, rngs=rngs)
         self.decoder = Qwen3(config.decoder, numerics, init_range=config.init_range, rngs=rngs)
 
-    def encode_views(self, views_BMHWC: jax.Array) -> jax.Array:
+    def encode_views(self, views_BMHWC: Float[Array, "B M H H 3"]) -> Float[Array, "B F D"]:
         """Encodes normalised pixels [B, M, side, side, 3] of M views per row as [B, M * tokens per view, D]."""
         rows, views = views_BMHWC.shape[:2]
         # Devices that share a row split its views; empty views make the parts equal.
@@ -50,7 +51,9 @@ class StepVL(nnx.Module):
             y_BMQD = constrain(y_BMQD, "batch", None, None, "act_embed")[:, :views]
             return constrain(y_BMQD.reshape(rows, -1, y_MQD.shape[-1]), "batch", None, "act_embed")
 
-    def feature_table(self, global_views_BGHWC: jax.Array, crops_BCHWC: jax.Array) -> jax.Array:
+    def feature_table(
+        self, global_views_BGHWC: Float[Array, "B G H H 3"], crops_BCHWC: Float[Array, "B C S S 3"]
+    ) -> Float[Array, "B F D"]:
         """Embeddings [B, F, D] of each row's views: crops in order, then global views."""
         tables = [self.encode_views(views) for views in (crops_BCHWC, global_views_BGHWC) if views.shape[1]]
         if not tables:
@@ -58,7 +61,12 @@ class StepVL(nnx.Module):
             return jnp.zeros((rows, 0, self.config.decoder.width), dtype)
         return jnp.concatenate(tables, axis=1)
 
-    def embed(self, tokens_BT: jax.Array, features_BFD: jax.Array, feature_index_BT: jax.Array) -> jax.Array:
+    def embed(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        features_BFD: Float[Array, "B F D"],
+        feature_index_BT: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
         """Token embeddings [B, T, D], replaced by image features where `feature_index_BT` selects one."""
         x_BTD = self.decoder.embed(tokens_BT)
         if features_BFD.shape[1]:
@@ -70,13 +78,13 @@ class StepVL(nnx.Module):
     def __call__(
         self,
         *,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array | None = None,
-        feature_index_BT: jax.Array,
-        global_views_BGHWC: jax.Array,
-        crops_BCHWC: jax.Array,
-    ) -> jax.Array:
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        feature_index_BT: Int[Array, "B T"],
+        global_views_BGHWC: Float[Array, "B G H H 3"],
+        crops_BCHWC: Float[Array, "B C S S 3"],
+    ) -> Float[Array, "B T D"]:
         """Hidden states [B, T, D] after the final norm; `model.decoder.logits` maps them to logits."""
         features_BFD = self.feature_table(global_views_BGHWC, crops_BCHWC)
         with jax.named_scope("embed"):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from stepjax.config import ImageConfig
@@ -70,8 +71,8 @@ class ViewPlan:
 class ImageViews:
     """Normalised pixels of one image. S = global_size, C = crop_size."""
 
-    global_view_HWC: np.ndarray  # float32 [S, S, 3]
-    crops_NHWC: np.ndarray  # float32 [plan.num_crops, C, C, 3]
+    global_view_HWC: Float[np.ndarray, "S S 3"]
+    crops_NHWC: Float[np.ndarray, "N C C 3"]
     plan: ViewPlan
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from stepjax.training.linear_cross_entropy import TokenScores, token_loss_sum, token_scores
 
@@ -14,10 +15,10 @@ __all__ = ["TokenScores", "cross_entropy_sum", "next_tokens", "token_loss_sum", 
 
 
 def cross_entropy_sum(
-    hidden_BTD: jax.Array,
-    head_DV: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
+    hidden_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
     *,
     z_loss: float,
     chunk: int,
@@ -31,7 +32,9 @@ def _weighted_cross_entropy(log_probs, log_normalizers, weights, *, z_loss: floa
     return weights * (z_loss * jnp.square(log_normalizers) - log_probs)
 
 
-def next_tokens(tokens_BT: jax.Array, loss_weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_tokens(
+    tokens_BT: Int[Array, "B T"], loss_weights_BT: Float[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """The target of every position and its weight.
 
     The weight of a token is that of predicting it from the position before. The first token of every segment has weight
