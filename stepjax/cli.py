@@ -103,7 +103,7 @@ def _without_verb(arguments: list[str]) -> int:
     if rest and rest[0] not in ("-h", "--help"):
         given = " ".join(filter(None, (group, rest[0])))
         [meant] = difflib.get_close_matches(given, VERBS, n=1) or [None]
-        remedy = f"did you mean {meant!r}?" if meant else f"there are {', '.join(VERBS)}"
+        remedy = f"did you mean {meant!r}?" if meant else f"choose from {', '.join(VERBS)}"
         print(printable(f"stepjax: no verb {given!r}; {remedy}"), file=sys.stderr)
         return 2
     names = [name for name in VERBS if group is None or name.startswith(group)]

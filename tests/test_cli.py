@@ -145,7 +145,9 @@ def test_recipes_that_cannot_be_used(tmp_path, capsys, monkeypatch):
         capsys, main(["pretrain", str(recipe)]), "recipe.py, line 1", "RuntimeError: no data today", verb="pretrain"
     )
     recipe.write_text("settings = 1\n")
-    assert_one_line(capsys, main(["pretrain", str(recipe)]), "must assign a PretrainConfig in `config`", verb="pretrain")
+    assert_one_line(
+        capsys, main(["pretrain", str(recipe)]), "must assign a PretrainConfig in `config`", verb="pretrain"
+    )
 
 
 def test_dry_run_prints_a_page_and_writes_nothing(tmp_path, capsys):
