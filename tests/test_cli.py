@@ -71,8 +71,8 @@ def test_version(capsys):
     [
         (["pretrian"], "stepjax: no verb 'pretrian'; did you mean 'pretrain'?\n"),
         (["pacore", "rum"], "stepjax: no verb 'pacore rum'; did you mean 'pacore run'?\n"),
-        (["dance"], f"stepjax: no verb 'dance'; there are {', '.join(VERBS)}\n"),
-        (["\x1b[2J"], f"stepjax: no verb '\\x1b[2J'; there are {', '.join(VERBS)}\n"),
+        (["dance"], f"stepjax: no verb 'dance'; choose from {', '.join(VERBS)}\n"),
+        (["\x1b[2J"], f"stepjax: no verb '\\x1b[2J'; choose from {', '.join(VERBS)}\n"),
     ],
 )
 def test_an_unknown_verb_is_answered_with_the_nearest(arguments, answer, capsys):
@@ -146,7 +146,7 @@ def test_recipes_that_cannot_be_used(tmp_path, capsys, monkeypatch):
     )
     recipe.write_text("settings = 1\n")
     assert_one_line(
-        capsys, main(["pretrain", str(recipe)]), "must assign a PretrainConfig in `config`", verb="pretrain"
+        capsys, main(["pretrain", str(recipe)]), "must assign a PretrainConfig to `config`", verb="pretrain"
     )
 
 
