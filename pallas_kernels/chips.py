@@ -1,7 +1,7 @@
-"""The TPU generations that kernels are built for, and which of them a program is being compiled for.
+"""Supported TPU generations, and the one that a program is being compiled for.
 
-A kernel's block sizes depend on the chip that will run it, and this machine need not have one. So the chip comes from
-the mesh that the program is lowered under (`jax.set_mesh`), real or of a topology description, never from
+A kernel's block sizes depend on the chip that will run it, which this machine need not have. So the chip comes from the
+mesh under which the program is lowered (`jax.set_mesh`), real or from a topology description, never from
 `jax.devices()`.
 """
 
@@ -18,14 +18,14 @@ from pallas_kernels.checks import check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a kernel's schedule needs to know of a TPU core."""
+    """What a kernel's schedule needs to know about a TPU core."""
 
     name: str
-    topology: str  # the smallest topology libtpu compiles for
-    device_kinds: tuple[str, ...]  # as jax.Device.device_kind spells it
+    topology: str  # smallest topology that libtpu compiles for
+    device_kinds: tuple[str, ...]  # values of jax.Device.device_kind
     matrix_width: int  # rows and columns of one matrix unit
-    clock_ghz: float  # tpu7x: inferred, the peak over what two 256-wide units do in a cycle
-    bf16_tflops: float  # peak of one core, as Google states it (pltpu.get_tpu_info says 920 for v6e)
+    clock_ghz: float  # tpu7x: inferred as the peak divided by the FLOPs per cycle of two 256-wide units
+    bf16_tflops: float  # peak of one core, from Google (pltpu.get_tpu_info says 920 for v6e)
     vmem_mib: int  # physical, per core
 
 
@@ -41,7 +41,7 @@ CHIPS = {
 
 
 def current_chip(default: str = "v5e") -> Chip:
-    """The chip of the ambient mesh; `default` outside any TPU mesh, as in interpret mode on a CPU."""
+    """The chip of the current mesh; `default` without a TPU mesh, as in interpret mode on a CPU."""
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
     kind = getattr(device, "device_kind", "")
@@ -54,21 +54,21 @@ def current_chip(default: str = "v5e") -> Chip:
 def compile_only_environment() -> None:
     """Let libtpu start quietly on a machine without a TPU. Call it before JAX first uses libtpu."""
     settings = {
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
+        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no device, so two processes may do it at once
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no device, so several processes may do it at once
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
 def compile_only_mesh(name: str, num_devices: int = 1, axis: str = "x") -> jax.sharding.Mesh:
-    """A one-axis mesh of TPU devices to lower and compile under (`with jax.set_mesh(mesh)`); no TPU needed.
+    """A one-axis mesh of compile-only TPU devices to use with `jax.set_mesh(mesh)`; no TPU needed.
 
     Raises:
-      ArgumentError: `name` is none of CHIPS.
+      ArgumentError: `name` is not in CHIPS.
     """
     check_choice("name", name, tuple(CHIPS))
     compile_only_environment()

@@ -5,8 +5,8 @@
     model, processor = stepjax.load("runs/digits")
     engine = stepjax.Engine(model, processor, stepjax.EngineConfig(max_context=8192))
 
-The names below are the public surface. Each is imported when it is first asked for: `import stepjax` alone is quick and
-starts no JAX.
+The names below are the public surface. Each is imported on first use, so `import stepjax` is quick and does not import
+JAX.
 """
 
 import importlib
@@ -54,7 +54,7 @@ _PLACES = {
     "verify": "interop.verify",
 }
 
-__all__ = [  # as in the table above; a test compares them
+__all__ = [  # the keys of the table above; a test compares them
     "AsyncEngine",
     "Coordinator",
     "EndpointConfig",

@@ -1,15 +1,15 @@
-"""What accelerators can do: one table of devices for plans and measurements.
+"""Accelerator specifications: one table of devices for plans and measurements.
 
-Where the figures come from
+Sources
 
-    peak FLOP/s, clock      dense bfloat16, as the makers state them; those of TPU cores are in pallas_kernels.chips. A
-                            CPU has no stated figure, so its peak is measured
-    HBM limit               what the compiler offers a program: `available HBM (15.75G)` in its refusal of one that is
-                            too large, libtpu 0.0.52 (tests/planning/test_planning_steps.py asks again)
+    peak FLOP/s, clock      dense bfloat16, from the vendors; TPU cores are in pallas_kernels.chips. CPUs have no stated
+                            figure, so their peak is measured
+    HBM limit               what the compiler grants a program: `available HBM (15.75G)` in its out-of-memory error,
+                            libtpu 0.0.52 (tests/planning/test_planning_steps.py checks it)
     HBM bandwidth           cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x
-    ICI bandwidth           one way of one link, as measured by jax-ml.github.io/scaling-book/tpus; tpu7x has v5p's
-                            nominal figure (1,200 GB/s over six links, both ways), and is given v5p's measured one
-    DCN bandwidth           network cards of a host over its chips, in the same documents; half of it is assumed lost to
+    ICI bandwidth           one link, one way, measured by jax-ml.github.io/scaling-book/tpus; tpu7x has v5p's nominal
+                            figure (1,200 GB/s over six links, both ways), so we use v5p's measured one
+    DCN bandwidth           a host's network cards divided by its chips, same documents; half is assumed lost to
                             protocol and contention
 """
 
@@ -26,14 +26,14 @@ from pallas_kernels.chips import CHIPS
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFacts:
-    """One JAX device of a TPU generation that programs are planned for."""
+    """One JAX device of a TPU generation."""
 
-    chip: str  # in pallas_kernels.chips.CHIPS
-    cores: int  # TensorCores of the device: two on v5p ("megacore")
+    chip: str  # key of pallas_kernels.chips.CHIPS
+    cores: int  # TensorCores per device: two on v5p ("megacore")
     devices_per_chip: int
-    hbm_limit_gib: float  # what a program may use
+    hbm_limit_gib: float  # available to a program
     hbm_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s, one way of one ICI link of the chip
+    link_bandwidth: float  # bytes/s, one ICI link, one way
     dcn_bandwidth: float  # bytes/s
 
     @property
@@ -56,7 +56,7 @@ TPUS = {
     )
 }
 
-# Dense bfloat16 FLOP/s by the beginning of `jax.Device.device_kind`; the longest match counts.
+# Dense bfloat16 FLOP/s by prefix of `jax.Device.device_kind`; the longest match wins.
 _PEAK_BF16 = {
     "TPU v4": 275e12,
     "NVIDIA A100": 312e12,
@@ -70,15 +70,15 @@ _PEAK_BF16 = {
 
 
 def peak_flops(device: Any) -> float | None:
-    """FLOP/s of a JAX device, the denominator of MFU: by its kind, measured on CPUs, None if unknown."""
-    if device.platform == "cpu":  # simulated devices share the one processor
+    """Peak FLOP/s of a JAX device, the denominator of MFU: from the table, measured on CPUs, None if unknown."""
+    if device.platform == "cpu":  # simulated devices share one processor
         return _measured_cpu_peak() / jax.local_device_count()
     kind = max((kind for kind in _PEAK_BF16 if device.device_kind.startswith(kind)), key=len, default=None)
     return None if kind is None else _PEAK_BF16[kind]
 
 
 def _measured_cpu_peak(size: int = 1024) -> float:
-    """The median of five matrix products, float32; about a tenth of a second."""
+    """Median of five float32 matrix products; takes about a tenth of a second."""
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()

@@ -1,7 +1,7 @@
-"""`stepjax VERB ...`: finds the verb's class, parses its fields with tyro, runs it. A user's mistake is one line.
+"""`stepjax VERB ...`: finds the verb's class, parses its fields with tyro, runs it. User errors print one line.
 
-Every verb is a dataclass with a method `run`; its fields are the options, their comments the help. The classes are
-imported when they are asked for, and import no JAX: usage errors are answered at once.
+Every verb is a dataclass with a `run` method. Its fields are the options and their comments the help. The classes are
+imported on demand and do not import JAX, so usage errors appear at once.
 """
 
 import ast
@@ -46,15 +46,15 @@ A model is a run (a directory, or a gs:// URL), a Hugging Face directory, or a c
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status. Without `arguments` this is the program: it ends at signals from here on.
+    """Run a verb and return the exit status. Without `arguments` this is the program, and signals end it from here on.
 
     0     done
-    1     a user's mistake, an unusable file or disk, or a bug of ours; the last line says which
-    2     bad usage; where tyro finds it, as SystemExit
-    70    `serve`, `pacore run`: the engine failed; start it again
+    1     a user error, an unusable file or disk, or a bug of ours; the last line says which
+    2     bad usage (raised as SystemExit when tyro finds it)
+    70    `serve`, `pacore run`: the engine failed; restart it
     75    `pretrain`: another process was lost; rerun the same command to resume from the checkpoint
-    130   SIGINT (Ctrl-C); `pretrain` has saved if a step was done, `pacore run` has its journal
-    143   SIGTERM, likewise. `serve` and `pacore serve`, once they listen, end in order at either, with 0
+    130   SIGINT (Ctrl-C); `pretrain` checkpoints if it has done a step, `pacore run` has its journal
+    143   SIGTERM, likewise. Once listening, `serve` and `pacore serve` shut down cleanly on either and return 0
     """
     is_program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _without_verb(arguments)
     if is_program:
         end_on_signals(f"stepjax {verb}")
-    # Tracing makes objects by the million and hardly a cycle: looking for cycles would take a tenth of a start.
+    # Tracing allocates millions of objects and hardly any cycles: collecting them would take a tenth of the start-up.
     gc.set_threshold(50_000, 20, 50)
     try:
         with logging_to_stderr(logging.INFO, "%(message)s"):
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except StepjaxError as error:
         problem = str(error)
-    except BrokenPipeError:  # as of `| head`: nobody reads on
+    except BrokenPipeError:  # such as `| head`: the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         problem = f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}"
     except MemoryError:
-        problem = "there is not enough memory"
-    except KeyboardInterrupt:  # of a caller in Python, or a second one while a command stops in order
+        problem = "out of memory"
+    except KeyboardInterrupt:  # a Python caller's, or a second Ctrl-C during a clean shutdown
         print(f"stepjax {verb}: stopped by SIGINT", file=sys.stderr)
         return 130
     except Exception as error:
@@ -92,18 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         problem = f"internal error, please report it: {type(error).__name__}: {error}"
-    print(f"stepjax {verb}: {printable(problem)}", file=sys.stderr)  # it may name what others have written
+    print(f"stepjax {verb}: {printable(problem)}", file=sys.stderr)  # it may quote untrusted text
     return 1
 
 
 def _without_verb(arguments: list[str]) -> int:
-    """Help, of all verbs or of a group such as `pacore`; or what is wrong with the verb that was given."""
+    """Print help for all verbs or for a group such as `pacore`, or the error for an unknown verb."""
     group = arguments[0] if arguments and any(name.startswith(f"{arguments[0]} ") for name in VERBS) else None
     rest = arguments[1:] if group else arguments
     if rest and rest[0] not in ("-h", "--help"):
         given = " ".join(filter(None, (group, rest[0])))
         [meant] = difflib.get_close_matches(given, VERBS, n=1) or [None]
-        remedy = f"did you mean {meant!r}?" if meant else f"there are {', '.join(VERBS)}"
+        remedy = f"did you mean {meant!r}?" if meant else f"choose from {', '.join(VERBS)}"
         print(printable(f"stepjax: no verb {given!r}; {remedy}"), file=sys.stderr)
         return 2
     names = [name for name in VERBS if group is None or name.startswith(group)]
@@ -115,7 +115,7 @@ def _without_verb(arguments: list[str]) -> int:
 
 
 def _summary(verb: str) -> str:
-    """The first line of the docstring of a verb's class, read without importing what the class needs."""
+    """The first docstring line of a verb's class, read without importing its module."""
     module, name = VERBS[verb].split(":")
     source = Path(__file__).parent.parent.joinpath(*module.split(".")).with_suffix(".py")
     for node in ast.parse(source.read_text()).body if source.exists() else ():
@@ -127,11 +127,11 @@ def _summary(verb: str) -> str:
 def _parse(verb: str, arguments: list[str]) -> Any:
     """The verb with its options.
 
-    A verb with a field `recipe` has the recipe's configuration in a field `config`, whose fields are options with the
-    recipe's values as defaults.
+    If a verb has a field `recipe`, its field `config` is the recipe's configuration: every field there is an option
+    whose default is the recipe's value.
 
     Raises:
-        SystemExit: help was asked for, or the arguments do not parse; it is printed.
+        SystemExit: after printing help or a parse error.
         ConfigError: the recipe cannot be used.
     """
     import tyro
@@ -146,13 +146,13 @@ def _parse(verb: str, arguments: list[str]) -> Any:
         options, program = _with_recipe(options, load_recipe(recipe)), f"{program} {recipe}"
     try:
         return tyro.cli(options, args=arguments, prog=program, config=(tyro.conf.AvoidSubcommands,))
-    except StepjaxError as error:  # of a group of options without a prefix; tyro itself reports those of the others
+    except StepjaxError as error:  # from options without a prefix; tyro reports errors from prefixed groups itself
         print(f"stepjax {verb}: {printable(error)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
 def _without_recipe(verb: Any) -> Any:
-    """The verb's own options alone. (Classes in full, as here, keep the comments of their bases for the help.)"""
+    """The verb's own options. (tyro finds the help comments of base classes only for full class definitions.)"""
     import tyro
 
     @dataclasses.dataclass(frozen=True, kw_only=True)

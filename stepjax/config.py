@@ -1,10 +1,10 @@
 """The typed configuration: frozen dataclasses, built by the Python files in `configs/`.
 
-Read a recipe and you know the run. Every field is an option of the command line (`--optimizer.weight-decay 0.1`); a
-value that cannot work is refused at construction, by name.
+A recipe describes the whole run. Every field is a command-line option (`--optimizer.weight-decay 0.1`). An invalid
+value raises an error at construction that names the field.
 
-The defaults of the model and image classes are the public checkpoint's. Fields that the technical report leaves open
-are marked "Unconfirmed" and hold the likeliest value.
+The model and image classes default to the public checkpoint. Fields that the technical report leaves open are marked
+"Unconfirmed" and default to the likeliest value.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     layer_scale_init: float = 0.1
-    activation: Activation = "quick_gelu"  # of the MLP; PE-lang as Meta released it has the exact "gelu"
+    activation: Activation = "quick_gelu"  # of the MLP; Meta's PE-lang release uses the exact "gelu"
 
     def __post_init__(self):
         require_positive("vision", self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "position_grid")
@@ -48,7 +48,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Qwen3-8B by default. `qk_norm=False` with `tie_embeddings=True` gives plain Llama-like decoders."""
+    """Qwen3-8B by default. `qk_norm=False` with `tie_embeddings=True` gives a plain Llama-like decoder."""
 
     vocab_size: int = 151_936
     width: int = 4096
@@ -63,10 +63,10 @@ class DecoderConfig:
     tie_embeddings: bool = False
     max_positions: int = 65_536
     # YaRN (arXiv 2309.00071) stretches rotary positions. PaCoRe serves 131,072 positions with factor 2 and attention
-    # factor 1; the paper's would be 0.1 ln(factor) + 1.
+    # factor 1; the YaRN paper would use 0.1 ln(factor) + 1.
     yarn_factor: float = 1.0  # 1: off
     yarn_trained_positions: int = 65_536
-    yarn_attention_factor: float = 1.0  # of cosines and sines, and so squared of the scores
+    yarn_attention_factor: float = 1.0  # scales cosines and sines, so scores by its square
 
     def __post_init__(self):
         require_positive("decoder", self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -84,19 +84,19 @@ class ModelConfig:
     vision: VisionConfig = VisionConfig()
     decoder: DecoderConfig = DecoderConfig()
     projector_bias: bool = False
-    init_range: float = 0.02  # standard deviation of embeddings; matrices use 1 / sqrt(fan_in)
+    init_range: float = 0.02  # standard deviation of the embeddings; matrices use 1 / sqrt(fan_in)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumericsConfig:
-    """Where precision and memory are traded. Softmax, norms, rotary angles and losses are float32 always."""
+    """Precision against memory. Softmax, norms, rotary angles and losses are always float32."""
 
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
-    remat: RematPolicy = "full"  # what the backward pass computes again: stepjax.models.remat
-    encoder_remat: RematPolicy | None = None  # the vision encoder's own; None: as `remat`
+    remat: RematPolicy = "full"  # what the backward pass recomputes: see stepjax.models.remat
+    encoder_remat: RematPolicy | None = None  # for the vision encoder; None: as `remat`
     attention: AttentionImplementation = "auto"  # Mosaic on TPU, cuDNN ("gpu") on GPU in bfloat16, XLA elsewhere
-    loss_chunk: int = 2048  # tokens whose logits exist at one time
+    loss_chunk: int = 2048  # tokens whose logits are in memory at a time
 
     def __post_init__(self):
         require_positive("numerics", self, "loss_chunk")
@@ -115,11 +115,11 @@ class ImageConfig:
     patch_size: int = 14
     max_side: int = 3024
     small_aspect: float = 1.5  # images within global_size are cropped only beyond this aspect ratio
-    elongated_aspect: float = 4.0  # beyond it the crop window shrinks to the short side
-    round_up_fraction: float = 0.2  # a remainder above this fraction of a window gets a window of its own
+    elongated_aspect: float = 4.0  # beyond this aspect ratio the crop window shrinks to the short side
+    round_up_fraction: float = 0.2  # a remainder above this fraction of a window gets its own window
     thin_side: int = 32  # thinner images beyond elongated_aspect are padded to a square
     small_is_inclusive: bool = True  # `long side <= global_size` is small; False is `<`. Unconfirmed for the 10B.
-    max_crops: int | None = 128  # refuse images that need more crops; None lifts the guard
+    max_crops: int | None = 128  # refuse images that need more crops; None: no limit
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -141,17 +141,17 @@ class ImageConfig:
 
     @property
     def global_tokens(self) -> int:
-        """Features of a global view after the two stride-2 convolutions (169 at 728 pixels)."""
+        """Tokens of a global view after the two stride-2 convolutions (169 at 728 pixels)."""
         return down_sampled(self.global_grid) ** 2
 
     @property
     def crop_tokens(self) -> int:
-        """The same of a crop (81 at 504 pixels)."""
+        """Tokens of a crop (81 at 504 pixels)."""
         return down_sampled(self.crop_grid) ** 2
 
 
 def down_sampled(grid: int) -> int:
-    """Side of a patch grid after two convolutions of kernel 3, stride 2, padding 1."""
+    """Side of a patch grid after two convolutions with kernel 3, stride 2, padding 1."""
     for _ in range(2):
         grid = (grid - 1) // 2 + 1
     return grid
@@ -159,7 +159,7 @@ def down_sampled(grid: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    path: str = "demo"  # a `tokenizer.json`, a directory that holds one, or "demo" for the small one that is shipped
+    path: str = "demo"  # a `tokenizer.json`, a directory with one, or "demo" for the small bundled one
     generation_starts_thinking: bool = True  # the generation prompt ends with "<think>\n". Unconfirmed for the 10B.
 
 
@@ -181,7 +181,7 @@ class DigitsSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JsonlSource:
-    """One JSON record a line: `{"messages": [...]}` or `{"text": ...}`; image paths are relative to the file."""
+    """One JSON record per line: `{"messages": [...]}` or `{"text": ...}`; image paths are relative to the file."""
 
     name: str
     weight: float
@@ -203,29 +203,29 @@ Source = DigitsSource | JsonlSource | ArrayRecordSource
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sources: tuple[Source, ...] = ()
-    bad_records: BadRecords = "error"  # what to do with malformed records and with examples larger than a row
-    changed_files: ChangedFiles = "error"  # when a run goes on, and data files are not those of its checkpoint
+    bad_records: BadRecords = "error"  # what to do with malformed records and examples larger than a row
+    changed_files: ChangedFiles = "error"  # what to do on resume if data files have changed since the checkpoint
     open_rows: int = 4  # rows that a packing stream keeps open to find the best fit
-    num_workers: int = 0  # processes that read and pack; 0 packs in a thread of the trainer
-    prefetch: int = 4  # batches made ahead
+    num_workers: int = 0  # processes that read and pack; 0: a thread of the trainer
+    prefetch: int = 4  # batches prepared ahead
 
     def __post_init__(self):
         require_positive("data", self, "open_rows", "prefetch")
         require_not_negative("data", self, "num_workers")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
-            raise ConfigError(f"data.sources={names}: give every source a name of its own")
+            raise ConfigError(f"data.sources={names}: give every source a unique name")
         for source in self.sources:
             require_positive(f"data.sources.{source.name}", source, "weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """One optimizer step. The budgets of a row are static shapes: nothing recompiles as images change."""
+    """One optimizer step. The row budgets are static shapes: changing images never recompile."""
 
     rows: int  # rows of the global batch; also the number of packing streams
     tokens: int = 4096  # per row
-    example_tokens: int | None = None  # of the longest example that is taken; None: a row's
+    example_tokens: int | None = None  # longest example accepted; None: a whole row
     global_views: int = 4  # per row
     crops: int = 16  # per row
     accumulation: int = 1  # micro-batches that the rows are split into
@@ -239,7 +239,7 @@ class BatchConfig:
 
     @property
     def attention_pairs(self) -> float:
-        """(query, key) pairs of causal attention in a row that full-length examples fill."""
+        """(query, key) pairs of causal attention in a row full of examples of maximal length."""
         return self.tokens * ((self.example_tokens or self.tokens) + 1) / 2
 
 
@@ -248,8 +248,8 @@ class Phase:
     """A stretch of the learning-rate schedule, measured in tokens (row slots, padding included)."""
 
     tokens: float
-    start: float  # learning rate at its start
-    end: float  # learning rate at its end
+    start: float  # learning rate at the start
+    end: float  # learning rate at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,28 +281,28 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     decay_vectors: bool = False  # also decay biases, norm scales and layer scales. Unconfirmed.
     clip_norm: float | None = 1.0  # global gradient norm. Unconfirmed.
-    # Regular expressions over parameter names ("vision/", "decoder/embed", ...). The first match of a name decides.
+    # Regular expressions over parameter names ("vision/", "decoder/embed", ...). The first match wins.
     learning_rate_scales: tuple[tuple[str, float], ...] = ()
     freeze: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where a new run takes its parameters from; a part without a source starts from random values.
+    """Sources of a new run's initial parameters; a part without a source starts from random values.
 
     A source is a Hugging Face directory (STEP3-VL, or a Qwen3 or Llama text model for the decoder), a Perception
-    Encoder in timm's safetensors layout, a converted checkpoint, or a run ("gs://..." too), whose last checkpoint
-    counts. The position table is resized to model.vision.position_grid, by default as the model itself resizes it for
-    crops: bilinear, half-pixel centres, no antialiasing.
+    Encoder in timm's safetensors layout, a converted checkpoint, or the last checkpoint of a run ("gs://..." too). The
+    position table is resized to model.vision.position_grid, by default as the model resizes it for crops: bilinear,
+    half-pixel centres, no antialiasing.
     """
 
-    path: str | None = None  # of every part that names no source of its own
+    path: str | None = None  # source of every part without its own
     vision: str | None = None
     projector: str | None = None  # the two convolutions and the linear layer
     decoder: str | None = None
-    resize: Resize = "bilinear"  # of the position table; "bicubic" with antialiasing is timm's. Unconfirmed.
-    resize_antialias: bool = False  # changes "bilinear" and "bicubic" only where the table shrinks. Unconfirmed.
-    new_embedding_rows: bool = False  # ids beyond the source's vocabulary may start from random embeddings
+    resize: Resize = "bilinear"  # of the position table; timm uses "bicubic" with antialiasing. Unconfirmed.
+    resize_antialias: bool = False  # of the position table; matters only if it shrinks. Unconfirmed.
+    new_embedding_rows: bool = False  # let ids beyond the source's vocabulary start from random embeddings
 
     def __post_init__(self):
         for name in ("path", "vision", "projector", "decoder"):
@@ -323,13 +323,13 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what the others leave. See MESHES for the usual ones."""
+    """Devices along each mesh axis; -1 means all remaining devices. See MESHES for the usual ones."""
 
-    slice: int = 1  # slices of a multi-slice job, joined by the data-centre network: copies of the parameters
+    slice: int = 1  # slices of a multi-slice job, joined by the data-centre network; each has a copy of the parameters
     data: int = 1  # copies of the parameters within a slice
-    fsdp: int = -1  # parts of the parameters, gathered layer by layer
-    context: int = 1  # parts of every row
-    tensor: int = 1  # parts of every matrix
+    fsdp: int = -1  # shards of the parameters, gathered layer by layer
+    context: int = 1  # shards of every row
+    tensor: int = 1  # shards of every matrix
 
     def shape(self, num_devices: int) -> tuple[int, int, int, int, int]:
         """Sizes of (slice, data, fsdp, context, tensor) for `num_devices` devices."""
@@ -348,10 +348,10 @@ class MeshConfig:
         return slices, data, fsdp, context, tensor
 
 
-# Start here: `mesh=MESHES["fsdp"]` in a recipe, `--mesh.tensor 4` and the like on the command line.
+# Start here: `mesh=MESHES["fsdp"]` in a recipe, or options such as `--mesh.tensor 4`.
 MESHES = {
     "fsdp": MeshConfig(),
-    "fsdp_tensor": MeshConfig(tensor=4),  # for small batches a device, or layers too large to gather
+    "fsdp_tensor": MeshConfig(tensor=4),  # for small per-device batches, or layers too large to gather
     "context": MeshConfig(context=8),  # for rows too long for one device, such as 128k tokens
     "multislice": MeshConfig(slice=2),  # only gradients cross the data-centre network
 }
@@ -368,12 +368,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeartbeatConfig:
-    """When several processes take one of their number for lost. All in seconds."""
+    """When a multi-process run counts a process as lost or stuck. All in seconds."""
 
     every: float = 5.0
-    lost_after: float = 60.0  # without a sign of life
-    warn_after: float = 60.0  # that the others have waited for one that is alive
-    give_up_after: float = 3600.0  # the same, and end the run
+    lost_after: float = 60.0  # silence after which a process counts as lost
+    warn_after: float = 60.0  # warn when the others have waited this long for a live process
+    give_up_after: float = 3600.0  # end the run when they have waited this long
 
     def __post_init__(self):
         require_positive("heartbeat", self, "every", "lost_after", "warn_after", "give_up_after")
@@ -382,23 +382,23 @@ class HeartbeatConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    every: int = 10  # steps between lines
+    every: int = 10  # steps between log lines
     tensorboard: bool = False
     wandb: bool = False
-    profile: tuple[int, int] | None = None  # trace these steps, from first to last, into OUT/profile
+    profile: tuple[int, int] | None = None  # trace from the first to the last of these steps into OUT/profile
 
     def __post_init__(self):
         require_positive("logging", self, "every")
         first, last = self.profile or (1, 1)
-        require("logging", self, profile=(1 <= first <= last, "name a first step from 1, and a last one"))
+        require("logging", self, profile=(1 <= first <= last, "must be a first step from 1 and a last step"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Questions that the model answers greedily, and documents whose loss is measured."""
+    """Questions answered greedily, and documents whose loss is measured."""
 
     sources: tuple[Source, ...] = ()
-    examples: int = 200  # per source, or as many as it has
+    examples: int = 200  # per source, at most
     max_new_tokens: int = 16
     batch_size: int = 64
     every: int | None = None  # steps between evaluations during training; None: at the end only
@@ -410,7 +410,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything that decides a pretraining run."""
+    """Everything that defines a pretraining run."""
 
     name: str
     model: ModelConfig = ModelConfig()

@@ -1,7 +1,7 @@
-"""Recipes on disk and on the command line: load `configs/*.py`, apply overrides, show differences, go through JSON.
+"""Recipes: load `configs/*.py`, apply command-line overrides, show differences, convert to and from JSON.
 
-A recipe is a Python file that leaves a `PretrainConfig` in the name `config`. It is the user's own code and runs like
-any script; configuration read back from a checkpoint is data only and goes through validation instead.
+A recipe is a Python file that assigns a `PretrainConfig` to `config`. It is the user's own code and runs like any
+script. Configuration read from a checkpoint is only data, and is validated.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def load_recipe(path: str | Path) -> PretrainConfig:
     """The configuration that a recipe file builds.
 
     Raises:
-        ConfigError: there is no such file, or it does not leave a PretrainConfig in `config`.
+        ConfigError: the file is missing, or does not assign a PretrainConfig to `config`.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -34,7 +34,7 @@ def load_recipe(path: str | Path) -> PretrainConfig:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    # Neighbouring files of a recipe may be imported; nothing is written beside them.
+    # A recipe may import files next to it.
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
@@ -48,15 +48,15 @@ def load_recipe(path: str | Path) -> PretrainConfig:
         sys.path.remove(str(path.parent))
     config = getattr(module, "config", None)
     if not isinstance(config, PretrainConfig):
-        raise ConfigError(f"recipe {path} must leave a PretrainConfig in `config`; it is {type(config).__name__}")
+        raise ConfigError(f"recipe {path} must assign a PretrainConfig to `config`; it is {type(config).__name__}")
     return config
 
 
 def override(config: PretrainConfig, arguments: Sequence[str], *, prog: str) -> PretrainConfig:
-    """`config` with `--section.field value` arguments applied; a wrong name is answered with the nearest ones (tyro).
+    """`config` with `--section.field value` arguments applied; tyro suggests the nearest names for a wrong one.
 
     Raises:
-        SystemExit: an argument does not parse or the values do not fit together; the message is printed.
+        SystemExit: after printing why an argument does not parse or the values do not fit together.
     """
     return tyro.cli(
         PretrainConfig, default=config, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,)
@@ -68,10 +68,10 @@ def to_json(config: PretrainConfig) -> dict[str, Any]:
 
 
 def from_json(fields: dict[str, Any]) -> PretrainConfig:
-    """The configuration that a checkpoint was saved with.
+    """The configuration saved with a checkpoint.
 
     Raises:
-        CheckpointError: the fields are not those of this version; they are named.
+        CheckpointError: some fields do not fit this version; names them.
     """
     message = "the checkpoint's configuration does not fit this version of stepjax: "
     try:
@@ -79,7 +79,7 @@ def from_json(fields: dict[str, Any]) -> PretrainConfig:
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(message + problems) from error
-    # Pydantic passes over keys that a dataclass does not have.
+    # Pydantic ignores keys that a dataclass does not have.
     unknown = sorted(_paths(fields) - _paths(to_json(config)))
     if unknown:
         raise CheckpointError(f"{message}unknown {', '.join(unknown)}")
@@ -94,7 +94,7 @@ def _paths(fields: Any, prefix: str = "") -> set[str]:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted path, as it is named on the command line."""
+    """Every field by its dotted path, as on the command line."""
     if dataclasses.is_dataclass(config):
         parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     elif isinstance(config, tuple) and any(dataclasses.is_dataclass(item) for item in config):
@@ -108,7 +108,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
-    """One line a field that differs: `optimizer.weight_decay: 0.01 -> 0.1`."""
+    """One line per changed field: `optimizer.weight_decay: 0.01 -> 0.1`."""
     old, new = flat(preset), flat(config)
     names = [*new, *(name for name in old if name not in new)]
     absent = "(absent)"

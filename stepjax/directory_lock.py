@@ -1,8 +1,8 @@
-"""A directory that one process writes in: a second start is refused, and harms nothing.
+"""A lock that lets only one process write in a directory; a second start is refused and does no harm.
 
-    DIR/lock     held (flock) while the process lives, however it ends; names the process
+    DIR/lock     names the process and is held (flock) until it ends, in any way
 
-It guards against a second start on the same machine; between machines only where the file system passes locks on.
+It protects against a second start on the same machine, and across machines only if the file system shares locks.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes the directory, and keeps other processes out of it until the block ends.
+    """Creates the directory and keeps other processes out of it until the block ends.
 
     Raises:
-        CheckpointError: it cannot be made or written, or another process has it; names that one.
+        CheckpointError: the directory cannot be created or written, or another process (named) holds it.
     """
     path = directory / LOCK
     try:

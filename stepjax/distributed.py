@@ -1,4 +1,4 @@
-"""Runs of several processes: how a process joins the others, and how it ends when one of them is lost.
+"""Multi-process runs: how a process joins the others, and how it exits when one of them is lost.
 
 Every process runs the same command. It joins the others if the environment says where they are,
 
@@ -6,9 +6,9 @@ Every process runs the same command. It joins the others if the environment says
 
 or if STEPJAX_DISTRIBUTED=auto lets JAX find out (Cloud TPU pods, GKE, Slurm, MPI). Otherwise it runs alone.
 
-JAX's coordination service notices a process that falls silent, and then aborts all others from C++, with a stack dump
-and SIGABRT, which no Python code can catch. So each trains in a child process, and its parent, `supervise`, turns that
-end into one line and the exit status TRY_AGAIN.
+When a process falls silent, JAX's coordination service aborts all others from C++, with a stack dump and a SIGABRT that
+Python code cannot catch. So training runs in a child process, and its parent, `supervise`, turns the abort into one
+line and the exit status TRY_AGAIN.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def is_distributed(environment: Mapping[str, str] = os.environ) -> bool:
     if automatic not in ("", "0", "auto"):
         raise ConfigError(f"STEPJAX_DISTRIBUTED={automatic}: must be auto, or unset")
     present = [name for name in _VARIABLES if environment.get(name)]
-    # JAX's own detection may use a coordinator's address alone.
+    # JAX's own detection may need only the coordinator's address.
     if 0 < len(present) < len(_VARIABLES) and automatic != "auto":
         missing = [name for name in _VARIABLES if name not in present]
         raise ConfigError(f"{', '.join(present)} set without {', '.join(missing)}: set all three, or none")
@@ -45,13 +45,13 @@ def is_distributed(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def initialize(lost_after: float) -> None:
-    """Joins the other processes, if there are any. Call it before anything asks JAX for devices.
+    """Joins the other processes, if any. Call it before anything asks JAX for devices.
 
     Args:
-        lost_after: seconds of silence after which a process counts as lost, and the others end.
+        lost_after: seconds of silence after which a process counts as lost and the others exit.
 
     Raises:
-        ConfigError: the environment is contradictory, or the others cannot be reached.
+        ConfigError: the environment is contradictory, or the other processes cannot be reached.
     """
     if not is_distributed():
         return
@@ -78,8 +78,8 @@ def must_supervise() -> bool:
 
 
 def supervise(arguments: Sequence[str]) -> int:
-    """Runs `stepjax ARGUMENTS` in a child, passes SIGTERM and SIGINT on, and returns a status that says what to do."""
-    # A session of its own keeps the terminal's Ctrl-C from reaching the child twice.
+    """Runs `stepjax ARGUMENTS` in a child process, forwards SIGTERM and SIGINT, and returns the exit status."""
+    # In its own session the child does not get the terminal's Ctrl-C a second time.
     child = subprocess.Popen(
         [sys.executable, "-m", "stepjax.cli", *arguments],
         env=os.environ | {_SUPERVISED: "1"},
@@ -99,13 +99,13 @@ def supervise(arguments: Sequence[str]) -> int:
 
 
 def leave(message: str) -> None:
-    """Ends this process at once with TRY_AGAIN: nothing can interrupt a collective that waits for a lost process."""
+    """Exits at once with TRY_AGAIN: a collective that waits for a lost process cannot be interrupted."""
     print(f"stepjax: {message}. {_REMEDY}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(TRY_AGAIN)
 
 
 def _die_with_parent() -> None:
-    """Linux: SIGKILL to the parent, which cannot pass it on, kills the child too."""
+    """Linux: when the parent dies, even by SIGKILL, the kernel kills the child too."""
     parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

@@ -1,16 +1,16 @@
-"""User errors. Each names the offending thing and its value, and says what to change.
+"""User errors. Each names the offending field and its value, and says what to change.
 
-All are `ValueError`s, so that callers may catch either; the command line prints the message without a traceback.
-Broken invariants of our own code are plain `assert`s instead. At the end: the checks that all configurations share.
+All are `ValueError`s, so callers may catch either. The command line prints the message without a traceback. Invariants
+of our own code are plain `assert`s instead. The last functions are the checks that all configurations share.
 """
 
 
 class StepjaxError(ValueError):
-    """Something the user gave us cannot be used; the message says what to change."""
+    """Unusable user input; the message says what to change."""
 
 
 class ConfigError(StepjaxError):
-    """A configuration value, or a combination of them, is not usable."""
+    """A configuration value, or a combination of values, is not usable."""
 
 
 class ImageError(StepjaxError):
@@ -18,7 +18,7 @@ class ImageError(StepjaxError):
 
 
 class ImageSizeError(ImageError):
-    """An image is larger than is allowed, or takes more work than is."""
+    """An image is larger, or takes more work, than allowed."""
 
 
 class TokenError(StepjaxError):
@@ -26,7 +26,7 @@ class TokenError(StepjaxError):
 
 
 class LimitError(StepjaxError):
-    """Work on data from outside takes more time or memory than it is given."""
+    """Work on external data exceeds its time or memory limit."""
 
 
 class RecordError(StepjaxError):
@@ -42,14 +42,14 @@ class TrainingDivergedError(StepjaxError):
 
 
 class RequestError(StepjaxError):
-    """A request for generation cannot be served as it is."""
+    """A generation request cannot be served."""
 
 
 class ContextLengthError(RequestError):
     """A prompt, or a prompt with its answer, is longer than the context.
 
     Attributes:
-        excess: by how many tokens, as far as they are counted.
+        excess: tokens over the limit, as far as they were counted.
     """
 
     def __init__(self, message: str, *, excess: int):
@@ -58,15 +58,15 @@ class ContextLengthError(RequestError):
 
 
 class BusyError(RequestError):
-    """Too many requests are waiting; the same one may succeed later."""
+    """Too many requests are waiting; retry later."""
 
 
 def require(section: str, config: object, **checks: tuple[bool, str]) -> None:
     """Raises ConfigError for the first field whose check fails.
 
     Args:
-        section: of the configuration, for the name of the field; "" at the top.
-        checks: whether a field is as it must be, and what to change otherwise.
+        section: prefix of the field's name in the message; "" at the top level.
+        checks: for each field, whether it is valid, and what to change if not.
     """
     for name, (is_met, remedy) in checks.items():
         if not is_met:
@@ -74,7 +74,7 @@ def require(section: str, config: object, **checks: tuple[bool, str]) -> None:
 
 
 def require_positive(section: str, config: object, *names: str) -> None:
-    """Raises ConfigError for the first field that is not positive, NaN among them."""
+    """Raises ConfigError for the first field that is not positive, or NaN."""
     require(section, config, **{name: (getattr(config, name) > 0, "must be positive") for name in names})
 
 

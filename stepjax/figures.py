@@ -1,4 +1,4 @@
-"""Figures for people: numbers of three digits, durations, how sure a proportion is; and foreign text made printable."""
+"""Human-readable numbers, durations and confidence intervals; untrusted text made printable; logging to stderr."""
 
 import contextlib
 import logging
@@ -7,23 +7,23 @@ import re
 import sys
 from collections.abc import Iterator
 
-NORMAL_QUANTILE = 1.959964  # of 97.5 %: two-sided intervals of 95 %
+NORMAL_QUANTILE = 1.959964  # 97.5 %, for two-sided intervals of 95 %
 
-# Codes that move a terminal's cursor or change what it shows, that turn the direction of text, or that have no form in
-# UTF-8. Newlines and tabs are fine.
+# Terminal control codes, bidirectional text controls, and surrogates, which UTF-8 cannot encode. Newlines and tabs are
+# fine.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _SUFFIXES = ("", "k", "M", "B", "T")
 
 
 def human_number(value: float) -> str:
-    """Three digits and a suffix: 12345 -> "12.3k"."""
+    """Three significant digits and a suffix: 12345 -> "12.3k"."""
     if not math.isfinite(value):
         return f"{value}"
     magnitude = abs(value)
     for power, suffix in enumerate(_SUFFIXES):
         scaled = magnitude / 1000**power
-        # 999.5 would be rounded to four digits: it belongs to the next suffix.
+        # 999.5 would round to four digits, so it takes the next suffix.
         if scaled < 999.5 or suffix == _SUFFIXES[-1]:
             digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
             return f"{'-' if value < 0 else ''}{scaled:.{digits}f}{suffix}"
@@ -51,7 +51,7 @@ def human_time(seconds: float) -> str:
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson, 1927), which stays sensible near 0 and 1; (0, 1) without trials."""
+    """The 95 % interval of a proportion (Wilson, 1927), sensible even near 0 and 1; (0, 1) without trials."""
     assert 0 <= correct <= total
     if total == 0:
         return 0.0, 1.0
@@ -63,12 +63,12 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def printable(text: object) -> str:
-    """A text of which others have written a part, with its control characters as escapes."""
+    """Untrusted text with its control characters escaped."""
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what is stderr at the time. What others have written is made printable; a progress bar stays whole."""
+    """Writes to the current sys.stderr. Escapes control characters and leaves a progress bar intact."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -84,7 +84,7 @@ _HANDLER = _StderrHandler()
 
 
 def log_to_stderr(level: int, form: str) -> None:
-    """Sets up logging for a command; what was set up before is replaced. JAX and Orbax only tell of warnings."""
+    """Sets up logging for a command, replacing any earlier set-up. JAX and Orbax log warnings and errors only."""
     _HANDLER.setFormatter(logging.Formatter(form))
     logging.getLogger().setLevel(level)
     logging.getLogger().addHandler(_HANDLER)

@@ -1,4 +1,4 @@
-"""How far a long task is, on stderr: a bar on a terminal, elsewhere (a log file, a pod's console) a line now and then.
+"""Progress of a long task on stderr: a bar on a terminal, an occasional line elsewhere (a log file, a pod's console).
 
 with progress(total, unit="B", description="converting") as bar:
     bar.update(n)
@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 from stepjax.figures import printable
 
-SECONDS = 30.0  # at least, between two lines where there is no terminal
+SECONDS = 30.0  # minimum time between lines without a terminal
 _LINE = "{desc}: {percentage:3.0f}%  {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class Progress(tqdm):
-    """Made by `progress`. Threads may update it."""
+    """Create it with `progress`. Thread-safe."""
 
-    _lock = threading.RLock()  # tqdm's own would be shared with other processes, through a semaphore
-    monitor_interval = 0  # no thread that watches for stalled bars
+    _lock = threading.RLock()  # tqdm's default lock also holds a semaphore shared with other processes
+    monitor_interval = 0  # no monitor thread
 
     def __init__(self, stream: TextIO, **options):
         self._stream, self._is_live = stream, stream.isatty()
@@ -28,14 +28,14 @@ class Progress(tqdm):
             options |= {"mininterval": SECONDS, "delay": SECONDS, "bar_format": _LINE, "leave": False}
         super().__init__(file=stream, dynamic_ncols=self._is_live, miniters=0, **options)
         if not self._is_live:
-            # tqdm would draw it again behind every message that is logged.
+            # Otherwise tqdm would redraw it after every log message.
             self._instances.discard(self)  # pyright: ignore[reportAttributeAccessIssue]
 
     def update(self, n: float = 1, note: str | None = None) -> bool | None:
         """
         Args:
-            n: how much more is done.
-            note: shown after the figures from now on.
+            n: progress since the last update.
+            note: text shown after the figures from now on.
         """
         with self._lock:
             if note is not None:
@@ -65,13 +65,13 @@ def progress(
     shown: bool = True,
     stream: TextIO | None = None,
 ) -> Progress:
-    """A display to be used as a context manager.
+    """A progress display, used as a context manager.
 
     Args:
-        total: where it ends; None if that is not known.
-        unit: of `total`; "B" and "tok" are shown as k, M, G.
-        done: by an earlier attempt; it counts as done, not as speed.
-        shown: False shows no progress, only what is printed: for all processes but the first.
+        total: None if unknown.
+        unit: of `total`; "B" and "tok" are scaled to k, M, G.
+        done: progress of an earlier attempt; excluded from the rate.
+        shown: False hides the progress but not printed messages: for all processes but the first.
         stream: stderr by default.
     """
     return Progress(

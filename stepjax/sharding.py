@@ -1,8 +1,8 @@
 """The one table from logical axes to mesh axes. No other file names a mesh axis.
 
-Every parameter carries the logical axes of its own dimensions (`nnx.Param(..., axes=("embed", "mlp"))`); dimensions in
-front of them are layer stacks. `constrain` pins activations where it matters. The same code runs on one CPU device and
-on a pod: a single device is a mesh of one, to which every rule applies.
+Every parameter carries the logical axes of its dimensions (`nnx.Param(..., axes=("embed", "mlp"))`); leading dimensions
+without one are layer stacks. `constrain` pins activations where it matters. The same code runs on one CPU device and on
+a pod: a single device is a 1-device mesh, and every rule applies to it.
 """
 
 import math
@@ -21,10 +21,10 @@ MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations
-    "batch": ("slice", "data", "fsdp"),  # rows of the batch, and with them their pixels
+    "batch": ("slice", "data", "fsdp"),  # rows of the batch, with their pixels
     "length": "context",
     "row_views": "context",  # of one row
-    "views": ("slice", "data", "fsdp", "context"),  # of all rows: devices that share a row divide its views
+    "views": ("slice", "data", "fsdp", "context"),  # of all rows: devices that share a row split its views
     "act_embed": None,
     # Parameters: one dimension over fsdp (gathered layer by layer), one over tensor
     "layers": None,
@@ -44,7 +44,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh of `config`, over all devices by default.
 
-    Neighbours along an axis are close in the hardware, closest along the last one; the slice axis spans the slices of a
+    Neighbours along an axis are physically close, closest along the last axis. The slice axis spans the slices of a
     multi-slice job.
 
     Raises:
@@ -62,7 +62,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             (1, *shape[1:]), (shape[0], 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     else:
-        # Within one slice (or a simulation of several) all axes share its wires.
+        # Within one slice (or a simulation of several) all axes share the same links.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -73,13 +73,13 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 
 
 def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu": the platform of the current mesh, or JAX's default without one."""
+    """ "cpu", "gpu" or "tpu": the platform of the current mesh, or JAX's default platform without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def axis_size(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Number of shards of a logical axis on a mesh: by default the current one, 1 without any."""
+    """Number of shards of a logical axis on a mesh (by default the current one); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
 
@@ -90,17 +90,17 @@ def axis_index(axis: str) -> int | jax.Array:
 
 
 def ppermute(x: jax.Array, axis: str, destinations: Sequence[int]) -> jax.Array:
-    """Inside `jax.shard_map`: shard i of a logical axis goes to shard destinations[i]."""
+    """Inside `jax.shard_map`: sends shard i of a logical axis to shard destinations[i]."""
     return jax.lax.ppermute(x, _mesh_axes(axis), list(enumerate(destinations)))
 
 
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Inside `jax.shard_map`: all shards of a logical axis, joined along `dim`. The backward pass reduce-scatters."""
+    """Inside `jax.shard_map`: concatenates the shards of a logical axis along `dim`. Its gradient reduce-scatters."""
     return jax.lax.all_gather(x, _mesh_axes(axis), axis=dim, tiled=True) if axis_size(axis) > 1 else x
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pin the layout of an activation on the current mesh; without a mesh return it unchanged."""
+    """Pin the sharding of an activation on the current mesh; without a mesh return it unchanged."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
@@ -117,7 +117,7 @@ def param_axes(param: nnx.Variable) -> tuple[str, ...]:
 
 
 def parameter_name(path: tuple) -> str:
-    """`decoder/blocks/mlp/up_kernel`, from the path of a parameter in a tree or of its array (".../value")."""
+    """`decoder/blocks/mlp/up_kernel`, from the tree path of a parameter or of its array (".../value")."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
@@ -133,10 +133,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of a model or a train state (abstract or not), as a tree of the same structure.
 
-    Parameters, and optimizer moments that keep their parameter's axes, follow the table; other arrays are replicated.
+    Parameters follow the table, as do optimizer moments, which keep their parameter's axes. Other arrays are
+    replicated.
 
     Raises:
-        ConfigError: the mesh axes of a parameter's dimension do not divide it.
+        ConfigError: a parameter's dimension is not divisible by its mesh axes.
     """
 
     def sharding(path, node):
@@ -159,50 +160,50 @@ def _check_divides(name: str, dim: int, axis: str, mesh: Mesh) -> None:
     parts = axis_size(axis, mesh)
     if dim % parts:
         raise ConfigError(
-            f"parameter {name} has {dim} entries along {axis!r}, which do not divide over the {parts} devices of "
-            f"mesh axes {_mesh_axes(axis)}; make those mesh axes smaller"
+            f"parameter {name} has {dim} entries along {axis!r}, not divisible by the {parts} devices of mesh axes "
+            f"{_mesh_axes(axis)}; make those mesh axes smaller"
         )
 
 
 def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
     """
     Raises:
-        ConfigError: the rows of a micro-batch do not divide over the devices that share the batch, or the tokens of a
-            row over those that share the row.
+        ConfigError: the rows of a micro-batch are not divisible by the devices that share the batch, or the tokens of a
+            row by the devices that share a row.
     """
     parts = axis_size("batch", mesh)
     if batch.rows // batch.accumulation % parts:
         raise ConfigError(
             f"batch.rows={batch.rows}: the rows of each of batch.accumulation={batch.accumulation} micro-batches must "
-            f"divide over {parts} devices (mesh.slice x mesh.data x mesh.fsdp)"
+            f"be divisible by {parts} devices (mesh.slice x mesh.data x mesh.fsdp)"
         )
     parts = axis_size("length", mesh)
     if batch.tokens % parts:
-        raise ConfigError(f"batch.tokens={batch.tokens}: must divide over {parts} devices (mesh.context)")
+        raise ConfigError(f"batch.tokens={batch.tokens}: must be divisible by {parts} devices (mesh.context)")
 
 
 def check_heads_only(mesh: Mesh) -> None:
     """
     Raises:
-        ConfigError: the mesh has several devices along an axis other than that of the heads. All devices of an engine
-            share one batch; for more batches, run an engine on each part of the devices.
+        ConfigError: the mesh has several devices along an axis other than the heads' axis. All devices of an engine
+            share one batch; for more batches, run one engine per part of the mesh.
     """
     other = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in _mesh_axes("heads")}
     if other:
-        raise ConfigError(f"mesh {other}: an engine spreads over {_mesh_axes('heads')} alone; set the others to 1")
+        raise ConfigError(f"mesh {other}: an engine is sharded over {_mesh_axes('heads')} only; set the others to 1")
 
 
 def data_parts(mesh: Mesh) -> list[Mesh]:
-    """The mesh, cut along its axes for rows of the batch: meshes of all the other axes."""
+    """Splits the mesh along the batch axes: one mesh of the other axes for each part."""
     rows = MESH_AXES.index("context")
     grids = mesh.devices.reshape(-1, *[1] * rows, *mesh.devices.shape[rows:])
     return [Mesh(grid, mesh.axis_names, axis_types=(AxisType.Auto,) * len(MESH_AXES)) for grid in grids]
 
 
 def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
-    """The rows of the global batch that this process feeds to its devices, in this order.
+    """The rows of the global batch that this process feeds to its devices, in order.
 
-    Processes whose devices share rows (context and tensor axes that span hosts) each feed the same ones.
+    Processes whose devices share rows (context or tensor axes that span hosts) feed the same rows.
     """
     layout = NamedSharding(mesh, spec("batch"))
     indices = layout.addressable_devices_indices_map((num_rows,)).values()

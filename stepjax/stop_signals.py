@@ -1,12 +1,12 @@
-"""Ctrl-C and SIGTERM at any moment of a command: one line and the status 130 or 143, at once.
+"""Ctrl-C and SIGTERM end a command at once, with one line and the status 130 or 143.
 
-Python runs a signal's handler between two bytecodes of the main thread, which comes seconds to minutes late while that
-thread compiles or reads an array. An exception raised there unwinds through C++ callbacks or is lost in one, and an
+Python runs signal handlers between two bytecodes of the main thread, so seconds to minutes late while that thread
+compiles or reads an array. An exception raised there unwinds through C++ callbacks or is lost in one, and an
 interpreter that exits while native threads work crashes. So the signal wakes a thread (`signal.set_wakeup_fd`) that
-ends the process as a kill would: all that stepjax writes survives a kill.
+ends the process like a kill, which is safe: everything stepjax writes survives a kill.
 
-Training, a batch run and a server stop in order: while they run, their own handlers are installed, and the thread
-leaves signals to them.
+Training, batch runs and servers shut down cleanly: they install their own handlers, and the thread leaves signals to
+them.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def end_on_signals(program: str) -> None:
-    """From now on this process, but none forked of it, ends at SIGINT and SIGTERM. Call it in the main thread."""
+    """From now on SIGINT and SIGTERM end this process, but not its forks. Call it in the main thread."""
 
     ending = threading.Lock()
 
     def end(number: int, _: FrameType | None = None) -> None:
         if not ending.acquire(blocking=False):
-            return  # the main thread's handler and the one that watches may both get here
-        flush = threading.Thread(target=_flush, daemon=True)  # a reader of ours may be stuck
+            return  # the main thread's handler and the watching thread may both get here
+        flush = threading.Thread(target=_flush, daemon=True)  # stdout's reader may be stuck
         flush.start()
         flush.join(1)
-        start = "\n" if os.isatty(2) else ""  # behind what a live progress line shows
+        start = "\n" if os.isatty(2) else ""  # below a live progress line
         with contextlib.suppress(OSError):
             os.write(2, f"{start}{program}: stopped by {signal.Signals(number).name}\n".encode())
         os._exit(128 + number)

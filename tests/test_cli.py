@@ -71,8 +71,8 @@ def test_version(capsys):
     [
         (["pretrian"], "stepjax: no verb 'pretrian'; did you mean 'pretrain'?\n"),
         (["pacore", "rum"], "stepjax: no verb 'pacore rum'; did you mean 'pacore run'?\n"),
-        (["dance"], f"stepjax: no verb 'dance'; there are {', '.join(VERBS)}\n"),
-        (["\x1b[2J"], f"stepjax: no verb '\\x1b[2J'; there are {', '.join(VERBS)}\n"),
+        (["dance"], f"stepjax: no verb 'dance'; choose from {', '.join(VERBS)}\n"),
+        (["\x1b[2J"], f"stepjax: no verb '\\x1b[2J'; choose from {', '.join(VERBS)}\n"),
     ],
 )
 def test_an_unknown_verb_is_answered_with_the_nearest(arguments, answer, capsys):
@@ -145,7 +145,9 @@ def test_recipes_that_cannot_be_used(tmp_path, capsys, monkeypatch):
         capsys, main(["pretrain", str(recipe)]), "recipe.py, line 1", "RuntimeError: no data today", verb="pretrain"
     )
     recipe.write_text("settings = 1\n")
-    assert_one_line(capsys, main(["pretrain", str(recipe)]), "must leave a PretrainConfig in `config`", verb="pretrain")
+    assert_one_line(
+        capsys, main(["pretrain", str(recipe)]), "must assign a PretrainConfig to `config`", verb="pretrain"
+    )
 
 
 def test_dry_run_prints_a_page_and_writes_nothing(tmp_path, capsys):
@@ -323,7 +325,7 @@ def test_a_checkpoint_of_another_version_is_refused_by_the_field(finished_run, t
             False,
         ),
         (PermissionError(13, "Permission denied"), 1, "stepjax eval: a file cannot be read or written: Perm", False),
-        (MemoryError(), 1, "stepjax eval: there is not enough memory", False),
+        (MemoryError(), 1, "stepjax eval: out of memory", False),
         (RuntimeError("why"), 1, "stepjax eval: internal error, please report it: RuntimeError: why", True),
         (AssertionError(), 1, "stepjax eval: internal error, please report it: AssertionError: ", True),
     ],

@@ -43,7 +43,7 @@ REFUSED = {
     "images.global_size=100: must be a multiple of patch_size 14": lambda: ImageConfig(global_size=100),
     "images.crop_size=100: must be a multiple of patch_size 14": lambda: ImageConfig(crop_size=100),
     "images.patch_size=0: must be positive": lambda: ImageConfig(patch_size=0),
-    "data.sources=['a', 'a']: give every source a name of its own": lambda: DataConfig(sources=(SOURCE, SOURCE)),
+    "data.sources=['a', 'a']: give every source a unique name": lambda: DataConfig(sources=(SOURCE, SOURCE)),
     "data.sources.a.weight=0: must be positive": lambda: DataConfig(sources=(dataclasses.replace(SOURCE, weight=0),)),
     "data.sources.a.weight=nan: must be positive": lambda: DataConfig(
         sources=(dataclasses.replace(SOURCE, weight=float("nan")),)
@@ -68,8 +68,8 @@ REFUSED = {
     "checkpoint.every=0: must be positive": lambda: CheckpointConfig(every=0),
     "checkpoint.keep=0: must be positive": lambda: CheckpointConfig(keep=0),
     "logging.every=0: must be positive": lambda: LoggingConfig(every=0),
-    "logging.profile=(5, 3): name a first step from 1": lambda: LoggingConfig(profile=(5, 3)),
-    "logging.profile=(0, 3): name a first step from 1": lambda: LoggingConfig(profile=(0, 3)),
+    "logging.profile=(5, 3): must be a first step from 1": lambda: LoggingConfig(profile=(5, 3)),
+    "logging.profile=(0, 3): must be a first step from 1": lambda: LoggingConfig(profile=(0, 3)),
     "evaluation.examples=0: must be positive": lambda: EvaluationConfig(examples=0),
     "evaluation.batch_size=0: must be positive": lambda: EvaluationConfig(batch_size=0),
     "evaluation.every=0: must be positive, or None": lambda: EvaluationConfig(every=0),

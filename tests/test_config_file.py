@@ -61,8 +61,8 @@ def test_a_missing_recipe_is_answered_with_those_there_are(tmp_path, monkeypatch
         ("x = 1\n\ny = {}['rows']\n", r"recipe .*recipe.py, line 3 fails: KeyError: 'rows'"),
         ("import no_such_module\n", r"recipe .*recipe.py, line 1 fails: ModuleNotFoundError: .*no_such_module"),
         ("x = (\n", r"recipe .*recipe.py fails: SyntaxError: .*line 1"),
-        ("x = 1\n", r"recipe .*recipe.py must leave a PretrainConfig in `config`; it is NoneType"),
-        ("config = {}\n", r"recipe .*recipe.py must leave a PretrainConfig in `config`; it is dict"),
+        ("x = 1\n", r"recipe .*recipe.py must assign a PretrainConfig to `config`; it is NoneType"),
+        ("config = {}\n", r"recipe .*recipe.py must assign a PretrainConfig to `config`; it is dict"),
         ("from stepjax.config import BatchConfig\nBatchConfig(rows=0)\n", r"batch.rows=0: must be positive"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Softmax attention over packed rows with grouped queries, without holding the scores: one function, every platform.
+"""Softmax attention over packed rows with grouped queries, without storing the scores: one function, every platform.
 
 Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LOG2_UNITS", "RESIDUAL_NAMES", "Implementation", "flash_attention"]
 
-# The scale of queries that already carry their scale and a factor of log2(e): the TPU kernel then takes them as they
-# are, where it would otherwise make a scaled copy.
+# The scale to pass if the queries already include their scale and a factor of log2(e): the TPU kernel then uses them
+# directly, without a scaled copy.
 LOG2_UNITS = math.log(2)
 
 Implementation = Literal["xla", "tpu", "gpu"]
@@ -84,31 +84,31 @@ def flash_attention(
     """softmax(scale * q k^T) v over the keys that each query sees; differentiable in q, k and v.
 
     Query head n reads key-value head n // (N / K). With `causal`, query t sees the keys s <= t + q_offset. With segment
-    ids, a query sees the keys of an equal id. A negative id marks padding: as a key it is never seen and may hold
-    anything, NaN included; as a query its output is zero, and no gradient passes. A query that sees no key gives zero
-    with a log-sum-exp of -inf, and passes no gradient.
+    ids, a query sees only keys with the same id. A negative id marks padding: padded keys are never seen and may have
+    any values, even NaN; padded queries have output zero and no gradient. A query that sees no key has output zero,
+    log-sum-exp -inf and no gradient.
 
     Args:
         q_BTNH: queries [B, T, N, H]; bfloat16 or float32, on a GPU bfloat16 or float16.
         k_BSKH: keys [B, S, K, H] of the same dtype; N is a multiple of K.
         v_BSKH: values [B, S, K, H] of the same dtype.
-        q_offset: position of the first query among the keys: where a chunk of a prefill or a shard of a sequence
-            starts. An int, or an int32 scalar that may be traced (a new value compiles nothing). Only for `causal`.
+        q_offset: position of the first query among the keys, such as the start of a prefill chunk or of a sequence
+            shard. An int, or an int32 scalar that may be traced (new values do not recompile). Only with `causal`.
         q_segment_ids_BT: int32 [B, T].
-        kv_segment_ids_BS: int32 [B, S]. One of the two alone serves for both, if T == S.
+        kv_segment_ids_BS: int32 [B, S]. If T == S, either of the two serves for both.
         scale: H ** -0.5 by default; see LOG2_UNITS.
-        return_lse: return also the natural logarithm of the sum of exponentiated scores, with which partial results
-            over parts of the keys are merged.
-        implementation: "xla" runs everywhere and holds all the scores, "tpu" is the Mosaic kernel, "gpu" is cuDNN.
+        return_lse: also return the log-sum-exp (natural logarithm) of the scores, for merging partial results over
+            parts of the keys.
+        implementation: "xla" runs everywhere and stores all scores, "tpu" is the Mosaic kernel, "gpu" is cuDNN.
         interpret: run the TPU kernel in interpret mode, for tests: a bool or `pltpu.InterpretParams`.
-        block_sizes: of the TPU kernel; None chooses by the chip that is compiled for.
+        block_sizes: of the TPU kernel; None chooses them for the target chip.
 
     Returns:
-        The output [B, T, N, H] in the dtype of q, or it and the log-sum-exp [B, T, N] in float32. Both are
-        differentiable, and are named RESIDUAL_NAMES for rematerialisation policies.
+        The output [B, T, N, H] in the dtype of q, or a pair of it and the log-sum-exp [B, T, N] in float32. Both are
+        differentiable and named RESIDUAL_NAMES for rematerialisation policies.
 
     Raises:
-        ArgumentError: a shape, a dtype or an option that cannot work; the message names it.
+        ArgumentError: an invalid shape, dtype or option; the message names it.
 
     Source: Dao, FlashAttention-2 (https://arxiv.org/abs/2307.08691), sections 2 and 3.1.
     """
@@ -116,15 +116,15 @@ def flash_attention(
     check_choice("implementation", implementation, tuple(_DTYPES))
     _check_arrays(q_BTNH, k_BSKH, v_BSKH, implementation)
     if implementation != "tpu":
-        check(not interpret, f"interpret={interpret!r} is of the TPU kernel only; leave it out for {implementation!r}")
-        check(block_sizes is None, f"block_sizes are of the TPU kernel only; leave them out for {implementation!r}")
+        check(not interpret, f"interpret={interpret!r} is only for the TPU kernel; omit it for {implementation!r}")
+        check(block_sizes is None, f"block_sizes are only for the TPU kernel; omit them for {implementation!r}")
     q_offset = _checked_offset(q_offset, causal)
     q_ids_BT, kv_ids_BS = _checked_segment_ids(q_BTNH, k_BSKH, q_segment_ids_BT, kv_segment_ids_BS)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     if not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ArgumentError(f"scale is {scale!r}; it must be a finite Python number")
 
-    # No implementation ever multiplies what padding holds, and no cotangent of a padded query gets past these selects.
+    # These selects keep padded values out of every product, and cotangents of padded queries out of the gradients.
     padded_q_BT11 = None if q_ids_BT is None else (q_ids_BT < 0)[:, :, None, None]
     if padded_q_BT11 is not None and kv_ids_BS is not None:
         padded_kv_BS11 = (kv_ids_BS < 0)[:, :, None, None]
@@ -134,7 +134,7 @@ def flash_attention(
     arguments: dict[str, Any] = dict(
         causal=causal, q_offset=q_offset, q_segment_ids_BT=q_ids_BT, kv_segment_ids_BS=kv_ids_BS, scale=float(scale)
     )
-    # An implementation is imported when it is asked for: only its own platform need be able to.
+    # Import an implementation only when used: it may import only on its own platform.
     if implementation == "tpu":
         from pallas_kernels.flash_attention import tpu
 
@@ -164,7 +164,7 @@ def _check_arrays(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, imple
     check_shape("v_BSKH", v_BSKH, k_BSKH.shape, "[B, S, K, H], as k_BSKH")
     S, K = k_BSKH.shape[1:3]
     for name, size in (("B", B), ("T", T), ("N", N), ("H", H), ("S", S), ("K", K)):
-        check(size > 0, f"{name} is 0 in q_BTNH {q_BTNH.shape} and k_BSKH {k_BSKH.shape}; leave the call out instead")
+        check(size > 0, f"{name} is 0 in q_BTNH {q_BTNH.shape} and k_BSKH {k_BSKH.shape}; skip the call instead")
     check(N % K == 0, f"q_BTNH has {N} heads and k_BSKH {K}; the query heads must be a multiple of the key-value heads")
     check_dtype("q_BTNH", q_BTNH, *_DTYPES[implementation])
     check_dtype("k_BSKH", k_BSKH, q_BTNH.dtype)
@@ -173,9 +173,9 @@ def _check_arrays(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, imple
 
 def _checked_offset(q_offset: int | jax.Array, causal: bool) -> int | jax.Array:
     if isinstance(q_offset, int) and not isinstance(q_offset, bool):
-        check(causal or q_offset == 0, f"q_offset is {q_offset} without causal=True, where it means nothing; drop it")
+        check(causal or q_offset == 0, f"q_offset is {q_offset}, but has no meaning without causal=True; drop it")
         return q_offset
-    check(causal, "q_offset is an array without causal=True, where it means nothing; drop it")
+    check(causal, "q_offset is an array, but has no meaning without causal=True; drop it")
     q_offset = jnp.asarray(q_offset)
     check_shape("q_offset", q_offset, (), "a scalar")
     check_dtype("q_offset", q_offset, jnp.int32)
@@ -190,7 +190,7 @@ def _checked_segment_ids(
     (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
     missing, given = ("kv_segment_ids_BS", q_ids_BT) if kv_ids_BS is None else ("q_segment_ids_BT", kv_ids_BS)
     if q_ids_BT is None or kv_ids_BS is None:
-        check(T == S, f"{missing} is missing; pass it too, since there are {T} queries and {S} keys")
+        check(T == S, f"{missing} is missing; pass both, because there are {T} queries and {S} keys")
         q_ids_BT = kv_ids_BS = given
     q_ids_BT, kv_ids_BS = jnp.asarray(q_ids_BT), jnp.asarray(kv_ids_BS)
     check_shape("q_segment_ids_BT", q_ids_BT, (B, T), "[B, T]")

@@ -1,19 +1,18 @@
-"""Which blocks of the score matrix hold anything, in the order the kernels visit them.
+"""The nonempty blocks of the score matrix, in the order the kernels visit them.
 
-Legend: B rows of the batch, I query blocks, J key blocks, R query heads a key-value head, M items.
+Legend: B rows of the batch, I query blocks, J key blocks, R query heads per key-value head, M items.
 
-A kernel walks a list of items instead of the whole grid of blocks, so that blocks which the causal and the segment
-structure leave empty cost nothing. Causal attention over two packed segments (a and b), four blocks a side:
+A kernel walks a list of items instead of the whole grid of blocks, so blocks left empty by the causal and segment
+structure cost nothing. Causal attention over two packed segments (a and b), four blocks per side:
 
             j=0 1 2 3
-    i=0  a    T . . .     T triangle: on the diagonal, half empty, its sub-blocks above the diagonal are not computed
-    i=1  a    F T . .     F full: every query sees every key, no mask is computed
-    i=2  ab   G G G .     G general: a mask is computed
+    i=0  a    T . . .     T triangle: on the diagonal, half empty; skips its sub-blocks above the diagonal
+    i=1  a    F T . .     F full: every query sees every key, no mask
+    i=2  ab   G G G .     G general: computes a mask
     i=3  b    . . G T     . not visited
 
-The list is made of array operations: where segment ids or offsets are traced it is computed on the device at run time,
-and a change of the packing compiles nothing. It is conservative: a block whose range of segment ids meets that of its
-keys is visited.
+Array operations build the list: if segment ids or offsets are traced, it is computed on the device at run time, and a
+new packing does not recompile. It is conservative: a block is visited if the id ranges of its queries and keys overlap.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ FULL, TRIANGLE, GENERAL = 0, 1, 2  # kinds, in the two lowest bits
 FIRST_OF_QUERY, LAST_OF_QUERY, FIRST_OF_KEY, LAST_OF_KEY = 4, 8, 16, 32  # flags above them
 _KIND_BITS = 6
 _ROW_SHIFT = 16
-MAX_ITEMS = 60_000  # two words an item, in a scalar memory of 1 MiB
+MAX_ITEMS = 60_000  # two words per item, in a scalar memory of 1 MiB
 
 _NO_SEGMENT = np.iinfo(np.int32).max
 
@@ -39,10 +38,10 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How queries, keys and values lie: [B, N, H, T], tokens in the lanes of a register, or [B, N, T, H].
+    """Layout of queries, keys and values: [B, N, H, T], with tokens in the lanes of a register, or [B, N, T, H].
 
-    Heads of 128 fill the lanes themselves. Of 96 they would leave a quarter of the registers, of the bandwidth and of
-    the memory empty; and tokens in the lanes is how XLA's projections come out.
+    Heads of size 128 fill the lanes. Size 96 would waste a quarter of the registers, bandwidth and memory; and XLA's
+    projections already produce tokens in the lanes.
     """
 
     tokens_in_lanes: bool
@@ -53,11 +52,11 @@ class Order:
 
     @property
     def axis(self) -> int:
-        """Of tokens, in a block of one head."""
+        """The token axis of a one-head block."""
         return 1 if self.tokens_in_lanes else 0
 
     def pair(self, token: Any, head: Any) -> tuple[Any, Any]:
-        """What belongs to the two axes of a block, in order: sizes, or indices."""
+        """`token` and `head`, sizes or indices, in the order of a block's two axes."""
         return (head, token) if self.tokens_in_lanes else (token, head)
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -69,18 +68,18 @@ class Order:
 class Geometry:
     """The static part of the block structure. Keys are padded to whole blocks; `num_keys` counts the real ones.
 
-    Queries may end inside the last block: what a kernel reads past their end is undefined.
+    Queries may end inside the last block; a kernel reads undefined values past their end.
     """
 
     num_query_blocks: int
     num_key_blocks: int
     block_q: int
     block_kv: int
-    num_queries: int  # of the array that the kernel is given
+    num_queries: int  # of the kernel's query array
     num_keys: int
     causal: bool
-    static_offset: int | None  # position of query 0 among the keys; None where it is traced
-    diagonal: int  # keys of a sub-block of a triangle
+    static_offset: int | None  # position of query 0 among the keys; None if traced
+    diagonal: int  # keys per sub-block of a triangle
     order: Order = Order(False)
 
     @property
@@ -89,12 +88,12 @@ class Geometry:
 
     @property
     def lanes_q(self) -> int:
-        """Queries of a block in whole registers."""
+        """Queries of a block, rounded up to whole registers."""
         return -(-self.block_q // 128) * 128
 
     @property
     def is_ragged(self) -> bool:
-        """Whether the last key block holds places past the end."""
+        """Whether the last key block extends past the end."""
         return self.num_keys % self.block_kv != 0
 
     @property
@@ -104,15 +103,16 @@ class Geometry:
 
     @property
     def has_general(self) -> bool:
-        """Whether blocks can need a mask of their own for another reason than segments."""
+        """Whether blocks can need a mask for reasons other than segments."""
         return self.is_ragged or (self.causal and not self.has_triangles)
 
 
 class Items(NamedTuple):
-    """The visits of a kernel, in order; `count` of them, the rest repeats the last.
+    """A kernel's visits in order: `count` of them; the remaining entries repeat the last.
 
-    where_M packs row << 16 | query block (times heads, in the backward pass); what_M key block << 6 | flags | kind;
-    done_M is the query block whose gradient is finished at or next after the item (backward pass only).
+    where_M packs row << 16 | query block (counted over heads in the backward pass); what_M packs
+    key block << 6 | flags | kind; done_M is the query block whose gradient is finished at the item, or next after it
+    (backward pass only).
     """
 
     where_M: jax.Array
@@ -140,10 +140,10 @@ def structure(
     q_segment_ids_BT: jax.Array | None,
     kv_segment_ids_BS: jax.Array | None,
 ) -> tuple[Array, Array]:
-    """Which blocks are visited and of what kind they are: bool [B, I, J], int32 [B, I, J].
+    """Which blocks are visited and their kinds: bool [B, I, J], int32 [B, I, J].
 
-    Segment ids are padded to whole blocks with negative ids, which see and are seen by nothing. Where nothing is traced
-    the answer is NumPy's: the list becomes a constant of the program, and the size of the grid a number.
+    Segment ids are padded to whole blocks with negative ids, which neither see nor are seen. Without traced inputs
+    the result is NumPy: the list becomes a constant of the program and the grid size static.
     """
     g = geometry
     static = g.static_offset is not None and q_segment_ids_BT is None
@@ -172,7 +172,7 @@ def structure(
 
 
 def _id_range(ids_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lowest and highest id of every block, padding apart, and whether the block is all of one id."""
+    """Lowest and highest id of every block, ignoring padding, and whether the whole block has one id."""
     ids_BIQ = ids_BT.reshape(ids_BT.shape[0], -1, block)
     real_BIQ = ids_BIQ >= 0
     low_BI = jnp.min(jnp.where(real_BIQ, ids_BIQ, _NO_SEGMENT), axis=-1)
@@ -181,7 +181,7 @@ def _id_range(ids_BT: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.
 
 
 def max_visits(geometry: Geometry) -> int:
-    """The most blocks of a row that can be visited, whatever the segments."""
+    """The maximum number of visited blocks per row, for any segments."""
     g = geometry
     if not g.causal or g.static_offset is None:
         return g.num_query_blocks * g.num_key_blocks
@@ -190,7 +190,7 @@ def max_visits(geometry: Geometry) -> int:
 
 
 def forward_items(visited_BIJ: Array, kind_BIJ: Array, limit: int) -> Items:
-    """Every query block's keys in a row. A block that sees nothing is visited once, to write its zeros."""
+    """The items grouped by query block. A query block that sees nothing is visited once, to write zeros."""
     visited_BIJ = _visit_first(visited_BIJ, axis=2)
     flags_BIJ = _first(visited_BIJ, 2) * FIRST_OF_QUERY + _last(visited_BIJ, 2) * LAST_OF_QUERY
     B, I, J = visited_BIJ.shape
@@ -199,10 +199,10 @@ def forward_items(visited_BIJ: Array, kind_BIJ: Array, limit: int) -> Items:
 
 
 def backward_items(visited_BIJ: Array, kind_BIJ: Array, heads: int, chunk: int, limit: int) -> Items:
-    """Every key block's queries in a row, of all `heads` that share it, for one chunk of query blocks after another.
+    """The items grouped by chunk of query blocks, then by key block, over all `heads` that share it.
 
-    Query blocks are counted over the heads: number r * I + i, padded to whole chunks. Every query block and, in each
-    chunk, every key block is visited at least once, to write its zeros.
+    Query blocks are numbered r * I + i over the heads and padded to whole chunks. Every query block and, in each chunk,
+    every key block is visited at least once, to write zeros.
     """
     xp = _namespace(visited_BIJ)
     B, I, J = visited_BIJ.shape
@@ -210,7 +210,7 @@ def backward_items(visited_BIJ: Array, kind_BIJ: Array, heads: int, chunk: int, 
     exists_CQ1 = (np.arange(needed_BCQJ.shape[1] * chunk) < heads * I).reshape(-1, chunk, 1)
     visited_BCQJ = _visit_first(needed_BCQJ, axis=3) & exists_CQ1
     visited_BCQJ = _visit_first(visited_BCQJ, axis=2)
-    # Blocks visited only to write zeros must compute a mask, whatever they would have been.
+    # Blocks visited only to write zeros must compute a mask.
     kind_BCQJ = xp.where(needed_BCQJ, _fold(kind_BIJ, heads, chunk, GENERAL), GENERAL)
 
     visited_BCJQ, kind_BCJQ = visited_BCQJ.swapaxes(2, 3), kind_BCQJ.swapaxes(2, 3)
@@ -222,7 +222,7 @@ def backward_items(visited_BIJ: Array, kind_BIJ: Array, heads: int, chunk: int, 
     )
     C = visited_BCJQ.shape[1]
     b, c, j, q = np.meshgrid(*map(np.arange, (B, C, J, chunk)), indexing="ij")
-    slack = C * (J + chunk)  # visits forced on blocks that hold nothing
+    slack = C * (J + chunk)  # forced visits of empty blocks
     limit = min(limit * heads + slack, C * chunk * J)
     return _pack(visited_BCJQ, b, c * chunk + q, j, kind_BCJQ + flags_BCJQ, B * limit)
 
@@ -232,7 +232,7 @@ def _namespace(x: Array) -> Any:
 
 
 def _visit_first(visited: Array, axis: int) -> Array:
-    """`visited`, with the first place along `axis` where there was none."""
+    """`visited`, plus the first place along `axis` wherever none was visited."""
     xp = _namespace(visited)
     shape = [1] * visited.ndim
     shape[axis] = -1
@@ -240,7 +240,7 @@ def _visit_first(visited: Array, axis: int) -> Array:
 
 
 def _fold(x_BIJ: Array, heads: int, chunk: int, fill: object) -> Array:
-    """[B, I, J] to [B, chunks, chunk, J]: the query blocks of all heads, one head after the other."""
+    """[B, I, J] to [B, chunks, chunk, J]: the query blocks of all heads, head by head."""
     xp = _namespace(x_BIJ)
     B, I, J = x_BIJ.shape
     x_BQJ = xp.tile(x_BIJ, (1, heads, 1))
@@ -264,22 +264,22 @@ def _pack(visited: Array, row: np.ndarray, query: np.ndarray, key: np.ndarray, w
     size = count if isinstance(count, int) else limit
     check(
         size <= MAX_ITEMS,
-        f"block_sizes make {size:,} blocks to visit in one call, more than the {MAX_ITEMS:,} the scalar memory holds: "
+        f"block_sizes give {size:,} blocks to visit in one call, more than the {MAX_ITEMS:,} that fit scalar memory: "
         "make the blocks larger or split the batch",
     )
     if isinstance(count, int):
         index_M = np.flatnonzero(visited)
     else:
-        # A stable sort puts the visited ones first, in order. (jnp.nonzero's scatter goes to the sparse cores of v5p
-        # and later, where libtpu 0.0.52 fails to compile it.)
+        # A stable sort puts visited blocks first, in order. (jnp.nonzero's scatter goes to the sparse cores of v5p and
+        # later, where libtpu 0.0.52 fails to compile it.)
         index_M = jnp.argsort(~visited.ravel(), stable=True)[:size]
         index_M = jnp.where(jnp.arange(size) < count, index_M, index_M[count - 1])
     where_M = xp.asarray((row << _ROW_SHIFT) | query).ravel()[index_M].astype(np.int32)
     what_M = (xp.asarray(key << _KIND_BITS) | what).ravel()[index_M].astype(np.int32)
-    # The next item at or after each that finishes a query block; after the last such item, that one.
+    # For each item, the next one (itself included) that finishes a query block; after the last such item, that one.
     position_M = np.arange(size)
     finishes_M = ((what_M & LAST_OF_QUERY) > 0) & (position_M < count)
-    # (numpy's minimum.accumulate is a loop of scalar steps in jnp.)
+    # (In jnp, minimum.accumulate is a loop of scalar steps.)
     backwards_minimum = partial(jax.lax.cummin, reverse=True) if xp is jnp else _backwards_minimum
     next_M = backwards_minimum(xp.where(finishes_M, position_M, size).astype(np.int32))
     final = xp.max(xp.where(finishes_M, position_M, 0))

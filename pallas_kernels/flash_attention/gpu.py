@@ -1,19 +1,18 @@
 """Attention on NVIDIA GPUs: cuDNN's fused kernel, through `jax.nn.dot_product_attention`.
 
-Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R = N / K query heads a key-value head,
-H head dim, C query chunks, Q queries of a chunk.
+Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R = N / K query heads per key-value
+head, H head dim, C query chunks, Q queries of a chunk.
 
-What cuDNN takes by itself: grouped queries, and the causal mask of as many queries as keys. The rest, and how it is
-done here, since the public function offers no better:
-- segment ids and q_offset become a dense mask [B or 1, 1, T, S], which JAX turns into an additive one of the input's
-  dtype: 2 B T S bytes of memory. So do odd lengths, which JAX refuses in training, unless they are causal.
-- a query that sees no key would get the mean of the values; it is set to zero.
-- the log-sum-exp that cuDNN returns is rounded to the input's dtype and has no gradient; where it is asked for, it is
-  computed again by XLA in float32, some queries at a time.
+cuDNN directly supports grouped queries, and the causal mask if T == S. The public JAX function offers no more, so:
+- segment ids and q_offset become a dense mask [B or 1, 1, T, S], which JAX turns into an additive mask of the input's
+  dtype: 2 B T S bytes. Odd lengths, which JAX rejects in training, need it too unless causal.
+- a query that sees no key would get the mean of the values; we set its output to zero.
+- cuDNN's log-sum-exp is rounded to the input's dtype and has no gradient; on request XLA recomputes it in float32, a
+  chunk of queries at a time.
 
 Run on an H200 by benchmarks/gpu.py: in its six cases the bfloat16 errors of values and gradients are at most 1.6 times
-those of XLA's form. Tested without a GPU: that JAX accepts these calls and lowers them for CUDA to the cuDNN custom
-calls, forward and backward, and that the values are right when JAX's own XLA form stands in for cuDNN.
+those of the XLA implementation. Tests without a GPU check that JAX accepts these calls and lowers them for CUDA to the
+cuDNN custom calls, forward and backward, and that the values are right with JAX's XLA implementation in place of cuDNN.
 """
 
 from functools import partial
@@ -26,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.checks import ArgumentError, check
 from pallas_kernels.flash_attention.reference import LSE_NAME, OUT_NAME, visibility
 
-_LSE_QUERIES = 512  # whose scores exist at one time where the log-sum-exp is computed
+_LSE_QUERIES = 512  # per chunk of the log-sum-exp
 
 
 def attention(
@@ -47,17 +46,17 @@ def attention(
         The output, and the log-sum-exp if `with_lse`.
 
     Raises:
-        ArgumentError: a head dim that cuDNN refuses, on any GPU or on the one that is present; no cuDNN.
+        ArgumentError: cuDNN is missing or rejects the head dim, on any GPU or on this one.
     """
     (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
     check(H % 8 == 0 and H <= 256, f"H is {H}; cuDNN takes multiples of 8 up to 256: pad it, or use 'xla'")
     find_visible = partial(visibility, T, S, q_segment_ids_BT=q_segment_ids_BT, kv_segment_ids_BS=kv_segment_ids_BS)
     visible_BTS = find_visible(causal=causal, q_offset=q_offset)
-    # cuDNN's own causal mask skips the blocks above the diagonal; its corner is the same for both ends if T == S.
+    # cuDNN's own causal mask skips blocks above the diagonal. If T == S, top-left and bottom-right alignment agree.
     plain_causal = causal and T == S and isinstance(q_offset, int) and q_offset == 0
     mask_BTS = find_visible(causal=causal and not plain_causal, q_offset=q_offset)
 
-    # JAX refuses odd lengths in training. A key more is hidden by the causal mask, else by a mask of its own.
+    # JAX rejects odd lengths in training. The causal mask hides the extra key; without it we need a dense mask.
     odd_T, odd_S = T % 2, S % 2
     padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
     if mask_BTS is None and odd_S and not plain_causal:
@@ -90,7 +89,7 @@ _cudnn = jax.custom_vjp(_dot_product_attention, nondiff_argnums=(4, 5))
 def _cudnn_forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1TS: jax.Array | None, causal: bool, scale: float
 ) -> tuple[jax.Array, Any]:
-    """JAX's own rule, with names on what it keeps: the output and the softmax statistics [B, N, T]."""
+    """JAX's own rule, with names on its residuals: the output and the softmax statistics [B, N, T]."""
     out_BTNH, pullback = jax.vjp(
         lambda q_BTNH, k_BSKH, v_BSKH: _dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_B1TS, causal, scale),
         q_BTNH,
@@ -117,7 +116,7 @@ _cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def _log_sum_exp(q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array | None, scale: float) -> jax.Array:
-    """Log-sum-exp of the visible scores [B, T, N] in float32, -inf where there is none."""
+    """Log-sum-exp of the visible scores [B, T, N] in float32; -inf if a query sees no key."""
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     chunks = -(-T // _LSE_QUERIES)
     Q = -(-T // chunks)
@@ -136,7 +135,7 @@ def _log_sum_exp(q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array | 
         q_BQKRH, visible_BQS = chunk
         scores_BQKRS = scale * jnp.einsum("BQKRH,BSKH->BQKRS", q_BQKRH, k_BSKH, preferred_element_type=jnp.float32)
         scores_BQKRS = jnp.where(visible_BQS[:, :, None, None, :], scores_BQKRS, -1e30)
-        # Twice chosen, since the gradient of the -inf that is not chosen would be NaN.
+        # Select before and after, because even an unselected -inf would make the gradient NaN.
         sees_BQ11 = jnp.any(visible_BQS, axis=-1)[:, :, None, None]
         return jnp.where(sees_BQ11, jax.nn.logsumexp(scores_BQKRS, axis=-1), -jnp.inf)
 

@@ -1,7 +1,7 @@
-"""Attention in plain JAX: the semantics, and the implementation of every platform without a kernel of its own.
+"""Attention in plain JAX: the reference semantics, and the implementation for platforms without a kernel.
 
-Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R = N / K query heads a key-value head,
-Q = R * T queries of a key-value head, H head dim.
+Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, R = N / K query heads per key-value
+head, Q = R * T queries of a key-value head, H head dim.
 """
 
 from functools import partial
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# What the backward pass needs of the forward pass beside q, k and v, for rematerialisation policies:
-# `jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)` keeps it, and the attention is not computed again.
+# What the backward pass needs besides q, k and v, for rematerialisation policies: with
+# `jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)` the attention is not recomputed.
 OUT_NAME = "flash_attention_out"  # [B, T, N, H] in the input's dtype
-LSE_NAME = "flash_attention_lse"  # [B, T, N] float32; the XLA form keeps it only if it is asked for
+LSE_NAME = "flash_attention_lse"  # [B, T, N] float32; the XLA implementation keeps it only if requested
 RESIDUAL_NAMES = (OUT_NAME, LSE_NAME)
-_MASKED = -1e30  # finite, so that the maximum of a row without any visible key can be subtracted
+_MASKED = -1e30  # finite, so that the maximum of a row without visible keys can be subtracted
 
 
 def visibility(
@@ -28,7 +28,7 @@ def visibility(
     q_segment_ids_BT: jax.Array | None,
     kv_segment_ids_BS: jax.Array | None,
 ) -> jax.Array | None:
-    """Which query sees which key, bool [B, T, S] or [1, T, S]; None: every one sees all.
+    """Which query sees which key, bool [B, T, S] or [1, T, S]; None: all see all.
 
     Two packed examples of two and three tokens, then padding, causal:
 
@@ -61,7 +61,7 @@ def attention(
     kv_segment_ids_BS: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """`flash_attention` with implementation="xla", on checked arguments; holds all the scores at one time."""
+    """`flash_attention` with implementation="xla", on checked arguments; stores all scores at once."""
     visible_BTS = visibility(
         q_BTNH.shape[1],
         k_BSKH.shape[1],
@@ -79,16 +79,16 @@ def masked_attention(
     """Softmax attention under any mask (bool [B, T, S] or [1, T, S]; None: all visible).
 
     Returns:
-        The output [B, T, N, H] in the dtype of q and the log-sum-exp of the scores [B, T, N] in float32: zero and -inf
-        for a query that sees no key. Scores, softmax and sums are float32; both products take the inputs as they are.
+        The output [B, T, N, H] in the dtype of q and the log-sum-exp of the scores [B, T, N] in float32; zero and -inf
+        for a query that sees no key. Scores, softmax and sums are float32; both products use the inputs' dtype.
     """
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     R = N // K
 
-    # The R query heads that share a key-value head become R * T queries of it: plain batched matrix products, which
-    # every backend has a fast path for, and no repeated keys.
+    # The R query heads that share a key-value head become R * T queries of it: plain batched matrix products, fast on
+    # every backend, and no repeated keys.
     q_BKQH = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
-    # Queries are fewer numbers than scores, but a narrower type would round them once more.
+    # Scaling the queries is cheaper than scaling the scores, but would round narrower types once more.
     scale_queries = q_BTNH.dtype == jnp.float32
     q_BKQH = q_BKQH * scale if scale_queries else q_BKQH
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
@@ -102,10 +102,10 @@ def masked_attention(
     lse_BKQ1 = max_BKQ1 + jnp.log(sums_BKQ1)
     if visible_BTS is not None:
         sees_BKQ1 = max_BKQ1 > _MASKED / 2
-        # An infinite sum makes the output of a blind query zero, and every gradient through it.
+        # If a query sees no key, an infinite sum makes its output and all gradients through it zero.
         sums_BKQ1 = jnp.where(sees_BKQ1, sums_BKQ1, jnp.inf)
         lse_BKQ1 = jnp.where(sees_BKQ1, lse_BKQ1, -jnp.inf)
-    # The division by the sum waits until after the second product, where there is less to divide.
+    # Divide by the sum after the second product, where there is less to divide.
     product_BKQH = jnp.matmul(weights_BKQS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
     out_BKQH = _divide(product_BKQH, sums_BKQ1, q_BTNH.dtype)
     out_BTNH = out_BKQH.reshape(B, K, R, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -117,8 +117,8 @@ def masked_attention(
 def _divide(product: jax.Array, sums: jax.Array, dtype: Any) -> jax.Array:
     """product / sums in `dtype`, with a derivative in terms of the quotient.
 
-    The usual derivative needs `product`, so that a backward pass that kept the attention's output would still have to
-    compute the second matrix product again to have it.
+    The usual derivative needs `product`, so even a backward pass that kept the attention's output would have to
+    recompute the second matrix product.
     """
     return (product / sums).astype(dtype)
 

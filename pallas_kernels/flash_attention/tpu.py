@@ -1,13 +1,13 @@
-"""Flash attention on TPUs: the block sizes, the public layout to the kernels' and back, and the gradient.
+"""Flash attention on TPUs: block sizes, conversion between the public and the kernels' layout, and the gradient.
 
 Legend: B rows, T queries, S keys, N query heads, K key-value heads, R = N / K, H head dim.
 
-The limits of the block sizes come from the static schedules, over all powers of two from 512 to 2048:
+The block size limits come from static schedules of all powers of two from 512 to 2048:
 
     python benchmarks/attention_schedules.py --tune
 
-Larger tiles spend a smaller share on filling and draining the matrix unit, and more on the part of a tile that the mask
-leaves empty; packed rows therefore get smaller ones.
+Larger tiles spend a smaller share of time on filling and draining the matrix unit, but more on masked parts of a tile.
+Packed rows therefore get smaller tiles.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from pallas_kernels.flash_attention import blocks, tpu_backward, tpu_forward
 from pallas_kernels.flash_attention.reference import LSE_NAME, OUT_NAME
 from pallas_kernels.flash_attention.tpu_forward import LOG2E
 
-# Chip: the longest side of a tile forward and backward, and the sub-block on the diagonal.
+# By chip: the longest tile side in the forward and backward pass, and the sub-block on the diagonal.
 CAUSAL_LIMITS = {
     "v5e": (2048, 1024, 256),
     "v5p": (2048, 1024, 256),
@@ -33,15 +33,15 @@ CAUSAL_LIMITS = {
     "tpu7x": (2048, 2048, 512),
 }
 SEGMENTED_LIMIT = 1024
-# Without a mask, all keys of a view of an image fit a tile: its queries are divided, its keys are not.
+# Without a mask, all keys of an image view fit one tile: only its queries are split.
 FULL_LIMIT = 1408
 WHOLE_KEYS = 3072
-_UNSEEN = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - it) is 0 for every score
+_UNSEEN = 1e30  # log-sum-exp of a query that sees nothing: exp2(score - _UNSEEN) is always 0
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Tokens of a tile of scores: queries times keys, in the forward and in the backward pass.
+    """Tokens per tile of scores: queries and keys, in the forward and the backward pass.
 
     Multiples of 128, except that without a mask one block may hold the whole length.
     """
@@ -50,11 +50,11 @@ class BlockSizes:
     kv: int
     q_backward: int
     kv_backward: int
-    diagonal: int = 256  # keys of a sub-block of a tile on the diagonal; its parts above the diagonal are left out
+    diagonal: int = 256  # keys per sub-block of a tile on the diagonal; parts above the diagonal are skipped
 
 
 class _Static(NamedTuple):
-    """What a compiled program depends on beside shapes."""
+    """What a compiled program depends on besides shapes."""
 
     causal: bool
     static_offset: int | None
@@ -79,7 +79,7 @@ def attention(
     """Output [B, T, N, H] and log-sum-exp [B, T, N], differentiable in q, k and v. See the public function.
 
     Raises:
-        ArgumentError: block sizes that do not suit the tiling of registers, or make too many blocks.
+        ArgumentError: the block sizes do not fit the register tiling, or give too many blocks.
     """
     (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
     segmented = q_segment_ids_BT is not None
@@ -91,8 +91,8 @@ def attention(
             whole = not segmented and not causal and size >= length and size % 16 == 0
             check(
                 size > 0 and (size % 128 == 0 or whole),
-                f"block_sizes.{name} is {size}; it must be a multiple of 128, or without mask a multiple of 16 that "
-                f"holds all {length} {what}",
+                f"block_sizes.{name} is {size}; it must be a multiple of 128, or without a mask a multiple of 16 that "
+                f"covers all {length} {what}",
             )
     static = _Static(causal, q_offset if isinstance(q_offset, int) else None, scale, block_sizes, interpret)
     return _attention(
@@ -103,10 +103,10 @@ def attention(
 def choose_block_sizes(
     num_queries: int, num_keys: int, head_dim: int, *, causal: bool, segmented: bool, itemsize: int
 ) -> BlockSizes:
-    """The block sizes for a shape on the chip being compiled for. `itemsize` is bytes of an element of the queries."""
+    """The block sizes for a shape on the target chip. `itemsize`: bytes per element of the queries."""
     chip = current_chip()
     forward, backward, diagonal = CAUSAL_LIMITS[chip.name]
-    # Wide heads and float32 fill the vector memory with fewer tokens.
+    # With wide heads or float32, fewer tokens fill the vector memory.
     narrow = 2 if head_dim > 128 or itemsize > 2 else 1
     if segmented:
         forward, backward, diagonal = min(SEGMENTED_LIMIT, forward), min(SEGMENTED_LIMIT, backward), 256
@@ -129,7 +129,7 @@ def _whole_or_even(length: int, limit: int) -> int:
 
 
 def _even(length: int, limit: int) -> int:
-    """The block that covers `length` in as few blocks as `limit` allows, all of a size, in whole registers."""
+    """The size of equal blocks, in whole registers, that cover `length` with as few blocks as `limit` allows."""
     blocks = -(-length // max(limit, 128))
     return -(-length // (blocks * 128)) * 128
 
@@ -165,7 +165,7 @@ def _forward(static: _Static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids
 
 def _forward_rule(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS):
     out_BTNH, lse_BTN = _forward(static, q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS)
-    # Named here, where they become residuals: a policy that keeps the names need not run the kernel again.
+    # Name them here, where they become residuals: a policy that keeps the names need not rerun the kernel.
     out_BTNH, lse_BTN = checkpoint_name(out_BTNH, OUT_NAME), checkpoint_name(lse_BTN, LSE_NAME)
     return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, q_offset, q_ids_BT, kv_ids_BS, out_BTNH, lse_BTN)
 
@@ -184,7 +184,7 @@ def _backward_rule(static: _Static, residuals, cotangents):
         return blocks.backward_items(visited_BIJ, kind_BIJ, R, chunk, limit)
 
     def lanes(x_BTN, fill):
-        """[B, T, N] to [B, N, 1, T], with a block's tail filled up to whole registers"""
+        """[B, T, N] to [B, N, 1, T], with a block's tail padded to whole registers."""
         length = geometry.num_query_blocks * geometry.lanes_q
         return jnp.pad(
             x_BTN.swapaxes(1, 2)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, length - T)), constant_values=fill
@@ -192,7 +192,7 @@ def _backward_rule(static: _Static, residuals, cotangents):
 
     delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1) - d_lse_BTN
     lse_BTN = jnp.where(lse_BTN == -jnp.inf, _UNSEEN, lse_BTN * LOG2E)
-    # No gradient passes a query that sees nothing, whatever is asked of its log-sum-exp.
+    # A query that sees nothing passes no gradient, for any cotangent of its log-sum-exp.
     delta_BTN = jnp.where(lse_BTN == _UNSEEN, 0.0, delta_BTN)
     ids = _padded_ids(q_ids_BT, kv_ids_BS, geometry)
     q_ids_B1T, kv_ids_B1S = (None if x is None else x[:, None] for x in ids)
@@ -228,7 +228,7 @@ def _geometry(static: _Static, shape: tuple[int, ...], S: int, which: str) -> bl
     sizes = static.block_sizes
     block_q, block_kv = (sizes.q, sizes.kv) if which == "forward" else (sizes.q_backward, sizes.kv_backward)
     num_q, num_kv = -(-T // block_q), -(-S // block_kv)
-    # Where queries make several blocks, the kernels read the last one past its end: padding it would copy them all.
+    # With several query blocks, the kernels read the last one past its end: padding would copy all queries.
     num_queries = block_q if num_q == 1 else -(-T // 16) * 16
     return blocks.Geometry(
         num_q,
@@ -261,13 +261,13 @@ def _heads_first(x_BTNH: jax.Array, length: int, order: blocks.Order) -> jax.Arr
 
 
 def _tokens_first(x: jax.Array, length: int, order: blocks.Order) -> jax.Array:
-    """[B, T, N, H] again, without the padding."""
+    """Back to [B, T, N, H], without the padding."""
     x = jax.lax.slice_in_dim(x, 0, length, axis=2 + order.axis)
     return x.transpose(0, 2 + order.axis, 1, 3 - order.axis)
 
 
 def _scaled(static: _Static, q_BTNH: jax.Array) -> jax.Array:
-    """Queries whose scores are in units of log2, so that the kernels exponentiate with the hardware's exp2."""
+    """Queries scaled to scores in log2 units, so that the kernels can use the hardware's exp2."""
     if math.isclose(static.scale * LOG2E, 1.0, rel_tol=1e-9):
         return q_BTNH
     return (q_BTNH.astype(jnp.float32) * (static.scale * LOG2E)).astype(q_BTNH.dtype)

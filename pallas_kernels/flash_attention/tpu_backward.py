@@ -8,11 +8,10 @@ no maximum is needed. For a cotangent do of the output and dlse of the log-sum-e
 
     dv = p^T do    dp = do v^T    ds = p (dp - delta)    dq = ds k    dk = ds^T q    delta = sum(do * out) - dlse
 
-Tiles are visited key block by key block. The gradients of a key block stay in vector memory over its queries, as dk^T
-and dv^T: then the tiles of p and ds are what the matrix unit holds while the H
-rows of q^T and do^T stream past, which is half the work on 256-wide units. The gradients of a chunk of queries stay
-too, so that every tile is made once and nothing is added up in HBM; what exceeds the chunk (see `chunk_blocks`) costs a
-partial sum of dk and dv a chunk.
+Tiles are visited key block by key block. The gradients of a key block stay in vector memory over all its queries, as
+dk^T and dv^T: the matrix unit then holds the tiles of p and ds while the H rows of q^T and do^T stream past, half the
+work on 256-wide units. The gradients of a chunk of queries stay too, so every tile is computed once and nothing is
+accumulated in HBM. If the queries need several chunks (see `chunk_blocks`), each has its own partial sums of dk and dv.
 """
 
 from functools import partial
@@ -36,11 +35,11 @@ from pallas_kernels.flash_attention.tiles import (
 )
 from pallas_kernels.flash_attention.tpu_forward import LOG2E, VMEM_LIMIT
 
-_CHUNK_BYTES = 16 * 2**20  # of vector memory for the gradients of a chunk of queries
+_CHUNK_BYTES = 16 * 2**20  # vector memory for the gradients of a chunk of queries
 
 
 def chunk_blocks(num_blocks: int, block_q: int, head_dim: int) -> int:
-    """Query blocks of a chunk: as many as fit, spread evenly."""
+    """Query blocks per chunk: as many as fit, spread evenly."""
     block_bytes = 4 * (-(-block_q // 128) * 128) * head_dim
     chunks = -(-num_blocks // max(1, _CHUNK_BYTES // block_bytes))
     return -(-num_blocks // chunks)
@@ -62,11 +61,10 @@ def backward(
     scale: float,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients with respect to the queries (before they were scaled: q is in units of log2), the keys and the values.
+    """Gradients with respect to the unscaled queries (q itself is in log2 units), the keys and the values.
 
-    q is [B, N, T, H] or [B, N, H, T] as the geometry's order has it, all others likewise. dk and dv have an axis P
-    before these, to be summed over, in float32 unless P is 1. `lse` is in units of log2, +inf-like (1e30) for queries
-    that see nothing.
+    q is [B, N, T, H] or [B, N, H, T] depending on the geometry's order, all others likewise. dk and dv have a leading
+    axis P to sum over, in float32 unless P is 1. `lse` is in log2 units, and 1e30 for queries that see nothing.
     """
     g, (B, N), K = geometry, q.shape[:2], k.shape[1]
     (T, H), S = g.order.sizes(q.shape), g.padded_keys
@@ -74,7 +72,7 @@ def backward(
     num_chunks = -(-(R * g.num_query_blocks) // chunk)
 
     def place(item, n):
-        """Row, head and block of the queries of an item: their blocks are counted over the heads that share keys."""
+        """Row, head and query block of an item; items number query blocks over the heads that share keys."""
         row, query_block = blocks.row_and_query(item)
         return row, n * R + query_block // g.num_query_blocks, query_block % g.num_query_blocks
 
@@ -171,7 +169,7 @@ def _kernel(
         dq_acc_ref[slot] = jnp.zeros_like(dq_acc_ref[slot])
 
     def masked(scores_QC, queries, keys):
-        """Scores of a part of the tile with what no query sees struck out; `queries` and `keys` are (start, size)."""
+        """Masked scores of a part of the tile; `queries` and `keys` are (start, size)."""
         if not g.causal and not segmented:
             return strike_tail(scores_QC, g, axis=1)
         q_ids: jax.Array | None = None
@@ -192,7 +190,7 @@ def _kernel(
         return jnp.where(mask, scores_QC, MASKED)
 
     def differentiate(queries, keys, mask):
-        """Add what a part of the tile contributes to the three gradients."""
+        """Add a part of the tile to the three gradients."""
         c = slice(keys[0], sum(keys))
         lanes = slice(queries[0], -(-sum(queries) // 128) * 128)
         q, d_out = (

@@ -2,22 +2,20 @@
 
 Legend: B rows, N query heads, K key-value heads, T queries, S keys, H head dim; in a tile Q queries, C keys.
 
-Scores are computed transposed, S_CQ = k q^T, so that the statistics of a query are one number a lane: maxima and sums
-over keys are additions of whole registers, and the tile of weights is pushed into the matrix unit as it stands while
-only the H rows of v^T stream past it. On the 256-wide units of v6e and later the second product then costs half of what
-the other order costs.
+Scores are computed transposed, S_CQ = k q^T, with one query per lane: maxima and sums over keys combine whole
+registers, and the tile of weights goes into the matrix unit directly while only the H rows of v^T stream past it. On
+the 256-wide units of v6e and later this halves the cost of the second product.
 
-The softmax is optimistic. The textbook's online softmax needs the maximum of a tile before it can exponentiate the
-first score, so all scores go to memory and come back, and the matrix unit waits. But softmax is the same for any
-reference r in exp2(s - r) that neither overflows nor lets everything underflow. So a tile is computed against the
-reference its queries already have (0 at first), and the sums tell afterwards whether that was safe:
+The softmax is optimistic. Textbook online softmax needs the maximum of a tile before it can exponentiate the first
+score, so all scores go to memory and back, and the matrix unit waits. But softmax is the same for any reference r in
+exp2(s - r) that neither overflows nor makes everything underflow. So we compute a tile against its queries' current
+reference (initially 0), and the sums show afterwards whether that was safe:
 
     2^-60 <= sum <= 2^100    for every query that sees a key
 
-If it was not, for any query, the tile's result is thrown away and the tile is computed again, online. That takes logits
-beyond +-41 nats or so and happens mostly once a query block, since the repair leaves the true maximum as the new
-reference. Nothing is approximated: weights are floating-point numbers, whose relative precision does not depend on the
-reference.
+If it was unsafe for any query, we discard the tile's result and recompute the tile with online softmax. That takes
+logits beyond about +-41 nats and mostly happens once per query block, because the repair makes the true maximum the new
+reference. Nothing is approximated: the weights' relative precision does not depend on the reference.
 """
 
 from functools import partial
@@ -41,7 +39,7 @@ from pallas_kernels.flash_attention.tiles import (
 
 LOG2E = 1.4426950408889634
 _LOW, _HIGH = 2.0**-60, 2.0**100
-_REPAIR_KEYS = 256  # keys of a step of the repair; small, since its program is seldom run but always stored
+_REPAIR_KEYS = 256  # keys per repair step; small, because its code rarely runs but is always stored
 VMEM_LIMIT = 60 * 2**20  # v5p and tpu7x have 64 MiB
 
 
@@ -58,8 +56,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Output like q and natural log-sum-exp [B, N, 1, T] of queries already scaled by scale * log2(e).
 
-    q is [B, N, T, H] or [B, N, H, T] as the geometry's order has it, k and v likewise; keys make whole blocks. A query
-    that sees no key gives 0 and -inf.
+    q is [B, N, T, H] or [B, N, H, T] depending on the geometry's order, k and v likewise; keys fill whole blocks. A
+    query that sees no key gives 0 and -inf.
     """
     g, (B, N) = geometry, q.shape[:2]
     (T, H), S = g.order.sizes(q.shape), g.padded_keys
@@ -103,8 +101,8 @@ def forward(
                 pltpu.VMEM((1, g.block_q), jnp.float32),  # reference
                 pltpu.VMEM((2, 1, g.block_q), jnp.float32),  # sum of weights; two slots: before and after a tile
                 pltpu.VMEM((2, H, g.block_q), jnp.float32),  # weighted values
-                pltpu.VMEM((1, g.block_q), jnp.float32),  # the highest score that a query sees
-                pltpu.SMEM((1,), jnp.int32),  # the slot that holds
+                pltpu.VMEM((1, g.block_q), jnp.float32),  # highest visible score of each query
+                pltpu.SMEM((1,), jnp.int32),  # current slot
                 pltpu.SMEM((1,), jnp.int32),  # whether the tile must be repaired
             ],
         ),
@@ -146,13 +144,13 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
     whole_keys, whole_queries = (0, g.block_kv), (0, g.block_q)
 
     def tile_scores(keys, queries):
-        """[C, Q] of a part of the tile; `keys` and `queries` are (start, size)."""
+        """Scores [C, Q] of a part of the tile; `keys` and `queries` are (start, size)."""
         q = clear_tail(q_ref[...], g, query_block)
         q = jax.lax.slice_in_dim(q, queries[0], sum(queries), axis=g.order.axis)
         return scores(take(k_ref, g.order, *keys), q, g.order)
 
     def masked(scores_CQ, keys, queries, causal=g.causal):
-        """Scores of a part of the tile with what no query sees struck out; `keys` and `queries` are (start, size)."""
+        """Masked scores of a part of the tile; `keys` and `queries` are (start, size)."""
         if not causal and not segmented and keys is whole_keys:
             return strike_tail(scores_CQ, g, axis=0)
         q_ids: jax.Array | None = None
@@ -173,13 +171,13 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
         return jnp.where(mask, scores_CQ, MASKED)
 
     def weigh(scores_CQ, keys, queries):
-        """The sum of the weights [1, Q] and of the weighted values [H, Q] of a part of the tile."""
+        """Sums of the weights [1, Q] and of the weighted values [H, Q] of a part of the tile."""
         weights_CQ = jnp.exp2(scores_CQ - reference_ref[:, pl.ds(*queries)])
         weighted_HQ = weighted(take(v_ref, g.order, *keys), weights_CQ, g.order)
         return jnp.sum(weights_CQ, axis=0, keepdims=True), weighted_HQ
 
     def judge(sees_1Q):
-        """Take over the new slot, or have the tile repaired, when a query that sees a key left the safe range."""
+        """Switch to the new slot, or request a repair if a query that sees a key left the safe range."""
         sums_1Q = sum_ref[new]
         safe_1Q = (sums_1Q >= _LOW) & (sums_1Q <= _HIGH)
         if sees_1Q is not None:
@@ -213,7 +211,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
             seen_ref[...] = jnp.full_like(seen_ref, MASKED)
             sum_ref[new], acc_ref[new] = sum_ref[old], acc_ref[old]
             for start in range(0, g.block_q, step):
-                # These keys are seen by the queries from `start` on, and by the first `step` of them only in part.
+                # Queries from `start` on see these keys; the first `step` of them see only some.
                 keys, queries = (start, step), (start, g.block_q - start)
                 q = slice(start, g.block_q)
                 scores_CQ = tile_scores(keys, queries)
@@ -229,7 +227,7 @@ def _kernel(where_ref, what_ref, offset_ref, q_ref, k_ref, v_ref, *refs, geometr
                 acc_ref[new, :, q] += weighted_HQ
             judge(seen_ref[...] > MASKED if segmented else None)
 
-    # A loop of no or one turn: the compiler would make predicated code of a branch, which always takes its time.
+    # A loop of zero or one iteration: a branch would compile to predicated code, which always takes its full time.
     @partial(_repeat, repairs_ref[0])
     def _():
         step = next((size for size in (_REPAIR_KEYS, 128) if g.block_kv % size == 0), g.block_kv)

@@ -1,4 +1,4 @@
-"""What all implementations of sampling share: uniform parameters of a row, a token's mass, the log-probabilities.
+"""Shared by all sampling implementations: normalized row parameters, token masses, log-probabilities.
 
 Legend: B rows, V vocabulary.
 """
@@ -11,10 +11,10 @@ import numpy as np
 
 from pallas_kernels.sampling import wide
 
-MASS_BITS = 28  # the top token's mass is 2^28: eight of them, and no more, fit 32 bits
-MAX_VOCAB_SIZE = (1 << 19) - 1  # so that the mass of all tokens fits a Wide
+MASS_BITS = 28  # the top token's mass is 2^28: at most eight such masses fit 32 bits
+MAX_VOCAB_SIZE = (1 << 19) - 1  # so that the total mass fits a Wide
 NO_TOKEN = -1
-UNLIMITED = 1 << 30  # as a number of tokens
+UNLIMITED = 1 << 30  # top_k when off
 _LARGEST = float(np.finfo(np.float32).max)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
@@ -23,19 +23,19 @@ _PARITY = 0x1BD11BDA
 class Sample(NamedTuple):
     """The drawn tokens of B rows and their log-probabilities."""
 
-    tokens_B: jax.Array  # int32, or -1 where there is none to draw
-    log_probs_B: jax.Array  # float32, under the softmax of the logits as given, at temperature 1
+    tokens_B: jax.Array  # int32, or -1 if none can be drawn
+    log_probs_B: jax.Array  # float32, under the softmax of the unmodified logits at temperature 1
     sampling_log_probs_B: jax.Array  # float32, under the distribution the token was drawn from
 
 
 class Parameters(NamedTuple):
-    """Rows' parameters with their special cases folded in; all [B], all int32 but the first."""
+    """Row parameters with special cases folded in; all [B], int32 except the first."""
 
     inverse_temperature: jax.Array  # float32; 1 for a greedy row
     top_k: jax.Array  # UNLIMITED when off; 1 for a greedy row
-    top_p: jax.Array  # the bits of a uint32, in units of 2^-32; nothing when off
+    top_p: jax.Array  # the bits of a uint32, in units of 2^-32; 0 when off
     nucleus: jax.Array  # 1 where top-p is on
-    min_mass: jax.Array  # what min-p asks of a token
+    min_mass: jax.Array  # smallest mass that min-p keeps
     valid: jax.Array  # 1 where the parameters are in range
     random_low: jax.Array  # 64 random bits, as two words
     random_high: jax.Array
@@ -54,7 +54,7 @@ def prepare(
     position = jax.lax.bitcast_convert_type(positions_B, jnp.uint32)
     random = threefry_2x32((seeds_B2[:, 0], seeds_B2[:, 1]), (position, jnp.zeros_like(position)))
 
-    in_range = (temperature_B >= 0) & (temperature_B <= _LARGEST)  # false for NaN, too
+    in_range = (temperature_B >= 0) & (temperature_B <= _LARGEST)  # also false for NaN
     in_range &= (top_p_B >= 0) & (top_p_B <= 1) & (min_p_B >= 0) & (min_p_B <= 1)
     greedy = (temperature_B == 0) | (top_p_B == 0)
     limited = (top_k_B > 0) & (top_k_B < vocab_size)
@@ -63,7 +63,7 @@ def prepare(
     top_p_high = jnp.floor(top_p_B * 65536)
     top_p_low = jnp.floor((top_p_B * 65536 - top_p_high) * 65536)
     return Parameters(
-        # A temperature below the least normal number has no finite inverse: this one gives the same sample.
+        # Temperatures below the smallest normal number have no finite inverse; _LARGEST gives the same sample.
         inverse_temperature=jnp.where(greedy, 1, jnp.minimum(1 / temperature_B, _LARGEST)).astype(jnp.float32),
         top_k=jnp.where(greedy, 1, jnp.where(limited, top_k_B, UNLIMITED)).astype(jnp.int32),
         top_p=(top_p_high.astype(jnp.int32) << 16) + top_p_low.astype(jnp.int32),
@@ -90,13 +90,13 @@ def threefry_2x32(
 
 
 def masses(x: jax.Array, top: jax.Array, inverse_temperature: jax.Array) -> jax.Array:
-    """exp((x - top) / temperature) in units of 2^-28, to the nearest: int32. `top` is finite and the largest x."""
+    """exp((x - top) / temperature) in units of 2^-28, rounded to int32. `top` is the largest x, and finite."""
     weights = jnp.exp((x - top) * inverse_temperature)
     return (weights * float(1 << MASS_BITS) + 0.5).astype(jnp.int32)
 
 
 def finite(top: jax.Array) -> jax.Array:
-    """The largest logit, or 0 where all are -inf and no difference to the largest would be a number."""
+    """The largest logit, or 0 if all are -inf, so that differences to it are not NaN."""
     return jnp.where(top == -jnp.inf, 0, top)
 
 
@@ -109,7 +109,7 @@ def finish(
     sum_B: jax.Array,
     kept_mass_B: wide.Wide,
 ) -> Sample:
-    """The sample, given the drawn tokens and their logits.
+    """The Sample from the drawn tokens and their logits.
 
     Args:
       top_B, sum_B: the largest logit, and the sum of exp(logit - largest) over the vocabulary.

@@ -1,21 +1,21 @@
-"""What sampling means: the tokens sorted, the filters applied one after the other, one drawn from their masses.
+"""Reference semantics of sampling: sort the tokens, apply the filters one by one, draw from the remaining masses.
 
 Legend: B rows, V vocabulary.
 
-A row, in this order:
- 1. Temperature: a token's weight is exp((logit - largest) / temperature). Its mass is the weight in units of 2^-28, to
-    the nearest integer. All that follows is in integers, so that no result depends on the order of a sum. A token whose
-    probability is below 2^-29 of the most likely one's has no mass, and is never drawn.
- 2. Tokens are ranked by descending logit, those of one logit by ascending id.
+For each row, in this order:
+ 1. Temperature: a token's weight is exp((logit - largest) / temperature). Its mass is the weight in units of 2^-28,
+    rounded to an integer. All later steps use integers, so no result depends on the order of a sum. A token with less
+    than 2^-29 of the most likely one's probability has no mass and is never drawn.
+ 2. Rank the tokens by descending logit, ties by ascending id.
  3. Top-k keeps the first k.
- 4. Top-p keeps the shortest run of the first ones whose mass is at least top_p times the mass left by top-k.
- 5. Min-p keeps those whose mass is at least min_p times that of the first.
- 6. Threefry-2x32 makes 64 bits u of the key (seed) and the counter (position, 0). The token is the first, in the order
-    of ids, whose cumulative mass exceeds the part u / 2^64 of the mass kept. If only some of the tokens of one logit
-    were kept, these come last in that order.
+ 4. Top-p keeps the shortest prefix whose mass is at least top_p times the mass left by top-k.
+ 5. Min-p keeps tokens whose mass is at least min_p times the first one's.
+ 6. Threefry-2x32 turns the key (seed) and the counter (position, 0) into 64 bits u. The token is the first, in id
+    order, whose cumulative mass exceeds u / 2^64 of the kept mass. If only some of several tied tokens were kept, they
+    come last in that order.
 
-One uniform number a row, and not Gumbel noise a token: the bits of that alone would take a TPU about 60 vector
-operations for every 1024 tokens and rows, more than all the rest, and 32 bits a token give no finer a tail than masses.
+We draw one uniform number per row, not Gumbel noise per token: its random bits alone would take a TPU about 60 vector
+operations for every 1024 tokens and rows, more than all the rest, and 32 bits per token give no finer tail than masses.
 """
 
 import jax
@@ -27,7 +27,7 @@ from pallas_kernels.sampling.parameters import UNLIMITED, Parameters, Sample
 
 
 def sample(logits_BV: jax.Array, rows: Parameters) -> Sample:
-    """Outside jit only: it counts in 64-bit and Python's own integers."""
+    """Only outside jit: uses 64-bit and Python integers."""
     top_B = jnp.max(logits_BV, axis=1)
     mass_BV = parameters.masses(logits_BV, parameters.finite(top_B)[:, None], rows.inverse_temperature[:, None])
     defined_B = (rows.valid != 0) & jnp.all(logits_BV < jnp.inf, axis=1)

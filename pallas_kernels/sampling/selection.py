@@ -1,13 +1,12 @@
-"""From a row's parameters to the tokens it keeps and the point in their mass where it draws, with no sort.
+"""The tokens that a row keeps and the point in their mass where it draws, without sorting.
 
-All filters keep a prefix of the tokens in descending order of their logits, tokens of one logit in ascending order of
-their ids. So the smaller of two prefixes is what two filters keep, and a prefix is a threshold and a number of tokens
-tied at it. The threshold is found by bisection, over the integers that order as the float32 numbers do: it is exact
-after at most 33 probes, and found when at most one token, or exactly k, is left to decide on.
+Every filter keeps a prefix of the tokens, ordered by descending logit, ties by ascending id. So two filters together
+keep the shorter of their prefixes, and a prefix is a threshold and a number of tokens tied at it. We find the threshold
+by bisection over integers that sort like float32 numbers: exact after at most 33 probes, earlier when at most one
+token is undecided or exactly k are kept.
 
-Arrays hold a value a row, in any one shape: [B, 1] for XLA, [R, L] with R rows and equal lanes for Mosaic. The code is
-what the two have in common; they differ in how they measure the tokens at or above a threshold, and in how they find
-the drawn one.
+Arrays hold one value per row, in any common shape: [B, 1] for XLA, [R, L] with R rows and equal lanes for Mosaic. Both
+share this code; they differ in how they measure the tokens at or above a threshold and locate the drawn one.
 """
 
 import math
@@ -22,23 +21,23 @@ from pallas_kernels.sampling.parameters import MASS_BITS, UNLIMITED, Parameters
 from pallas_kernels.sampling.wide import Wide
 
 _Tree = TypeVar("_Tree")
-_WEIGHTLESS = 0.5 + (MASS_BITS + 1) * math.log(2)  # so far below the top, times the temperature, tokens have no mass
+_WEIGHTLESS = 0.5 + (MASS_BITS + 1) * math.log(2)  # times temperature: tokens this far below the top have no mass
 _SIGNLESS = 0x7FFFFFFF
 _LARGEST_SUBNORMAL = 0x007FFFFF
 
 
 class Measure(NamedTuple):
-    """How many tokens a set has, and their mass."""
+    """The size and mass of a set of tokens."""
 
     count: jax.Array
     mass: Wide
 
 
 class Draw(NamedTuple):
-    """Where to find a row's token.
+    """How to find a row's token.
 
-    It is among those with low <= logit < high and a mass of at least `min_mass`: the first, by id, for which the mass
-    of them up to and including it exceeds `target`.
+    Among tokens with low <= logit < high and mass at least `min_mass`, it is the first, by id, whose cumulative mass
+    exceeds `target`.
     """
 
     low: jax.Array
@@ -46,12 +45,12 @@ class Draw(NamedTuple):
     min_mass: jax.Array
     unfiltered: jax.Array  # int32, 1 where neither top-k nor top-p binds: low is -inf and high inf
     target: Wide
-    total: Wide  # the mass of all tokens kept
-    found: jax.Array  # int32, 0 where a threshold lies at or below the floor, and all else is nonsense
+    total: Wide  # the mass of all kept tokens
+    found: jax.Array  # int32, 0 where a threshold is at or below the floor, and all else is invalid
 
 
 class _Bracket(NamedTuple):
-    """Tokens at or above `lower` meet the goals and those at or above `upper` do not."""
+    """The tokens at or above `lower` meet the goal; those at or above `upper` do not."""
 
     lower: jax.Array
     upper: jax.Array
@@ -60,7 +59,7 @@ class _Bracket(NamedTuple):
 
 
 def key_of(x: jax.Array) -> jax.Array:
-    """int32 that order as the float32 do. Subnormal numbers share zero's, as they do in a TPU's comparisons."""
+    """int32 keys that sort like the float32. Subnormal numbers share zero's key, as in TPU comparisons."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     key = jnp.maximum((bits & _SIGNLESS) - _LARGEST_SUBNORMAL, 0)
     return jnp.where(bits < 0, -key, key)
@@ -82,15 +81,15 @@ def select(
     at_min_p: Measure,
     measure: Callable[[jax.Array], Measure],
 ) -> Draw:
-    """Where rows draw.
+    """The rows' Draw.
 
     Args:
       parameters: of the rows.
       top: the largest logit, finite.
       floor: thresholds at or below it cannot be measured; -inf if all can.
       all_mass: the mass of all tokens.
-      at_min_p: of the tokens whose mass is at least parameters.min_mass.
-      measure: from thresholds to the Measure of the tokens at or above them.
+      at_min_p: the Measure of the tokens whose mass is at least parameters.min_mass.
+      measure: maps thresholds to the Measure of the tokens at or above them.
     """
 
     def at_key(key: jax.Array) -> Measure:
@@ -111,7 +110,7 @@ def select(
     tied, tied_mass = _ties(bracket)
     kept_ties = jnp.where(limited, parameters.top_k - bracket.at_upper.count, tied)
 
-    # Top-p, of the mass that top-k has kept. All of a vocabulary's is found above `weightless`.
+    # Top-p, of the mass that top-k keeps. All mass lies above `weightless`.
     weightless = key_of(top - _WEIGHTLESS / parameters.inverse_temperature) - 1
     nucleus = valid & (parameters.nucleus != 0)
     wanted = wide.fraction(_kept_mass(bracket, tied, tied_mass, kept_ties), [parameters.top_p], round_up=True)
@@ -129,13 +128,13 @@ def select(
     missing = wide.subtract(wanted, bracket.at_upper.mass)
     kept_ties = jnp.where(nucleus, wide.ceil_ratio(missing, jnp.maximum(tied_mass, 1)), kept_ties)
 
-    # Min-p keeps a prefix, too.
+    # Min-p keeps a prefix too.
     unfiltered = at_min_p.count <= bracket.at_upper.count + kept_ties
     total = wide.where(unfiltered, at_min_p.mass, _kept_mass(bracket, tied, tied_mass, kept_ties))
     target = wide.fraction(total, [parameters.random_low, parameters.random_high])
 
-    # When only some of the tied tokens are kept they come last. They share one mass, so that the ones to keep are those
-    # that the target can reach.
+    # If only some of the tied tokens are kept, they come last. All have the same mass, so the target can reach only the
+    # kept ones.
     all_ties = kept_ties == tied
     among_ties = ~unfiltered & ~all_ties & ~wide.less(target, bracket.at_upper.mass)
     low = value_of(jnp.where(all_ties | among_ties, bracket.lower, bracket.upper))
@@ -157,7 +156,7 @@ def _bisect(
     settles: Callable[[Measure], jax.Array],
     measure: Callable[[jax.Array], Measure],
 ) -> _Bracket:
-    """Narrow the brackets of the active rows until what is between their ends is one number, one token or settled."""
+    """Narrow the active rows' brackets until only one number or one token is left, or the row is settled."""
 
     def open_rows(bracket: _Bracket) -> jax.Array:
         undecided = bracket.at_lower.count - bracket.at_upper.count > 1
@@ -165,7 +164,7 @@ def _bisect(
 
     def step(state: tuple[jax.Array, _Bracket]) -> tuple[jax.Array, _Bracket]:
         i, bracket = state
-        # The first probe is the top itself, which settles greedy rows, and the nuclei of one token.
+        # The first probe is the top itself, which settles greedy rows and one-token nuclei.
         middle = (bracket.lower & bracket.upper) + ((bracket.lower ^ bracket.upper) >> 1)
         probe = jnp.where(i == 0, bracket.upper - 1, middle)
         found = measure(probe)
@@ -184,7 +183,7 @@ def _bisect(
 
 
 def _ties(bracket: _Bracket) -> tuple[jax.Array, jax.Array]:
-    """The number of tokens between the ends of a bracket and, where they are tied, the mass of one."""
+    """The number of tokens between the ends of a bracket and, if they are tied, the mass of one."""
     tied = bracket.at_lower.count - bracket.at_upper.count
     mass = wide.subtract(bracket.at_lower.mass, bracket.at_upper.mass)
     return tied, wide.ratio(mass, jnp.maximum(tied, 1))

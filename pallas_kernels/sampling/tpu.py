@@ -2,20 +2,19 @@
 
 Legend: B rows, V vocabulary; R = 8 rows of a block; L = 128 lanes.
 
-A block's rows, 8 x V, are copied into VMEM whole, the next block's while this one is worked on. All other passes are
-over VMEM:
+A block's rows, 8 x V, are copied to VMEM whole while the previous block is processed. All other passes read VMEM:
  1. Copy, and keep the 4 largest logits of every lane of 16 interleaved parts of the vocabulary: 8192 candidates.
  2. Masses and sums, by chunk.
- 3. Only if top-k or top-p is on in a row of the block: bisect for the thresholds among the candidates. They hold all
-    tokens above the floor, the largest of the 4th largest logits. In the rare block where a threshold is not above it,
-    bisect over the vocabulary.
+ 3. Only if top-k or top-p is on in a row of the block: bisect for the thresholds among the candidates. They include all
+    tokens above the floor, the largest of the 4th largest logits. In the rare block with a threshold not above the
+    floor, bisect over the vocabulary.
  4. Only if top-k or top-p binds in a row: sum the kept tokens' masses by chunk.
-The drawn token is then found from these sums, by 16 chunks, by one, by one vector of it.
+These sums locate the drawn token: first its 16 chunks, then its chunk, its vector and its lane.
 
-A pass keeps its sums by lane, token i in lane i % 128, and reduces over lanes once at its end.
+A pass keeps its sums by lane, token i in lane i % 128, and reduces over lanes once at the end.
 
-A vector is [R, L], and a chunk [R, CHUNK] are 8 of them side by side. Values of a row are kept in a whole vector, equal
-in its lanes: a broadcast over lanes that is left to the compiler costs a hundred cycles wherever it is used.
+A vector is [R, L]; a chunk [R, CHUNK] is 8 vectors side by side. Row values fill a whole vector, equal in all lanes:
+lane broadcasts left to the compiler cost a hundred cycles at every use.
 """
 
 import math
@@ -37,14 +36,14 @@ from pallas_kernels.sampling.wide import Wide
 
 ROWS = 8
 LANES = 128
-VECTORS = 8  # of a chunk: their masses add up within 32 bits
+VECTORS = 8  # per chunk: their masses add up within 32 bits
 CHUNK = VECTORS * LANES
 PARTS = 16  # of the vocabulary: chunk i is in part i % 16
-LARGEST = 4  # kept of a part's lane
-CANDIDATES = PARTS * LARGEST // VECTORS  # in chunks; they follow the vocabulary's
-GROUP = 16  # chunks whose sums are looked at together
+LARGEST = 4  # candidates kept per lane of a part
+CANDIDATES = PARTS * LARGEST // VECTORS  # in chunks, after the vocabulary's chunks
+GROUP = 16  # chunks per group when locating the token
 WEIGH_UNROLL = 2
-_SPARE_VMEM = 4 << 20  # for what the compiler spills and the small blocks
+_SPARE_VMEM = 4 << 20  # for compiler spills and the small blocks
 
 
 def sample(logits_BV: jax.Array, rows: Parameters, *, interpret: bool | pltpu.InterpretParams = False) -> Sample:
@@ -61,10 +60,10 @@ def sample(logits_BV: jax.Array, rows: Parameters, *, interpret: bool | pltpu.In
     check(
         vmem_bytes <= chip.vmem_mib << 20,
         f"logits_BV has a vocabulary of {vocab_size}: 8 rows take {vmem_bytes >> 20} MiB of "
-        f"vector memory and {chip.name} has {chip.vmem_mib}; use implementation='xla'",
+        f"vector memory, and {chip.name} has {chip.vmem_mib} MiB; use implementation='xla'",
     )
 
-    # What a block has beyond the last row is arbitrary. Its parameters are zero, which is invalid: nothing is searched.
+    # Rows past the end have arbitrary logits. Their parameters are zero, which is invalid, so they are not searched.
     packed = jnp.pad(_pack(rows), ((0, -batch % ROWS), (0, 0)))
     outputs = [jnp.int32, jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32]
     token, logit, top, total, kept_high, kept_low = pl.pallas_call(
@@ -140,7 +139,7 @@ def _kernel(
         first, floor, _ = state
         return jnp.int32(0), jnp.full_like(floor, -jnp.inf), select(first, floor)
 
-    # One trip in nearly all blocks, over the candidates; a second one over the vocabulary.
+    # Nearly always one iteration, over the candidates; rarely a second, over the vocabulary.
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
     nothing = Draw(floor, floor, zeros, zeros, Wide(zeros, zeros), Wide(zeros, zeros), zeros)
     state = (jnp.int32(chunks), floor, nothing)
@@ -163,7 +162,7 @@ def _kernel(
 
 
 def _collect(logits_ref: Any, x_ref: Any, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Copy the logits to x_ref, with -inf up to the last chunk's end, then the candidates.
+    """Copy the logits to x_ref, padded with -inf to whole chunks, and the candidates after them.
 
     Returns the largest logits, and the floor below which candidates are missing.
     """
@@ -174,14 +173,14 @@ def _collect(logits_ref: Any, x_ref: Any, vocab_size: int) -> tuple[jax.Array, j
     def collect(chunk: Any, x: jax.Array) -> None:
         place = pl.ds(pl.multiple_of(start + chunk % PARTS * width, LANES), width)
         part = x_ref[:, place]
-        x_ref[:, _lanes(chunk)] = x  # after that load: the compiler keeps them in order, and would wait
+        x_ref[:, _lanes(chunk)] = x  # after that load: the compiler keeps the order, and the load would wait
         largest = [part[:, i * LANES : (i + 1) * LANES] for i in range(LARGEST)]
         for rest in _vectors(x):
             for i in range(LARGEST):
                 largest[i], rest = jnp.maximum(largest[i], rest), jnp.minimum(largest[i], rest)
         x_ref[:, place] = jnp.concatenate(largest, axis=1)
 
-    # The last chunk may be cut short by the vocabulary's end: there the copy differs.
+    # The vocabulary may end inside the last chunk, which is copied differently.
     whole = vocab_size // CHUNK
     if whole > 0:
         jax.lax.fori_loop(0, whole, lambda chunk, _: collect(chunk, logits_ref[:, _lanes(chunk)]), None)
@@ -200,9 +199,9 @@ def _collect(logits_ref: Any, x_ref: Any, vocab_size: int) -> tuple[jax.Array, j
 def _weigh(
     top: jax.Array, rows: Parameters, logits_ref: Any, x_ref: Any, mass_ref: Any, sums_ref: Any
 ) -> tuple[jax.Array, Wide, Measure]:
-    """Put masses into mass_ref and, of the tokens that pass min-p, sums by chunk into sums_ref.
+    """Write masses to mass_ref, and their sums by chunk over the tokens that pass min-p to sums_ref.
 
-    Returns the sum of exp(logit - top) over all tokens, the mass of all, and the Measure of those that pass min-p.
+    Returns the sum of exp(logit - top) over all tokens, their mass, and the Measure of those that pass min-p.
     """
     chunks, vocab_size = x_ref.shape[1] // CHUNK - CANDIDATES, logits_ref.shape[1]
     whole = vocab_size // CHUNK
@@ -243,7 +242,7 @@ def _weigh(
 
 
 def _measure(x_ref: Any, mass_ref: Any, first: Any, last: Any, threshold: jax.Array) -> Measure:
-    """How many logits of chunks [first, last) are at or above `threshold`, and their mass."""
+    """The number and mass of logits at or above `threshold` in chunks [first, last)."""
     zeros = jnp.zeros((ROWS, LANES), jnp.int32)
     threshold = _tile(threshold)
 
@@ -256,7 +255,7 @@ def _measure(x_ref: Any, mass_ref: Any, first: Any, last: Any, threshold: jax.Ar
 
 
 def _locate(draw: Draw, x_ref: Any, mass_ref: Any, sums_ref: Any) -> tuple[jax.Array, jax.Array]:
-    """The drawn tokens and their logits: the group of chunks, the chunk, the vector, the lane."""
+    """The drawn tokens and their logits: finds the group of chunks, then the chunk, the vector, the lane."""
     row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
 
@@ -295,7 +294,7 @@ def _locate(draw: Draw, x_ref: Any, mass_ref: Any, sums_ref: Any) -> tuple[jax.A
 
 
 def _advance(target: Wide, masses: Wide) -> tuple[jax.Array, Wide]:
-    """Which of the parts that follow each other holds the target, and the target within it; masses [N, R, L]."""
+    """Which of N consecutive parts contains the target, and the target within it; masses [N, R, L]."""
     zeros = jnp.zeros_like(target.low)
     upto = before = Wide(zeros, zeros)
     index = zeros
@@ -321,17 +320,17 @@ def _spread(x: jax.Array) -> jax.Array:
 
 
 def _tile(x: jax.Array) -> jax.Array:
-    """[R, L] to [R, CHUNK]; it costs nothing, for all vectors are one."""
+    """[R, L] to [R, CHUNK]; free, because all vectors are the same."""
     return jnp.concatenate([x] * VECTORS, axis=1)
 
 
 def _vectors(x: jax.Array) -> list[jax.Array]:
-    """[R, CHUNK] to VECTORS of [R, L]."""
+    """[R, CHUNK] to VECTORS arrays [R, L]."""
     return [x[:, i * LANES : (i + 1) * LANES] for i in range(VECTORS)]
 
 
 def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """[R, CHUNK] to [R, L], lane by lane, as a tree."""
+    """[R, CHUNK] to [R, L], lane by lane, by tree reduction."""
     parts = _vectors(x)
     while len(parts) > 1:
         parts = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
@@ -339,19 +338,19 @@ def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) ->
 
 
 def _accumulate(total: Wide, mass: jax.Array) -> Wide:
-    """Add 32-bit masses, carrying nothing yet: the low part outgrows its 16 bits by one for every mass at most."""
+    """Add 32-bit masses without carrying: each adds less than 2^16 to the low part, which may exceed 16 bits."""
     part = wide.split(mass)
     return Wide(total.high + part.high, total.low + part.low)
 
 
 def _over_lanes(mass: Wide) -> Wide:
-    """[..., R, L]: the sum over lanes, in all of them."""
+    """The sum over lanes, broadcast to all of them, [..., R, L]."""
     mass = wide.normalized(*mass)
     return wide.normalized(_lane_sum(mass.high, long=True), _lane_sum(mass.low))
 
 
 def _lane_sum(x: jax.Array, long: bool = False) -> jax.Array:
-    """As `_over_lanes`, of integers below 2^17 or, if `long`, 2^31: in float32, which adds 128 of 17 bits exactly."""
+    """Like `_over_lanes`, of integers below 2^17 or, if `long`, 2^31; float32 adds 128 of 17 bits exactly."""
     if long:
         return (_lane_sum(x >> 16) << 16) + _lane_sum(x & 0xFFFF)
     return jnp.broadcast_to(jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True), x.shape).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""Integers of up to 47 bits from 32-bit ones, elementwise: neither a TPU core nor JAX by default has 64-bit integers.
+"""Elementwise integers of up to 47 bits from 32-bit ones: TPU cores, and JAX by default, have no 64-bit integers.
 
-The mass of a whole vocabulary is such an integer. A Wide holds high * 2^16 + low with 0 <= low < 2^16, as two int32
-arrays of one shape; everything here is exact, and works inside a Mosaic kernel.
+The mass of a whole vocabulary is such an integer. A Wide is high * 2^16 + low with 0 <= low < 2^16, in two int32 arrays
+of the same shape. Everything here is exact and works inside Mosaic kernels.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ _LIMB_MASK = 0xFFFF
 
 
 class Wide(NamedTuple):
-    """high * 2^16 + low, not negative."""
+    """high * 2^16 + low, nonnegative."""
 
     high: jax.Array
     low: jax.Array
 
 
 def normalized(high: jax.Array, low: jax.Array) -> Wide:
-    """high * 2^16 + low, where `low` may have outgrown its 16 bits."""
+    """high * 2^16 + low, where `low` may exceed 16 bits."""
     return Wide(high + jax.lax.shift_right_logical(low, _constant(low, _LIMB)), low & _LIMB_MASK)
 
 
 def split(x: jax.Array) -> Wide:
-    """A 32-bit unsigned integer, given as the int32 of the same bits."""
+    """A 32-bit unsigned integer, given as an int32 with the same bits."""
     return normalized(jnp.zeros_like(x), x)
 
 
@@ -55,32 +55,32 @@ def to_float(a: Wide) -> jax.Array:
 
 
 def wrapped(a: Wide) -> jax.Array:
-    """`a` modulo 2^32, as an int32: differences of two of these are right where they are small."""
+    """`a` modulo 2^32, as an int32: small differences of two of these are exact."""
     return (a.high << _LIMB) + a.low
 
 
 def times(a: jax.Array, b: jax.Array) -> Wide:
-    """The product of two int32 that are not negative, below 2^47."""
+    """The product, below 2^47, of two nonnegative int32."""
     return _product(_limbs(split(a))[:2], _limbs(split(b))[:2], dropped=0, round_up=False)
 
 
 def fraction(a: Wide, words: Sequence[jax.Array], round_up: bool = False) -> Wide:
-    """a * w / 2^(32 n), rounded down or up, for a number w of n words, which are int32, the least significant first."""
+    """a * w / 2^(32 n), rounded down or up, for a number w of n int32 words, least significant first."""
     limbs = [limb for word in words for limb in _limbs(split(word))[:2]]
     return _product(_limbs(a), limbs, dropped=len(limbs), round_up=round_up)
 
 
 def ratio(a: Wide, b: jax.Array) -> jax.Array:
-    """a / b for an `a` that b >= 1 divides, where the quotient is below 2^29: exact whichever way a division rounds."""
+    """a / b for b >= 1 that divides a, with a quotient below 2^29: exact for any rounding of divisions."""
     divisor = b.astype(jnp.float32)
     estimate = (to_float(a) / divisor).astype(jnp.int32)
-    # The estimate is off by at most 2^29 * 2^-22, so that the rest fits 32 bits and its own quotient is off by < 1/2.
+    # The estimate is off by at most 2^29 * 2^-22, so the rest fits 32 bits and its own quotient is off by < 1/2.
     rest = wrapped(a) - estimate * b
     return estimate + jnp.floor(rest.astype(jnp.float32) / divisor + 0.5).astype(jnp.int32)
 
 
 def ceil_ratio(a: Wide, b: jax.Array) -> jax.Array:
-    """The least n with n * b >= a, for 1 <= b <= 2^28 and n below 2^20: exact whichever way a division rounds."""
+    """The smallest n with n * b >= a, for 1 <= b <= 2^28 and n below 2^20: exact for any rounding of divisions."""
     estimate = (to_float(a) / b.astype(jnp.float32)).astype(jnp.int32)
     rest = wrapped(a) - estimate * b  # |rest| < 2 b
     return estimate - 1 + sum((rest > step * b).astype(jnp.int32) for step in (-1, 0, 1))
@@ -92,7 +92,7 @@ def _limbs(a: Wide) -> list[jax.Array]:
 
 
 def _product(a: Sequence[jax.Array], b: Sequence[jax.Array], *, dropped: int, round_up: bool) -> Wide:
-    """The product of two numbers in 16-bit limbs without its `dropped` lowest limbs; what is left has at most three."""
+    """The product of two numbers in 16-bit limbs without its `dropped` lowest limbs; at most three limbs remain."""
     zero = jnp.zeros_like(a[0])
     columns = [zero + (_LIMB_MASK if round_up and i < dropped else 0) for i in range(len(a) + len(b))]
     for i, x in enumerate(a):

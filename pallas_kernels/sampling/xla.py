@@ -1,6 +1,6 @@
-"""Sampling for XLA, on any platform: the kernel's bisection over whole arrays, the same bits as its.
+"""Sampling in XLA, on any platform: the kernel's bisection over whole arrays, with bit-identical results.
 
-Legend: B rows, V vocabulary; C chunks of L = 128 lanes that hold the vocabulary; N parts of it.
+Legend: B rows, V vocabulary in C chunks of L = 128 lanes; N parts of it.
 """
 
 import jax
@@ -12,7 +12,7 @@ from pallas_kernels.sampling.selection import Draw, Measure
 from pallas_kernels.sampling.wide import Wide
 
 LANES = 128
-_CARRY_FREE = 8  # masses whose sum is sure to fit 32 bits
+_CARRY_FREE = 8  # this many masses always fit 32 bits
 
 
 def sample(logits_BV: jax.Array, rows: Parameters) -> Sample:
@@ -47,7 +47,7 @@ def sample(logits_BV: jax.Array, rows: Parameters) -> Sample:
 
 
 def _sum(mass_BV: jax.Array) -> Wide:
-    """Over the vocabulary, [B, 1]."""
+    """The sum over the vocabulary, [B, 1]."""
     part_BN = jnp.sum(mass_BV.reshape(len(mass_BV), _CARRY_FREE, -1), axis=1)
     part = wide.split(part_BN)
     low_B1 = jnp.sum(part.low, axis=1, keepdims=True, dtype=jnp.uint32)
@@ -68,10 +68,10 @@ def _locate(x_BV: jax.Array, mass_BV: jax.Array, draw: Draw) -> jax.Array:
 
 
 def _advance(target: Wide, mass_BN: Wide) -> tuple[jax.Array, Wide]:
-    """The part whose mass holds the target, [B, 1], and the target within it."""
+    """The index of the part that contains the target, [B, 1], and the target within it."""
     upto_BN = _cumulative(mass_BN)
     passed_BN = ~wide.less(target, upto_BN)
-    last = passed_BN.shape[1] - 1  # where no part has any mass
+    last = passed_BN.shape[1] - 1  # used if no part has any mass
     part_B1 = jnp.minimum(jnp.sum(passed_BN, axis=1, dtype=jnp.int32, keepdims=True), last)
     before = wide.subtract(
         *(jax.tree.map(lambda x: jnp.take_along_axis(x, part_B1, axis=1), m) for m in (upto_BN, mass_BN))

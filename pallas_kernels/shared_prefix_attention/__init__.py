@@ -1,22 +1,22 @@
-"""Decode attention for sequences that share prefixes: every shared prefix is read once a step.
+"""Decode attention for sequences that share prefixes: each step reads every shared prefix once.
 
     out_BNH = softmax(scale q [k_prefix; k_suffix]) [v_prefix; v_suffix]        for each sequence and head
 
-Attention over the prefix, of all a prefix group's queries in one matrix product, and over the suffix, a sequence at a
-time, are merged by log-sum-exp (Hydragen, arXiv 2402.05099). Where n sequences share a prefix of C tokens, a step
-reads C keys and values instead of n C. Without any group it is plain paged decode attention.
+Prefix attention takes all queries of a prefix group in one matrix product; suffix attention takes one sequence at a
+time. Log-sum-exp merges the two (Hydragen, arXiv 2402.05099). If n sequences share a prefix of C tokens, a step reads C
+keys and values instead of n C. Without groups this is plain paged decode attention.
 
-The pool, kv_pages_S2KTW: page, keys or values, key/value head, token of the page, feature. Why so:
-  - a page is contiguous, so one copy brings its keys and values for all heads, whatever lies around it;
-  - a head's [T, W] is what the matrix unit takes, with no transposition: T fills the sublanes, W the lanes;
-  - the heads are an axis of their own: to spread them over devices, shard q's N and the pool's K alike in shard_map.
-A TPU stores 128 lanes to a row, so there W is H rounded up to a multiple of 128, the features past H zeros: H = 96 and
-64 take the room and the time of 128 anyway, and XLA may store a narrower pool transposed and copy all of it at every
-step. Layers can share one pool: let layer i own the pages from i S_layer on, and add i S_layer to the page
-numbers. (A pool with a layer axis would be sliced, and so copied, at every layer of a scan.)
+The pool, kv_pages_S2KTW: page, keys or values, key/value head, token of the page, feature. Why this layout:
+  - a page is contiguous, so one copy fetches its keys and values for all heads;
+  - the matrix unit takes a head's [T, W] without transposition: T fills the sublanes, W the lanes;
+  - the heads have their own axis: to shard them over devices, shard q's N and the pool's K alike in shard_map.
+A TPU row has 128 lanes, so there W is H rounded up to a multiple of 128, with zeros past H: H = 96 and 64 take the
+memory and time of 128 anyway, and XLA may store a narrower pool transposed and copy all of it at every step. Layers can
+share one pool: let layer i own the pages from i S_layer on, and add i S_layer to the page numbers. (A pool with a layer
+axis would be sliced, and so copied, at every layer of a scan.)
 
 Axes: B sequences, P prefix groups, N query heads, K key/value heads (query head n reads n // (N / K)), H head width,
-W that of the pool, S pages of the pool, T tokens of a page, M pages of a table's row.
+W pool width, S pages of the pool, T tokens of a page, M pages of a table's row.
 """
 
 from typing import Any, Literal
@@ -45,30 +45,30 @@ def shared_prefix_attention(
     interpret: bool | Any = False,
     tiling: Tiling | None = None,
 ) -> jax.Array:
-    """One step of decode attention over a paged cache, each group's prefix read once for all its sequences.
+    """One step of decode attention over a paged cache; reads each group's prefix once for all its sequences.
 
-    Only shapes are compiled in: B, P, the tables' widths and the size of the pool are maxima, and lengths, page numbers
-    and who shares with whom change from step to step without a recompilation. A sequence that has no token at all gets
-    zeros. The values in places that hold no token do not matter, not even NaN. Page numbers outside the pool and
-    lengths beyond a row's are clamped: the result of that sequence is then wrong and no other is.
+    Only shapes are compiled in: B, P, the tables' widths and the pool size are maxima. Lengths, page numbers and
+    groups may change at every step without recompilation. A sequence without tokens gets zeros. Unused places may hold
+    any values, even NaN. Page numbers outside the pool and lengths beyond a row's are clamped, which makes the result
+    wrong for that sequence only.
 
     Args:
       q_BNH: the new tokens' queries, float32 or bfloat16.
-      kv_pages_S2KTW: the pool, in q's dtype; [:, 0] are keys and [:, 1] values, those of the new tokens already written
-        to the suffixes. T is 16, 32, 64, 128 or 256. W is H; or more, the features past H being zeros in every place
-        that holds a token. For the TPU it is a multiple of 128.
+      kv_pages_S2KTW: the pool, in q's dtype; [:, 0] are keys and [:, 1] values. The suffixes already include the new
+        tokens. T is 16, 32, 64, 128 or 256. W is at least H; features past H must be zero for every token. For the TPU
+        W is a multiple of 128.
       tables: int32; see PageTables.
       implementation: "xla" for GPU and CPU, "tpu" for the Pallas kernel.
       scale: of the scores; 1 / sqrt(H) by default.
-      interpret: run the TPU kernel by emulation: True, or a pltpu.InterpretParams.
-      tiling: the TPU kernel's sizes; by default what suits the chip that is compiled for.
+      interpret: run the TPU kernel in interpret mode: True, or a pltpu.InterpretParams.
+      tiling: the TPU kernel's sizes; chosen for the target chip by default.
 
     Returns:
       out_BNH in q's dtype.
 
     Raises:
-      ArgumentError: a shape, dtype or page size that is not as above; N no multiple of K; tables that outgrow a TPU's
-        scalar memory, or a batch its vector memory.
+      ArgumentError: a shape, dtype or page size differs from the above; N is not a multiple of K; the tables do not fit
+        a TPU's scalar memory, or the batch its vector memory.
     """
     check_choice("implementation", implementation, ("xla", "tpu"))
     check_shape("q_BNH", q_BNH, (None, None, None), "[B, N, H]")
@@ -85,12 +85,12 @@ def shared_prefix_attention(
     check_choice("the page size, kv_pages_S2KTW.shape[3],", page_size, PAGE_SIZES)
     check(
         pool_width >= width,
-        f"kv_pages_S2KTW has width {pool_width}; q_BNH has {width}, and the pool cannot be narrower",
+        f"kv_pages_S2KTW has width {pool_width}; q_BNH has {width}, and the pool must not be narrower",
     )
     check(
         implementation != "tpu" or pool_width % LANES == 0,
-        f"kv_pages_S2KTW has width {pool_width}; for the TPU fill the pool up to a multiple of {LANES} "
-        "with zeros, it takes no more memory",
+        f"kv_pages_S2KTW has width {pool_width}; for the TPU pad the pool with zeros to a multiple of {LANES}, "
+        "which takes no more memory",
     )
     check_shape("tables.prefix_lengths_P", tables.prefix_lengths_P, (None,), "[P]")
     check_shape("tables.prefix_pages_PM", tables.prefix_pages_PM, (tables.prefix_lengths_P.shape[0], None), "[P, M]")
@@ -103,7 +103,7 @@ def shared_prefix_attention(
     for name, value, default in (("interpret", interpret, False), ("tiling", tiling, None)):
         check(
             implementation == "tpu" or value is default,
-            f"{name} is {value!r}; it is for implementation='tpu' only",
+            f"{name} is {value!r}; it is only for implementation='tpu'",
         )
 
     factor = float(width**-0.5 if scale is None else scale)

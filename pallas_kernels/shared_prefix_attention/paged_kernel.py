@@ -1,23 +1,22 @@
-"""The TPU kernel: attention of runs of queries over runs of pages, bound by the reading of the pages.
+"""The TPU kernel: attention of runs of queries over runs of pages, bound by reading the pages.
 
     items     i0            i1    i2               i0 has 3 blocks of tokens, i1 one, i2 two
     steps     b0  b1  b2    b0    b0  b1           one loop over the blocks of all items
-    fetch     --------->                           runs two steps ahead, over the items' borders
-    attend         --------->                      online softmax; after an item's last block its rows are written
+    fetch     --------->                           runs two steps ahead, across items
+    attend         --------->                      online softmax; after an item's last block writes its rows
 
-Every page is one contiguous copy, keys and values of all heads together; only pages that hold tokens are copied, so
-what a step reads is the pages of its items and nothing else. Page numbers come from scalar memory and are clamped into
-the pool. Queries and results stay in vector memory throughout.
+A page is one contiguous copy, with keys and values of all heads. Only pages with tokens are copied, so a step reads
+exactly the pages of its items. Page numbers come from scalar memory and are clamped to the pool. Queries and results
+stay in vector memory throughout.
 
-A block is attended to in chunks, and in a chunk the heads' scores are computed AHEAD passes before they are needed:
-matrix products are issued in program order, and so the unit works on the next heads while a softmax goes through the
-vector units. (For one sequence, 8 heads and 512 tokens, by the static schedule: 1,028 bundles instead of 2,459 on
-v5e, 1,159 instead of 2,361 on tpu7x.)
+A block is processed in chunks, and within a chunk the heads' scores are computed AHEAD passes before use: matrix
+products issue in program order, so the matrix unit works on the next heads while the vector units do a softmax. (For
+one sequence, 8 heads and 512 tokens, by the static schedule: 1,028 bundles instead of 2,459 on v5e, 1,159 instead of
+2,361 on tpu7x.)
 
-Where the matrix unit is 256 deep (v6e, tpu7x), a pass over one head's 128 features would fill half of it. There two
-heads are folded into a pass: their queries stand block-diagonally in [2 X, 2 H], their keys and values side by side,
-and of the [2 X, 2 H] result each row keeps its own head's half. With the few rows of a decode step, loading the unit
-is what costs.
+On a 256-deep matrix unit (v6e, tpu7x) a pass over one head's 128 features would fill half of it. There we fold two
+heads into a pass: their queries are block-diagonal in [2 X, 2 H], their keys and values side by side, and each row of
+the [2 X, 2 H] result keeps its own head's half. With the few rows of a decode step, loading the matrix unit dominates.
 
 Axes: K key/value heads, F = K / fold passes, H head width (of the pool), S pages of the pool, T tokens of a page,
 Z rows of the page table, M pages of a row, J items, L query tiles, X rows of a tile, Y rows of a pass (its tiles times
@@ -36,25 +35,25 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import chips
 from pallas_kernels.checks import check
 
-BUFFERS = 3  # one attended to, one arriving, one asked for
+BUFFERS = 3  # one in use, two being fetched
 AHEAD = 4
 LANES = 128
-SMEM_BYTES = 1 << 20  # of every generation from v4 on
+SMEM_BYTES = 1 << 20  # on every generation since v4
 LOG2_E = math.log2(math.e)
 
 
 class WorkList(NamedTuple):
-    """Items in the order they are done, which is also that of their tiles. int32; entries past the count are zeros.
+    """Items in processing order, which is also the order of their tiles. int32; entries past the count are zeros.
 
-    An item is a run of query tiles and the pages they all attend to. Items without tokens or queries are left out, so
-    that the loop has no empty turns and its DMA queue no gaps.
+    An item is a run of query tiles and the pages that all of them attend to. Items without tokens or queries are
+    omitted, so the loop has no empty iterations and its DMA queue no gaps.
     """
 
-    steps_1: jax.Array  # blocks of all items together
+    steps_1: jax.Array  # total blocks of all items
     lengths_J: jax.Array  # tokens
     rows_J: jax.Array  # row of the page table
     tiles_J: jax.Array  # first query tile
-    buckets_J: jax.Array  # which of the kernel's row counts holds the item's rows
+    buckets_J: jax.Array  # index of the kernel body whose row count fits the item
 
 
 def attend_pages(
@@ -72,15 +71,15 @@ def attend_pages(
     interpret: bool | Any,
     name: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of every item's queries over its pages: (out_LKXH, lse_LKX), float32; unwritten where no item is.
+    """Attention of every item's queries over its pages: (out_LKXH, lse_LKX), float32; rows without an item are unset.
 
     Args:
-      buckets: the numbers of tiles the kernel has a body for, ascending; `work.buckets_J` picks one that holds the
-        item's. It may run over the tiles after the item's, which their own item writes later, or which are padding.
+      buckets: ascending tile counts for which the kernel has a body; `work.buckets_J` picks one that fits the item. It
+        may overwrite tiles after the item's: their own item writes them later, or they are padding.
       block, chunk, split, fold: as in tpu.Tiling.
 
     Raises:
-      ArgumentError: the page table outgrows scalar memory, or the queries vector memory.
+      ArgumentError: the page table does not fit scalar memory, or the queries vector memory.
     """
     tiles, num_kv_heads, tile_rows, width = q_LKXH.shape
     num_pages, _, _, page_size, _ = kv_pages_S2KTH.shape
@@ -96,7 +95,7 @@ def attend_pages(
     check(
         smem <= SMEM_BYTES - (64 << 10),
         f"the page table {tuple(pages_ZM.shape)} and its work list take {smem >> 10} KiB of scalar memory, which has "
-        f"{SMEM_BYTES >> 10}; use pages of more than {page_size} tokens, narrower tables or fewer sequences",
+        f"{SMEM_BYTES >> 10} KiB; use pages of more than {page_size} tokens, narrower tables or fewer sequences",
     )
     row_bytes = fold * width * dtype.itemsize + (width + LANES) * 4
     vmem = (1 if split == 1 else 2) * tiles * passes * _sublanes(pass_rows) * row_bytes
@@ -106,14 +105,14 @@ def attend_pages(
     chip = chips.current_chip()
     check(
         vmem <= chip.vmem_mib << 20,
-        f"q_BNH: its {tiles} tiles of {tile_rows} rows take {vmem >> 20} MiB of vector memory and {chip.name} has "
-        f"{chip.vmem_mib}; decode fewer sequences at once",
+        f"q_BNH: its {tiles} tiles of {tile_rows} rows take {vmem >> 20} MiB of vector memory, and {chip.name} has "
+        f"{chip.vmem_mib} MiB; decode fewer sequences at once",
     )
 
     def part(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((tiles, passes, *shape), lambda i, *_: (0, i, 0, 0))
 
-    tokens = pages_ZM.size * page_size  # the most there can be
+    tokens = pages_ZM.size * page_size  # upper bound
     query_rows = -(-tiles * tile_rows // pages_ZM.shape[0])
     out_LFYH, lse_LFYL = pl.pallas_call(
         functools.partial(
@@ -126,8 +125,8 @@ def attend_pages(
             out_specs=[part(pass_rows, width), part(pass_rows, LANES)],
             scratch_shapes=[
                 pltpu.VMEM((BUFFERS, block // page_size, 2, heads, page_size, width), dtype),
-                pltpu.VMEM((passes, most_rows, LANES), jnp.float32),  # running maximum, the same in every lane
-                pltpu.VMEM((passes, most_rows, LANES), jnp.float32),  # running sum, its terms spread over the lanes
+                pltpu.VMEM((passes, most_rows, LANES), jnp.float32),  # running maximum, equal in all lanes
+                pltpu.VMEM((passes, most_rows, LANES), jnp.float32),  # running sum, spread over the lanes
                 pltpu.VMEM((passes, most_rows, width), jnp.float32),  # running weighted values
                 pltpu.SemaphoreType.DMA((BUFFERS,)),
             ],
@@ -139,7 +138,7 @@ def attend_pages(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=vmem,
-            disable_bounds_checks=True,  # page numbers are clamped; checked, a copy takes thrice as long to start
+            disable_bounds_checks=True,  # page numbers are clamped; checks triple the time to start a copy
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * tokens * num_kv_heads * query_rows * width,
@@ -153,7 +152,7 @@ def attend_pages(
 
 
 def _fold(q_LKXH: jax.Array, fold: int) -> jax.Array:
-    """Every `fold` heads' queries block-diagonally."""
+    """The queries of every `fold` heads, block-diagonal."""
     if fold == 1:
         return q_LKXH
     tiles, num_kv_heads, tile_rows, width = q_LKXH.shape
@@ -193,7 +192,7 @@ def _kernel(
     steps = steps_ref[0]
 
     def pages_of(item, index):
-        """How many pages of an item's block hold tokens."""
+        """The number of pages with tokens in an item's block."""
         return jnp.minimum(pl.cdiv(lengths_ref[item], page_size) - index * pages_a_block, pages_a_block)
 
     def start_copies(item, index, slot):
@@ -207,7 +206,7 @@ def _kernel(
                 source = source.at[:, pl.ds(first_head, heads)]
             pltpu.make_async_copy(source, kv_ref.at[slot, i], semaphores.at[slot]).start()
 
-        # A loop of one copy a turn takes longer than a small page's copy does.
+        # A loop with one copy per iteration takes longer than copying a small page.
         pl.when(used == pages_a_block)(lambda: _repeat(pages_a_block, start_copy, unroll=16))
         pl.when(used < pages_a_block)(lambda: _repeat(used, start_copy))
 
@@ -215,13 +214,13 @@ def _kernel(
         used = pages_of(item, index)
 
         def wait(ref):
-            pltpu.make_async_copy(ref, ref, semaphores.at[slot]).wait()  # only the size counts
+            pltpu.make_async_copy(ref, ref, semaphores.at[slot]).wait()  # only the size matters
 
         pl.when(used == pages_a_block)(lambda: wait(kv_ref.at[slot]))
         pl.when(used < pages_a_block)(lambda: _repeat(used, lambda i: wait(kv_ref.at[slot, i])))
 
     def after(item, index):
-        """The next step's block: the item's next, or the next item's first. Stays in range after the last item."""
+        """The next step's block: the item's next or the next item's first. Stays in range after the last item."""
         ends = (index + 1) * block >= lengths_ref[item]
         following = jnp.minimum(item + 1, lengths_ref.shape[0] - 1)
         return jnp.where(ends, following, item), jnp.where(ends, 0, index + 1)
@@ -247,7 +246,7 @@ def _kernel(
         return *after(item, index), *ahead
 
     def clear_values(slot, tokens):
-        """Zero the values after the last token: their weight is 0, but 0 x NaN of an unused place is NaN."""
+        """Zero the values after the last token: their weight is 0, but places may hold NaN, and 0 x NaN is NaN."""
 
         def clear(i, _):
             position = i * page_size + jax.lax.broadcasted_iota(jnp.int32, (1, page_size, 1), 1)
@@ -258,7 +257,7 @@ def _kernel(
         jax.lax.fori_loop(tokens // page_size, pl.cdiv(tokens, chunk) * pages_a_chunk, clear, 0)
 
     def attend_block(num_tiles, slot, tokens, tile, is_first, is_last):
-        """A block of an item whose queries are `num_tiles` tiles from `tile` on."""
+        """Attend to a block of an item with `num_tiles` query tiles from `tile` on."""
         rows = num_tiles * pass_rows
         state = [ref.at[:, pl.ds(0, rows)] for ref in (max_ref, sum_ref, acc_ref)]
 
@@ -305,7 +304,7 @@ def _kernel(
 
 
 def _repeat(times, do, unroll: int = 1) -> None:
-    """`do(i)` for every i below `times`; which `unroll`, where it is not 1, divides or exceeds."""
+    """`do(i)` for every i below `times`. If `unroll` > 1, it must divide or exceed `times`."""
     if unroll > 1:
         unroll = min(unroll, times)
 
@@ -318,12 +317,12 @@ def _repeat(times, do, unroll: int = 1) -> None:
 
 
 def _scores(q_YH: jax.Array, k_CH: jax.Array, valid_C: jax.Array, scale: float) -> jax.Array:
-    """In base 2, the vector unit's own."""
+    """Masked scores in log2 units, for the vector unit's exp2."""
     return jnp.where(valid_C, _product(q_YH, k_CH, 1) * (scale * LOG2_E), -jnp.inf)
 
 
 def _update(scores_YC, v_CH, head_rows: int, max_ref, sum_ref, acc_ref) -> None:
-    """One chunk of the online softmax. Of heads folded side by side, `head_rows` rows in turn belong to each."""
+    """One chunk of the online softmax. With folded heads, every `head_rows` rows belong to the next head."""
     width = acc_ref.shape[1]
     max_YL = jnp.maximum(max_ref[...], jnp.max(scores_YC, axis=1, keepdims=True))
     decay_YL = jnp.exp2(max_ref[...] - max_YL)
@@ -349,7 +348,7 @@ def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 
 
 def _to_width(x_YL: jax.Array, width: int) -> jax.Array:
-    """What is the same in each of 128 lanes, at another width."""
+    """A value equal in all 128 lanes, at another width."""
     return jnp.concatenate([x_YL] * (width // LANES), axis=1)
 
 

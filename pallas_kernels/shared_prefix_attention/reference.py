@@ -1,6 +1,6 @@
-"""What shared-prefix decode attention computes, the plain way: gather every page, one softmax a sequence.
+"""Reference shared-prefix decode attention: gather every page, one softmax per sequence.
 
-Axes: B sequences, P prefix groups, N query heads, K key/value heads, R = N / K, H head width, W that of the pool,
+Axes: B sequences, P prefix groups, N query heads, K key/value heads, R = N / K, H head width, W pool width,
 S pages of the pool, T tokens of a page, M pages of a table's row, C context: a prefix's tokens, then a suffix's.
 """
 
@@ -13,7 +13,7 @@ from pallas_kernels.shared_prefix_attention.tables import PageTables
 def shared_prefix_attention(
     q_BNH: jax.Array, kv_pages_S2KTW: jax.Array, tables: PageTables, *, scale: float
 ) -> jax.Array:
-    """softmax(scale q k) v over prefix and suffix in float32; zeros where there is no token at all."""
+    """softmax(scale q k) v over prefix and suffix in float32; zeros without tokens."""
     num_pages, _, num_kv_heads, page_size, _ = kv_pages_S2KTW.shape
     batch, num_heads, width = q_BNH.shape
     num_groups = tables.prefix_lengths_P.shape[0]
@@ -33,7 +33,7 @@ def shared_prefix_attention(
 
     kv_BM2KTH = kv_pages_S2KTW[jnp.clip(pages_BM, 0, num_pages - 1), ..., :width].astype(jnp.float32)
     kv_2BKCH = kv_BM2KTH.transpose(2, 0, 3, 1, 4, 5).reshape(2, batch, num_kv_heads, -1, width)
-    k_BKCH, v_BKCH = jnp.where(valid_BC[:, None, :, None], kv_2BKCH, 0)  # unused places may hold anything, NaN too
+    k_BKCH, v_BKCH = jnp.where(valid_BC[:, None, :, None], kv_2BKCH, 0)  # unused places may hold NaN
     scores_BKRC = scale * jnp.einsum("BKRH,BKCH->BKRC", q_BKRH, k_BKCH, precision="highest")
     scores_BKRC = jnp.where(valid_BC[:, None, None], scores_BKRC, -jnp.inf)
     lse_BKR = jax.nn.logsumexp(scores_BKRC, axis=-1)

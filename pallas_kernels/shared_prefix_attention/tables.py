@@ -1,15 +1,15 @@
-"""Who reads which pages in a decoding step: the arrays it is addressed by, and prefix groups cut to the kernel's size.
+"""Page tables of a decoding step: which sequence reads which pages, and prefix groups split to the kernel's size.
 
-A step decodes one token for each of B sequences. The sequences of a prefix group share the group's prefix; each has a
-suffix of its own. Both lie in pages of one pool, so a prefix that was written in one piece is simply a row of
-consecutive page numbers. A suffix starts on a fresh page, wherever the prefix ended in its last one.
+A step decodes one token for each of B sequences. The sequences of a prefix group share the group's prefix; each has its
+own suffix. Both are in pages of one pool, so a prefix written in one piece is simply a row of consecutive page numbers.
+A suffix starts on a new page, even if the prefix's last page is not full.
 
     group 0     prefix pages 7 8 9 (130 tokens)     sequence 0    suffix pages 3 4 (70 tokens)
                                                     sequence 2    suffix page  5   (12 tokens)
     no group                                        sequence 1    suffix pages 1 2 (99 tokens)
 
-Up to SUBGROUP_SIZE sequences of a group are a subgroup: their queries meet every block of the prefix while it is on the
-chip, so the prefix is read once a subgroup. Subgroups are formed inside the compiled program.
+Up to SUBGROUP_SIZE sequences of a group form a subgroup: all their queries use a block of the prefix while it is on the
+chip, so the prefix is read once per subgroup. The compiled program forms the subgroups.
 
 Axes: B sequences, P prefix groups, M pages in a row of a table (prefix and suffix rows may differ in width),
 G subgroups, H head width, X any leading axes.
@@ -24,20 +24,20 @@ SUBGROUP_SIZE = 64
 
 
 class PageTables(NamedTuple):
-    """The addresses of one decoding step; int32 arrays, a pytree. Only their shapes are compiled into the program.
+    """The addresses of one decoding step: a pytree of int32 arrays. Only their shapes are compiled into the program.
 
-    A sequence's row is unused when `group_of_B` names no group and its suffix is empty: it then costs nothing.
+    A row with no group in `group_of_B` and an empty suffix is unused and costs nothing.
     """
 
     prefix_pages_PM: Any  # page numbers of each group's prefix; entries past its length are not read
     prefix_lengths_P: Any  # tokens of each prefix; 0: none
-    group_of_B: Any  # the prefix group of each sequence, in any order; -1, or any value outside [0, P): none
+    group_of_B: Any  # each sequence's prefix group, in any order; any value outside [0, P), such as -1: none
     suffix_pages_BM: Any  # page numbers of each sequence's own tokens
-    suffix_lengths_B: Any  # tokens of each suffix, the one just written included; 0: none
+    suffix_lengths_B: Any  # tokens of each suffix, including the one just written; 0: none
 
 
 class Subgroups(NamedTuple):
-    """Subgroups in the order of their groups, the unused ones last."""
+    """Subgroups in group order, unused ones last."""
 
     subgroup_of_B: jax.Array  # num_subgroups: none
     member_of_B: jax.Array  # place in its subgroup, from 0
@@ -71,10 +71,10 @@ def make_subgroups(group_of_B: jax.Array, num_groups: int) -> Subgroups:
 
 
 def merge_by_lse(out1_XH: jax.Array, lse1_X: jax.Array, out2_XH: jax.Array, lse2_X: jax.Array) -> jax.Array:
-    """Two softmaxes over disjoint sets of keys, made into one over their union; float32 in and out.
+    """Merge attention over two disjoint sets of keys into attention over their union; float32 in and out.
 
-    With o_i = sum_j exp(s_j) v_j / Z_i and lse_i = log Z_i over set i, it is (Z_1 o_1 + Z_2 o_2) / (Z_1 + Z_2). An
-    empty set has lse = -inf and any finite o; both empty give zeros.
+    With o_i = sum_j exp(s_j) v_j / Z_i and lse_i = log Z_i over set i, the result is
+    (Z_1 o_1 + Z_2 o_2) / (Z_1 + Z_2). An empty set has lse = -inf and any finite o; two empty sets give zeros.
     """
     lse_X = jnp.logaddexp(lse1_X, lse2_X)
     shift_X = jnp.where(lse_X == -jnp.inf, 0, lse_X)

@@ -1,9 +1,9 @@
 """Shared-prefix decode attention for TPU: one kernel, run over the prefixes and over the suffixes.
 
-The prefixes' run meets each with all the queries of a subgroup, the suffixes' run each with one sequence's; the two
-results are merged by log-sum-exp. The kernel is in paged_kernel.py; its sizes are chosen here, and its work laid out:
-items in order, and queries in tiles. A tile is what a head's queries are addressed by: TILE_ROWS rows (sequence,
-repeat) of a subgroup, the last tile padded; or in the suffix the R rows of one sequence.
+The prefix run attends to each prefix with all queries of a subgroup, the suffix run to each suffix with one sequence's
+queries; log-sum-exp merges the two results. The kernel is in paged_kernel.py. This file chooses its sizes and lays out
+its work: items in order, and queries in tiles. A tile is the unit that addresses a head's queries: TILE_ROWS rows
+(sequence, repeat) of a subgroup, the last tile padded; or, in the suffix run, the R rows of one sequence.
 
 Axes: B sequences, P prefix groups, G subgroups, N query heads, K key/value heads, R = N / K, H head width (of the
 pool), S pages, T tokens of a page, M pages of a table's row, J items, L query tiles, X rows of a tile.
@@ -27,7 +27,7 @@ from pallas_kernels.shared_prefix_attention.tables import (
     merge_by_lse,
 )
 
-BLOCK_BYTES = 2 << 20  # takes 2.5 us to read on v5e and 0.6 us on tpu7x, longer than the copies' latency
+BLOCK_BYTES = 2 << 20  # takes 2.5 us to read on v5e and 0.6 us on tpu7x, longer than the latency of copies
 TWO_CORES_A_DEVICE = ("v5p",)
 TILE_ROWS = 16  # one (16, 128) bfloat16 register
 
@@ -38,12 +38,12 @@ class Tiling:
 
     block: int  # tokens fetched at a time
     chunk: int  # tokens attended to at a time, a multiple of 128
-    split: int  # parts of the key/value heads, spread over the cores of a device
-    fold: int  # heads in one pass through the matrix unit
+    split: int  # parts of the key/value heads, spread over a device's cores
+    fold: int  # heads per pass through the matrix unit
 
 
 def choose_tiling(num_kv_heads: int, width: int, itemsize: int, chip: chips.Chip) -> Tiling:
-    """Blocks of about BLOCK_BYTES, and chunks that keep the matrix unit busy with few heads too."""
+    """Blocks of about BLOCK_BYTES, and chunks that keep the matrix unit busy even with few heads."""
     split = 2 if chip.name in TWO_CORES_A_DEVICE and num_kv_heads % 2 == 0 else 1
     heads = num_kv_heads // split
     block = max(512, _floor_power(BLOCK_BYTES // (2 * heads * width * itemsize)))
@@ -64,7 +64,7 @@ def shared_prefix_attention(
     interpret: bool | Any = False,
     tiling: Tiling | None = None,
 ) -> jax.Array:
-    """out_BNH in q's dtype. `tiling` is chosen for the chip compiled for unless it is given."""
+    """out_BNH in q's dtype. `tiling` defaults to the choice for the target chip."""
     num_kv_heads, page_size = kv_pages_S2KTH.shape[2:4]
     batch, num_heads, width = q_BNH.shape
     repeats = num_heads // num_kv_heads
@@ -100,7 +100,7 @@ def shared_prefix_attention(
         name="shared_prefix_attention_suffix",
     )
 
-    # Rows that belong to no item are uninitialised memory.
+    # Rows without an item are uninitialised memory.
     empty_G = tables.prefix_lengths_P[subgroups.group_of_G] <= 0
     no_prefix_B = empty_G.at[subgroups.subgroup_of_B].get(mode="fill", fill_value=True)[:, None, None]
     no_suffix_B = (tables.suffix_lengths_B <= 0)[:, None, None]
@@ -114,7 +114,7 @@ def shared_prefix_attention(
 
 
 def suffix_work(tables: PageTables, page_size: int, block: int) -> WorkList:
-    """An item a sequence; `block` is the kernel's step in tokens."""
+    """One item per sequence; `block` is the kernel's step in tokens."""
     batch, width = tables.suffix_pages_BM.shape
     lengths_B = jnp.clip(tables.suffix_lengths_B, 0, width * page_size)
     index_B = jnp.arange(batch)
@@ -122,19 +122,19 @@ def suffix_work(tables: PageTables, page_size: int, block: int) -> WorkList:
 
 
 def row_counts(repeats: int) -> tuple[int, ...]:
-    """The row counts, in tiles, that the kernel has a body for: subgroups of up to 4, 16, 32 and 64."""
+    """The row counts, in tiles, with a kernel body: for subgroups of up to 4, 16, 32 and 64 sequences."""
     return tuple(sorted({-(-size * repeats // TILE_ROWS) for size in (4, 16, 32, SUBGROUP_SIZE)}))
 
 
 def num_tiles(batch: int, num_subgroups: int, repeats: int) -> int:
-    """Tiles that hold every grouped query, and room for the largest body to run over the last subgroup's end."""
+    """Tiles for every grouped query, and room for the largest body to run past the last subgroup's end."""
     return (batch * repeats + (TILE_ROWS - 1) * num_subgroups) // TILE_ROWS + row_counts(repeats)[-1]
 
 
 def prefix_work(
     tables: PageTables, subgroups: Subgroups, repeats: int, page_size: int, block: int
 ) -> tuple[WorkList, jax.Array]:
-    """An item a subgroup, and the tile row of each sequence's first query (out of range where it is in none)."""
+    """One item per subgroup, and the tile row of each sequence's first query (out of range without a subgroup)."""
     width = tables.prefix_pages_PM.shape[1]
     tiles_G = -(-subgroups.count_G * repeats // TILE_ROWS)
     first_G = jnp.cumsum(tiles_G, dtype=jnp.int32) - tiles_G
@@ -161,7 +161,7 @@ def to_tiles(q_BKRH: jax.Array, row_B: jax.Array, tiles: int) -> jax.Array:
 
 
 def from_tiles(x_LKX: jax.Array, row_B: jax.Array, repeats: int) -> jax.Array:
-    """The rows of each sequence, [L, K, X, ...] to [B, K, R, ...]; for one that has none, any rows."""
+    """The rows of each sequence, [L, K, X, ...] to [B, K, R, ...]; arbitrary rows for a sequence without any."""
     flat = x_LKX.swapaxes(1, 2).reshape(-1, x_LKX.shape[1], *x_LKX.shape[3:])
     row_BR = row_B[:, None] + jnp.arange(repeats)
     return flat.at[row_BR].get(mode="clip").swapaxes(1, 2)
@@ -170,7 +170,7 @@ def from_tiles(x_LKX: jax.Array, row_B: jax.Array, repeats: int) -> jax.Array:
 def _compact(
     lengths_J: jax.Array, rows_J: jax.Array, tiles_J: jax.Array, buckets_J: jax.Array, wanted_J: jax.Array, block: int
 ) -> WorkList:
-    """Move the wanted items to the front, order kept."""
+    """Move the wanted items to the front, keeping their order."""
     wanted_J &= lengths_J > 0
     place_J = jnp.where(wanted_J, jnp.cumsum(wanted_J) - 1, wanted_J.shape[0])
     columns_4J = jnp.stack([lengths_J, rows_J, tiles_J, buckets_J]).astype(jnp.int32)

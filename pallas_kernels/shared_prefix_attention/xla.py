@@ -1,10 +1,9 @@
 """Shared-prefix decode attention in plain XLA, for GPU and CPU.
 
-The same algebra as the TPU kernel: each subgroup's prefix is gathered once and meets all its queries in one batched
-matrix product, each sequence's suffix is gathered once, and the two are merged by log-sum-exp. Pages are gathered a
-chunk at a time under an online softmax, so memory does not grow with the context and time follows the longest row in
-use, not the tables' width. What XLA cannot do is skip a short row while a long one goes on, or read pages without
-copying them.
+The same algebra as the TPU kernel: gather each subgroup's prefix once for all its queries, in one batched matrix
+product; gather each sequence's suffix once; merge the two by log-sum-exp. An online softmax gathers pages one chunk at
+a time, so memory does not grow with the context, and time depends on the longest row in use, not on the tables' width.
+XLA cannot skip a short row while a longer one continues, or read pages without copying them.
 
 Axes: B sequences, P prefix groups, G subgroups, I the sequences of a subgroup, N query heads, K key/value heads,
 R = N / K, H head width (of the pool), S pages, T tokens of a page, M pages of a table's row, C tokens of a chunk.
@@ -59,15 +58,14 @@ def attend_pages(
     scale: float,
     visible_GI: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of all a subgroup's queries over its pages: (out_GIKRH, lse_GIKR), float32.
+    """Softmax attention of all queries of a subgroup over its pages: (out_GIKRH, lse_GIKR), float32.
 
     Args:
-      visible_GI: how many of the subgroup's tokens each query sees, from the first; all of them by default.
+      visible_GI: each query sees this many of the subgroup's first tokens; all of them by default.
     """
     num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
     num_groups, members, _, repeats, _ = q_GIKRH.shape
-    # Gathering past the end of a row is wasted, so chunks of many rows are short; but the loop over them should not
-    # take more than 64 rounds.
+    # Gathering past the end of a row is wasted, so chunks of many rows are short; but limit the loop to 64 iterations.
     most = pages_GM.shape[1] * page_size
     chunk_tokens = min(max(512 // num_groups, most // 64, MIN_CHUNK), MAX_CHUNK)
     step = min(max(1, chunk_tokens // page_size), pages_GM.shape[1])
@@ -81,7 +79,7 @@ def attend_pages(
     def attend_chunk(carry):
         chunk, max_GKX, sum_GKX, acc_GKXH = carry
         chunk_pages = jax.lax.dynamic_slice_in_dim(pages_GM, chunk * step, step, axis=1)
-        # Gathered head by head, the pages of a head lie one after the other, as the products want them.
+        # Gather head by head: a head's pages are then contiguous, as the products need them.
         k_GKCH, v_GKCH = (
             kv_pages_S2KTH[chunk_pages[:, None], i, head_K1].reshape(num_groups, num_kv_heads, -1, width)
             for i in range(2)
@@ -99,7 +97,7 @@ def attend_pages(
         shift_GKX = jnp.where(new_max_GKX == -jnp.inf, 0, new_max_GKX)
         weights_GKXC = jnp.exp(scores_GKXC - shift_GKX[..., None])
         decay_GKX = jnp.exp(max_GKX - shift_GKX)
-        v_GKCH = jnp.where(valid_GC[:, None, :, None], v_GKCH, 0)  # 0 x NaN of an unused place is NaN
+        v_GKCH = jnp.where(valid_GC[:, None, :, None], v_GKCH, 0)  # unused places may hold NaN, and 0 x NaN is NaN
         update_GKXH = jnp.einsum(
             "GKXC,GKCH->GKXH",
             weights_GKXC.astype(v_GKCH.dtype),

@@ -1,1 +1,1 @@
-"""Benchmarks: what a model is asked, how its answers are scored, and how the results are shown."""
+"""Benchmarks: questions for a model, scoring of its answers, and reports."""

@@ -1,4 +1,4 @@
-"""`stepjax eval`, and the report that training ends with."""
+"""`stepjax eval`, and the report at the end of training."""
 
 import dataclasses
 import json
@@ -16,18 +16,18 @@ from stepjax.figures import printable
 class Eval:
     """Score a run's last checkpoint on held-out questions and documents.
 
-    Leaves the figures in evaluation.json and a picture of answers in contact_sheet.png, in the run's directory.
+    Writes evaluation.json (the results) and contact_sheet.png (sample answers) to the run's directory.
     """
 
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # a run's directory, or its URL
-    data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, in place of the recipe's sources
-    examples: int | None = None  # records per source; None: as many as the recipe says
-    split: Split | None = None  # of digits sources; None: the recipe's
+    data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, instead of the recipe's sources
+    examples: int | None = None  # records per source; None: the recipe's number
+    split: Split | None = None  # split of digits sources; None: the recipe's
 
     def run(self) -> int:
         """
         Raises:
-            StepjaxError: the run or the data cannot be used, or an option does not suit them.
+            StepjaxError: the run or the data cannot be used, or an option does not apply to them.
         """
         if self.examples is not None and self.examples < 1:
             raise ConfigError(f"--examples {self.examples}: must be at least 1")
@@ -41,7 +41,7 @@ class Eval:
         if self.split is not None:
             other = [source.name for source in sources if not isinstance(source, DigitsSource)]
             if other:
-                raise ConfigError(f"--split {self.split}: {', '.join(other)} has no splits; leave it out")
+                raise ConfigError(f"--split {self.split}: {', '.join(other)} has no splits; omit the option")
             sources = tuple(dataclasses.replace(source, split=self.split) for source in sources)
         evaluation = dataclasses.replace(evaluation, sources=sources, examples=self.examples or evaluation.examples)
         config = dataclasses.replace(config, evaluation=evaluation)
@@ -51,7 +51,7 @@ class Eval:
 
 
 def report(model, processor, config: PretrainConfig, directory: Path, title: str) -> None:
-    """Evaluate, print the table, and leave it and the contact sheet in the directory."""
+    """Evaluate, print the table, and write it and the contact sheet to the directory."""
     import jax
 
     from stepjax.evaluation.contact_sheet import contact_sheet, pick_items
@@ -59,7 +59,7 @@ def report(model, processor, config: PretrainConfig, directory: Path, title: str
     from stepjax.evaluation.scoring import summary_table
 
     evaluated = evaluate(model, processor, config.evaluation, seed=config.seed)
-    if jax.process_index() > 0:  # every process holds a part of the model, so all evaluate; the first reports
+    if jax.process_index() > 0:  # every process holds part of the model, so all evaluate; the first reports
         return
     print(f"\n{config.name}, {title}\n{printable(summary_table(evaluated.results))}\n")
     picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
@@ -71,4 +71,4 @@ def report(model, processor, config: PretrainConfig, directory: Path, title: str
         for result in evaluated.results
     ]
     table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
-    print(f"answers shown in {picture}, figures in {table}" if evaluated.items else f"figures in {table}")
+    print(f"answers in {picture}, results in {table}" if evaluated.items else f"results in {table}")

@@ -1,4 +1,4 @@
-"""A picture of what a model answered: questions, answers and what was expected, one card each."""
+"""A picture of a model's answers: one card per question with the answer and, if wrong, the expected one."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Item(NamedTuple):
-    """One question and what became of it. `image` is None for questions without one."""
+    """One question and its result. `image` is None for questions without an image."""
 
     record: dict[str, Any]
     image: Image.Image | None
@@ -36,10 +36,10 @@ class Item(NamedTuple):
 
 
 def pick_items(results: Sequence[Item], count: int) -> list[Item]:
-    """A mix for a sheet: the tasks take turns, and each shows a right and a wrong answer first, if it has both.
+    """A mix for a sheet: tasks take turns, each starting with a right and a wrong answer if it has both.
 
-    The share of right answers on the sheet is therefore not the accuracy. The items come grouped by task, and at least
-    one is wrong if any result is.
+    The share of right answers on the sheet is therefore not the accuracy. The items are grouped by task. At least one
+    is wrong if any result is.
     """
     tasks: dict[str, list[Item]] = {}
     for item in results:
@@ -70,10 +70,10 @@ def sheet_size(num_items: int, columns: int) -> tuple[int, int]:
 
 
 def contact_sheet(items: Sequence[Item], path: str | Path, *, title: str, columns: int = 5) -> None:
-    """Writes a PNG with a card for every item: the image, the prompt, the answer, and what was expected if it is wrong.
+    """Writes a PNG with a card for every item: image, prompt, answer, and the expected answer if it is wrong.
 
-    Images are enlarged without smoothing: what is seen is what the model was given. The point that the model names is a
-    cross on the image, and the place that a wrong one should have named is a frame.
+    Images are enlarged without smoothing, so they show the model's input. A cross marks the point that the model names;
+    if it is wrong, a frame marks the right place.
     """
     size = sheet_size(len(items), columns)
     sheet = Image.new("RGB", size, _PAGE)
@@ -125,7 +125,7 @@ def _picture(item: Item, image: Image.Image) -> Image.Image:
         size = (max(1, int(image.width * fit)), max(1, int(image.height * fit)))
         picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     else:
-        # A whole factor, so that every pixel of the image is equally large.
+        # An integer factor, so that all pixels have the same size.
         factor = min(int(fit), _MAX_ENLARGEMENT)
         size = (image.width * factor, image.height * factor)
         picture = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -139,7 +139,7 @@ def _picture(item: Item, image: Image.Image) -> Image.Image:
     point = parse_point(item.text)
     if point is not None:
         x, y = (point[0] + 0.5) / 100 * picture.width, (point[1] + 0.5) / 100 * picture.height
-        # White below the colour keeps the cross visible on ink.
+        # A white outline keeps the cross visible on ink.
         for colour, width, arm in ((_WHITE, 7, 14), (_RIGHT if item.correct else _WRONG, 3, 12)):
             draw.line((x - arm, y, x + arm, y), colour, width)
             draw.line((x, y - arm, x, y + arm), colour, width)
@@ -147,7 +147,7 @@ def _picture(item: Item, image: Image.Image) -> Image.Image:
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, left: float, top: float, size: float, correct: bool) -> None:
-    """A white tick or cross on a disc; drawn, since the built-in font has neither."""
+    """A white tick or cross on a disc; drawn, because the built-in font has neither."""
     draw.ellipse((left, top, left + size, top + size), _RIGHT if correct else _WRONG)
     tick = (((0.26, 0.52), (0.44, 0.70), (0.75, 0.34)),)
     cross = (((0.31, 0.31), (0.69, 0.69)), ((0.69, 0.31), (0.31, 0.69)))
@@ -168,7 +168,7 @@ def _prompt(record: dict[str, Any]) -> str:
 
 
 def _lines(text: str, font: Font, width: float, max_lines: int) -> list[str]:
-    """The text broken at spaces into at most `max_lines` lines (never none), cut with "..." where it does not fit."""
+    """The text broken at spaces into 1 to `max_lines` lines, cut with "..." where it does not fit."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -182,7 +182,7 @@ def _lines(text: str, font: Font, width: float, max_lines: int) -> list[str]:
 
 
 def _cut(line: str, font: Font, width: float) -> str:
-    # Answers may run to thousands of characters, of which no card shows more than these.
+    # Answers may have thousands of characters; no card shows more than 200.
     line = line if len(line) <= 200 else line[:200] + _ELLIPSIS
     while line != _ELLIPSIS and font.getlength(line) > width:
         line = line.removesuffix(_ELLIPSIS)[:-1] + _ELLIPSIS

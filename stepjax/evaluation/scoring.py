@@ -1,4 +1,4 @@
-"""Whether an answer is right, what guessing would reach, and how sure a measured accuracy is."""
+"""Whether an answer is right, the accuracy of guessing, and the confidence interval of a measured accuracy."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ _POINT = re.compile(r"\(\s*(\d{1,2})\s*,\s*(\d{1,2})\s*\)")
 
 
 def score(record: dict[str, Any], text: str) -> bool:
-    """Whether `text` answers the record: with reasoning left out and white space stripped, it equals an answer exactly.
+    """Whether `text` answers the record: without reasoning and surrounding white space, it must equal an answer.
 
-    A point "(x, y)" is right when it falls into the box of the digit's ink; its integers name the hundredths of the
-    image's width and height, so the point tested is the middle of that cell.
+    A point "(x, y)" is right if it falls inside the box of the digit's ink. Its integers are hundredths of the image's
+    width and height, and we test the middle of that cell.
 
     Raises:
-        RecordError: the record does not say what the answer is.
+        RecordError: the record has no answer.
     """
     text = text.rpartition("</think>")[2].strip()
     if record.get("task") != "point":
@@ -39,10 +39,10 @@ def score(record: dict[str, Any], text: str) -> bool:
 
 
 def answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """The right answers: `answer`, a text, several, or a dict with `text`; else what the last assistant turn says.
+    """The right answers: `answer` (a text, a list of texts, or a dict with `text`), else the last assistant turn.
 
     Raises:
-        RecordError: there is neither.
+        RecordError: the record has neither.
     """
     answer = record.get("answer")
     if answer is None and is_question(record):
@@ -54,31 +54,31 @@ def answers(record: dict[str, Any]) -> tuple[str, ...]:
     right = tuple(text.strip() for text in texts if isinstance(text, str))
     if not right or len(right) < len(texts):
         raise RecordError(
-            f"record {record.get('id')!r} has answer={answer!r}: give a text or a list of texts, or leave it out where "
-            "the last assistant turn is the answer"
+            f"record {record.get('id')!r} has answer={answer!r}: give a text or a list of texts, or omit it if the "
+            "last assistant turn is the answer"
         )
     return right
 
 
 def is_question(record: dict[str, Any]) -> bool:
-    """Whether it is a conversation that ends with an assistant's turn, which the model is to give."""
+    """Whether the record is a conversation that ends with an assistant turn: the answer wanted from the model."""
     messages = record.get("messages")
     return isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
 
 
 def parse_point(text: str) -> tuple[int, int] | None:
-    """The x and y of "(x, y)", each 0..99; None when the text, stripped, is anything else."""
+    """The x and y of "(x, y)", each 0..99; None if the stripped text is anything else."""
     match = _POINT.fullmatch(text.strip())
     return (int(match[1]), int(match[2])) if match else None
 
 
 def chance_level(source: DigitsSource) -> float:
-    """The accuracy that needs no look at the image or the question; computed from the task's distribution.
+    """The accuracy of guessing without the image or the question, computed from the task's distribution.
 
-    - transcribe, count, add, arithmetic: the best constant guess. All strings of n digits are equally likely, so for
-      three-digit transcriptions that is 1 in 1000; for sums it is the most frequent sum.
-    - point: the centre of one of the n digits in the image, at random: the mean of 1 / n. (It does take a look, to see
-      where ink is, but none at which digit it is. No constant point does as well.)
+    - transcribe, count, add, arithmetic: the best constant guess. All strings of n digits are equally likely, so that
+      is 1 in 1000 for three-digit transcriptions; for sums it is the most frequent sum.
+    - point: the centre of a random one of the n digits in the image: the mean of 1 / n. (This guess sees where the ink
+      is but not which digit it is. Every constant point does worse.)
     """
     distribution = num_digits_distribution(source)
     match source.task:
@@ -100,7 +100,7 @@ def chance_level(source: DigitsSource) -> float:
 
 
 def _ways_to_sum(num_digits: int) -> Counter[int]:
-    """In how many ways `num_digits` digits 0..9 make each sum."""
+    """The number of ways in which `num_digits` digits 0..9 add up to each sum."""
     ways = Counter({0: 1})
     for _ in range(num_digits):
         ways = Counter({s: sum(ways[s - digit] for digit in range(10)) for s in range(max(ways) + 10)})
@@ -109,17 +109,17 @@ def _ways_to_sum(num_digits: int) -> Counter[int]:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """How many of a source's questions were answered right. Proportions are 0..1."""
+    """The score on one source. Proportions are 0..1."""
 
     name: str
     correct: int
     total: int
-    chance: float | None = None  # None where guessing has no meaning
-    loss: float | None = None  # of its documents, in nats a token; None where it has none
+    chance: float | None = None  # accuracy of guessing; None if it has no meaning
+    loss: float | None = None  # of its documents, in nats per token; None without documents
 
     @property
     def accuracy(self) -> float:
-        """NaN when nothing was asked."""
+        """NaN without questions."""
         return self.correct / self.total if self.total else math.nan
 
     @property
@@ -128,7 +128,7 @@ class TaskResult:
 
 
 def summary_table(results: Sequence[TaskResult]) -> str:
-    """An aligned text table, one line a result under a header line; percentages, and a loss where one was measured."""
+    """An aligned text table: a header, then one line per result with percentages and the loss, if measured."""
     rows = [["task", "right", "accuracy", "95 % interval", "chance", "loss"]]
     for result in results:
         low, high = result.interval

@@ -1,5 +1,5 @@
-"""What a step needs and how long it takes on TPUs, compiled ahead of time for their topology; no TPU needed."""
+"""Memory and time of a step on TPUs, compiled ahead of time for their topology; no TPU needed."""
 
 from typing import Literal
 
-StepKind = Literal["train", "score", "prefill", "decode"]  # steps.py says what each does; it imports JAX, this does not
+StepKind = Literal["train", "score", "prefill", "decode"]  # explained in steps.py; here, so that it needs no JAX

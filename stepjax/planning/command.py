@@ -1,4 +1,4 @@
-"""`stepjax plan`: its options, and what it prints."""
+"""`stepjax plan`: options and output."""
 
 import dataclasses
 import json
@@ -25,15 +25,15 @@ class Plan:
     No TPU is needed. The fields of the recipe are options too, as in `stepjax pretrain`.
     """
 
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # a file, configs/digits/pretrain.py
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # such as configs/digits/pretrain.py
     topology: str  # v5p-128, v5e-256, v6e-256, tpu7x-128, v5p:4x4x8, ...
     step: StepKind = "train"  # the step to plan: training, scoring, prefill or decoding
-    slices: int = 1  # slices of this topology, joined by the data-centre network; set mesh.slice with it
+    slices: int = 1  # slices of this topology, joined by the data-centre network; set mesh.slice too
     json: bool = False  # print JSON instead of the table
-    hlo: Path | None = None  # file for the text of the compiled program
+    hlo: Path | None = None  # write the text of the compiled program to this file
     search: bool = False  # try meshes, micro-batches and rematerialisation policies
-    budget_minutes: float = 60.0  # time for --search
-    write: Path | None = None  # file for the best of --search, as a recipe
+    budget_minutes: float = 60.0  # time limit for --search
+    write: Path | None = None  # write the best layout of --search to this file, as a recipe
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> int:
@@ -42,7 +42,7 @@ class Plan:
         Raises:
             ConfigError: the recipe, the topology or their combination cannot work.
         """
-        # Before JAX is imported: a plan uses no device, even if there is one.
+        # Before importing JAX: a plan uses no device, even if one is present.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from stepjax.interop.init_from import describe, plan_start
         from stepjax.planning import plan, report, topologies
@@ -64,12 +64,12 @@ class Plan:
         if self.budget_minutes <= 0:
             raise ConfigError(f"--budget-minutes {self.budget_minutes}: must be positive")
         if self.search and self.step != "train":
-            raise ConfigError(f"--step {self.step}: --search is for training; leave one of them out")
+            raise ConfigError(f"--step {self.step}: --search is only for training; omit one of them")
         if self.write is not None and not self.search:
-            raise ConfigError(f"--write {self.write}: it writes what --search finds; add --search")
+            raise ConfigError(f"--write {self.write}: writes the result of --search; add --search")
         for name, path in (("hlo", self.hlo), ("write", self.write)):
             if path is not None and not path.absolute().parent.is_dir():
-                raise ConfigError(f"--{name} {path}: there is no directory {path.absolute().parent}")
+                raise ConfigError(f"--{name} {path}: no directory {path.absolute().parent}; create it")
 
     def _search(self, topology: "Topology") -> int:
         from stepjax.planning.search import outcome, search, write_recipe

@@ -1,7 +1,8 @@
-"""How long one operation occupies the core: the compiler's cycles, or a substitute where it gives none.
+"""How long one operation occupies the core: the compiler's cycles, or a substitute if it gives none.
 
-The compiler estimates no cycles for Mosaic kernels. Attention kernels take their useful FLOPs over the rate of their
-static schedule, other kernels what their author stated. Everything else takes the time to move its bytes through HBM.
+The compiler does not estimate Mosaic kernels. For attention kernels we divide their useful FLOPs by the rate of their
+static schedule; for other kernels we use their author's cost estimate. Everything else takes the time to move its bytes
+through HBM.
 """
 
 import math
@@ -21,11 +22,11 @@ AttentionRate = Callable[[str, Pass, int, int], float]  # useful FLOPs a bundle:
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 _FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "PinVmem", "LayoutConstraint", "ZeroCrop"}
 _FREE_CALLS |= {"SliceId"}
-_SHARE_OF_PEAK = 0.5  # reached by kernels whose schedule we have not read
+_SHARE_OF_PEAK = 0.5  # assumed for kernels whose schedule we have not read
 
-# Useful floating-point operations of our kernel in a bundle (an instruction word; a core issues one a cycle), for these
-# (head size, sequence length). Useful are pairs that are attended to: of causal ones the triangle. Sequences without
-# segments; stalls on memory are not included. From benchmarks/results/attention_schedules.json (libtpu 0.0.52), which
+# Useful floating-point operations of our kernel per bundle (an instruction word; a core issues one per cycle), for
+# these (head size, sequence length). Only attended pairs are useful: the triangle if causal. No segments; memory stalls
+# not included. From benchmarks/results/attention_schedules.json (libtpu 0.0.52), which
 # `python benchmarks/attention_schedules.py` writes.
 _SHAPES = ((96, 1296), (96, 2704), (128, 4096), (128, 8192), (128, 32768))
 _RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
@@ -38,7 +39,7 @@ _RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
     ("tpu7x", "forward"): (160_003, 195_220, 229_371, 269_861, 311_041),
     ("tpu7x", "backward"): (144_704, 172_190, 243_838, 274_288, 302_632),
 }
-# The same with segment ids at head size 128, for these tokens of a segment: smaller tiles, and masks on the diagonal
+# The same with segment ids at head size 128, for these segment lengths: smaller tiles, and masks on the diagonal
 # (benchmarks/packed_attention_rates.py).
 _SEGMENTS = (4096, 32768)
 _PACKED_RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
@@ -54,7 +55,7 @@ _PACKED_RATES: dict[tuple[str, Pass], tuple[int, ...]] = {
 
 
 def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int) -> float:
-    """The rate at the nearest head size, and there the nearest length; tiny sequences are slower than that."""
+    """The rate at the nearest head size and then the nearest length; tiny sequences are slower."""
 
     def distance(shape: tuple[int, int]) -> tuple[float, float]:
         return abs(math.log(shape[0] / head_dim)), abs(math.log(shape[1] / max(length, 1)))
@@ -65,8 +66,8 @@ def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int) -> f
 def attention_rate(config: PretrainConfig) -> AttentionRate:
     """The rate of this job's kernels.
 
-    The decoder's kernels take segment ids and skip what lies between segments. We assume rows full of the longest
-    examples; the kernel states the FLOPs of whole rows.
+    The decoder's kernels take segment ids and skip pairs across segments. We assume rows full of the longest examples;
+    the kernel's stated FLOPs are for whole rows.
     """
     batch = config.batch
     share = batch.attention_pairs / (batch.tokens * (batch.tokens + 1) / 2)
@@ -83,11 +84,11 @@ def attention_rate(config: PretrainConfig) -> AttentionRate:
 
 class CoreTime:
     def __init__(self, program: Program, facts: DeviceFacts, unknown: Counter[str], rate: AttentionRate):
-        """`unknown` counts what could not be read."""
+        """`unknown` counts what we do not understand."""
         self.program, self.facts, self.unknown, self.rate = program, facts, unknown, rate
 
     def occupied(self, computation: str, operation: Operation) -> tuple[CostKind, float]:
-        """What the seconds rest on, and the seconds."""
+        """The source of the estimate, and the seconds."""
         if (cycles := operation.cycles) is not None:
             return "cycles", cycles / self.facts.clock_hz
         target = operation.custom_call_target
@@ -117,28 +118,28 @@ class CoreTime:
         written = [array for array in arrays(operation.shape) if array.in_hbm]
         result = sum(a.bytes for a in written)
         if operation.opcode in ("dynamic-update-slice", "dynamic-slice", "slice"):
-            # In place, or of a part only: the smaller side moves, in and out.
+            # In place, or only a part: the smaller side is read and written.
             return 2 * min((a.bytes for a in read + written if a.dims), default=0)
-        if self._does("gather", operation):  # reads only the wanted rows of a table
+        if self._does("gather", operation):  # reads only the selected rows of a table
             return result + sum(min(a.bytes, result) for a in read)
         if self._does("scatter", operation) and written and any(a.dims == written[0].dims for a in read):
-            # In place: rows are read, changed and written back; the rest of the target does not move.
+            # In place: only the updated rows are read and written back.
             return 3 * sum(a.bytes for a in read if a.dims != written[0].dims)
         return result + sum(a.bytes for a in read)
 
     def _does(self, opcode: str, operation: Operation) -> bool:
-        """Whether an operation, or something fused into it, has this opcode."""
+        """Whether an operation, or one fused into it, has this opcode."""
         fused = operation.opcode == "fusion" and self.program.inside(operation, lambda op: op.opcode == opcode)
         return operation.opcode == opcode or bool(fused)
 
 
 def attention_call(operation: Operation, read: list[Array]) -> tuple[Pass, int, int, float] | None:
-    """Direction, head size, keys and useful FLOPs of an attention kernel's call; None for any other kernel.
+    """Direction, head size, keys and useful FLOPs of an attention kernel call; None for any other kernel.
 
-    The first operands of rank 4 are the queries, [B, N, T, H] or [B, N, H, T], and the keys. Our kernel states the
-    FLOPs of the pairs it computes, including the padding of the queries, which we take off. Splash attention (in
-    MaxText's programs: benchmarks/plan_vs_maxtext.py) states none, or those of other pairs than it computes; we assume
-    causal attention, as in decoders.
+    The first two operands of rank 4 are the queries, [B, N, T, H] or [B, N, H, T], and the keys. Our kernel states the
+    FLOPs of the pairs it computes, including padded queries, which we subtract. Splash attention (in MaxText's
+    programs: benchmarks/plan_vs_maxtext.py) states none, or not those of the pairs it computes; we assume causal
+    attention, as in decoders.
     """
     names, stated = f"{operation.name} {operation.op_name}", operation.cost_estimate.get("flops")
     is_splash = "splash" in names

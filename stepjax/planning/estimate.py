@@ -1,15 +1,15 @@
-"""The time of a step from its scheduled program: the compiler's own estimate of every operation, played in order.
+"""The time of a step from its scheduled program: replays the compiler's estimate of every operation in order.
 
-The walk starts at the entry computation. A core does one operation after the other, for `estimated_cycles` each; the
-body of a loop is played once and counted as often as it runs. What runs beside the core waits in a queue of its own:
+The walk starts at the entry computation. The core runs one operation after another, for `estimated_cycles` each. A loop
+body is replayed once and multiplied by its trip count. Asynchronous work has its own queues:
 
-    collectives     from start to done on the wires (network.py), one behind the other. At the done the core waits for
-                    what is left; a collective without a start of its own is waited for entirely
-    copies          between HBM and vector memory, at the bandwidth of HBM; to and from the host's memory at the same
+    collectives     occupy the links (network.py) from start to done, one after another. At the done the core waits for
+                    the remaining time, or for all of it if a collective has no separate start
+    copies          between HBM and vector memory, and to and from host memory, at HBM bandwidth
     SparseCore      gathers and scatters that the compiler moved there, by their bytes
 
-core_time.py covers operations without cycles. A plan reports how much of it rests on which source, and every
-collective that is written in a way unknown here.
+core_time.py covers operations without cycles. A plan reports each source's share of the estimate, and every collective
+in a form we do not understand.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ EXPOSED_COLLECTIVES = "collectives, exposed"
 EXPOSED_COPIES = "copies to and from vector memory, exposed"
 _BLOCKS = {"attention": " attention", "mlp": " MLP"}
 _SINGLE_PARTS = {"projector": "projector", "embed": "embedding", "loss": "loss", "optimizer": "optimizer"}
-# In the order in which they are shown.
+# In display order.
 PARTS = (
     "encoder attention",
     "encoder MLP",
@@ -54,7 +54,7 @@ PARTS = (
 
 
 def part_of(op_name: str) -> str:
-    """By the `jax.named_scope`s and transformations in the name that JAX gives an operation.
+    """The part of the model, from the `jax.named_scope`s and transformations in JAX's name of an operation.
 
     `jit(train_step)/transpose(jvp(decoder))/while/body/checkpoint/rematted_computation/attention/dot_general` is the
     decoder's attention, recomputed for the backward pass.
@@ -74,32 +74,32 @@ def direction_of(op_name: str) -> Direction:
     return "backward" if "transpose(" in op_name else "forward"
 
 
-# What a walk finds ----------------------------------------------------------------------------------------------------
+# Results --------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """How long one operation holds up the core in a step."""
+    """How long one operation occupies or stalls the core in a step."""
 
     operation: Operation
     kind: CostKind
     part: str
     direction: Direction
-    scope: str  # JAX's name of it, or of what is around it
+    scope: str  # JAX's name of the operation or its surroundings
     seconds: float  # of all its executions
     times: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """A collective of a step. Bytes and seconds are of all its executions."""
+    """A collective of a step. Bytes and seconds sum over all its executions."""
 
     operation: Operation
     kind: str  # "all-gather", ...
     group: int  # devices
-    wire_bytes: float  # out of a device
-    seconds: float  # on the wires
-    exposed: float = 0.0  # that the core waits
+    wire_bytes: float  # sent by a device
+    seconds: float  # on the links
+    exposed: float = 0.0  # seconds that the core waits
     times: int = 1
 
 
@@ -108,10 +108,10 @@ class Estimate:
     seconds: float
     costs: tuple[Cost, ...]
     traffic: tuple[Traffic, ...]
-    unknown: Counter[str]  # what could not be read, by name: loops without trip count, collectives, custom calls
+    unknown: Counter[str]  # what we do not understand: loops without trip count, collectives, custom calls
 
     def seconds_by(self, *keys: str) -> dict[tuple[str, ...], float]:
-        """Seconds of all costs, by some of their attributes."""
+        """Seconds of all costs, grouped by these attributes."""
         total: dict[tuple[str, ...], float] = {}
         for cost in self.costs:
             key = tuple(getattr(cost, key) for key in keys)
@@ -120,7 +120,7 @@ class Estimate:
 
 
 def estimate(program: Program, network: Network, *, attention_rate: AttentionRate = flop_per_bundle) -> Estimate:
-    """Play the program of one device. `attention_rate`: of attention kernels, where it is known better."""
+    """Replay the program of one device. `attention_rate`: a better rate of attention kernels, if known."""
     unknown: Counter[str] = Counter()
     core = CoreTime(program, network.topology.facts, unknown, attention_rate)
     walk = _Walk(core, network, program.entry, "")
@@ -132,11 +132,11 @@ def estimate(program: Program, network: Network, *, attention_rate: AttentionRat
 
 @dataclasses.dataclass
 class _Pending:
-    """Something that runs beside the core."""
+    """Asynchronous work beside the core."""
 
     queue: str
     seconds: float
-    traffic: Traffic | None = None  # of a collective
+    traffic: Traffic | None = None  # for a collective
     finish: float | None = None  # None until it starts
 
 
@@ -144,22 +144,22 @@ class _Walk:
     """A computation, executed once."""
 
     def __init__(self, core: CoreTime, network: Network, computation: str, around: str):
-        """`around`: the scope of the operation that calls the computation."""
+        """`around`: the scope of the calling operation."""
         self.core, self.network, self.computation, self.around = core, network, computation, around
         self.program, self.facts, self.unknown = core.program, core.facts, core.unknown
         self.seconds = 0.0
         self.costs: list[Cost] = []
         self.traffic: list[Traffic] = []
         self.queues: dict[str, float] = {}  # when each is free again
-        self.pending: dict[str, _Pending] = {}  # by what the done names: an operation, a channel or a rendezvous
+        self.pending: dict[str, _Pending] = {}  # by the operation, channel or rendezvous that the done names
         operations = self.program.computations[computation]
-        self.results = {  # what completes an asynchronous start, or feeds it
+        self.results = {  # the done or update of an asynchronous start
             op.operands[0]: op for op in operations if op.opcode.endswith(("-done", "-update")) and op.operands
         }
         for operation in operations:
             if operation.opcode not in _FREE:
                 self._play(operation, self._scope(operation))
-        for handle in self.pending.values():  # the next step would wait for it
+        for handle in self.pending.values():  # the next step would have to wait for these
             self.unknown[f"never awaited: {handle.queue}"] += 1
 
     def _play(self, operation: Operation, scope: str) -> None:
@@ -169,7 +169,7 @@ class _Walk:
             if trips is None:
                 self.unknown[f"loop of unknown length at {scope}"] += 1
             self._include(self._called(self.program.loop(operation)[1], scope), 1 if trips is None else trips)
-        elif opcode in ("call", "conditional"):  # of branches the longest counts
+        elif opcode in ("call", "conditional"):  # take the longest branch
             self._include(max((self._called(n, scope) for n in operation.called), key=lambda walk: walk.seconds))
         elif opcode in ("send", "recv"):
             self._between_slices(operation)
@@ -180,7 +180,7 @@ class _Walk:
             self._wait(None if received is None else _rendezvous(received), operation, scope)
         elif opcode.endswith("-start"):
             late = self.results.get(operation.name)
-            waits = late is not None and late.opcode.endswith("-update")  # for operands that arrive later
+            waits = late is not None and late.opcode.endswith("-update")  # some operands arrive later
             self._start(operation.name, self._begin(operation), waits=waits)
         elif opcode.endswith("-update"):
             self._start(operation.name, self.pending.pop(operation.operands[0]))
@@ -208,7 +208,7 @@ class _Walk:
         self.traffic += [scaled(t, "seconds", "exposed", "wire_bytes", "times") for t in walk.traffic]
 
     def _scope(self, operation: Operation) -> str:
-        """Its own name, that of something fused into it, or that of the loop around it: the first that tells a part."""
+        """The first of these names that maps to a part: its own, a fused operation's, the surrounding loop's."""
         names = [operation.op_name]
         if operation.opcode == "fusion":
             named = self.program.inside(operation, lambda op: part_of(op.op_name) != OTHER)
@@ -222,7 +222,7 @@ class _Walk:
         self.costs.append(Cost(operation, kind, part or part_of(scope), direction_of(scope), scope, seconds))
 
     def _wait(self, key: str | None, operation: Operation, scope: str) -> None:
-        """Wait for what is pending under this key, if anything is."""
+        """Wait for the work pending under this key, if any."""
         if key is None or key not in self.pending:
             return
         handle = self.pending.pop(key)
@@ -257,10 +257,10 @@ class _Walk:
         if found := self.program.inside(operation, _is_collective):
             return self._transfer(found[1], self._bytes(*found))
         if base in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
-            if base == "dynamic-update-slice":  # it returns the whole, of which it writes a part
+            if base == "dynamic-update-slice":  # returns the whole array but writes only a part
                 moved = min((array.bytes for array in read if array.dims), default=moved)
             in_host = any("S(5)" in array.layout for array in [*read, *written])
-            # No figure is published for the path to the host's memory; we take it to be as fast as HBM.
+            # No bandwidth to host memory is published; we assume that of HBM.
             return _Pending("host" if in_host else "hbm", moved / self.facts.hbm_bandwidth)
         if _LIKE_COLLECTIVES.match(base):
             self.unknown[f"collective {operation.opcode}"] += 1
@@ -282,12 +282,12 @@ class _Walk:
         queue = "dcn" if transfer.dcn_seconds > transfer.ici_seconds else "ici"
         if kind == "collective-permute" and transfer.group > 1:
             source, target = self.network.group(operation)
-            queue += f" by {target - source}"  # the two directions of a ring do not wait for each other
+            queue += f" by {target - source}"  # the two directions of a ring are independent
         traffic = Traffic(operation, kind, transfer.group, transfer.wire_bytes, transfer.seconds)
         return _Pending(queue, transfer.seconds, traffic)
 
     def _between_slices(self, operation: Operation) -> None:
-        """libtpu hands what crosses slices to the host, which meets the hosts of the other slices under a name."""
+        """libtpu sends cross-slice transfers through the hosts, which meet under a rendezvous name."""
         meeting, kind = _rendezvous(operation), operation.frontend_attribute("_xla_megascale_transfer_type")
         if meeting is None or kind is None:
             self.unknown[f"collective {operation.opcode}"] += 1
@@ -300,7 +300,7 @@ class _Walk:
             self._start(meeting, _Pending("dcn", seconds, traffic))
 
     def _fused_collective(self, fusion: Operation, home: str, inner: Operation, scope: str) -> None:
-        """A collective that libtpu fused with computation: in pieces over several fusions, or whole in one."""
+        """A collective that libtpu fused with computation: spread over several fusions, or whole in one."""
         channel = f"channel {inner.attribute('channel_id')}"
 
         def calls(target: str) -> bool:
@@ -312,7 +312,7 @@ class _Walk:
         if starts or not (ends or channel in self.pending):
             # An all-reduce fused with the slice that each device keeps is a reduce-scatter.
             kind = "reduce-scatter" if "scatter" in fusion.name and inner.opcode == "all-reduce" else None
-            # Bytes of the inner operation: the fusion has other arrays besides.
+            # The inner operation's bytes: the fusion has other arrays too.
             self._start(channel, self._transfer(inner, self._bytes(home, inner), kind))
             ends = ends or not starts
         if ends:

@@ -1,9 +1,9 @@
-"""Reads the scheduled program that the TPU compiler prints (`compiled.as_text()`, `is_scheduled=true`).
+"""Parses the scheduled program that the TPU compiler prints (`compiled.as_text()`, `is_scheduled=true`).
 
-The operations of a computation are listed in the order in which the core issues them, so a walk from the entry is a
-walk through time. We read names, shapes and operands, the computations that operations call, trip counts of loops, the
-compiler's `estimated_cycles`, and the Python line behind each operation. XLA writes that line either into the
-operation's metadata, or (from JAX 0.11) as the number of a stack frame in tables at the top of the text.
+A computation lists its operations in issue order, so a walk from the entry follows time. We read names, shapes and
+operands, called computations, trip counts of loops, the compiler's `estimated_cycles`, and the Python line of each
+operation. XLA writes that line into the operation's metadata or (from JAX 0.11) as the number of a stack frame in
+tables at the top of the text.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-# Bits of an element. Types missing here take no memory: tokens and opaque handles.
+# Bits per element. Other types (tokens, opaque handles) take no memory.
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 _BITS |= {f"{sign}{bits}": bits for sign in "su" for bits in (2, 4, 8, 16, 32, 64)}
 _BITS |= {f"f8e{kind}": 8 for kind in ("4m3fn", "5m2", "4m3b11fnuz", "4m3fnuz", "5m2fnuz", "4m3", "3m4", "8m0fnu")}
@@ -25,7 +25,7 @@ _CALLED = re.compile(
     r"\b(?:calls|called_computations|to_apply|body|condition|true_computation|false_computation)=\{?%?([^\s,)}]+)"
 )
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_BREAKS = re.compile(r'"(?:[^"\\]|\\.)*"|[][(){}, ]')  # quoted strings whole
+_BREAKS = re.compile(r'"(?:[^"\\]|\\.)*"|[][(){}, ]')  # a quoted string is one match
 
 
 class Array(NamedTuple):
@@ -45,7 +45,7 @@ class Array(NamedTuple):
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of a shape as HLO writes it, those of a tuple in order."""
+    """The arrays of an HLO shape; a tuple's in order."""
     return [
         Array(dtype, tuple(int(size.lstrip("<=")) for size in dims.split(",") if size), layout)
         for dtype, dims, layout in _ARRAY.findall(shape)
@@ -73,18 +73,18 @@ class Operation:
 
     @property
     def op_name(self) -> str:
-        """JAX's path to what it was made for: "jit(train_step)/jvp(decoder)/while/body/attention/dot_general"."""
+        """JAX's name of its origin: "jit(train_step)/jvp(decoder)/while/body/attention/dot_general"."""
         return self._find(r'\bop_name="((?:[^"\\]|\\.)*)"') or ""
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate, if it made one."""
+        """The compiler's estimate, if any."""
         found = self._find(r'"estimated_cycles":"?(\d+)')
         return None if found is None else int(found)
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Computations in its attributes: of fusions, calls, asynchronous wrappers, conditionals and reductions."""
+        """Called computations: of fusions, calls, asynchronous wrappers, conditionals and reductions."""
         names = _CALLED.findall(self.attributes)
         if branches := _BRANCHES.search(self.attributes):
             names += [name.strip().lstrip("%") for name in branches[1].split(",")]
@@ -96,17 +96,17 @@ class Operation:
 
     @property
     def cost_estimate(self) -> dict[str, int]:
-        """What the author of a Mosaic kernel stated: flops, bytes_accessed, transcendentals."""
+        """A Mosaic kernel author's cost estimate: flops, bytes_accessed, transcendentals."""
         stated = self._find(r'"cost_estimate":\{([^}]*)\}') or ""
         return {key: int(value) for key, value in re.findall(r'"(\w+)":"?(\d+)', stated)}
 
     @property
     def thread(self) -> str | None:
-        """The unit that runs it, if not the TensorCore: "sparsecore"."""
+        """The unit that runs it if not the TensorCore, such as "sparsecore"."""
         return self._find(r'async_execution_thread="([^"]*)"')
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=...`, up to the comma that ends it."""
+        """The value of `name=...`, up to the next top-level comma."""
         found = re.search(rf"\b{name}=", self.attributes)
         return None if found is None else _balanced_until(self.attributes, found.end(), ",")
 
@@ -144,9 +144,9 @@ class Program:
         return condition.lstrip("%"), body.lstrip("%")
 
     def trips(self, operation: Operation) -> int | None:
-        """Trip count of a `while`: as the compiler noted it, or the constant that its condition compares with.
+        """Trip count of a `while`: the compiler's annotation, else the constant in its condition.
 
-        None if there is neither, as in a loop whose end depends on data.
+        None without either, as in a loop whose end depends on data.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', operation.attributes):
             return int(known[1])
@@ -159,7 +159,7 @@ class Program:
         return max((int(value[1]) for value in values if value), default=None)
 
     def inside(self, operation: Operation, wanted: Callable[[Operation], bool]) -> tuple[str, Operation] | None:
-        """The first wanted operation in what an operation calls, at any depth, and the computation that holds it."""
+        """The first wanted operation called by `operation` at any depth, with its computation in front."""
         for computation in operation.called:
             for inner in self.computations.get(computation, ()):
                 if wanted(inner):
@@ -173,7 +173,7 @@ def read(text: str) -> Program:
     """Parse a module.
 
     Raises:
-        ValueError: the text is not a scheduled module, or a line of it cannot be read.
+        ValueError: the text is not a scheduled module, or a line cannot be parsed.
     """
     lines = text.splitlines()
     if not lines or "is_scheduled=true" not in lines[0]:
@@ -197,7 +197,7 @@ def read(text: str) -> Program:
 
 
 def _whole(lines: list[str]) -> Iterator[str]:
-    """The lines, joining operations that span several (metadata of kernels may contain line breaks)."""
+    """The lines, with operations that span several joined (kernel metadata may contain line breaks)."""
     waiting = ""
     for line in lines:
         if waiting and line.startswith(('"', "}}")):
@@ -213,18 +213,18 @@ def _read_operation(line: str, frames: dict[int, Source]) -> Operation:
     head = _OPERATION.match(line)
     if head is None:
         raise ValueError(f"unknown line in an HLO computation: {line[:200]}")
-    shape = _balanced_until(line, head.end(), " ")  # a tuple has spaces, but only within its parentheses
+    shape = _balanced_until(line, head.end(), " ")  # a tuple has spaces only inside its parentheses
     opcode, _, rest = line[head.end() + len(shape) + 1 :].partition("(")
     inner = _balanced_until(rest, 0, ")")
     attributes = rest[len(inner) + 1 :]
-    if opcode in ("constant", "parameter"):  # their value stands where others have operands
+    if opcode in ("constant", "parameter"):  # the value is in place of operands
         attributes = f"({inner}){attributes}"
     operands = tuple(re.findall(r"%([^\s,()]+)", inner))
     return Operation(head[2], opcode, shape, operands, attributes, bool(head[1]), _source(attributes, frames))
 
 
 def _balanced_until(text: str, start: int, end: str) -> str:
-    """From `start` up to the first `end` outside parentheses, braces, brackets and quotes."""
+    """The text from `start` to the first `end` outside parentheses, braces, brackets and quotes."""
     depth = 0
     for found in _BREAKS.finditer(text, start):
         if depth == 0 and found[0] == end:
@@ -241,7 +241,7 @@ def _source(attributes: str, frames: dict[int, Source]) -> Source | None:
 
 
 def _read_frames(lines: list[str]) -> dict[int, Source]:
-    """File and line of every stack frame, from the tables in front of the computations."""
+    """File and line of every stack frame, from the tables before the computations."""
     tables: dict[str, dict[int, str]] = {name: {} for name in ("FileNames", "FileLocations", "StackFrames")}
     table: dict[int, str] | None = None
     for line in lines:

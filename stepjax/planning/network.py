@@ -1,17 +1,17 @@
-"""How long a collective occupies the wires: bytes by the ring formulas, over the links that its group can use.
+"""How long a collective occupies the network: bytes by the ring formulas, over the links that its group can use.
 
 For a group of n devices and b bytes (the larger of a device's operands and results),
 
-    all-gather, reduce-scatter    b (n - 1) / n pass into and out of every device
+    all-gather, reduce-scatter    b (n - 1) / n into and out of every device
     all-reduce                    twice that: a reduce-scatter, then an all-gather
     all-to-all                    b s / 8 over each link of a closed axis of s chips, b s / 4 over the middle link of an
-                                  open one; the axes work at the same time
-    collective-permute            b over one link: the partitioner permutes between neighbours of the mesh
+                                  open one; all axes work in parallel
+    collective-permute            b over one link: the partitioner permutes between mesh neighbours
 
-A group uses the torus axes along which its members differ: two links of an axis that it covers and that is closed, else
-one. libtpu's own plans agree ("UniDirectionNDRingStrategy{colors:6 ...}" for a cube of 4 x 4 x 4). The two devices of a
-tpu7x chip share the chip's links. Groups that span slices reduce within the slice first, and send their part over the
-data-centre network.
+A group uses the torus axes along which its members differ: two links of an axis if it is closed and the group covers
+it, else one. libtpu's own plans agree ("UniDirectionNDRingStrategy{colors:6 ...}" for a cube of 4 x 4 x 4). The two
+devices of a tpu7x chip share the chip's links. Groups that span slices first reduce within the slice, then send their
+part over the data-centre network.
 """
 
 import math
@@ -24,9 +24,9 @@ import numpy as np
 from stepjax.planning.hlo import Operation
 from stepjax.planning.topologies import Topology
 
-HOP_SECONDS = 1e-6  # to the next chip; a transfer takes at least as long as its first byte
+HOP_SECONDS = 1e-6  # latency to the next chip
 
-# How often the bytes pass around the ring.
+# How often the bytes go around the ring.
 COLLECTIVES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 1.0, "ragged-all-to-all": 1.0}
 COLLECTIVES |= {"collective-permute": 1.0, "collective-broadcast": 1.0}
 
@@ -36,8 +36,8 @@ class Transfer(NamedTuple):
 
     ici_seconds: float  # between chips of a slice
     dcn_seconds: float  # between slices
-    wire_bytes: float  # out of the device, over both networks
-    group: int  # devices that take part
+    wire_bytes: float  # sent by the device over both networks
+    group: int  # participating devices
 
     @property
     def seconds(self) -> float:
@@ -45,10 +45,10 @@ class Transfer(NamedTuple):
 
 
 class Network:
-    """The devices of a mesh and the wires between them."""
+    """The devices of a mesh and the links between them."""
 
     def __init__(self, topology: Topology, devices: Sequence[Any]):
-        """`devices`: in the order of the mesh, which is the order that replica groups count in."""
+        """`devices`: in mesh order, which replica groups index."""
         self.topology = topology
         axes = len(topology.shape)
         places = [(getattr(device, "slice_index", 0) or 0, *device.coords[:axes]) for device in devices]
@@ -60,7 +60,7 @@ class Network:
             num_bytes: the larger of the operation's operands and results, on one device.
 
         Raises:
-            ValueError: its replica groups are written in an unknown way.
+            ValueError: its replica groups have an unknown form.
         """
         kind, facts = operation.opcode.removesuffix("-start"), self.topology.facts
         members = self.group(operation)
@@ -84,7 +84,7 @@ class Network:
         else:
             ici_bytes = COLLECTIVES[kind] * num_bytes * (within - 1) / within
             dcn_bytes = COLLECTIVES[kind] * num_bytes / within * (slices - 1) / slices
-            # Cores of one chip exchange inside it; no figure is published, so we take it as free.
+            # Cores of one chip communicate inside it. No bandwidth is published; we assume it is free.
             ici = ici_bytes / (link * sum(links)) if sum(links) else 0.0
         return Transfer(ici + latency, dcn_bytes / facts.dcn_bandwidth, ici_bytes + dcn_bytes, n)
 
@@ -94,7 +94,7 @@ class Network:
         return 2 if self.topology.wrap[axis] and extent == self.topology.shape[axis] else 1
 
     def group(self, operation: Operation) -> list[int]:
-        """The first group that takes part; the others have the same form. Pairs that cross slices come first."""
+        """The first group; the others have the same form. Of pairs, one that crosses slices if any does."""
         pairs = operation.attribute("source_target_pairs")
         if pairs is not None:
             slices = self._places[:, 0]
@@ -102,16 +102,16 @@ class Network:
             return list(dict.fromkeys(max(found, key=lambda pair: slices[pair[0]] != slices[pair[1]])))
         groups = operation.attribute("replica_groups")
         if groups is None:
-            raise ValueError(f"{operation.name}: a collective without replica_groups: {operation.attributes[:200]}")
+            raise ValueError(f"{operation.name}: collective without replica_groups: {operation.attributes[:200]}")
         return first_group(groups, len(self._places))
 
 
 def first_group(text: str, num_devices: int) -> list[int]:
-    """The first group of replica_groups, in any of the forms that XLA writes.
+    """The first group of replica_groups, in any of XLA's forms.
 
-        {{0,1},{2,3}}                       listed; {} is all devices
-        [2,4]<=[4,2]T(1,0)                  2 groups of 4: the numbers from 0 as a [4, 2] array, transposed, in rows
-        mesh['a'=2,'b'=4] {'b'}             the axes of a mesh along which members differ
+        {{0,1},{2,3}}                       a list; {} means all devices
+        [2,4]<=[4,2]T(1,0)                  2 groups of 4: 0, 1, ... as a [4, 2] array, transposed, read row by row
+        mesh['a'=2,'b'=4] {'b'}             the mesh axes along which members differ
 
     Raises:
         ValueError: the text has another form.
@@ -132,11 +132,11 @@ def first_group(text: str, num_devices: int) -> list[int]:
         wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[3])
         if axes and wanted and not named[2].strip():
             return _mesh_group(axes, wanted)
-    raise ValueError(f"replica groups written in an unknown way: {text[:200]}")
+    raise ValueError(f"replica groups of unknown form: {text[:200]}")
 
 
 def _mesh_group(axes: list[tuple[str, str]], wanted: list[tuple[str, str, str]]) -> list[int]:
-    """Members along some axes of a mesh, at 0 of the others; 'a':(m)k is the part of size k with m parts before it."""
+    """Members along some mesh axes, at 0 on the others; 'a':(m)k is a sub-axis of size k after a factor of m."""
     shape: list[int] = []
     taken: list[bool] = []
     for name, size in axes:

@@ -1,4 +1,4 @@
-"""A plan: what one step of a configuration needs, and how long it takes on a topology."""
+"""A plan: memory and time of one step of a configuration on a topology."""
 
 import dataclasses
 from pathlib import Path
@@ -20,8 +20,8 @@ class StepPlan:
     config: PretrainConfig
     topology: Topology
     step: CompiledStep
-    memory: Memory  # by arithmetic if it does not fit
-    estimate: Estimate | None  # None if it does not fit
+    memory: Memory  # by arithmetic if the step does not fit
+    estimate: Estimate | None  # None if the step does not fit
     kind: StepKind = "train"
 
     @property
@@ -39,7 +39,7 @@ class StepPlan:
 
     @property
     def hbm_gib(self) -> float:
-        """What a device needs: the compiler's figure, or the arithmetic's where the compiler gives none."""
+        """Memory needed per device: the compiler's figure, else by arithmetic."""
         if self.step.shortage is None:
             return self.step.total_bytes / GIB
         return self.step.shortage.needed_gib or self.memory.total
@@ -72,18 +72,18 @@ class StepPlan:
 def make_plan(
     config: PretrainConfig, topology: Topology, *, kind: StepKind = "train", keep_text: Path | None = None
 ) -> StepPlan:
-    """Compile a step, once, with the flags of its chip (stepjax.xla_flags), and estimate it.
+    """Compile a step once with the chip's flags (stepjax.xla_flags), and estimate it.
 
     Args:
-        kind: of step; see steps.py.
-        keep_text: leave the compiled program's text here.
+        kind: the kind of step; see steps.py.
+        keep_text: write the compiled program's text to this file.
 
     Raises:
-        ConfigError: the configuration cannot run on this topology, regardless of its memory.
+        ConfigError: the configuration cannot run on this topology, regardless of memory.
     """
     step = compile_step(config, topology, kind=kind, compiler_options=compiler_options(topology.facts.chip))
     if not step.fits:
-        # Of another step than training only the arguments are certain.
+        # For steps other than training only the arguments are certain.
         arguments = (x / GIB for x in (step.parameter_bytes, step.optimizer_bytes, step.batch_bytes))
         memory = predict_memory(config, topology.num_devices) if kind == "train" else Memory(*arguments)
         return StepPlan(config, topology, step, memory, None, kind)
@@ -96,19 +96,19 @@ def make_plan(
 
 
 def memory_of(step: CompiledStep, program: hlo.Program) -> Memory:
-    """Memory of a compiled step. `temporaries` is the compiler's total less the parts that we recognise."""
+    """Memory of a compiled step. `temporaries` is the compiler's total minus the parts we recognise."""
     kept, gradients = _stacks(program)
-    # Padding of small dimensions makes the arguments larger than their shapes say.
+    # Padding of small dimensions makes the arguments larger than their shapes imply.
     padding = step.argument_bytes - step.parameter_bytes - step.optimizer_bytes - step.batch_bytes
     rest = step.total_bytes - step.argument_bytes - kept - gradients + max(padding, 0)
-    if rest < 0:  # stacks that are not alive at the same time share memory
+    if rest < 0:  # stacks that are never live at the same time share memory
         kept, gradients, rest = kept + rest, gradients, 0
     parts = (step.parameter_bytes, step.optimizer_bytes, step.batch_bytes, kept, gradients, rest)
     return Memory(*(part / GIB for part in parts))
 
 
 def _stacks(program: hlo.Program) -> tuple[int, int]:
-    """Bytes that loops fill, one entry a layer: activations in forward loops, gradients in backward loops."""
+    """Bytes that loops fill, one entry per layer: activations in forward loops, gradients in backward loops."""
     kept = gradients = 0
     for computation, operations in program.computations.items():
         for loop in operations:

@@ -1,11 +1,11 @@
-"""The text of a compiled program, also where JAX 0.10 cannot print it.
+"""The text of a compiled program, even if JAX 0.10 cannot print it.
 
-libtpu calls what it moves to the SparseCore asynchronously, with operands that arrive after the start of the call. JAX
-0.10 rejects them ("async-update instruction should have 1 operands but sees 3"). The serialised executable holds the
-whole program, so we take it from there and drop these operands, which a plan does not need.
+libtpu calls SparseCore work asynchronously, with operands that arrive after the start of the call. JAX 0.10 rejects
+them ("async-update instruction should have 1 operands but sees 3"). The serialised executable contains the whole
+program, so we extract it from there and drop these operands, which a plan does not need.
 
-The executable is a Riegeli file (github.com/google/riegeli, records file format): blocks of 64 KiB, each of which
-begins with a header of 24 bytes, even in the middle of a record. Its records are not compressed.
+The executable is a Riegeli file (github.com/google/riegeli, records file format): 64 KiB blocks, each starting with a
+24-byte header, even in the middle of a record. Its records are not compressed.
 """
 
 import functools
@@ -20,19 +20,19 @@ _RIEGELI = bytes.fromhex("83af70d10d884a3f")
 
 
 def program_text(compiled: jax.stages.Compiled, name: str) -> str:
-    """The scheduled program of a `jax.stages.Compiled` whose module has this name ("jit_train_step").
+    """The scheduled program of a `jax.stages.Compiled` with this module name ("jit_train_step").
 
     Raises:
-        jax.errors.JaxRuntimeError: it cannot be printed.
+        jax.errors.JaxRuntimeError: the program cannot be printed.
     """
     if jax.__version_info__ < (0, 11):
-        # Before `as_text`, because its failure leaves a page on stderr.
-        executable: Any = compiled._executable  # the public interface does not give the bytes
+        # Before `as_text`, because its failure prints a page to stderr.
+        executable: Any = compiled._executable  # the public API does not expose the bytes
         data = _without_block_headers(executable.xla_executable.serialize())
         hlo: Any = importlib.import_module("jaxlib._hlo")
         modules = map(_with_one_operand, _modules(data, name.encode()))
         texts = [hlo.HloModule.from_serialized_hlo_module_proto(module).to_string() for module in modules]
-        # An executable holds several stages of its program; the last one has the estimates.
+        # An executable contains several stages of its program; only the last has the estimates.
         text = max(texts, key=lambda text: text.count("estimated_cycles"), default="")
         if "estimated_cycles" in text:
             return text
@@ -45,12 +45,12 @@ def _without_block_headers(data: bytes) -> bytes:
 
 
 def _modules(data: bytes, name: bytes) -> Iterator[Any]:
-    """The HloModuleProtos of this name in an executable, whose other contents are not documented."""
+    """The HloModuleProtos with this name in an executable; its other contents are undocumented."""
     from google.protobuf.message import DecodeError
 
     for match in re.finditer(re.escape(b"\n" + bytes([len(name)]) + name), data):  # field 1, the name, comes first
         start = match.start()
-        for digits in range(2, min(6, start + 1)):  # of the length in front of it, 7 bits a byte, the lowest first
+        for digits in range(2, min(6, start + 1)):  # bytes of the varint length before it, low bits first
             *low, high = data[start - digits : start]
             length = sum((digit & 127) << 7 * i for i, digit in enumerate((*low, high)))
             if high < 128 and all(digit >= 128 for digit in low) and start + length <= len(data):
@@ -72,7 +72,7 @@ def _with_one_operand(module: Any) -> bytes:
 
 @functools.cache
 def _module_class() -> Any:
-    """HloModuleProto with the fields that we need; protobuf carries the others along."""
+    """HloModuleProto with the fields we need; protobuf preserves the others."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     pool = descriptor_pool.DescriptorPool()

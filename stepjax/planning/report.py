@@ -1,4 +1,4 @@
-"""A plan as text and as JSON, and what would make a step fit that does not."""
+"""A plan as text and as JSON, and advice for a step that does not fit."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ _RESTS_ON = {
 
 
 def to_json(plan: StepPlan) -> dict[str, Any]:
-    """Every figure of a plan; sizes in GiB of one device, times in seconds. What is unknown is null."""
+    """Every figure of a plan; sizes in GiB per device, times in seconds. Unknown values are null."""
     config, topology, step, rate = plan.config, plan.topology, plan.step, plan.tokens_per_second
     fields: dict[str, Any] = {
         "name": config.name,
@@ -85,34 +85,34 @@ def to_text(plan: StepPlan) -> str:
         f"  {plan.kind}; mesh {axes}; {_shape(plan)}",
         "",
         f"parameters   {parameter_count(plan.config.model):,}",
-        f"model FLOPs  {plan.flops:.3g} a step with all slots full",
+        f"model FLOPs  {plan.flops:.3g} per step with all slots full",
         "",
         f"HBM          {plan.hbm_gib:.2f} GiB of {plan.limit_gib:.2f} on each device{mark}",
     ]
     if not plan.fits:
         known = "by arithmetic" if plan.kind == "train" else "the arguments"
-        lines.append(f"  {known}, since the compiler gives only the sum:")
+        lines.append(f"  {known}, because the compiler gives only the total:")
     lines += [f"  {name:<12} {value:8.2f}" for name, value in dataclasses.asdict(plan.memory).items()]
     lines += ["", *(_shortage_lines(plan) if plan.estimate is None else _time_lines(plan, plan.estimate)), ""]
-    lines.append(f"compiled in {plan.step.seconds:.0f} s, with {plan.step.host_gib:.1f} GiB of host memory at most")
+    lines.append(f"compiled in {plan.step.seconds:.0f} s, with at most {plan.step.host_gib:.1f} GiB of host memory")
     return "\n".join(lines)
 
 
 def policies(numerics: NumericsConfig) -> str:
-    """The rematerialisation policies of the two towers; one if they are the same."""
+    """The rematerialisation policies of decoder and encoder; one if they are equal."""
     own = numerics.policy_of_encoder
-    return numerics.remat if own == numerics.remat else f"{numerics.remat}, of the encoder {own}"
+    return numerics.remat if own == numerics.remat else f"{numerics.remat}, encoder {own}"
 
 
 def _shape(plan: StepPlan) -> str:
     batch, rows, mesh = plan.config.batch, rows_at_once(plan.kind, plan.config), plan.mesh
     per_device = batch.rows / batch.accumulation / math.prod(list(mesh.values())[:3])
     if plan.kind == "decode":
-        return f"{rows:,} sequences with caches of {batch.tokens:,} tokens, {per_device:g} a group of devices"
+        return f"{rows:,} sequences with caches of {batch.tokens:,} tokens, {per_device:g} per group of devices"
     shape = f"{rows:,} rows of {batch.tokens:,} tokens, {batch.global_views} global views and {batch.crops} crops"
     if plan.kind != "train":
-        return f"{shape}, {per_device:g} a group of devices"
-    parts = f"in {batch.accumulation} part(s) of {per_device:g} rows a device"
+        return f"{shape}, {per_device:g} per group of devices"
+    parts = f"in {batch.accumulation} part(s) of {per_device:g} rows per device"
     return f"{shape}, {parts}; remat {policies(plan.config.numerics)}"
 
 
@@ -122,9 +122,9 @@ def _time_lines(plan: StepPlan, estimate: Estimate) -> Iterator[str]:
     unit, short, scale = ("seconds", "s", 1.0) if seconds >= 1 else ("milliseconds", "ms", 1e3)
     yield f"step         {scale * seconds:.3f} {short} by the compiler's estimate, MFU {mfu:.1%}"
     a_chip = human_number(tokens / plan.topology.chips)
-    yield f"             {human_number(tokens)} tokens/s ({a_chip} a chip), {human_number(tokens * _DAY)} a day"
+    yield f"             {human_number(tokens)} tokens/s ({a_chip} per chip), {human_number(tokens * _DAY)} per day"
     if images is not None:
-        yield f"             {human_number(images)} images/s, {human_number(images * _DAY)} a day"
+        yield f"             {human_number(images)} images/s, {human_number(images * _DAY)} per day"
     if plan.kind == "train":
         yield f"             {_REFERENCE_TOKENS / tokens / _DAY:,.1f} days for 1.2T tokens"
     yield from ("", f"  {unit:<43} {'forward':>9} {'recomp.':>9} {'backward':>9} {'all':>9}")
@@ -146,7 +146,7 @@ def _time_lines(plan: StepPlan, estimate: Estimate) -> Iterator[str]:
     yield from ("", f"rests on: {', '.join(shares)}")
     for what, count in estimate.unknown.items():
         yield f"NOT UNDERSTOOD, {count} times: {what}"
-    yield "does not see: stalls inside operations, stragglers, the host's input, checkpoints"
+    yield "not included: stalls inside operations, stragglers, host input, checkpoints"
 
 
 def _by_part(estimate: Estimate) -> dict[str, dict[str, float]]:
@@ -173,7 +173,7 @@ def _collectives(estimate: Estimate) -> dict[str, dict[str, float]]:
 
 
 def _largest_costs(estimate: Estimate, count: int = 10) -> list[dict[str, Any]]:
-    """The operations that one line of source made, in one part: JAX's primitive, or the collective."""
+    """The costs by source line and part, largest first, each with its main JAX primitive or collective."""
     lines: dict[tuple[str, str, str], dict[str, float]] = {}
     for cost in estimate.costs:
         operation = cost.operation
@@ -188,7 +188,7 @@ def _largest_costs(estimate: Estimate, count: int = 10) -> list[dict[str, Any]]:
 
 
 def _place(operation: Operation) -> str:
-    """ "stepjax/models/qwen3.py:84", or the compiler's name if it gives no line."""
+    """ "stepjax/models/qwen3.py:84", or the compiler's name without a source line."""
     if operation.source is None:
         return f"({operation.name})"
     file, line = operation.source
@@ -199,16 +199,16 @@ def _place(operation: Operation) -> str:
 def _shortage_lines(plan: StepPlan) -> list[str]:
     assert plan.step.shortage is not None
     if plan.kind != "train":
-        return ["what would help: more devices, a larger mesh.tensor, fewer rows at a time or shorter ones"]
+        return ["what would help: more devices, a larger mesh.tensor, fewer rows at a time, or shorter rows"]
     found = advice(plan.config, plan.topology.num_devices, plan.limit_gib, plan.step.shortage.needed_gib)
-    found = found or ["nothing that this batch divides into: more devices, or fewer tokens or views a row"]
+    found = found or ["nothing that divides this batch; use more devices, or fewer tokens or views per row"]
     return ["what would help, by arithmetic (plan again to be sure):", *(f"  {line}" for line in found)]
 
 
 def advice(config: PretrainConfig, num_devices: int, limit_gib: float, needed_gib: float | None) -> list[str]:
-    """Changes that would cut the memory of a device, each with the arithmetic's figure.
+    """Changes that would save device memory, each with the amount by arithmetic.
 
-    The smallest sufficient change comes first; of the insufficient ones, only the three that save most are listed.
+    The smallest sufficient change comes first. Of the insufficient ones, lists only the three that save most.
     """
     now = predict_memory(config, num_devices).total
     enough, short = [], []
@@ -225,7 +225,7 @@ def advice(config: PretrainConfig, num_devices: int, limit_gib: float, needed_gi
 
 
 def _alternatives(config: PretrainConfig, num_devices: int) -> Iterator[tuple[str, PretrainConfig]]:
-    """Other configurations, under the overrides that make them."""
+    """Alternative configurations, labelled with their overrides."""
 
     def changed(section: str, why: str, **values: Any) -> tuple[str, PretrainConfig]:
         overrides = " ".join(f"--{section}.{name} {value}" for name, value in values.items())
@@ -242,12 +242,12 @@ def _alternatives(config: PretrainConfig, num_devices: int) -> Iterator[tuple[st
     for factor in (2, 4, 8, 16):
         rows = batch.rows // factor
         if rows and rows % (batch.accumulation * groups) == 0:
-            yield changed("batch", "a smaller global batch; the pixels shrink with it", rows=rows)
+            yield changed("batch", "a smaller global batch with fewer pixels", rows=rows)
     for field in ("encoder_remat", "remat"):
         if getattr(numerics, field) not in ("full", None):
             yield changed("numerics", "", **{field: "full"})
     if numerics.attention == "xla":
-        yield changed("numerics", "a kernel that does not hold the scores", attention="auto")
+        yield changed("numerics", "a kernel that does not store the scores", attention="auto")
     if data > 1:
         yield changed("mesh", "no copies of the parameters", data=1, fsdp=-1)
     if batch.crops > 1:

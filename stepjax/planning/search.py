@@ -1,7 +1,7 @@
-"""Search for the layout of a step: mesh x accumulation (and with it rows a device) x rematerialisation policies.
+"""Search for the layout of a step: mesh x accumulation (and so rows per device) x rematerialisation policies.
 
-Global batch, model and data stay the recipe's. Arithmetic drops what cannot fit and puts the likely fastest first; then
-we compile one candidate after the other while the time budget lasts.
+Global batch, model and data stay as in the recipe. Arithmetic drops what cannot fit and puts the likely fastest first.
+Then we compile one candidate after another within the time budget.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from stepjax.planning.topologies import Topology
 from stepjax.sharding import MESH_AXES
 from stepjax.training.footprint import GIB, predict_memory, step_flops
 
-# Forward work that the backward pass repeats, as a share of the forward pass; in the order of what the policies keep.
+# Share of the forward pass recomputed in the backward pass, ordered by how much the policies keep.
 _RECOMPUTED: dict[RematPolicy, float] = {"full": 1.0, "attention": 0.8, "qkv": 0.6, "dots": 0.1, "none": 0.0}
-_REACHED = 0.6  # of the peak, by XLA
+_REACHED = 0.6  # share of the peak that XLA reaches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Candidate:
         mesh = self.config.mesh
         axes = [f"{name} {getattr(mesh, name)}" for name in MESH_AXES if getattr(mesh, name) > 1]
         return (
-            f"{', '.join(axes) or 'one device'}; {self.rows_per_device:g} rows a device x "
+            f"{', '.join(axes) or 'one device'}; {self.rows_per_device:g} rows per device x "
             f"{self.config.batch.accumulation}; remat {policies(self.config.numerics)}"
         )
 
     def needs_as_much_as(self, other: "Candidate") -> bool:
-        """Whether it differs from `other` only in keeping more rows or activations on a device."""
+        """Whether it differs from `other` only by more rows or kept activations per device."""
         kept = list(_RECOMPUTED).index
         mine, its = self.config.numerics, other.config.numerics
         return (
@@ -58,22 +58,22 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The result."""
+    """The result of a search."""
 
-    plans: tuple[StepPlan, ...]  # compiled, in the order of trial
+    plans: tuple[StepPlan, ...]  # compiled, in order of trial
     dropped: tuple[tuple[str, str], ...]  # candidate and reason: never compiled
-    refused: tuple[tuple[str, str], ...]  # candidate and reason: refused by the compiler, but not for its memory
+    refused: tuple[tuple[str, str], ...]  # candidate and reason: failed to compile, but not because of memory
     untried: int  # for lack of time
     seconds: float
 
     @property
     def best(self) -> StepPlan | None:
-        """The fastest that fits."""
+        """The fastest plan that fits."""
         return next(iter(self.frontier), None)
 
     @property
     def frontier(self) -> list[StepPlan]:
-        """Plans that no other beats in both tokens per second and memory, the fastest first."""
+        """The Pareto frontier of tokens per second and memory, fastest first."""
         fitting = sorted((p for p in self.plans if p.fits), key=lambda p: (-(p.tokens_per_second or 0.0), p.hbm_gib))
         kept: list[StepPlan] = []
         for plan in fitting:
@@ -106,9 +106,9 @@ class Search:
             f"{len(self.refused)} refused, {self.untried} not tried for lack of time"
         ]
         if self.best is None:
-            lines.append("nothing that was compiled fits; allow more time, more devices, or a smaller row")
+            lines.append("no compiled layout fits; allow more time, more devices, or smaller rows")
         else:
-            lines.append("frontier: more tokens a second need more memory")
+            lines.append("frontier: more tokens/s take more memory")
             lines += [f"  {outcome(plan)}  {layout(plan)}" for plan in self.frontier]
             lines.append(f"best: {layout(self.best)}")
         return "\n".join(lines)
@@ -118,7 +118,7 @@ def outcome(plan: StepPlan) -> str:
     if plan.tokens_per_second is None or plan.mfu is None:
         return f"does not fit, {plan.hbm_gib:.1f} GiB of {plan.limit_gib:.1f}"
     return (
-        f"{plan.tokens_per_second / plan.topology.chips:,.0f} tokens/s a chip, MFU {plan.mfu:.1%}, "
+        f"{plan.tokens_per_second / plan.topology.chips:,.0f} tokens/s per chip, MFU {plan.mfu:.1%}, "
         f"{plan.hbm_gib:.1f} GiB of {plan.limit_gib:.1f}"
     )
 
@@ -131,11 +131,11 @@ def search(
     say: Callable[[str], None],
     plan: Callable[[PretrainConfig, Topology], StepPlan] = make_plan,
 ) -> Search:
-    """Compile candidates until the budget is used up; the first is always compiled.
+    """Compile candidates until the budget is used up; always compile the first.
 
     Args:
-        say: gets a line for every candidate as it is done.
-        plan: makes the plan of a candidate.
+        say: called with a line after every candidate.
+        plan: plans a candidate.
     """
     waiting, dropped = candidates(config, topology)
     began = time.monotonic()
@@ -162,7 +162,7 @@ def search(
 
 
 def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """What is worth compiling, the likely fastest first; and what is not, with the reason.
+    """Candidates worth compiling, likely fastest first, and dropped ones with the reason.
 
     Raises:
         ConfigError: no mesh divides the recipe's rows.
@@ -182,7 +182,7 @@ def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candida
                 memory = predict_memory(other, devices)
                 seconds = _predict_seconds(other, topology, memory.parameters)
                 candidate = Candidate(other, rows / accumulation / groups, memory.total, seconds)
-                # Temporaries are the least certain part: only what is too much without them is dropped.
+                # Temporaries are the least certain part: drop only what is too large without them.
                 certain = memory.total - memory.temporaries
                 if certain > limit:
                     dropped.append((str(candidate), f"needs at least {certain:.1f} GiB of {limit:.1f}, by arithmetic"))
@@ -191,14 +191,14 @@ def candidates(config: PretrainConfig, topology: Topology) -> tuple[list[Candida
     if not found and not dropped:
         raise ConfigError(
             f"batch.rows={rows}: no mesh of {devices} devices divides them into equal parts; choose a multiple or a "
-            f"divisor of the devices"
+            f"divisor of the number of devices"
         )
-    # What probably fits comes before what might.
+    # Likely fits first.
     return sorted(found, key=lambda c: (c.predicted_gib > limit, c.predicted_seconds)), dropped
 
 
 def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """Meshes that divide the model and the rows; parameters are always spread over all devices that are left."""
+    """Meshes that divide the model and the rows; fsdp always takes all remaining devices."""
     decoder, vision, tokens = config.model.decoder, config.model.vision, config.batch.tokens
     over_tensor = math.gcd(decoder.num_heads, decoder.num_kv_heads, decoder.mlp_dim, decoder.vocab_size)
     over_tensor = math.gcd(over_tensor, vision.num_heads, vision.mlp_dim)
@@ -212,7 +212,7 @@ def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
 
 
 def _predict_seconds(config: PretrainConfig, topology: Topology, parameters_gib: float) -> float:
-    """A guess that orders the trials: FLOPs at a share of the peak, and weights and activations over the wires."""
+    """A guess to order the trials: FLOPs at a share of the peak, plus weights and activations over the network."""
     facts, batch, images = topology.facts, config.batch, config.images
     decoder, vision, numerics = config.model.decoder, config.model.vision, config.numerics
     slices, data, fsdp, context, tensor = config.mesh.shape(topology.num_devices)
@@ -220,12 +220,12 @@ def _predict_seconds(config: PretrainConfig, topology: Topology, parameters_gib:
     flops = text * (1 + _RECOMPUTED[numerics.remat] / 3)
     flops += (step_flops(config) - text) * (1 + _RECOMPUTED[numerics.policy_of_encoder] / 3)
     wires = facts.link_bandwidth / facts.devices_per_chip * 2 * len(topology.shape)
-    weights = 2 * parameters_gib * GIB / 4 * fsdp  # bfloat16, of a tensor part
+    weights = 2 * parameters_gib * GIB / 4 * fsdp  # bfloat16, of one tensor shard
     gathered = 3 * weights * batch.accumulation * (fsdp > 1)
     patches = batch.global_views * images.global_grid**2 + batch.crops * images.crop_grid**2
     activations = batch.tokens * decoder.width * decoder.num_layers + patches * vision.width * vision.num_layers
     activations *= batch.rows / (slices * data * fsdp) / context
-    exchanged = 6 * 2 * 2 * activations * (tensor > 1)  # two all-reduces a layer and pass, bfloat16
+    exchanged = 6 * 2 * 2 * activations * (tensor > 1)  # two all-reduces per layer and pass, bfloat16
     across = weights / fsdp * 2 / facts.dcn_bandwidth * (slices > 1)
     return flops / (facts.peak_flops * topology.num_devices * _REACHED) + (gathered + exchanged) / wires + across
 
@@ -234,7 +234,7 @@ def _predict_seconds(config: PretrainConfig, topology: Topology, parameters_gib:
 
 
 def overrides(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
-    """The command-line arguments that make `config` of `preset`."""
+    """The command-line arguments that turn `preset` into `config`."""
     old, arguments = flat(preset), []
     for name, value in flat(config).items():
         if value != old.get(name) and isinstance(value, bool):
@@ -248,7 +248,7 @@ def overrides(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
 
 
 def write_recipe(path: Path, original: Path, config: PretrainConfig, headline: str) -> None:
-    """Write a recipe that loads another one, `original`, and overrides it to give `config`.
+    """Write a recipe that loads `original` and overrides it to give `config`.
 
     Raises:
         ConfigError: `original` is not a recipe.
@@ -265,4 +265,4 @@ from stepjax.config_file import load_recipe, override
 base = load_recipe(Path(__file__).parent / {relative!r})
 config = override(base, {overrides(config, load_recipe(original))!r}, prog=__file__)
 """)
-    assert load_recipe(path) == config, f"{path} does not give the configuration back"
+    assert load_recipe(path) == config, f"{path} does not reproduce the configuration"

@@ -1,13 +1,13 @@
-"""The steps that can be planned, as functions over abstract arrays, and their compilation for a topology.
+"""The steps that can be planned, as functions of abstract arrays, and their compilation for a topology.
 
-    train     one optimizer step; also what an update of reinforcement learning costs
+    train     one optimizer step; an RL update costs the same
     score     log-probabilities of the tokens of a batch, without gradients: reference and old policies
-    prefill   a row's worth of a prompt's tokens into the engine's cache, images already encoded
+    prefill   one row of prompt tokens into the engine's cache, images already encoded
     decode    one more token for every sequence of a batch, each with a cache as long as a row
 
 `train` is the step of `stepjax pretrain`: same function, state, batch and shardings, with the state donated. The others
-hold the parameters in the compute dtype and take the recipe's micro-batch (rows / accumulation); the last two are
-programs of the inference engine. Only shapes exist: the host needs memory for the compiler, not for the model.
+keep the parameters in the compute dtype and take the recipe's micro-batch (rows / accumulation). The last two are
+programs of the inference engine. All arrays are abstract: the host needs memory for the compiler, not for the model.
 
 Legend: B rows, C tokens of a row, R rows of the feature store, D width, T tokens of a page.
 """
@@ -52,14 +52,14 @@ _UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}  # GiB
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A jitted function and its arguments: arrays of the whole mesh, without values."""
+    """A jitted function and its arguments: abstract arrays over the whole mesh."""
 
     function: Any
     arguments: tuple[Any, ...]
     parameters: Any
     optimizer: Any
-    batch: Any  # with the cache, where there is one
-    static: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments by name
+    batch: Any  # including the cache, if any
+    static: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments
 
 
 def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh) -> Step:
@@ -94,7 +94,7 @@ def _train(config: PretrainConfig, mesh: Mesh) -> Step:
 
 
 def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh) -> Step:
-    """A program of the engine, for sequences of up to as many tokens as a row has."""
+    """An engine program, for sequences of up to a row's tokens."""
     check_heads_only(mesh)
     decoder, length = config.model.decoder, config.batch.tokens
     rows, row_pages = config.batch.rows // config.batch.accumulation, -(-length // PAGE_SIZE)
@@ -120,7 +120,7 @@ def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh) -
 
 
 def abstract_batch(config: PretrainConfig, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the loader makes it, without its values."""
+    """An abstract batch of the loader."""
     layout = NamedSharding(mesh, spec("batch"))
     batch = {}
     for key, row in pack([], RowBudget.of(config.batch, config.images, config.numerics.compute_dtype)).items():
@@ -139,19 +139,19 @@ def _on_mesh(tree: Any, mesh: Mesh) -> Any:
 
 
 def rows_at_once(kind: StepKind, config: PretrainConfig) -> int:
-    """Sequences that one call works on."""
+    """Sequences per call."""
     if kind == "prefill":
         return 1
     return config.batch.rows if kind == "train" else config.batch.rows // config.batch.accumulation
 
 
 def tokens_at_once(kind: StepKind, config: PretrainConfig) -> int:
-    """Tokens that one call trains on, scores, reads or writes."""
+    """Tokens trained on, scored, read or written per call."""
     return rows_at_once(kind, config) * (1 if kind == "decode" else config.batch.tokens)
 
 
 def model_flops(kind: StepKind, config: PretrainConfig) -> float:
-    """FLOPs of a call with all slots full, by examples as long as they may be, and with a full cache."""
+    """FLOPs of a call with all slots full, examples of maximal length and a full cache."""
     rows, tokens, decoder = rows_at_once(kind, config), config.batch.tokens, config.model.decoder
     if kind == "decode":
         return decoder_flops(decoder, rows, rows * tokens)
@@ -166,7 +166,7 @@ def model_flops(kind: StepKind, config: PretrainConfig) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """The compiler's refusal of a program that does not fit."""
+    """The compiler's out-of-memory error."""
 
     needed_gib: float | None  # arguments included; None if the message gives no figure
     limit_gib: float | None
@@ -175,7 +175,7 @@ class Shortage:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A compiled step, or the reason why there is none. Bytes are of one device."""
+    """A compiled step, or why it does not fit. Bytes are per device."""
 
     mesh: Mesh
     parameter_bytes: int = 0
@@ -183,11 +183,11 @@ class CompiledStep:
     batch_bytes: int = 0
     argument_bytes: int = 0  # the three above, as the compiler lays them out
     alias_bytes: int = 0  # outputs that reuse donated arguments
-    total_bytes: int = 0  # what the device has to hold at once
+    total_bytes: int = 0  # peak memory of the device
     text: str = ""  # the scheduled program
     shortage: Shortage | None = None
     seconds: float = 0.0  # from tracing to the text
-    host_gib: float = 0.0  # largest memory of this process so far
+    host_gib: float = 0.0  # peak memory of this process so far
 
     @property
     def fits(self) -> bool:
@@ -204,8 +204,7 @@ def compile_step(
     """Compile one step of `config` for `topology`.
 
     Raises:
-        ConfigError: the mesh, the batch or the parameters do not divide as the configuration asks, or libtpu refuses
-            the topology or an option.
+        ConfigError: the mesh does not divide the batch or the parameters, or libtpu refuses the topology or an option.
     """
     mesh = make_mesh(config.mesh, topology.devices())
     check_batch(config.batch, mesh)
@@ -236,7 +235,7 @@ def compile_step(
 
 
 def read_shortage(message: str) -> Shortage:
-    """The figures in the compiler's refusal, which comes in more than one form."""
+    """The figures in the compiler's out-of-memory error, which has more than one form."""
     size = r"([\d.]+)([KMGT])"
     for pattern in (rf"required for [^(]*\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
         if found := re.search(pattern, message):
@@ -246,7 +245,7 @@ def read_shortage(message: str) -> Shortage:
 
 
 def _num_bytes(tree: Any) -> int:
-    """Of one device."""
+    """Bytes per device."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -255,7 +254,7 @@ def _num_bytes(tree: Any) -> int:
 
 @contextlib.contextmanager
 def _without_xla_flags() -> Iterator[None]:
-    """libtpu reads XLA_FLAGS when it first compiles, and aborts on flags that it does not know, as those of CPUs."""
+    """Hides XLA_FLAGS: libtpu reads it at its first compilation and aborts on unknown flags, such as CPU flags."""
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
         yield

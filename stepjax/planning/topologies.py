@@ -1,8 +1,8 @@
-"""TPU slices by the names that their users give them, as compile-only devices.
+"""TPU slices by their usual names, as compile-only devices.
 
 A name is a generation and a number: `v5p-128`. As on Google Cloud and in MaxText, the number counts chips for v5e and
-v6e, and TensorCores (two a chip) for v5p and tpu7x. A JAX device is a chip, except on tpu7x, where it is one of the
-chip's two cores. The shape is the usual one for that size; libtpu's own names ask for another, such as `v5p:4x4x8`.
+v6e, and TensorCores (two per chip) for v5p and tpu7x. A JAX device is a chip, except on tpu7x, where it is one of the
+chip's two cores. The shape is the usual one for that size; use libtpu's names for others, such as `v5p:4x4x8`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pallas_kernels.chips import compile_only_environment
 from stepjax.chips import TPUS, DeviceFacts
 from stepjax.errors import ConfigError
 
-# Chips along each torus axis: the usual shapes of Google Cloud, from 64 chips on whole cubes of 4 x 4 x 4.
+# Chips along each torus axis: Google Cloud's usual shapes, whole cubes of 4 x 4 x 4 from 64 chips up.
 _SHAPES_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _SHAPES_3D = (
     "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12 4x4x52 "
@@ -25,7 +25,7 @@ _SHAPES_3D = (
     "4x8x148 12x20x20 8x8x76 4x28x44 8x12x52 16x16x20 12x12x36 4x8x164 12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 "
     "12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24 12x24x24 16x16x32 16x20x28 16x24x24"
 )
-_THREE_AXES = ("v5p", "tpu7x")  # these generations also count TensorCores, two a chip
+_THREE_AXES = ("v5p", "tpu7x")  # these generations also count TensorCores, two per chip
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x", "tpu7": "tpu7x", "ironwood": "tpu7x"}
 
 
@@ -33,9 +33,9 @@ _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x", "t
 class Topology:
     """A slice, or several joined by the data-centre network."""
 
-    name: str  # as asked for
+    name: str  # as given by the user
     facts: DeviceFacts
-    shape: tuple[int, ...]  # chips along each torus axis, of one slice
+    shape: tuple[int, ...]  # chips of one slice along each torus axis
     slices: int = 1
 
     @property
@@ -48,7 +48,7 @@ class Topology:
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Whether each torus axis is closed: those of whole cubes (v5p, tpu7x), and rows of 16 chips (v5e, v6e)."""
+        """Whether each torus axis is closed: with whole cubes (v5p, tpu7x) or 16 chips along it (v5e, v6e)."""
         if len(self.shape) == 2:
             return tuple(size == 16 for size in self.shape)
         return (all(size % 4 == 0 for size in self.shape),) * 3
@@ -77,14 +77,14 @@ class Topology:
             description: Any = topologies.get_topology_desc(platform="tpu", topology_name=self.libtpu_name, **options)
         except Exception as error:  # the plugin raises many types
             raise ConfigError(
-                f"--topology {self.name}: libtpu cannot compile for {self.libtpu_name} ({error}). It comes with "
-                f"`pip install libtpu`, for 64-bit x86 Linux"
+                f"--topology {self.name}: libtpu cannot compile for {self.libtpu_name} ({error}). Install it with "
+                f"`pip install libtpu` (64-bit x86 Linux only)"
             ) from error
         return list(description.devices)
 
 
 def _sizes(chip: str) -> dict[int, tuple[int, ...]]:
-    """The usual shapes of a generation, by the number in their names."""
+    """A generation's usual shapes by the number in their names."""
     shapes = (_SHAPES_3D if chip in _THREE_AXES else _SHAPES_2D).split()
     found: dict[int, tuple[int, ...]] = {}
     for text in ["1x1x1", *shapes] if chip == "tpu7x" else shapes:
@@ -100,7 +100,7 @@ def find(name: str, slices: int = 1) -> Topology:
     """The topology of a name such as `v5p-128`, `v5litepod-256`, `tpu7x-128` or `v5p:4x4x8`.
 
     Raises:
-        ConfigError: no topology has this name; the nearest ones are listed.
+        ConfigError: no topology has this name; lists the nearest ones.
     """
     if slices < 1:
         raise ConfigError(f"--slices {slices}: must be at least 1")
@@ -121,7 +121,6 @@ def find(name: str, slices: int = 1) -> Topology:
     known = ", ".join(all_sizes if len(all_sizes) < 12 else [*all_sizes[:10], "...", all_sizes[-1]])
     counted, own = ("TensorCores", "4x4x8") if generation in _THREE_AXES else ("chips", "4x8")
     raise ConfigError(
-        f"--topology {name!r}: no such TPU topology; sizes of {generation} count {counted}, and the nearest are "
-        f"{', '.join(f'{generation}-{n}' for n in near)}; all are {known}; a shape of your own is written "
-        f"{generation}:{own}"
+        f"--topology {name!r}: no such TPU topology; sizes of {generation} count {counted}; the nearest are "
+        f"{', '.join(f'{generation}-{n}' for n in near)}; all are {known}; write any other shape as {generation}:{own}"
     )

@@ -1,18 +1,18 @@
 """Checkpoints: the whole train state, the data position and the configuration, saved together by Orbax.
 
-On disk, under one directory a run:
+On disk, one directory per run:
 
     200/state/   the train state as a flat dict from name to array: "step", "model/decoder/embed", "opt_state/1/mu/..."
     200/data/    JSON: the position of the data iterator
-    200/meta/    JSON: format, step, configuration, package versions, digests of all of it
+    200/meta/    JSON: format, step, configuration, package versions, digests of all the data
 
-Orbax writes a checkpoint beside its place and renames it when complete, so a run killed at any instant leaves the
-previous one intact, and never a half one that looks whole. Random keys are not stored: they derive from the seed and
-the step.
+Orbax writes a checkpoint to a temporary directory and renames it when complete. A run killed at any instant therefore
+leaves the previous checkpoint intact and never a partial one that looks complete. Random keys are not stored: they
+derive from the seed and the step.
 
-What is read is compared with what was saved: flipped bits, files that an interrupted copy left out, and renamed
-directories are errors. The arrays' digests are of their values (`stepjax.training.digests`), taken on the devices
-before the save begins, so they hold for any storage, any sharding, and for single arrays.
+Reading verifies digests: flipped bits, files missing after an interrupted copy, and renamed directories are errors.
+Array digests cover the values (`stepjax.training.digests`) and are taken on the devices before the save begins, so they
+hold for any storage and any sharding, and for single arrays.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from stepjax.errors import CheckpointError
 from stepjax.sharding import named_leaves
 from stepjax.training.digests import digests
 
-FORMAT = 2  # format 1 had no digests, and is still read
-MODEL = "model/"  # prefix of the names of the model's arrays
+FORMAT = 2  # format 1 had no digests and can still be read
+MODEL = "model/"  # prefix of the model's array names
 PACKAGES = ("stepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 State = TypeVar("State")
@@ -48,11 +48,11 @@ _log = logging.getLogger("stepjax.checkpoint")
 
 
 class Checkpointer:
-    """Saves and restores a run's checkpoints; keeps the last `keep`. Use one per run, and close it.
+    """Saves and restores a run's checkpoints and keeps the last `keep`. Use one per run, and close it.
 
-    `directory` may be local or a bucket ("gs://..."). `config`, a dataclass or plain data, is stored with every
-    checkpoint. Opening a directory removes what killed saves left there: while a run is alive only its trainer may do
-    so; others read with `restore_model` and `read_meta`.
+    `directory` may be local or in a bucket ("gs://..."). `config`, a dataclass or plain data, is stored with every
+    checkpoint. Opening a directory removes the remains of killed saves, so only its trainer may do that during a run;
+    other readers use `restore_model` and `read_meta`.
     """
 
     def __init__(self, directory: str | epath.PathLike, *, keep: int, config: Any = None):
@@ -65,26 +65,26 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: Any, data_state: Mapping[str, Any], *, wait: bool = False) -> bool:
-        """Saves in the background; returns once the arrays are copied, so that they may be donated or deleted.
+        """Saves in the background; returns once the arrays are copied and may be donated or deleted.
 
-        Waits for the save under way first, and raises its error. Leaves a step alone that is saved already, and returns
-        False. Every process calls this, with the same `data_state`: it describes the whole global batch.
+        First waits for any save in progress and raises its error. Returns False if the step is already saved. Every
+        process calls this with the same `data_state`, which describes the whole global batch.
 
         Raises:
-            CheckpointError: a later step is saved, which would shadow this one on resume; or JSON would change
-                `data_state` (only strings as keys, lists for tuples).
+            CheckpointError: a later step is saved and would shadow this one on resume, or `data_state` would not
+                survive JSON (use strings as keys, lists for tuples).
         """
         self.wait()
         if step in self._manager.all_steps():
             return False
         if (latest := self._manager.latest_step()) is not None and step < latest:
             raise CheckpointError(
-                f"step {step} cannot be saved in {self.directory}: step {latest} is saved there and would be taken on "
-                f"resume; remove the later checkpoints, or give the run another name"
+                f"step {step} cannot be saved in {self.directory}: a resume would use the later step {latest} saved "
+                f"there; remove the later checkpoints, or rename the run"
             )
-        data_copy = json.loads(_json(data_state, "data_state"))  # it is written in the background
+        data_copy = json.loads(_json(data_state, "data_state"))  # a copy, because it is written in the background
         if data_copy != data_state:
-            raise CheckpointError("data_state would be changed by JSON: use strings as keys, and lists for tuples")
+            raise CheckpointError("JSON would change data_state: use strings as keys, and lists for tuples")
         data_digest = _digest(data_copy)
         multihost_utils.assert_equal(np.uint32(int(data_digest[:8], 16)), "data_state differs between processes")
         arrays = _named_arrays(state)
@@ -102,20 +102,20 @@ class Checkpointer:
         return True
 
     def latest_step(self) -> int | None:
-        """The last step saved completely, or None."""
+        """The last complete step, or None."""
         self.wait()
         return self._manager.latest_step()
 
     def restore(self, state_like: State, step: int | None = None) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """The train state of `step` (the latest by default), the data position, and the metadata.
 
-        `state_like` gives the structure, shapes, types and shardings, by arrays or by `jax.ShapeDtypeStruct`s; every
-        array is read straight onto its sharding, which may differ from the saved one. Leaves without a sharding go to
+        `state_like` holds arrays or `jax.ShapeDtypeStruct`s that give the structure, shapes, types and shardings. Every
+        array is read directly onto its sharding, which may differ from the saved one. Leaves without a sharding go to
         the first local device.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it is damaged, or it does not hold exactly these names, shapes
-                and types; the message lists all that differ.
+            CheckpointError: the checkpoint is missing or damaged, or its names, shapes or types differ from
+                `state_like`; lists all differences.
         """
         self.wait()
         saved = _Saved(self._manager, step)
@@ -123,12 +123,12 @@ class Checkpointer:
         saved.check_holds(wanted, saved.shapes, types=True)
         data_state = saved.json("data")
         if saved.meta.get("data") not in (None, _digest(data_state)):
-            raise saved.damaged("'data', the data position, is not what was saved")
+            raise saved.damaged("'data', the data position, has changed since it was saved")
         state = jax.tree.unflatten(jax.tree.structure(state_like), saved.read(wanted))
         return state, data_state, saved.meta
 
     def wait(self) -> None:
-        """Blocks until the save under way, if any, is complete; raises its error."""
+        """Blocks until any save in progress is complete; raises its error."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -143,11 +143,11 @@ class Checkpointer:
 
 
 def restore_model(path: str | epath.PathLike, model_like: State) -> State:
-    """The model of a checkpoint; the rest of the state stays on disk.
+    """The model of a checkpoint; the rest of the state is not read.
 
-    `path` is a run's checkpoint directory (the latest step is taken) or one step in it. `model_like` is as in
-    `Checkpointer.restore`, except that its types may differ from the stored ones: arrays are cast as they are read.
-    Raises CheckpointError as there.
+    `path` is a run's checkpoint directory (for its latest step) or one step in it. `model_like` is as in
+    `Checkpointer.restore`, but its types may differ from the stored ones: arrays are cast when read.
+    Raises CheckpointError likewise.
     """
     wanted = _named_arrays(model_like)
     arrays = restore_parameters(path, wanted, all_of_them=True)
@@ -155,9 +155,9 @@ def restore_model(path: str | epath.PathLike, model_like: State) -> State:
 
 
 def restore_parameters(path: str | epath.PathLike, wanted: Arrays, *, all_of_them: bool = False) -> Arrays:
-    """Some parameters of a model by name, each cast and put onto its sharding; the others stay on disk.
+    """Selected parameters of a model by name, each cast and placed on its sharding; the others are not read.
 
-    Raises CheckpointError as `restore_model`; for parameters that are not wanted only if `all_of_them` should be.
+    Raises CheckpointError like `restore_model`; stored parameters not in `wanted` are an error only if `all_of_them`.
     """
     with _opened(path) as saved:
         named = {MODEL + name: array for name, array in wanted.items()}
@@ -165,7 +165,7 @@ def restore_parameters(path: str | epath.PathLike, wanted: Arrays, *, all_of_the
         if not all_of_them:
             stored = {name: array for name, array in stored.items() if name in named}
         saved.check_holds(named, stored, types=False)
-        # Digests are of the stored types. Arrays to cast come in groups, which together take no more than the largest.
+        # Digests are of the stored types. Arrays to cast are read in groups no larger than the largest array.
         casts = {name: stored[name] for name in named if stored[name].dtype != named[name].dtype}
         arrays: Arrays = {}
         for names in filter(None, [[name for name in named if name not in casts], *_groups(casts)]):
@@ -177,7 +177,7 @@ def restore_parameters(path: str | epath.PathLike, wanted: Arrays, *, all_of_the
 
 
 def stored_parameters(path: str | epath.PathLike) -> tuple[str, Arrays]:
-    """The step that `path` stands for, as a path of its own, and its parameters' shapes and types by name."""
+    """The path of the step that `path` resolves to, and its parameters' shapes and types by name."""
     with _opened(path) as saved:
         arrays = {n.removeprefix(MODEL): array for n, array in saved.shapes.items() if n.startswith(MODEL)}
         return saved.path, arrays
@@ -193,13 +193,13 @@ def read_meta(path: str | epath.PathLike) -> dict[str, Any]:
 
 
 class _Saved:
-    """A step that was saved completely."""
+    """A complete saved step."""
 
     def __init__(self, manager: ocp.CheckpointManager, step: int | None = None):
         """`step` is the latest by default."""
         steps = sorted(manager.all_steps())
         if not steps:
-            raise CheckpointError(f"{manager.directory} holds no complete checkpoint; check the path")
+            raise CheckpointError(f"no complete checkpoint in {manager.directory}; check the path")
         if step is not None and step not in steps:
             raise CheckpointError(f"{manager.directory} has no step {step}; it has {', '.join(map(str, steps))}")
         self._manager, self._step = manager, steps[-1] if step is None else step
@@ -208,7 +208,7 @@ class _Saved:
         self.meta = self._checked_meta()
 
     def damaged(self, what: str) -> CheckpointError:
-        remedy = "there is no other: start from a copy, or a new run"
+        remedy = "there is no other, so start from a copy or begin a new run"
         if self._others:
             remedy = f"{', '.join(map(str, self._others))}; to resume from step {self._others[-1]}, remove {self.path}"
         return CheckpointError(f"{self.path}: {what}; use another step: {remedy}")
@@ -219,7 +219,7 @@ class _Saved:
             raise self.damaged(f"{path} is not a regular file")
         try:
             fields = self._manager.restore(self._step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
-        except Exception as error:  # Orbax raises bare ones
+        except Exception as error:  # Orbax raises bare Exceptions
             raise self.damaged(f"{item!r} is missing or damaged") from error
         if not isinstance(fields, dict):
             raise self.damaged(f"{item!r} is damaged")
@@ -233,11 +233,11 @@ class _Saved:
                 f"use the version that wrote it: {meta.get('versions')}"
             )
         if meta["format"] == 1:
-            _log.warning("%s was written by an older version, without digests: it is not checked for damage", self.path)
+            _log.warning("%s was written by an older version without digests; not checked for damage", self.path)
         elif sealed(meta)["digest"] != meta.get("digest"):
-            raise self.damaged("'meta' is not what was saved")
+            raise self.damaged("'meta' has changed since it was saved")
         if meta.get("step") != self._step:
-            raise self.damaged(f"it holds step {meta.get('step')!r}, and was renamed or copied to {self._step}")
+            raise self.damaged(f"contains step {meta.get('step')!r}, but was renamed or copied to {self._step}")
         return meta
 
     @functools.cached_property
@@ -271,19 +271,19 @@ class _Saved:
         if problems:
             raise CheckpointError(
                 "\n".join([f"{self.path} does not fit this configuration:", *problems])
-                + "\nUse the configuration it was saved with (meta/ holds it), or start a run of another name."
+                + "\nUse the configuration it was saved with (in meta/), or start a run with another name."
             )
 
     def read(self, wanted: Arrays) -> list[jax.Array]:
-        """The wanted arrays in order, each on its sharding, compared with their digests; others stay on disk."""
+        """The wanted arrays in order, each on its sharding and checked against its digest; others are not read."""
         arguments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
         try:
             arrays = self._manager.restore(self._step, args=ocp.args.Composite(state=arguments))["state"]
         except jax.errors.JaxRuntimeError:
-            raise  # such as too little memory
-        except Exception as error:  # Orbax raises bare ones
+            raise  # such as out of memory
+        except Exception as error:  # Orbax raises bare Exceptions
             sys.unraisablehook = functools.partial(_without_orbax, sys.unraisablehook)
             raise self.damaged(f"an array is missing or damaged ({_reason(error)})") from error
         if self.meta["format"] > 1:
@@ -297,7 +297,7 @@ class _Saved:
 
 @contextlib.contextmanager
 def _opened(path: str | epath.PathLike) -> Iterator[_Saved]:
-    """The step that a path to a run's checkpoints, or to one of them, stands for."""
+    """The step that `path` resolves to: one step, or the latest of a run's checkpoints."""
     directory = _absolute(path)
     step = None
     if directory.name.isdigit() and (directory / "state").exists():
@@ -325,23 +325,23 @@ def _absolute(path: str | epath.PathLike) -> epath.Path:
 
 
 def is_sane_chunk(chunk: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether chunks are within their array: reading allocates memory for a whole chunk first."""
+    """Whether chunks are no larger than their array: reading first allocates memory for a whole chunk."""
     return all(0 < part <= max(size, 1) for part, size in zip(chunk, shape, strict=False))
 
 
 def _reason(error: Exception) -> str:
-    return str(error.__cause__ or error).partition("[")[0].strip()[:300]  # TensorStore adds its whole specification
+    return str(error.__cause__ or error).partition("[")[0].strip()[:300]  # TensorStore appends its whole spec
 
 
 def _without_orbax(report: Callable[[Any], Any], what: Any) -> None:
-    """When one of its readers fails, Orbax abandons the others, and Python would report each at length."""
+    """Mutes Python's long reports on the readers that Orbax abandons after one fails."""
     code = getattr(what.object, "cr_code", None)
     if "orbax" not in str(code) and "Event loop is closed" not in str(what.exc_value):
         report(what)
 
 
 def _groups(arrays: Arrays) -> list[list[str]]:
-    """Names in groups that are no larger than the largest array, from large to small."""
+    """Names from large to small, in groups no larger than the largest array."""
     sizes = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}
     groups: list[list[str]] = []
     left = 0
@@ -359,7 +359,7 @@ def _cast(types: Mapping[str, Any], layouts: Mapping[str, Any]) -> Callable[[Arr
 
 
 def _named_arrays(tree: Any) -> Arrays:
-    """The arrays of a pytree by parameter name; abstract ones with a sharding."""
+    """The arrays of a pytree by parameter name; abstract arrays get a sharding if they have none."""
     arrays = {}
     for name, leaf in named_leaves(tree).items():
         (array,) = jax.tree.leaves(leaf)
@@ -372,7 +372,7 @@ def _named_arrays(tree: Any) -> Arrays:
 
 
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with a digest of all the rest of it."""
+    """The metadata with a digest of its other fields."""
     rest = {name: value for name, value in meta.items() if name != "digest"}
     return rest | {"digest": _digest(rest)}
 
@@ -394,5 +394,5 @@ def _versions() -> dict[str, str]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # such as stepjax run from a checkout
+            continue  # such as stepjax itself, run from a checkout
     return versions

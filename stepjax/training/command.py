@@ -14,15 +14,15 @@ class Pretrain:
     """Train a model from a recipe; rerun the same command to resume.
 
     Ctrl-C and SIGTERM checkpoint before exiting. At the end the model answers the recipe's held-out questions.
-    `stepjax pretrain RECIPE --help` lists every field of the recipe with its value there: each is an option.
+    Every field of the recipe is an option: `stepjax pretrain RECIPE --help` lists them with the recipe's values.
     """
 
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # a file, configs/digits/pretrain.py
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # such as configs/digits/pretrain.py
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False  # print the configuration, parameters, FLOPs and memory; train nothing
 
     def run(self) -> int:
-        """Returns 0 when the schedule has ended; 130 or 143 after a signal, with the last step saved.
+        """Returns 0 at the end of the schedule; 130 or 143 after a signal, with the last step saved.
 
         Raises:
             StepjaxError: the recipe, the data or a checkpoint cannot be used, or training diverged.

@@ -1,8 +1,8 @@
-"""Digests of arrays, to tell whether what is read is what was saved.
+"""Digests of arrays, to verify that an array reads back as it was saved.
 
-A digest is the sum, modulo 2^32, of all words of an array, each times an odd number made from its index. One changed
-word always changes it; any other change does, but once in 2^32. A sum takes the parts of an array in any order and
-place, so the digest depends on the values alone, never on shardings or chunks.
+A digest is the sum, modulo 2^32, of all words of an array, each times an odd number derived from its index. It always
+detects one changed word, and misses any other change with probability 2^-32. Parts of an array can be summed in any
+order and place, so the digest depends only on the values, never on shardings or chunks.
 """
 
 import functools
@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-_ODD = 0x9E3779B1  # 2^32 / the golden ratio: indices are spread over all bits
+_ODD = 0x9E3779B1  # 2^32 / the golden ratio: spreads indices over all bits
 _MODULUS = 1 << 32
-_PIECE = 1 << 16  # words at a time on the host: they stay in its cache
+_PIECE = 1 << 16  # words at a time on the host: fits its cache
 
 
 def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """The digest of every array; on several processes all of them call this, and have the same.
+    """The digest of every array. All processes must call this, and get the same digests.
 
-    Computed where the arrays lie: one pass over a device's memory, and nothing but the sums goes to the host.
+    Computed on the arrays' devices in one pass over their memory; only the sums go to the host.
     """
     values = list(arrays.values())
     if all(device.platform == "cpu" for array in values for device in array.sharding.device_set):
-        # XLA makes slow loops of this for CPUs; NumPy reads the same memory.
+        # XLA compiles this to slow loops on CPUs; NumPy reads the same memory.
         sums = np.array([_here(array) for array in values], np.uint32)
         if jax.process_count() > 1:
             sums = np.asarray(multihost_utils.process_allgather(sums)).sum(axis=0, dtype=np.uint32)
@@ -36,19 +36,19 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def part_digest(values: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The term, modulo 2^32, of the part that begins at `start` of an array of `shape`."""
+    """The contribution, modulo 2^32, of the part starting at `start` in an array of shape `shape`."""
     words = _words(values)
     strides = _strides((*shape, *words.shape[values.ndim :]))
     return _sum(words, sum(a * b for a, b in zip(start, strides, strict=False)), strides) % _MODULUS
 
 
 def add_up(parts: list[int]) -> int:
-    """The digest of an array from those of its parts."""
+    """The digest of an array from its parts' contributions."""
     return sum(parts) % _MODULUS
 
 
 def _here(array: jax.Array) -> int:
-    """The term of this process's shards, counting one of each set of copies."""
+    """The contribution of this process's shards, counting each replicated shard once."""
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     starts = [tuple(index.indices(n)[0] for index, n in zip(s.index, array.shape, strict=True)) for s in shards]
     return add_up([part_digest(np.asarray(s.data), a, array.shape) for s, a in zip(shards, starts, strict=True)])
@@ -68,12 +68,12 @@ def _on_devices(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _weighed(words: Any, spread: Any) -> Any:
-    # Folds the high half into the low one: bfloat16 values held in float32 have zeros there.
+    # Fold the high half into the low one, which is zero for bfloat16 values held in float32.
     return (words ^ (words >> np.uint32(16))) * (spread | np.uint32(1))
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-    """The bits, in words of at most 32; wider values have two, in an axis of their own."""
+    """The bits as words of at most 32 bits; wider values become two words along a new last axis."""
     if values.dtype.itemsize <= 4:
         return values.view(f"u{values.dtype.itemsize}")
     return np.ascontiguousarray(values)[..., None].view(np.uint32)
@@ -100,7 +100,7 @@ def _sum(words: np.ndarray, base: int, strides: tuple[int, ...]) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-    """Every index relative to the first, times the odd number."""
+    """Every index relative to the first, times `_ODD`."""
     index = np.zeros(shape, np.uint32)
     for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         along = np.arange(size, dtype=np.uint64) * np.uint64(stride % _MODULUS) % np.uint64(_MODULUS)

@@ -1,4 +1,4 @@
-"""Describes a run without running it: configuration, parameters, FLOPs and memory from abstract shapes."""
+"""Describes a run without running it: configuration, parameters, FLOPs and memory, from abstract shapes."""
 
 import dataclasses
 import math
@@ -21,10 +21,10 @@ from stepjax.training.step import abstract_state
 
 
 def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
-    """A page of text. Allocates nothing, however large the model.
+    """A page of text. Allocates no parameters, even for large models.
 
     Raises:
-        ConfigError: the run would refuse the configuration. Neither data nor devices are checked.
+        ConfigError: the run would reject the configuration. Data and devices are not checked.
         CheckpointError: a source of parameters does not fit. Only headers of local sources are read.
     """
     processor = make_processor(config)
@@ -59,12 +59,12 @@ def _step_lines(config: PretrainConfig) -> list[str]:
         f"steps       {config.num_steps:,} of {config.tokens_per_step:,} tokens, "
         f"{batch.rows * batch.global_views:,} global views ({images.global_size} px, {images.global_tokens} tokens) "
         f"and {batch.rows * batch.crops:,} crops ({images.crop_size} px, {images.crop_tokens} tokens)",
-        f"FLOPs       {human_number(flops)} a step with all slots full, {in_all} in all",
+        f"FLOPs       {human_number(flops)} per step with all slots full, {in_all} in all",
     ]
 
 
 def _memory_lines(config: PretrainConfig, moments: Any) -> list[str]:
-    """The whole run as if on one device that rematerialises everything, which is the least that it can hold."""
+    """Memory of the whole run on one device with full rematerialisation: the minimum."""
     numerics = dataclasses.replace(config.numerics, remat="full", encoder_remat="full")
     least = predict_memory(dataclasses.replace(config, mesh=MeshConfig(), numerics=numerics), 1)
     rows = {
@@ -78,5 +78,5 @@ def _memory_lines(config: PretrainConfig, moments: Any) -> list[str]:
     return [
         f"memory      {total:.2f} GiB in all, {total / count:.2f} GiB on each of {count} device(s) if spread evenly",
         *(f"  {name:<12} {value:.2f} GiB" for name, value in rows.items()),
-        f"  (layer inputs are what remat={config.numerics.remat!r} keeps at least; temporaries come on top)",
+        f"  (remat={config.numerics.remat!r} keeps at least the layer inputs; temporaries come on top)",
     ]

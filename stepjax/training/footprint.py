@@ -1,8 +1,8 @@
-"""What a training step needs, by arithmetic: FLOPs, and the memory of a device.
+"""FLOPs and per-device memory of a training step, by arithmetic.
 
-`stepjax pretrain --dry-run` prints it; `stepjax plan` uses it to leave out what cannot fit and to suggest what would.
-The arithmetic knows what a layer keeps under each rematerialisation policy and the few largest buffers, but not what
-the compiler makes of the rest: it does not replace the compiler's figure.
+`stepjax pretrain --dry-run` prints them; `stepjax plan` uses them to skip layouts that cannot fit and to suggest some
+that would. The arithmetic covers what a layer keeps under each rematerialisation policy and the few largest buffers.
+The rest is up to the compiler, so this does not replace the compiler's figure.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def step_flops(config: PretrainConfig, *, rows: int | None = None) -> float:
-    """Model FLOPs of a training step (over `rows` rows) with all slots full, by examples as long as they may be."""
+    """Model FLOPs of a training step (over `rows` rows) with all slots full and examples of maximal length."""
     batch, images = config.batch, config.images
     rows = batch.rows if rows is None else rows
     return training_flops(
@@ -53,7 +53,7 @@ def step_flops(config: PretrainConfig, *, rows: int | None = None) -> float:
 
 
 def predict_memory(config: PretrainConfig, num_devices: int) -> Memory:
-    """What a device would hold, all parameters trained. Temporaries are the few large ones, with their copies."""
+    """Memory of a device with all parameters trained. Temporaries are the few large ones, with their copies."""
     model, numerics, batch, images = config.model, config.numerics, config.batch, config.images
     decoder, vision = model.decoder, model.vision
     slices, data, fsdp, context, tensor = config.mesh.shape(num_devices)
@@ -64,7 +64,7 @@ def predict_memory(config: PretrainConfig, num_devices: int) -> Memory:
     in_batch = batch.rows / (slices * data * fsdp) * (3 * size * pixels + 6 * 4 * batch.tokens)
 
     def kept(policy: RematPolicy, width: int, qkv: int, attended: int, heads: int, hidden: int) -> float:
-        """Bytes that a token of a layer leaves for the backward pass."""
+        """Bytes per token that a layer keeps for the backward pass."""
         attention = size * attended / tensor + 4 * heads / tensor  # output and log-sum-exp
         projections = size * ((qkv + hidden) / tensor + 2 * width)
         if policy == "full":
@@ -75,7 +75,7 @@ def predict_memory(config: PretrainConfig, num_devices: int) -> Memory:
             return size * width + attention + size * qkv / tensor
         if policy == "dots":
             return size * width + projections + attention
-        # Everything: norms and activation functions keep their inputs besides, some of them in float32.
+        # "none": norms and activation functions also keep their inputs, some of them in float32.
         return size * 5 * width + attention + projections + size * (2 * qkv + hidden) / tensor
 
     of_globals, of_crops = batch.global_views * images.global_grid**2, batch.crops * images.crop_grid**2
@@ -86,12 +86,12 @@ def predict_memory(config: PretrainConfig, num_devices: int) -> Memory:
     of_patch = kept(encoder_policy, vision.width, 3 * vision.width, vision.width, vision.num_heads, vision.mlp_dim)
     activations = tokens * decoder.num_layers * of_token + patches * vision.num_layers * of_patch
 
-    # The widest arrays of a layer in its backward pass, and the output projection whole with its gradient.
+    # The widest arrays of a layer's backward pass, and the whole output projection with its gradient.
     widest = max(tokens * 2 * decoder.mlp_dim, rows * max(of_globals, of_crops) / context * vision.mlp_dim)
     temporaries = 3 * size * widest / tensor
     temporaries += decoder.width * decoder.vocab_size / tensor * (4 + size)
     temporaries += 2 * 4 * min(numerics.loss_chunk, tokens) * decoder.vocab_size / tensor  # logits
-    if numerics.attention == "xla":  # scores are held whole, in float32, with their exponentials
+    if numerics.attention == "xla":  # materializes the float32 scores and their exponentials
         of_decoder, of_crops, of_globals = (
             2 * 4 * rows * pairs / (context * tensor)
             for pairs in (

@@ -1,10 +1,10 @@
-"""What ends a run before its schedule does: a signal, or a process that keeps the others waiting.
+"""What ends a run early: a signal, or a process that keeps the others waiting.
 
-Signals ask a run to checkpoint and exit, as cloud machines do before they are taken away.
+Signals ask a run to checkpoint and exit, for example when a cloud machine is about to be preempted.
 
-JAX's coordination service ends every process when one falls silent (see `stepjax.distributed`). It cannot tell that a
-process is alive but stuck, in reading data for example, while the others wait for it in a collective. So each process
-publishes where it is, and reads where the others are.
+JAX's coordination service ends every process when one falls silent (see `stepjax.distributed`). It does not notice a
+process that is alive but stuck, for example reading data, while the others wait for it in a collective. So each process
+publishes its own progress and reads that of the others.
 """
 
 import json
@@ -29,11 +29,11 @@ _log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A context that remembers the first SIGTERM or SIGINT; a second one acts as it did before.
+    """A context manager that remembers the first SIGTERM or SIGINT; a second one has its previous effect.
 
-    Machines that shut down signal every process of a group, and parents pass the signal on to their children: a SIGTERM
-    within `repeats` seconds of the first is the same request. The trainer reads `received` between steps, so nothing is
-    interrupted half-way.
+    A machine that shuts down signals every process of a group, and parents forward the signal to their children, so a
+    SIGTERM within `repeats` seconds of the first counts as the same request. The trainer reads `received` between
+    steps, so no step is interrupted half-way.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT), *, repeats: float = 2.0):
@@ -51,9 +51,9 @@ class StopRequest:
     def after(self, step: int, *, agree_every: int) -> signal.Signals | None:
         """The signal to act on now that `step` is done.
 
-        Several processes receive a signal between different steps, or only one of them does, yet all must stop after
-        the same step: they agree at multiples of `agree_every`. (JAX's `reached_preemption_sync_point` knows neither
-        SIGINT nor a run of one process.)
+        Processes may receive a signal between different steps, or only one may receive it, but all must stop after the
+        same step, so they agree at multiples of `agree_every`. (JAX's `reached_preemption_sync_point` supports neither
+        SIGINT nor single-process runs.)
         """
         if jax.process_count() == 1:
             return self.received
@@ -82,7 +82,7 @@ _HELD_UP = {"data": "waiting for data", "saving": "saving", "evaluating": "evalu
 
 
 class Place(NamedTuple):
-    """Where a process is."""
+    """The progress of a process."""
 
     phase: Phase
     step: int  # the one being prepared or taken
@@ -90,7 +90,7 @@ class Place(NamedTuple):
 
 
 class Stragglers:
-    """Who keeps the others waiting, judged from where every process is and for how long. Holds no clock."""
+    """Finds processes that keep the others waiting, from where each one is and for how long. Has no clock."""
 
     def __init__(self, config: HeartbeatConfig):
         self._config = config
@@ -103,18 +103,18 @@ class Stragglers:
                 self._since[process] = place, now
 
     def warnings(self, now: float) -> list[str]:
-        """About processes that are late by `warn_after`; once for each place."""
+        """Warnings about processes that are `warn_after` late; one per process and place."""
         late = self._late(now, self._config.warn_after)
         new = [message for key, message in late.items() if key not in self._warned]
         self._warned |= late.keys()
         return [f"{message}; the others wait for it" for message in new]
 
     def given_up(self, now: float) -> str | None:
-        """About processes that are late by `give_up_after`."""
+        """A message about processes that are `give_up_after` late, or None."""
         return " and ".join(self._late(now, self._config.give_up_after).values()) or None
 
     def _late(self, now: float, seconds: float) -> dict[tuple[int, Place], str]:
-        """Processes that have not begun a step that others are in: those wait in its collectives."""
+        """Processes that have not begun a step in whose collectives others wait for them."""
         furthest = max((place.step for place, _ in self._since.values() if place.phase == "step"), default=-1)
         return {
             (process, place): f"process {process} on {place.host} has been {_HELD_UP[place.phase]} for "
@@ -125,9 +125,9 @@ class Stragglers:
 
 
 class Watchdog:
-    """A context that ends this process when another keeps it waiting too long. In a run of one process it does nothing.
+    """A context manager that ends this process when another keeps it waiting too long. Single-process runs ignore it.
 
-    `at` says where the main thread is.
+    The main thread reports its progress with `at`.
     """
 
     def __init__(self, config: HeartbeatConfig, *, end: Callable[[str], None] = leave):
@@ -147,18 +147,18 @@ class Watchdog:
             return
         self._stopping.set()
         self._thread.join()
-        # Collectives raise either of these when a process is lost; JAX finds out which one, and ends this process.
+        # Collectives raise either of these when a process is lost. JAX then finds out which and ends this process.
         if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, StepjaxError):
             time.sleep(self._config.lost_after + self._config.every)
         if isinstance(error, jax.errors.JaxRuntimeError):
-            self._end(f"a step failed, and every process is still there: {str(error).splitlines()[0]}")
+            self._end(f"a step failed, but every process is still alive: {str(error).splitlines()[0]}")
 
     def at(self, phase: Phase, step: int) -> None:
         self._place = self._place._replace(phase=phase, step=step)
 
     def _watch(self) -> None:
         stragglers, published, key = Stragglers(self._config), None, "stepjax/place"
-        # JAX's key-value store over all processes has no public name; Orbax uses it in the same way.
+        # JAX's key-value store across processes has no public API; Orbax uses it the same way.
         from jax._src import distributed
 
         client: Any = distributed.global_state.client
@@ -169,7 +169,7 @@ class Watchdog:
                     published = place
                 values = client.key_value_dir_get(key)
             except jax.errors.JaxRuntimeError:
-                return  # the coordinator is lost, for which JAX ends this process
+                return  # the coordinator is lost, and JAX will end this process
             now = time.monotonic()
             stragglers.observe({int(k.rpartition("/")[2]): Place(*json.loads(v)) for k, v in values}, now)
             for message in stragglers.warnings(now):

@@ -1,21 +1,21 @@
 """Output projection and cross-entropy in one: scores and gradients without the logits of a whole row.
 
 Legend: B rows, T tokens of a row, D width, V vocabulary; C tokens of a chunk, N = B * T. On a mesh each device has its
-own tokens and its part of the vocabulary.
+own tokens and its shard of the vocabulary.
 
-At 4,096 tokens and 151,936 words the float32 logits of one row are 2.5 GB. They are made for a chunk of tokens at a
-time and reduced to three numbers a token. With p = softmax(logits) and a loss that is a sum over tokens of
+At 4,096 tokens and 151,936 words the float32 logits of one row take 2.5 GB. We compute them for one chunk of tokens at
+a time and reduce them to three numbers per token. With p = softmax(logits) and a loss that is a sum over tokens of
 f(log p[target], log Z),
 
     d loss / d logits = f1 * (onehot(target) - p) + f2 * p        f1, f2 the derivatives of f
 
-so the gradient of a token's logits is known as soon as its row is normalized, and the logits need not be made a second
-time for it: three products of N x D x V where recomputation takes four. Forming gradients in the forward pass is the
-idea of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), spreading the vocabulary over devices that of Megatron-LM
-(Shoeybi et al. 2019, arXiv:1909.08053).
+so the gradient of a token's logits is known as soon as its row is normalized, without recomputing the logits: three
+products of N x D x V, where recomputation takes four. Computing gradients in the forward pass comes from Liger Kernel
+(Hsu et al. 2024, arXiv:2410.10989); sharding the vocabulary over devices comes from Megatron-LM (Shoeybi et al. 2019,
+arXiv:1909.08053).
 
-Chunks are of tokens and not of the vocabulary, since a chunk of the vocabulary cannot be normalized before all others
-are made. The price is that every chunk reads and writes the head's float32 gradient, so few large chunks are faster.
+We chunk the tokens, not the vocabulary: no chunk of the vocabulary can be normalized before all others are computed.
+The price is that every chunk reads and writes the head's float32 gradient, so few large chunks are faster.
 """
 
 import itertools
@@ -35,7 +35,7 @@ TokenLoss = Callable[..., jax.Array]
 
 
 class TokenScores(NamedTuple):
-    """What losses, metrics and RL objectives need of the logits; all [B, T], float32."""
+    """What losses, metrics and RL objectives need from the logits; all [B, T], float32."""
 
     log_probs_BT: jax.Array  # log-probability of the target; NaN for a target outside the vocabulary
     log_normalizers_BT: jax.Array  # logsumexp of the logits, for the z-loss
@@ -45,21 +45,20 @@ class TokenScores(NamedTuple):
 def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int) -> TokenScores:
     """Score every target under softmax(hidden @ head), differentiable with any cotangents.
 
-    The backward pass makes the logits again: four products of N x D x V in all. Where the loss is a sum over tokens,
-    `token_loss_sum` takes three.
+    The backward pass recomputes the logits: four products of N x D x V in all. If the loss is a sum over tokens,
+    `token_loss_sum` takes only three.
 
     Args:
-        hidden_BTD: float32 or bfloat16; products are taken in its dtype and summed in float32.
-        head_DV: float32 or bfloat16. Its gradient is summed in float32 and has its dtype.
+        hidden_BTD: float32 or bfloat16; products use its dtype and accumulate in float32.
+        head_DV: float32 or bfloat16. Its gradient accumulates in float32 and has its dtype.
         targets_BT: int32. A target outside [0, V) has log-probability NaN.
-        chunk: tokens of a device whose logits exist at one time: 6 * chunk * V bytes in bfloat16, 8 in float32.
+        chunk: tokens per device whose logits are in memory at a time: 6 * chunk * V bytes in bfloat16, 8 in float32.
 
     Returns:
-        Log-probabilities and log-normalizers, which carry gradients, and whether the target is the likeliest token,
-        which carries none.
+        Log-probabilities and log-normalizers, with gradients, and whether the target is the likeliest token, without.
 
     Raises:
-        ArgumentError: a shape or dtype differs from the above, or does not divide over the mesh in scope.
+        ArgumentError: a shape or dtype differs from the above, or is not divisible by the current mesh.
     """
     _check(hidden_BTD, head_DV, targets_BT, chunk)
     scores: Any = _scores(chunk, hidden_BTD, head_DV, targets_BT)
@@ -74,18 +73,19 @@ def token_loss_sum(
     *args_BT: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, TokenScores]:
-    """The sum over all tokens of token_loss(log_probs, log_normalizers, *args), and the scores, without gradients.
+    """The sum over all tokens of token_loss(log_probs, log_normalizers, *args), and the scores (without gradients).
 
-    Gradients are formed in the forward pass, by three products of N x D x V. Without differentiation it is one.
+    The forward pass computes the gradients too, with three products of N x D x V; without differentiation, one.
 
     Args:
-        token_loss: a function of float32 arrays of equal shapes, elementwise, that returns one more; it is called with
-            chunks of them. It must not close over traced arrays: hand them over as `args_BT`.
-        args_BT: floating-point, such as weights, advantages or former log-probabilities. They get gradients.
+        token_loss: an elementwise function of float32 arrays of equal shape, called with chunks of tokens. It must not
+            close over traced arrays: pass them as `args_BT`.
+        args_BT: floating-point, such as weights, advantages or old log-probabilities. They get gradients.
         hidden_BTD, head_DV, targets_BT, chunk: as in `token_scores`.
 
     Raises:
-        ArgumentError: as in `token_scores`; token_loss does not return a floating-point array of its arguments' shape.
+        ArgumentError: as in `token_scores`, or token_loss does not return floating-point losses of its arguments'
+            shape.
     """
     _check(hidden_BTD, head_DV, targets_BT, chunk)
     for i, arg_BT in enumerate(args_BT):
@@ -97,7 +97,7 @@ def token_loss_sum(
     float32 = jax.ShapeDtypeStruct(targets_BT.shape, jnp.float32)
     losses: Any = jax.eval_shape(token_loss, float32, float32, *args_BT)
     fits = getattr(losses, "shape", None) == targets_BT.shape and jnp.issubdtype(losses.dtype, jnp.floating)
-    check(fits, f"token_loss returns {losses}; it must return one loss for every token, {float32}")
+    check(fits, f"token_loss returns {losses}; it must return one loss per token, {float32}")
     results: Any = _sum(token_loss, chunk, hidden_BTD, head_DV, targets_BT, args_BT)
     loss, scores = results
     return loss, jax.lax.stop_gradient(scores)
@@ -119,14 +119,14 @@ def _check(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chu
     sizes = {"batch": rows, "length": length, "embed": width, "vocab": head_DV.shape[1]}
     for axis, size in sizes.items():
         parts = axis_size(axis)
-        check(size % parts == 0, f"the mesh divides {axis!r} over {parts} devices, which do not divide {size}")
+        check(size % parts == 0, f"the mesh shards {axis!r} over {parts} devices, and {size} is not divisible by that")
 
 
-# Differentiated outside of shard_map, so that what the devices exchange is what is written below and no more.
+# Differentiated outside shard_map, so the devices communicate only where the code below says so.
 
 
 class _Gradients(NamedTuple):
-    """Of the sum of the token losses."""
+    """Gradients of the sum of the token losses."""
 
     hidden_BTD: Any
     head_DV: Any
@@ -193,11 +193,11 @@ def _loss_and_gradients(
 
 
 class _Row(NamedTuple):
-    """A chunk of rows of the softmax, before normalization; C each, but for the last two."""
+    """A chunk of softmax rows before normalization; shape [C] unless noted."""
 
-    top: jax.Array  # largest logit of this device's part of the vocabulary
+    top: jax.Array  # largest logit of this device's vocabulary shard
     total: jax.Array  # sum of exp(logit - top)
-    target: jax.Array  # logit of the target, 0 if it is in another part
+    target: jax.Array  # logit of the target, 0 if it is in another shard
     is_target: jax.Array  # [C, V]
     exps: jax.Array  # exp(logit - top) in the compute dtype, [C, V]
 
@@ -230,13 +230,13 @@ def _loss_and_gradients_here(
     count, chunks, join = _cut(targets_BT.shape, chunk)
 
     def step(head_grad_DV, x):
-        # Without the barrier XLA slices the chunk anew inside each of the two products that read it, and does not keep
-        # it in vector memory: of 8,192 tokens a fifth of the time on v5p, by the compiler's estimate.
+        # Without the barrier XLA slices the chunk again inside each of the two products that read it and does not keep
+        # it in vector memory. At 8,192 tokens that costs a fifth of the time on v5p, by the compiler's estimate.
         hidden_CD = jax.lax.optimization_barrier(x[0])
         _, targets_C, valid_C, args_C = x
         row = _exponentials(hidden_CD, whole_head_DV, targets_C)
-        # One pass over the float32 logits leaves the exponentials in the compute dtype; left to itself XLA takes a pass
-        # for each product and forms them again.
+        # One pass over the float32 logits writes the exponentials in the compute dtype. Without the barrier XLA
+        # recomputes them in a separate pass for each product.
         exps_CV, total_C, target_C = jax.lax.optimization_barrier((row.exps, row.total, row.target))
         row = row._replace(exps=exps_CV, total=total_C, target=target_C)
         scores_C, scale_C = _normalize(row, targets_C, whole_head_DV.shape[1])
@@ -244,7 +244,7 @@ def _loss_and_gradients_here(
         losses_C, pull = jax.vjp(token_loss, scores_C.log_probs_BT, scores_C.log_normalizers_BT, *args_C)
         f1_C, f2_C, *args_grad_C = (jnp.where(valid_C, g, 0) for g in pull(jnp.ones_like(losses_C)))
         target_grad_C = f1_C + (f2_C - f1_C) * jnp.exp(scores_C.log_probs_BT)
-        # Apart from the others: where p is nearly 1, p - 1 would be lost in the rounding of p to the compute dtype.
+        # The target's entry separately: if p is nearly 1, rounding p to the compute dtype would lose p - 1.
         logits_grad_CV = jnp.where(
             row.is_target, target_grad_C[:, None], ((f2_C - f1_C) * scale_C)[:, None] * row.exps.astype(jnp.float32)
         ).astype(dtype)
@@ -274,9 +274,9 @@ def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _exponentials(hidden_CD: jax.Array, head_DV: jax.Array, targets_C: jax.Array) -> _Row:
     logits_CV = _dot("CD,DV->CV", hidden_CD, head_DV)
-    first_id = axis_index("vocab") * logits_CV.shape[1]  # of this device's part of the vocabulary
+    first_id = axis_index("vocab") * logits_CV.shape[1]  # of this device's vocabulary shard
     ids_CV = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
-    # Compared and summed, not gathered: this joins the pass that sums the exponentials.
+    # Compare and sum instead of gathering: this fuses into the pass that sums the exponentials.
     is_target_CV = ids_CV == (targets_C - first_id)[:, None]
     top_C = jnp.max(logits_CV, axis=-1)
     exps_CV = jnp.exp(logits_CV - top_C[:, None])
@@ -285,7 +285,7 @@ def _exponentials(hidden_CD: jax.Array, head_DV: jax.Array, targets_C: jax.Array
 
 
 def _normalize(row: _Row, targets_C: jax.Array, vocab_here: int) -> tuple[TokenScores, jax.Array]:
-    """Scores, and what `row.exps` is to be multiplied with to give probabilities."""
+    """Scores, and the factor that turns `row.exps` into probabilities."""
     vocab = _axes("vocab")
     top_C = jax.lax.pmax(row.top, vocab) if vocab else row.top
     total_C, target_C = _psum(jnp.stack([row.total * jnp.exp(row.top - top_C), row.target]), vocab)
@@ -299,9 +299,9 @@ def _normalize(row: _Row, targets_C: jax.Array, vocab_here: int) -> tuple[TokenS
 def _cut(
     shape: tuple[int, ...], chunk: int
 ) -> tuple[int, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
-    """The number of chunks, and how to cut [B, T, ...] into [chunks, C, ...] and to join such an array again.
+    """The number of chunks, and functions that cut [B, T, ...] into [chunks, C, ...] and join it again.
 
-    Chunks are made equal, so that a length that is no multiple of `chunk` costs hardly any padding.
+    Chunks have equal size, so lengths that are not a multiple of `chunk` need hardly any padding.
     """
     rows, length = shape
     total = rows * length
@@ -320,7 +320,7 @@ def _cut(
 
 
 def _axes(*logical_axes: str) -> tuple[str, ...]:
-    """The mesh axes of more than one device over which these logical axes are spread; none without a mesh."""
+    """The mesh axes with more than one device that shard these logical axes; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
@@ -333,7 +333,7 @@ def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _sum_over_tokens(head_grad_DV: jax.Array) -> jax.Array:
-    """Add up the devices' gradients of the head and leave each with its rows of it."""
+    """Sum the head's gradient over the devices and leave each device its own rows."""
     width = _axes("embed")
     if width:
         head_grad_DV = jax.lax.psum_scatter(head_grad_DV, width, scatter_dimension=0, tiled=True)

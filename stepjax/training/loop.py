@@ -50,12 +50,12 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """The result of a run."""
 
     model: StepVL
     processor: Processor
     step: int
-    stopped_by: str | None  # name of the signal that ended it early
+    stopped_by: str | None  # name of the signal that ended the run early
     directory: Path  # on this machine
 
 
@@ -82,18 +82,18 @@ def pretrain(
     """Trains until the schedule ends or a signal asks to stop; resumes from the last checkpoint if there is one.
 
     Every step is a pure function of the state and the batch, keys derive from the seed, and the data position is saved
-    with the state: a run that was killed and resumed leaves the same losses as an unbroken one.
+    with the state, so a run that was killed and resumed has the same losses as an uninterrupted one.
 
     Args:
-        on_evaluation: called with the model, its processor and the step, every `evaluation.every` steps.
+        on_evaluation: called every `evaluation.every` steps with the model, its processor and the step.
 
     Raises:
         ConfigError, RecordError: the configuration or the data cannot be used.
-        CheckpointError: the directory holds a run of another configuration, or a source of `init_from` does not fit.
-        TrainingDivergedError: the loss or gradients stopped being finite; nothing is saved after the last good check.
+        CheckpointError: the directory holds a run with another configuration, or a source of `init_from` does not fit.
+        TrainingDivergedError: the loss or gradients are no longer finite; nothing is saved after the last good check.
     """
     began = time.monotonic()
-    # Set up: mistakes are found before anything is written.
+    # Set up. User errors surface before anything is written.
     processor = make_processor(config)
     directory, local = run_directory(config), local_directory(config)
     mesh = make_mesh(config.mesh)
@@ -107,13 +107,13 @@ def pretrain(
     say = _log.info if is_first else _log.debug
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(owned(local))  # before anything there is touched
+        stack.enter_context(owned(local))  # before touching any of its files
         stack.enter_context(jax.set_mesh(mesh))
         checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep, config=to_json(config))
         stack.enter_context(explaining_disk_errors(checkpointer.directory))
         stack.callback(checkpointer.close)
 
-        # Resume from the last checkpoint, or start from random parameters or those of `init_from`.
+        # Resume from the last checkpoint, or start from random parameters or from `init_from`.
         start = checkpointer.latest_step()
         state, data_state, starts = _restore_or_init(config, checkpointer, optimizer, mesh, start)
         own_rows = rows_here(mesh, config.batch.rows)
@@ -146,17 +146,17 @@ def pretrain(
             say(f"resumed at step {start} from {checkpointer.directory}")
         first_step = start or 0
         if first_step >= config.num_steps:
-            say("the schedule has ended already; nothing to train")
+            say("the schedule has already ended; nothing to train")
             return Outcome(state.model, processor, first_step, None, local)
 
-        # Train. From here on nothing may move between host and device unasked: a hidden sync would stall the device.
+        # Train. From here on the transfer guard forbids implicit transfers: a hidden sync would stall the device.
         meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
         batches = iter(loader)
         stack.callback(batches.close)
         stop = StopRequest()
         watchdog = stack.enter_context(Watchdog(config.heartbeat))
         profile = stack.enter_context(Profile(config.logging.profile, local / "profile"))
-        is_shown = is_first and sys.stderr.isatty()  # elsewhere the lines below tell as much
+        is_shown = is_first and sys.stderr.isatty()  # without a terminal the log lines are enough
         bar = progress(config.num_steps, unit="step", description=config.name, done=first_step, shown=is_shown)
         stack.enter_context(bar)
         stack.enter_context(jax.transfer_guard("disallow"))
@@ -174,13 +174,13 @@ def pretrain(
             for skipped in batch.skipped:  # each process reports its own
                 _log.info(f"skipped {skipped.name}: {skipped.reason}")
             if step == first_step + 1:
-                # Compilation is over: leave it out of the rates. From now on there is something for a signal to save.
+                # Exclude compilation from the rates. From now on a signal has a step to save.
                 jax.block_until_ready(metrics)
                 stack.enter_context(stop)
-                say(f"first step done {time.monotonic() - began:.0f} s after the start, compilation included")
+                say(f"first step done {time.monotonic() - began:.0f} s after the start, including compilation")
                 meter.reset()
 
-            # Read once a step: a signal that comes during what follows is acted on after the next step.
+            # Read once per step: a signal that arrives during the code below takes effect after the next step.
             stopped_by = stop.after(step, agree_every=config.logging.every)
             last = step == config.num_steps
             save = last or step % config.checkpoint.every == 0 or stopped_by is not None
@@ -197,7 +197,7 @@ def pretrain(
                     _log.info(format_line(step, config.num_steps, shown))
             if save:
                 watchdog.at("saving", step + 1)
-                with jax.transfer_guard("allow"):  # the state goes to the host, and is meant to
+                with jax.transfer_guard("allow"):  # saving copies the state to the host on purpose
                     checkpointer.save(step, state, loader.state(_all_streams(own_rows, batch.states)))
                 if is_remote(config) and is_first:
                     publish(directory, local)
@@ -208,7 +208,7 @@ def pretrain(
                 with jax.transfer_guard("allow"), meter.paused():
                     on_evaluation(state.model, processor, step)
         checkpointer.wait()
-        stopped_by = stopped_by or stop.received  # one may have come while the last step was saved
+        stopped_by = stopped_by or stop.received  # one may have arrived during the last save
         if stopped_by is not None:
             say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}. Rerun the same command to resume.")
         return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
@@ -221,15 +221,15 @@ def _restore_or_init(
     mesh: Mesh,
     start: int | None,
 ) -> tuple[TrainState, dict[str, Any] | None, list[init_from.PartStart]]:
-    """The state, the data position, and where the parameters of a new run came from.
+    """The state, the data position, and the sources of a new run's parameters.
 
-    A run that resumes does not look at the sources of its parameters: they may be gone.
+    A resumed run does not look at those sources: they may be gone.
     """
     abstract = abstract_state(config, optimizer)
     layout = shardings(abstract, mesh)
     if start is None:
         model, starts = init_from.initial_model(config, mesh)
-        # The model is donated: no device holds it twice.
+        # Donate the model, so that no device holds it twice.
         make = jax.jit(partial(new_state, optimizer=optimizer), out_shardings=layout, donate_argnums=0)
         return make(model), None, starts
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
@@ -238,7 +238,7 @@ def _restore_or_init(
     return state, data_state, []
 
 
-# What may change when a run resumes: where it lives, what it prints, how it is spread over machines, when it is saved.
+# What may change on resume: the directory, the output, the sharding, and when to save.
 _MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation", "heartbeat")
 _MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records", "data.changed_files")
 
@@ -248,23 +248,23 @@ def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:
     decisive = [line for line in changes if not line.startswith(tuple(f"{s}{p}" for s in _MAY_CHANGE for p in ".:"))]
     if decisive:
         raise CheckpointError(
-            f"this directory holds a run of another configuration: {'; '.join(decisive)}. Restore the old values, or "
+            f"this directory holds a run with another configuration: {'; '.join(decisive)}. Restore the old values, or "
             f"give the new run another --name"
         )
 
 
 def _to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process hands its rows to its own devices; the rows are spread over the data axes."""
+    """The batch on the devices, sharded over the data axes; each process supplies its own rows."""
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("batch")), x)
 
-    with jax.transfer_guard("allow"):  # among several processes JAX counts this as moved unasked
+    with jax.transfer_guard("allow"):  # with several processes JAX counts this as an implicit transfer
         return {name: put(x) for name, x in batch.arrays.items()}
 
 
 def _all_streams(rows: list[int], states: tuple[StreamState, ...]) -> list[StreamState]:
-    """The positions of every process's streams, in the order of the rows."""
+    """The stream positions of all processes, in row order."""
     if jax.process_count() == 1:
         return list(states)
     text = np.frombuffer(json.dumps(dict(zip(rows, states, strict=True))).encode(), np.uint8)

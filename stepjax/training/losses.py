@@ -1,4 +1,4 @@
-"""Next-token cross-entropy and what reinforcement learning needs of it, without the logits of a whole row.
+"""Next-token cross-entropy, and the token scores for reinforcement learning, without the logits of a whole row.
 
 Legend: B rows, T tokens, D width, V vocabulary.
 """
@@ -35,9 +35,9 @@ def _weighted_cross_entropy(log_probs, log_normalizers, weights, *, z_loss: floa
 def next_tokens(
     tokens_BT: Int[Array, "B T"], loss_weights_BT: Float[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """The target of every position and its weight.
+    """The target and the weight of every position.
 
-    The weight of a token is that of predicting it from the position before. The first token of every segment has weight
-    0, so that rotating by one never predicts across segments, nor a row's first token from its last.
+    A token's weight applies to predicting it from the previous position. The first token of every segment has weight 0,
+    so rotating by one never predicts across segments, nor a row's first token from its last.
     """
     return jnp.roll(tokens_BT, -1, axis=1), jnp.roll(loss_weights_BT, -1, axis=1)

@@ -1,10 +1,10 @@
-"""What a run measures: losses that the device returned, rates and slot use, and the line that shows them.
+"""Training metrics: losses from the device, rates and slot use, and the log line that shows them.
 
     step 1200/50000  533ms  loss 2.341 (img 2.51 txt 2.10)  grad 0.831  lr 4.98e-5  12.3k tok/s  85.1 img/s  mfu 43.1%
     wait 0.4%  pack 98/84%  ckpt 62s  eta 7h14m
 
-(one line; after the step its duration; "pack" is the share of token slots and of view slots in use, "ckpt" the time
-since the last checkpoint)
+(All on one line. The duration after the step is that of one step, "pack" the share of token and view slots in use,
+"ckpt" the time since the last checkpoint.)
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _PLAIN = ("loss", "accuracy", "z", "grad_norm", "param_norm", "update_norm", "le
 
 
 def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) -> list[tuple[int, Row]]:
-    """One row of plain numbers a step, from (step, device metrics, skipped records) of the steps since the last fetch.
+    """One row of plain numbers per step, from (step, device metrics, skipped records) since the last fetch.
 
     Raises:
         TrainingDivergedError: a loss or gradient norm is not finite; names the first bad step and the range checked.
@@ -54,22 +54,22 @@ def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) ->
     if bad:
         raise TrainingDivergedError(
             f"loss or gradient norm is not finite at step {bad[0]} (checked steps {rows[0][0]} to {rows[-1][0]}); "
-            f"nothing was saved since. Start a run of another --name with lower learning rates (schedule.phases) or a "
+            f"nothing was saved since. Start a run with another --name and lower learning rates (schedule.phases) or a "
             f"lower optimizer.clip_norm, or look at the records of these steps"
         )
     return rows
 
 
 def interval_means(rows: list[tuple[int, Row]]) -> Row:
-    """Mean losses over some steps, for the line: single steps are noisy."""
+    """Mean losses over some steps, for the log line: single steps are noisy."""
     values = {key: [row[key] for _, row in rows if key in row] for key in ("loss", "loss/image", "loss/text")}
     return {key: float(np.mean(numbers)) for key, numbers in values.items() if numbers}
 
 
 class Meter:
-    """Wall time, time spent waiting for data, and slots in use, since the last summary.
+    """Wall time, time spent waiting for data, and slots in use since the last summary.
 
-    `share` is the part of the global batch's rows that this process sees.
+    `share` is this process's fraction of the global batch's rows.
     """
 
     def __init__(self, config: PretrainConfig, peak_flops: float | None, num_devices: int, *, share: float = 1.0):
@@ -96,12 +96,12 @@ class Meter:
     def summary(self) -> Row:
         """Rates over all devices since the last summary; starts the next interval.
 
-        Empty if there was no step since: after a first step, whose time is that of its compilation.
+        Empty without a step since then, as after the first step, whose time is excluded because of compilation.
         """
         if not self._steps:
             return {}
         config, batch, seconds, steps = self._config, self._config.batch, time.monotonic() - self._since, self._steps
-        # Other processes' rows hold as much, to a good approximation.
+        # Assumes that other processes' rows are equally full, a good approximation.
         tokens, views, crops, pairs = (float(used) for used in self._used / self._share)
         rows = steps * batch.rows
         summary = {
@@ -128,7 +128,7 @@ class Meter:
 
 
 def format_line(step: int, num_steps: int, metrics: Mapping[str, Any]) -> str:
-    """The line of a step, with those of its fields that `metrics` has a number for. NaN is shown as NaN."""
+    """The log line of a step, with only the fields present in `metrics`. NaN is shown as NaN."""
     parts = [f"step {step}/{num_steps}"]
     for keys, text in _FIELDS:
         values = [float(metrics[key]) if key in metrics else None for key in keys]
@@ -149,7 +149,7 @@ def _packing(tokens: float | None, vision: float | None) -> str:
     return "pack " + "/".join("-" if share is None else f"{100 * share:.0f}" for share in (tokens, vision)) + "%"
 
 
-# Metrics, and the text of their values; None stands for an absent one of several.
+# Metrics and how to format their values; where a field takes several, None marks an absent one.
 _FIELDS: tuple[tuple[tuple[str, ...], Callable[..., str]], ...] = (
     (("step_seconds",), human_time),
     (("loss", "loss/image", "loss/text"), _losses),
@@ -165,7 +165,7 @@ _FIELDS: tuple[tuple[tuple[str, ...], Callable[..., str]], ...] = (
 
 
 class Profile:
-    """Traces the steps of `logging.profile`, first to last, for xprof or Perfetto."""
+    """Traces the steps of `logging.profile`, from first to last, for xprof or Perfetto."""
 
     def __init__(self, steps: tuple[int, int] | None, directory: Path):
         self._first, self._last = steps or (0, 0)

@@ -1,14 +1,13 @@
-"""AdamW, its learning-rate schedule, and the rules that pick parameters by name.
+"""AdamW, its learning-rate schedule, and the rules that select parameters by name.
 
 The report (section 2.3) gives AdamW with beta 0.9 / 0.95, eps 1e-8 and weight decay 0.01, and two learning-rate
-phases measured in tokens: 900 B tokens from 5e-5 to 1e-5, then 300 B tokens from 1e-5 to 6e-6. Its other figures do
-not agree with these: 370 K iterations of 8,192 rows of 4,096 tokens are 12.4 T tokens, ten times the 1.2 T stated
-(which would be about 36 K such iterations). Schedules are therefore written in tokens here, the only unit in which
-both phases are given; the number of steps follows from the batch. The shape of the decay, the warm-up, and the
-gradient clipping are not reported: they are options.
+phases measured in tokens: 900 B tokens from 5e-5 to 1e-5, then 300 B tokens from 1e-5 to 6e-6. Its other figures
+disagree: 370 K iterations of 8,192 rows of 4,096 tokens are 12.4 T tokens, ten times the stated 1.2 T (about 36 K such
+iterations). We therefore write schedules in tokens, the only unit the report gives for both phases; the number of steps
+follows from the batch. The report does not give the decay shape, warm-up and gradient clipping: they are options.
 
 A parameter is named by its path in the model, "/"-separated: "decoder/layers/attention/q/kernel". Stacked layers share
-one name. Frozen parameters take no part in clipping and have no moments.
+one name. Frozen parameters do not count towards clipping and have no moments.
 """
 
 import difflib
@@ -29,12 +28,12 @@ from stepjax.sharding import is_param, named_leaves, parameter_name
 def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedule:
     """The learning rate as a function of the step (int or int32 scalar -> float32 scalar).
 
-    Step s is taken after s * tokens_per_step tokens (row slots, padding included). Within a phase the rate runs from
-    `start` to `end` along a half cosine or a line; it jumps where a phase does not start where the last one ended, and
-    stays at the last `end` afterwards. Warm-up multiplies this curve by tokens / warmup_tokens until that reaches 1:
-    the curve is not shifted, so the rate meets it at the end of the warm-up, and step 0 has rate zero.
+    Step s comes after s * tokens_per_step tokens (row slots, padding included). Within a phase the rate goes from
+    `start` to `end` along a half cosine or a line. It jumps if a phase does not start where the previous one ended, and
+    stays at the last `end` after the schedule. Warm-up multiplies this curve by tokens / warmup_tokens until that
+    reaches 1: step 0 has rate zero, and the curve is not shifted.
     """
-    # 1.2e12 tokens do not fit an int32, so the boundaries are converted to (fractional) steps in double precision.
+    # 1.2e12 tokens overflow an int32, so we convert the boundaries to (fractional) steps in double precision.
     warmup_steps = config.warmup_tokens / tokens_per_step
     lengths = [phase.tokens / tokens_per_step for phase in config.phases]
     firsts = [sum(lengths[:index]) for index in range(len(lengths))]
@@ -59,9 +58,9 @@ def parameter_names(tree: Any) -> list[str]:
 
 
 def trained_names(config: OptimizerConfig, params_like: Any) -> frozenset[str]:
-    """The names that `config.freeze` leaves to be trained.
+    """The names of the parameters that `config.freeze` does not match.
 
-    Raises ConfigError for a pattern that is malformed or matches nothing, and when nothing is left.
+    Raises ConfigError if a pattern is malformed or matches nothing, or if no parameter is left to train.
     """
     names = parameter_names(params_like)
     frozen = set[str]()
@@ -75,26 +74,26 @@ def trained_names(config: OptimizerConfig, params_like: Any) -> frozenset[str]:
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, params_like: Any) -> optax.GradientTransformation:
     """AdamW over the trained parameters of a model.
 
-    Per trained parameter p with gradient g, all in float32:
+    For each trained parameter p with gradient g, all in float32:
 
         g <- g * min(1, clip_norm / |g|)                 the norm is over all trained parameters together
         p <- p - rate(step) * scale * (adam(g) + weight_decay * p)
 
-    `scale` is that of the first pattern of `learning_rate_scales` found in the name (re.search), else 1. Weight decay
-    reaches parameters with two or more axes of their own, embeddings included, and no bias, though its axes may be
-    split into heads; with `decay_vectors` it reaches all. The leading axis of stacked layers does not count, which is
-    why this goes by the `axes` metadata of an `nnx.Param`, and by `ndim` only for plain arrays.
+    `scale` belongs to the first pattern of `learning_rate_scales` found in the name (re.search), else it is 1. Weight
+    decay applies to parameters with two or more axes, including embeddings but not biases, even if their axes are split
+    into heads; with `decay_vectors` it applies to all. The leading axis of stacked layers does not count: we look at
+    the `axes` metadata of an `nnx.Param`, and at `ndim` only for plain arrays.
 
-    `params_like` is the model or its abstract form. `init` and `update` take trees of its structure; updates are
-    float32, exactly zero where frozen. The state holds dicts from name to moment, for trained parameters only; a moment
-    keeps the type and metadata of its parameter, so that one table shards both.
+    `params_like` is the model or its abstract form. `init` and `update` take trees of the same structure; updates are
+    float32, exactly zero for frozen parameters. The state holds dicts from name to moment for trained parameters only;
+    a moment keeps its parameter's type and metadata, so one table shards both.
 
-    Raises ConfigError for patterns that are malformed, match nothing, or can never decide, and for negative values.
+    Raises ConfigError for patterns that are malformed, match nothing or never apply, and for negative values.
     """
     if config.weight_decay < 0:
         raise ConfigError(f"optimizer.weight_decay={config.weight_decay!r}: must not be negative")
     if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"optimizer.clip_norm={config.clip_norm!r}: must be positive, or None to clip nothing")
+        raise ConfigError(f"optimizer.clip_norm={config.clip_norm!r}: must be positive, or None to disable clipping")
     trained = trained_names(config, params_like)
     scales = _scales(config, parameter_names(params_like))
     decayed = {
@@ -133,7 +132,7 @@ def _float32(leaf: Any) -> Any:
 
 
 def _fill(tree: Any, updates: Any) -> Any:
-    """`tree` with the leaves named in the dict `updates` replaced, and float32 zeros for the others."""
+    """`tree` with the leaves named in `updates` replaced, and all others set to float32 zeros."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_param)
     named = [(parameter_name(path), leaf) for path, leaf in pairs]
 
@@ -144,7 +143,7 @@ def _fill(tree: Any, updates: Any) -> Any:
 
 
 def _is_matrix(name: str, leaf: Any) -> bool:
-    """Whether a parameter is a matrix (or kernel, or table) in each layer, rather than a vector."""
+    """Whether a parameter is a matrix (or kernel, or table) in each layer, not a vector."""
     if name.endswith("bias"):
         return False
     if not is_param(leaf):
@@ -161,19 +160,19 @@ def _scales(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
         field = "optimizer.learning_rate_scales"
         if not (math.isfinite(scale) and scale > 0):
             raise ConfigError(
-                f"{field} {pattern!r}: scale {scale!r} must be positive; to train nothing there, use optimizer.freeze"
+                f"{field} {pattern!r}: scale {scale!r} must be positive; to freeze parameters, use optimizer.freeze"
             )
         undecided = [name for name in _matches(pattern, names, field) if name not in scales]
         if not undecided:
             raise ConfigError(
-                f"{field} pattern {pattern!r} never decides: earlier ones take all it matches; move it up or remove it"
+                f"{field} pattern {pattern!r} never applies: earlier ones match all its names; move it up or remove it"
             )
         scales.update(dict.fromkeys(undecided, scale))
     return {name: scales.get(name, 1.0) for name in names}
 
 
 def _matches(pattern: str, names: list[str], field: str) -> list[str]:
-    """The names in which a pattern is found; ConfigError if there are none."""
+    """The names that contain a match of the pattern; ConfigError if none do."""
     try:
         regex = re.compile(pattern)
     except re.error as error:

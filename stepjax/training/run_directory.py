@@ -1,10 +1,10 @@
-"""Where a run keeps its files: OUT/NAME, which may be in an object store.
+"""A run's directory: OUT/NAME, which may be in an object store.
 
-Checkpoints go there directly. Metrics grow by a line a step, and objects in a store cannot grow: if OUT is a URL such
-as gs://bucket/runs, the first process writes metrics and logs to runs/NAME on its machine. `publish` copies the metrics
-to OUT/NAME with every checkpoint, and `fetch` brings them to a machine that takes the run over.
+Checkpoints go there directly. Metrics grow by one line per step, and objects in a store cannot grow: if OUT is a URL
+such as gs://bucket/runs, the first process writes metrics and logs to runs/NAME on its machine. `publish` copies the
+metrics to OUT/NAME with every checkpoint, and `fetch` copies them to a machine that takes over the run.
 
-The first process locks its local directory. If OUT is a URL, that refuses a second start on the same machine only.
+The first process locks its local directory. If OUT is a URL, that prevents a second start only on the same machine.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ def is_remote(config: PretrainConfig) -> bool:
 
 
 def run_directory(config: PretrainConfig) -> epath.Path:
-    """OUT/NAME, which every process sees."""
+    """OUT/NAME, visible to every process."""
     return epath.Path(config.out) / config.name
 
 
 def local_directory(config: PretrainConfig) -> Path:
-    """The directory on this machine: OUT/NAME itself, or runs/NAME if OUT is a URL."""
+    """The local directory: OUT/NAME itself, or runs/NAME if OUT is a URL."""
     return Path("runs" if is_remote(config) else config.out) / config.name
 
 
 @contextlib.contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Keeps a local directory to this run until the block ends. Every process calls this; all are refused if one is.
+    """Locks a local directory for this run until the block ends. Every process calls this; if one fails, all do.
 
     Raises:
-        CheckpointError: another run has it, or it cannot be made.
+        CheckpointError: another run holds the directory, or it cannot be created.
     """
     with contextlib.ExitStack() as stack:
         refused = None
@@ -57,14 +57,14 @@ def owned(directory: Path) -> Iterator[None]:
             except CheckpointError as error:
                 refused = error
         if jax.process_count() > 1 and np.max(multihost_utils.process_allgather(np.array(refused is not None))):
-            refused = refused or CheckpointError("the first process cannot use the run's directory; it says why")
+            refused = refused or CheckpointError("the first process cannot use the run's directory; see its log")
         if refused is not None:
             raise refused
         yield
 
 
 def fetch(directory: epath.Path, local: Path) -> None:
-    """Copies the metrics to this machine, unless it has the run's already."""
+    """Copies the metrics to this machine, unless it already has them."""
     if (directory / METRICS).exists() and not (local / METRICS).exists():
         local.mkdir(parents=True, exist_ok=True)
         (local / METRICS).write_text((directory / METRICS).read_text())
@@ -79,8 +79,8 @@ def publish(directory: epath.Path, local: Path) -> None:
 
 @contextlib.contextmanager
 def explaining_disk_errors(checkpoints: epath.Path) -> Iterator[None]:
-    """Turns a full disk, or one that is lost while training, into one line that names the last step saved."""
-    # Orbax's thread logs the traceback of what is raised here too, and its tasks do so again as the process ends.
+    """Turns a full or lost disk into one line that names the last step saved."""
+    # Orbax's thread also logs the traceback of such errors, and its tasks log them again at exit.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_full_disk)
     try:
@@ -88,7 +88,7 @@ def explaining_disk_errors(checkpoints: epath.Path) -> Iterator[None]:
     except StepjaxError:
         raise
     except Exception as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore raises ValueErrors
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore raises ValueError
         if not isinstance(error, OSError) and code is None:
             raise
         place = getattr(error, "filename", None) or checkpoints

@@ -23,7 +23,7 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step, but for the data position. Keys derive from (seed, step), so none is kept."""
+    """All that changes from step to step except the data position. Holds no keys: they derive from (seed, step)."""
 
     step: jax.Array  # int32, steps done
     model: StepVL
@@ -35,12 +35,12 @@ def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def abstract_state(config: PretrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state with shapes in place of arrays: what a checkpoint is restored onto, and what a dry run adds up."""
+    """The state with shapes instead of arrays, for restoring checkpoints and for dry runs."""
     return jax.eval_shape(partial(new_state, optimizer=optimizer), abstract_model(config.model, config.numerics))
 
 
 def forward(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states [B, T, D] of packed rows, and of every position its target and its weight [B, T]."""
+    """Hidden states [B, T, D] of packed rows, and the target and weight [B, T] of every position."""
     hidden_BTD = model(
         tokens_BT=batch["tokens_BT"],
         positions_BT=batch["positions_BT"],
@@ -56,7 +56,7 @@ def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[ja
     """Weighted sum of the token losses of a batch, and sums for the metrics.
 
     Returns:
-        The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums per group [X].
+        The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums by group [X].
     """
     hidden_BTD, targets_BT, weights_BT = forward(model, batch)
     with jax.named_scope("loss"):
@@ -89,8 +89,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for this configuration; jit it with the state donated.
 
-    The loss is the weighted mean over all tokens of the step, across micro-batches: accumulation changes memory, not
-    the result.
+    The loss is the weighted mean over all tokens of the step, across micro-batches: accumulation changes the memory,
+    not the result.
     """
 
     def gradients(model: StepVL, batch: Batch) -> tuple[Any, Metrics]:
@@ -104,7 +104,7 @@ def make_train_step(
         if config.batch.accumulation == 1:
             return gradient(model, batch)
 
-        # Micro-batch i takes rows i, i + A, ...: every device keeps its rows, and has some in every micro-batch.
+        # Micro-batch i takes rows i, i + A, ...: rows stay on their device, and each device has rows in every one.
         def split(x):
             rows = x.shape[0] // config.batch.accumulation
             return x.reshape(rows, config.batch.accumulation, *x.shape[1:]).swapaxes(0, 1)

@@ -1,7 +1,7 @@
-"""Where metrics go: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked for.
+"""Metric trackers: `metrics.jsonl` always, TensorBoard and Weights & Biases on request.
 
-Every tracker takes a step and a flat dict of numbers. Only the first process writes. On resume the records after the
-restored step are removed, so that a run killed and resumed leaves the file of an unbroken one.
+Every tracker takes a step and a flat dict of numbers. Only the first process writes. On resume, records after the
+restored step are removed, so a run killed and resumed leaves the same file as an uninterrupted one.
 """
 
 import importlib
@@ -33,12 +33,11 @@ def make_trackers(
     """The trackers of the run in `directory`; none on processes other than the first.
 
     Args:
-        run_config: the configuration as plain data, shown beside the curves.
-        resume_step: the step that was restored; None for a run from the start, which discards what an earlier attempt
-            logged.
+        run_config: the configuration as plain data, shown next to the curves.
+        resume_step: the restored step; None for a new run, which discards the logs of earlier attempts.
 
     Raises:
-        ConfigError: a package that the configuration asks for is not installed; nothing has been touched.
+        ConfigError: a package that the configuration requires is not installed; no file has changed.
     """
     if jax.process_index() != 0:
         return []
@@ -63,10 +62,9 @@ def _optional(package: str, field: str) -> Any:
 
 
 class JsonlTracker:
-    """One JSON object a line, "step" first, written at once so that `tail -f` and a kill see whole lines.
+    """One JSON object per line, "step" first, flushed at once so that `tail -f` and a kill see whole lines.
 
-    JSON has no NaN: numbers that are not finite are written as the strings "NaN", "Infinity" and "-Infinity", which
-    `float` reads back.
+    JSON has no NaN: non-finite numbers become the strings "NaN", "Infinity" and "-Infinity", which `float` parses.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
@@ -89,10 +87,10 @@ def _json_number(value: Any) -> int | float | str:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Removes the records after `step`, and a torn last line, from a metrics file, in one move; others stay untouched.
+    """Atomically removes the records after `step` and a torn last line from a metrics file.
 
     Raises:
-        ConfigError: a line before the last is damaged, which no kill explains.
+        ConfigError: a line before the last is damaged, which a kill cannot cause.
     """
     if not path.exists():
         return
@@ -119,7 +117,7 @@ def _step_of(line: str) -> int | None:
 
 
 class _TensorBoardTracker:
-    """Scalars for TensorBoard; steps after the restored one are marked void, as TensorBoard does for restarts."""
+    """Scalars for TensorBoard; on resume, TensorBoard purges the steps after the restored one."""
 
     def __init__(self, package: Any, directory: Path, run_config: Mapping[str, Any], resume_step: int | None):
         purge_step = 0 if resume_step is None else resume_step + 1
@@ -136,10 +134,10 @@ class _TensorBoardTracker:
 
 
 class _WandbTracker:
-    """Weights & Biases. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and the rest of its environment keep their meaning.
+    """Weights & Biases. Respects WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and its other environment variables.
 
-    A resumed run continues under its id, which is kept in `directory`. Curves are drawn over the logged "step", not
-    over W&B's own counter, which would refuse the steps that are taken again after a resume.
+    A resumed run continues under its id, stored in `directory`. Curves use the logged "step", not W&B's own counter,
+    which would reject steps repeated after a resume.
     """
 
     def __init__(self, package: Any, directory: Path, run_config: Mapping[str, Any], resume_step: int | None):

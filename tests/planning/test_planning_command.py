@@ -114,4 +114,4 @@ def test_the_best_of_a_search_is_written_as_a_recipe(planned, tmp_path, capsys):
 def test_a_search_in_which_nothing_fits_ends_with_1(planned, tmp_path, capsys):
     planned["shortage"] = Shortage(200.0, 95.73, "RESOURCE_EXHAUSTED")
     assert main([*BASE, "--search", "--write", str(tmp_path / "best.py")]) == 1
-    assert "nothing that was compiled fits" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "no compiled layout fits" in capsys.readouterr().out and not list(tmp_path.iterdir())

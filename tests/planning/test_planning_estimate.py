@@ -233,7 +233,7 @@ def test_an_unknown_collective_is_reported():
     found = play(["%c = bf16[8]{0} collective-shuffle(%x), channel_id=1, replica_groups={{0,1}}"])
     assert found.unknown["collective collective-shuffle"] == 1
     found = play([SYNC.replace("{{0,1}}", "pairs of neighbours")])
-    assert "unknown way" in next(iter(found.unknown))
+    assert "unknown form" in next(iter(found.unknown))
 
 
 def test_copies_run_beside_and_wait_if_they_must():

@@ -138,7 +138,7 @@ def test_a_candidate_that_is_refused_does_not_end_the_search(wide):
 
 
 def test_nothing_fits(wide):
-    assert "nothing that was compiled fits" in Search((), (("a", "b"),), (), untried=0, seconds=1.0).to_text(wide)
+    assert "no compiled layout fits" in Search((), (("a", "b"),), (), untried=0, seconds=1.0).to_text(wide)
 
 
 def test_the_summary_shows_layouts_as_overrides_of_the_recipe(wide, tiny):
@@ -180,5 +180,5 @@ def test_a_search_with_the_compiler(tiny, tmp_path):
     said = []
     found = search(tiny, find("v5e-4"), budget_seconds=1, say=said.append)
     assert len(found.plans) == 1 and found.best is not None
-    assert "tokens/s a chip" in said[1]
+    assert "tokens/s per chip" in said[1]
     assert axis_size("batch", found.best.step.mesh) >= 1

@@ -86,7 +86,7 @@ def test_steps_and_flops_of_the_10b(page_and_memory):
     pairs = 8 * 52**4 + 36 * 36**4
     blocks = 47 * (4 * 1536**2 + 2 * 1536 * 8960)
     encoder = 4096 * (6 * blocks * patches + 3 * 47 * 4 * 1536 * pairs)
-    flops = number(page, r"FLOPs +([\d.]+T?) a step")
+    flops = number(page, r"FLOPs +([\d.]+T?) per step")
     # What is left is small: the patch embedding, the two convolutions and the projector.
     assert decoder + encoder < flops < 1.05 * (decoder + encoder)
 

@@ -201,7 +201,7 @@ def test_a_failed_step_waits_for_jax_to_end_the_process(two_processes):
     with pytest.raises(jax.errors.JaxRuntimeError), Watchdog(config, end=messages.append):
         raise jax.errors.JaxRuntimeError("Gloo: connection reset\nmore")
     assert time.monotonic() - began > 0.2
-    assert messages == ["a step failed, and every process is still there: Gloo: connection reset"]
+    assert messages == ["a step failed, but every process is still alive: Gloo: connection reset"]
     with pytest.raises(RecordError), Watchdog(dataclasses.replace(config, lost_after=1000), end=pytest.fail):
         raise RecordError("a user's mistake waits for nobody")
 

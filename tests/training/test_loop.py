@@ -360,14 +360,14 @@ def test_a_missing_file_is_found_before_anything_is_compiled(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(mesh=MeshConfig()), r"batch.rows=2: .* divide over 8 devices"),
+        (dict(mesh=MeshConfig()), r"batch.rows=2: .* divisible by 8 devices"),
         (
             dict(mesh=MeshConfig(data=2, fsdp=1, context=4), batch=BatchConfig(rows=2, tokens=128, accumulation=2)),
-            r"batch.rows=2: .*batch.accumulation=2 micro-batches must divide over 2 devices",
+            r"batch.rows=2: .*batch.accumulation=2 micro-batches must be divisible by 2 devices",
         ),
         (
             dict(mesh=MeshConfig(data=2, fsdp=1, context=4), batch=BatchConfig(rows=2, tokens=126)),
-            r"batch.tokens=126: must divide over 4 devices",
+            r"batch.tokens=126: must be divisible by 4 devices",
         ),
         (dict(mesh=MeshConfig(data=3)), r"mesh=\[1, 3, -1, 1, 1\]: .*8 devices"),
         (dict(optimizer=OptimizerConfig(freeze=("visoin",))), r"'visoin' matches no parameter name"),

@@ -248,7 +248,7 @@ def test_pattern_that_matches_nothing_is_refused_with_suggestions(field):
         (OptimizerConfig(freeze=(".",)), "freezes every parameter"),
         (
             OptimizerConfig(learning_rate_scales=(("kernel", 2.0), ("vision/kernel", 0.1))),
-            "'vision/kernel' never decides",
+            "'vision/kernel' never applies",
         ),
         (OptimizerConfig(learning_rate_scales=(("vision", 0.0),)), "'vision': scale 0.0 must be positive"),
         (OptimizerConfig(learning_rate_scales=(("vision", float("nan")),)), "scale nan must be positive"),

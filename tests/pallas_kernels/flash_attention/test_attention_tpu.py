@@ -164,7 +164,7 @@ def test_blocks_that_do_not_suit_are_refused(blocks, named):
 def test_too_many_blocks_are_refused():
     x = jax.ShapeDtypeStruct((1, 2**16, 1, 128), jnp.bfloat16)
     blocks = SMALL
-    with pytest.raises(ArgumentError, match="block_sizes make 131,328 blocks"):
+    with pytest.raises(ArgumentError, match="block_sizes give 131,328 blocks"):
         jax.eval_shape(lambda q: flash_attention(q, q, q, causal=True, implementation="tpu", block_sizes=blocks), x)
 
 

@@ -34,7 +34,7 @@ def arguments(**changes):
     "changes, message",
     [
         ({"implementation": "cuda"}, "implementation is 'cuda'; choose one of 'xla', 'tpu'"),
-        ({"interpret": True}, "interpret is True; it is for implementation='tpu' only"),
+        ({"interpret": True}, "interpret is True; it is only for implementation='tpu'"),
         ({"q_BNH": jnp.zeros((3, 8))}, r"q_BNH has shape \(3, 8\); it must be \[B, N, H\]"),
         ({"q_BNH": jnp.zeros((3, 9, 128))}, "q_BNH has 9 heads and kv_pages_S2KTW 2"),
         ({"q_BNH": jnp.zeros((3, 8, 128), jnp.float16)}, "q_BNH is float16; cast it to one of float32, bfloat16"),
@@ -46,16 +46,16 @@ def arguments(**changes):
         ({"kv": jnp.zeros((4, 2, 2, 16, 64))}, "kv_pages_S2KTW has width 64; q_BNH has 128"),
         (
             {"kv": jnp.zeros((4, 2, 2, 16, 160)), "implementation": "tpu"},
-            "has width 160; .* fill the pool up to a multiple of 128",
+            "has width 160; .* pad the pool with zeros to a multiple of 128",
         ),
         ({"kv": jnp.zeros((4, 2, 2, 24, 128))}, "the page size, kv_pages_S2KTW.shape.*is 24; choose one of 16"),
-        ({"tiling": Tiling(128, 128, 1, 1)}, r"tiling is Tiling\(.*for implementation='tpu' only"),
+        ({"tiling": Tiling(128, 128, 1, 1)}, r"tiling is Tiling\(.*only for implementation='tpu'"),
         ({"group_of_B": jnp.zeros(4, jnp.int32)}, r"tables.group_of_B has shape \(4,\)"),
         ({"suffix_lengths_B": jnp.zeros(3)}, "tables.suffix_lengths_B is float32; cast it to one of int32"),
         ({"suffix_pages_BM": jnp.zeros((3, 0), jnp.int32)}, "tables.suffix_pages_BM has shape .*at least 1"),
         (
             {"suffix_pages_BM": jnp.zeros((3, 90000), jnp.int32), "implementation": "tpu"},
-            "KiB of scalar memory, which has 1024; use pages of more than 16 tokens",
+            "KiB of scalar memory, which has 1024 KiB; use pages of more than 16 tokens",
         ),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_batch_too_large_for_vector_memory_is_refused():
     kv = jax.ShapeDtypeStruct((16, 2, 8, 256, 128), jnp.bfloat16)
     shapes = (1, 1), (1,), (8192,), (8192, 1), (8192,)
     tables = PageTables(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    with pytest.raises(ArgumentError, match="MiB of vector memory and v5e has 128; decode fewer sequences"):
+    with pytest.raises(ArgumentError, match="MiB of vector memory, and v5e has 128 MiB; decode fewer sequences"):
         jax.eval_shape(lambda *x: shared_prefix_attention(*x, implementation="tpu"), q_BNH, kv, tables)
 
 
