@@ -51,7 +51,7 @@ class Forked:
             self._has_ended.set()
 
     def wait_for_start(self) -> None:
-        assert self._has_started.wait(300), "the fork server does not answer"
+        assert self._has_started.wait(300) and self.pid, "the fork server has ended, or does not answer"
 
 
 class ForkServer:
@@ -90,6 +90,7 @@ class ForkServer:
         request = dict(arguments=arguments, log=str(log), environment=environment or {}, devices=devices, press=press)
         assert self._server.stdin is not None
         print(json.dumps({"id": number, **request}), file=self._server.stdin, flush=True)
+        assert self._server.poll() is None, "the fork server has ended"
         process.wait_for_start()
         return process
 
@@ -105,6 +106,10 @@ class ForkServer:
         for line in self._server.stdout:
             number, kind, value = line.split()
             self._processes[int(number)].take(kind, int(value))
+        for process in self._processes.values():  # the server is gone: nobody should wait for it
+            if process.poll() is None:
+                process.take("ended", -1)
+                process.take("pid", process.pid)
 
 
 def run(request: dict) -> int:
@@ -154,7 +159,9 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parent))
+    tests = Path(__file__).parent
+    # The root first: tests/pallas_kernels has the same name as the package.
+    sys.path += [str(tests.parent), str(tests)]
     if len(sys.argv) > 1:  # a process that has imported nothing
         sys.exit(run(json.loads(sys.argv[1])))
     serve()
