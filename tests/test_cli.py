@@ -307,7 +307,7 @@ def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_
 
 def test_a_checkpoint_of_another_version_is_refused_by_the_field(finished_run, tmp_path, capsys, monkeypatch):
     meta = json.loads(json.dumps({"config": {"name": "old", "epochs": 3}}))
-    monkeypatch.setattr("stepjax.interop.load.read_meta", lambda path: meta)
+    monkeypatch.setattr("stepjax.interop.orbax_directory.read_meta", lambda path: meta)
     assert_one_line(capsys, main(["eval", str(finished_run.directory)]), "data: Field required", verb="eval")
 
 

@@ -83,7 +83,7 @@ def test_draining_finishes_what_is_under_way(make_engine):
             await engine.drain()
             assert task.done() and len(task.result()[0].tokens) == 12
             assert not engine.healthy
-            with pytest.raises(BusyError, match="stopped"):
+            with pytest.raises(BusyError, match="shutting down"):
                 await engine.complete(PROMPT, PARAMS)
 
     run(main())

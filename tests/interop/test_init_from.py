@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import jax
@@ -271,7 +272,7 @@ def test_what_is_no_source_is_named(tmp_path, sources):
         plan_start(recipe(path=str(tmp_path)))
     tensors = load_file(sources["timm_file"])
     save_file({**tensors, "pos_embed": np.zeros((1, 37, 32), np.float32)}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match=r"no Perception Encoder.*pos_embed has shape \(1, 37, 32\)"):
+    with pytest.raises(CheckpointError, match=r"not a Perception Encoder.*pos_embed has shape \(1, 37, 32\)"):
         plan_start(recipe(vision=str(tmp_path)))
     save_file({**tensors, "cls_token": np.zeros((1, 1, 32), np.float32)}, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match="unexpected: cls_token"):
@@ -321,7 +322,8 @@ def kill(*_, **__):
     raise Killed
 
 
-def test_a_run_says_and_stores_its_start_and_never_starts_again(tmp_path, quick_runs, randomized, capsys, monkeypatch):
+def test_a_run_says_and_stores_its_start_and_never_starts_again(tmp_path, quick_runs, randomized, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "stepjax")
     model = randomized(abstract_model(tiny.model, FLOAT32))
     source = write_hf(tmp_path / "source", model, spec=ModelSpec(tiny.model, tiny.images))
     sources = InitConfig(vision=str(source), decoder=str(source))
@@ -335,7 +337,7 @@ def test_a_run_says_and_stores_its_start_and_never_starts_again(tmp_path, quick_
             patch.setattr(loop, "Meter", kill)
             loop.pretrain(config)
     assert len(began) == 2
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "projector  random values" in said and f"decoder    from {source} (Hugging Face): " in said
     stored = json.loads((directory / "init_from.json").read_text())
     assert stored["decoder"]["read"] == str(source) and "decoder/embedding" in stored["decoder"]["loaded"]

@@ -92,7 +92,7 @@ def test_the_end_of_a_thought_has_no_vote():
 
 def test_what_scorers_need():
     assert Method(name="best-of-n").configured(PacoreConfig()).sampling.logprobs == 0
-    with pytest.raises(ConfigError, match="no log-probabilities"):
+    with pytest.raises(ConfigError, match="needs log-probabilities"):
         solve(Method(name="best-of-n", width=2), lambda asked: Rollout(content="x"))
     oracle = Method(name="best-of-n", width=2, scorer="ground-truth")
     assert oracle.label(PacoreConfig()) == "pass@2 (oracle)"

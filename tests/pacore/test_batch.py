@@ -139,7 +139,7 @@ def test_a_run_of_an_older_version_is_resumed_from_its_trajectories(start, tmp_p
     before = (tmp_path / "results.jsonl").read_bytes()
     lines = (tmp_path / CALLS).read_bytes().splitlines(keepends=True)
     (tmp_path / CALLS).write_bytes(b"".join(line for line in lines if b'"outcome":' not in line))
-    with pytest.raises(CheckpointError, match="has no answers yet; rerun the command"):
+    with pytest.raises(CheckpointError, match="has no answers yet; if an older version made it, rerun its command"):
         list(outcomes(tmp_path))
 
     async def at_once(task, sampler):
