@@ -14,7 +14,7 @@ import stepjax
 from stepjax.cli import VERBS, main
 from stepjax.evaluation.command import Eval
 from stepjax.inference.request import Delta, SamplingParams
-from stepjax.training.checkpoint import Checkpointer
+from stepjax.training.checkpoint import Checkpointer, read_meta
 
 pytest_plugins = ("tiny_run",)
 
@@ -306,8 +306,8 @@ def test_what_eval_and_generate_cannot_use(copy_of_run, tmp_path, capsys, quick_
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_the_field(finished_run, tmp_path, capsys, monkeypatch):
-    meta = json.loads(json.dumps({"config": {"name": "old", "epochs": 3}}))
-    monkeypatch.setattr("stepjax.interop.orbax_directory.read_meta", lambda path: meta)
+    old = {"config": {"name": "old", "epochs": 3}}
+    monkeypatch.setattr("stepjax.interop.orbax_directory.read_meta", lambda path: read_meta(path) | old)
     assert_one_line(capsys, main(["eval", str(finished_run.directory)]), "data: Field required", verb="eval")
 
 

@@ -323,9 +323,7 @@ def outcomes(directory: Path) -> Iterator[Outcome]:
     with contextlib.closing(Journal(directory / CALLS, read_only=True)) as journal:
         if not journal.answered():
             hint = (
-                "; if an older version made it, rerun its command: nothing is sampled again"
-                if journal.num_known
-                else ""
+                "; if an older version made it, rerun its command: nothing is drawn again" if journal.num_known else ""
             )
             raise CheckpointError(f"{directory} has no answers yet{hint}")
         for problem in saved_problems(directory / PROBLEMS):
