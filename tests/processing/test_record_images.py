@@ -84,7 +84,7 @@ def test_documents():
         (chat("q", "r", image="a"), "1 under 'image', and 0 place.s."),
         (chat([image("a"), text("<image>")], images=["b"]), "image items with images of their own"),
         (chat("<image>", image="a", images=["a"]), "both 'image' and 'images'"),
-        (chat("q", video="a.mp4"), "'video', and only images"),
+        (chat("q", video="a.mp4"), "'video', but the model reads only images"),
         (chat("q", videos=["a.mp4"]), "'videos'"),
         ({"text": "q", "audio": {"path": "a.wav"}}, "'audio'"),
     ],
