@@ -157,7 +157,7 @@ def test_work_is_bounded_before_it_begins(start):
         "more than 20000 values": {"messages": [{"role": "user", "content": ""}] * 100_000},
         "at least": chat_body("word " * 800_000),
         "bytes of text": {"messages": [{"role": "assistant", "content": "x" * 3_000_000, "tool_calls": [call]}]},
-        "its JSON holds more": {"messages": [{"role": "assistant", "tool_calls": [deep]}]},
+        "its JSON has more": {"messages": [{"role": "assistant", "tool_calls": [deep]}]},
         "is not a known field": {**chat_body(), "f" * 5_000_000: 1},
     }
     for part, body in bodies.items():
