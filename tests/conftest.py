@@ -23,15 +23,9 @@ if jax.__version_info__ < (0, 11):  # XLA refuses to start on a flag that it doe
 gc.set_threshold(50_000, 20, 50)
 
 from jaxtyping import install_import_hook  # noqa: E402
+from shape_checks import SHAPES_CHECKED  # noqa: E402
 
-# The shapes and dtypes that public functions state are checked at every call of the tests. It must precede the imports.
-SHAPES_CHECKED = tuple(
-    f"stepjax.{name}"
-    for name in (
-        *("models.attention", "models.layers", "models.perception_encoder", "models.projector", "models.qwen3"),
-        *("models.step_vl", "processing.images", "training.losses"),
-    )
-)
+# Every call in the tests checks the shapes and dtypes that public functions state. It must precede the imports.
 install_import_hook(SHAPES_CHECKED, "shape_checks.check_shapes")
 
 import numpy as np  # noqa: E402

@@ -8,6 +8,14 @@ from typing import Any, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray
 
+SHAPES_CHECKED = tuple(
+    f"stepjax.{name}"
+    for name in (
+        *("models.attention", "models.layers", "models.perception_encoder", "models.projector", "models.qwen3"),
+        *("models.step_vl", "processing.images", "training.losses"),
+    )
+)
+
 
 def check_shapes(function: Callable) -> Callable:
     """The function with its annotated arrays checked; other annotations are left to pyright."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHAPES_CHECKED
 from jaxtyping import TypeCheckError
+from shape_checks import SHAPES_CHECKED
 
 from stepjax.models.attention import attend
 from stepjax.processing.images import ImageViews
