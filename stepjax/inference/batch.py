@@ -125,17 +125,3 @@ def make_batch(
             rows.temperature_B[row], rows.top_k_B[row] = params.temperature, params.top_k
             rows.top_p_B[row], rows.min_p_B[row] = params.top_p, params.min_p
     return batch
-
-
-def sizes(least: int, most: int, factor: int) -> list[int]:
-    """The buckets: least, factor x least, factor^2 x least, ... and most."""
-    found = []
-    while least < most:
-        found.append(least)
-        least *= factor
-    return [*found, most]
-
-
-def bucket(size: int, among: list[int]) -> int:
-    """The smallest bucket that fits `size`, or else the largest."""
-    return next((other for other in among if other >= size), among[-1])

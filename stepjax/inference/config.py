@@ -18,7 +18,7 @@ class EngineConfig:
     decode_steps: int = 1  # tokens per sequence and device call; more means fewer calls and coarser streaming
     max_prefix_groups: int = 8  # prefix groups per decoding step; a group's shared pages are read once
     prefix_caching: bool = True  # keep pages of finished requests for prompts with the same prefix
-    view_batch: int = 4  # views per encoder call
+    view_batch: int | None = None  # most views per encoder call; None: as many as cost no more than prefill_tokens
     feature_cache_tokens: int = 16_384  # tokens of image features kept on the device
     max_waiting: int = 1024  # queued samples; further requests are refused
 
@@ -26,8 +26,8 @@ class EngineConfig:
         require_positive("engine", self, "max_sequences", "prefill_tokens", "decode_steps", "max_prefix_groups")
         remedy = f"must be from 1 to max_sequences {self.max_sequences}"
         require("engine", self, smallest_batch=(0 < self.smallest_batch <= self.max_sequences, remedy))
-        require_positive("engine", self, "view_batch", "feature_cache_tokens", "max_waiting")
-        for name in ("max_context", "cache_tokens"):
+        require_positive("engine", self, "feature_cache_tokens", "max_waiting")
+        for name in ("max_context", "cache_tokens", "view_batch"):
             if getattr(self, name) is not None:
                 require_positive("engine", self, name)
         require("engine", self, page_size=(self.page_size in (16, 32, 64, 128, 256), "16, 32, 64, 128 or 256"))

@@ -4,8 +4,8 @@
     for completions in engine.generate([processor.process_prompt(messages)], SamplingParams(n=4)):
         print(completions[0].text)
 
-Requests come and go between steps. A step admits the sequences that fit, computes a chunk of one prompt, and decodes
-one or a few tokens of every other sequence. `stepjax.inference.async_engine` runs the steps in its own thread.
+Requests come and go between steps. A step admits the sequences that fit, computes chunks of prompts, and decodes one
+or a few tokens of every other sequence. `stepjax.inference.async_engine` runs the steps in its own thread.
 
 A token depends only on the weights, the request's prompt and seed, the sample's number and the position. A request
 yields the same text alone or batched, preempted or not, except where the order of floating-point sums breaks a near-tie
@@ -219,7 +219,7 @@ class Engine:
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Admits sequences, computes a chunk of a prompt, decodes; returns the new deltas.
+        """Admits sequences, computes chunks of prompts, decodes; returns the new deltas.
 
         A host failure in one sample ends that sample with the finish reason "error", and the step continues without it.
         An exception means that the device failed; the cache cannot be trusted afterwards.
@@ -229,8 +229,8 @@ class Engine:
         while True:
             try:  # retry after a failure; admissions and computed chunks are kept
                 self._scheduler.admit()
-                self._fork()
                 self._prefill()
+                self._fork()
                 sequences = self._scheduler.reserve(self.config.decode_steps)
                 drawn = self._runner.decode(sequences) if sequences else None
                 break
@@ -246,25 +246,26 @@ class Engine:
             self._runner.copy(copies)
 
     def _prefill(self) -> None:
-        budget = self.config.prefill_tokens
-        while budget > 0 and self._scheduler.prefilling:
-            sequence = self._scheduler.prefilling[0]
-            if sequence.views is not None and not all(view.encoded for view in sequence.views):
-                self._encode()
-                if self._scheduler.decoding:
-                    return  # encoding alone delays the decoding sequences long enough
+        budget: float = self.config.prefill_tokens
+        while budget >= 1:
+            parts = self._scheduler.next_parts(int(budget), self._runner.prefill_shapes)
+            if any(part.sequence.lacks_features for part in parts):
+                cost = self._encode()
+                if self._scheduler.decoding:  # nobody else waits for the encoder
+                    budget -= cost
                 continue
-            start = sequence.computed
-            end = min(start + self._runner.chunk_sizes[-1], sequence.length - 1)
-            budget -= self._runner.prefill(sequence, start, end)
-            self._scheduler.computed(sequence, end)
-            self._fork()
+            if not parts:
+                return
+            budget -= self._runner.prefill(parts)
+            for part in parts:
+                self._scheduler.computed(part.sequence, part.end)
 
-    def _encode(self) -> None:
+    def _encode(self) -> float:
+        """Encodes a batch of views; returns its cost in prompt tokens."""
         assert self._store is not None
-        kind, views = self._store.next_batch(self.config.view_batch)
-        self._runner.encode(kind, views)
+        kind, views = self._store.next_batch(self._runner.most_views)
         self._totals["encoded"] += len(views)
+        return self._runner.encode(kind, views)
 
     def _advance(self, sequence: Sequence, drawn: programs.Drawn, row: int) -> Delta:
         try:

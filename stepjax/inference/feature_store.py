@@ -1,16 +1,25 @@
-"""Image features on the device, encoded once per view and looked up by the view's pixels."""
+"""Image features on the device, encoded once per view and looked up by the view's pixels.
 
+Legend: E views of a call, Q features of a view, R rows of the store.
+"""
+
+import dataclasses
 import hashlib
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
-from stepjax.config import ImageConfig
+from stepjax.config import ImageConfig, ModelConfig
+from stepjax.inference.buckets import bucket, sizes
+from stepjax.inference.config import EngineConfig
+from stepjax.models.flops import decoder_flops, view_flops
 from stepjax.processing.tokens import Example
 
 ViewKind = Literal["crop", "global"]
+VIEW_KINDS: tuple[ViewKind, ...] = ("crop", "global")
 
 
 class ViewFeatures:
@@ -36,6 +45,39 @@ def view_digests(example: Example) -> list[bytes]:
             for view in views
         ]
     return known
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewShape:
+    """The encoder calls for one kind of view."""
+
+    side: int  # pixels
+    features: int  # of a view
+    batch_sizes: list[int]
+    cost: float  # of a view, in prompt tokens of equal FLOPs
+
+    @classmethod
+    def of(cls, kind: ViewKind, model: ModelConfig, images: ImageConfig, config: EngineConfig) -> "ViewShape":
+        """A full batch costs at most as much as prefilling `prefill_tokens`, unless a single view costs more."""
+        crop = kind == "crop"
+        grid, features = (images.crop_grid, images.crop_tokens) if crop else (images.global_grid, images.global_tokens)
+        cost = view_flops(model.vision, model.decoder.width, grid) / decoder_flops(model.decoder, 1, 0)
+        most = config.view_batch or 1 << int(max(config.prefill_tokens / cost, 1)).bit_length() - 1
+        most = max(min(most, config.feature_cache_tokens // features), 1)  # more views never wait at a time
+        side = images.crop_size if crop else images.global_size
+        return cls(side, features, sizes(min(4, most), most, 4), cost)
+
+    def empty(self, size: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [E, side, side, 3] of a call without views, and the rows [E, Q] for their features, out of range."""
+        pixels_EHWC = np.zeros((size, self.side, self.side, 3), np.float32)
+        return pixels_EHWC, np.full((size, self.features), num_rows, np.int32)
+
+    def batch(self, views: list[tuple[ViewFeatures, np.ndarray]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same with these views; `num_rows` is the size of the store."""
+        pixels_EHWC, rows_EQ = self.empty(bucket(len(views), self.batch_sizes), num_rows)
+        for i, (view, pixels_HWC) in enumerate(views):
+            pixels_EHWC[i], rows_EQ[i] = pixels_HWC, view.rows_Q
+        return pixels_EHWC, rows_EQ
 
 
 class FeatureStore:
@@ -81,12 +123,12 @@ class FeatureStore:
             self._views.move_to_end(digest)
         return [self._views[digest] for digest in digests]
 
-    def next_batch(self, size: int) -> tuple[ViewKind, list[tuple[ViewFeatures, np.ndarray]]]:
-        """Up to `size` views of the kind that has waited longest, with their pixels. They are marked as encoded; the
+    def next_batch(self, most: Mapping[ViewKind, int]) -> tuple[ViewKind, list[tuple[ViewFeatures, np.ndarray]]]:
+        """Up to `most` views of the kind that has waited longest, with their pixels. They are marked as encoded; the
         caller must encode them.
         """
         kind = next(iter(self._pending.values()))[0]
-        digests = [digest for digest, (other, _, _) in self._pending.items() if other == kind][:size]
+        digests = [digest for digest, (other, _, _) in self._pending.items() if other == kind][: most[kind]]
         batch = [self._pending.pop(digest)[1:] for digest in digests]
         for view, _ in batch:
             view.encoded = True

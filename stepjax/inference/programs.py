@@ -1,11 +1,11 @@
 """The compiled functions of the engine. Their shapes depend only on the engine's configuration, never on requests.
 
     encode     image views -> rows of the feature store
-    prefill    a chunk of one prompt -> its pages
+    prefill    chunks of prompts -> their pages
     copy       pages -> pages, for samples that continue from a prompt's last, partial page
     decode     one or more tokens of every sequence -> their pages, and the next tokens
 
-Legend: B sequences, C tokens of a chunk, E views, Q features of a view, R rows of the feature store, D width,
+Legend: B sequences or rows, C tokens of a row, E views, Q features of a view, R rows of the feature store, D width,
 S pages of the pool (of all layers), X pages to copy, I decoding steps, L top_logprobs, V vocabulary.
 """
 
@@ -19,7 +19,7 @@ from pallas_kernels.sampling import Sample, sample
 from pallas_kernels.shared_prefix_attention import PageTables
 from stepjax.config import NumericsConfig
 from stepjax.models.attention import resolve
-from stepjax.models.paged_cache import NO_PAGE, Chunk, PagedCache
+from stepjax.models.paged_cache import NO_PAGE, Chunks, PagedCache
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import NO_FEATURE, StepVL
 from stepjax.sharding import constrain, spec, target_platform
@@ -63,19 +63,19 @@ def prefill(
     model: StepVL | Qwen3,
     pool_S2KTW: jax.Array,
     store_RD: jax.Array,
-    tokens_C: jax.Array,
-    feature_rows_C: jax.Array,
-    chunk: Chunk,
+    tokens_BC: jax.Array,
+    feature_rows_BC: jax.Array,
+    chunks: Chunks,
 ) -> jax.Array:
-    """Returns the pool with a chunk's keys and values. `feature_rows_C` has rows of the store, or NO_FEATURE."""
+    """Returns the pool with the chunks' keys and values. `feature_rows_BC` has rows of the store, or NO_FEATURE."""
     decoder = decoder_of(model)
-    x_1CD = decoder.embed(tokens_C[None])
-    features_1CD = store_RD[jnp.maximum(feature_rows_C, 0)][None].astype(x_1CD.dtype)
-    x_1CD = jnp.where(feature_rows_C[None, :, None] == NO_FEATURE, x_1CD, features_1CD)
-    x_1CD = constrain(x_1CD, None, None, "act_embed")
-    positions_1C = (chunk.start + jnp.arange(tokens_C.shape[0]))[None]
-    cache = PagedCache(pool_S2KTW, chunk)
-    _, cache = decoder(x_1CD, positions_1C, None, cache)
+    x_BCD = decoder.embed(tokens_BC)
+    features_BCD = store_RD[jnp.maximum(feature_rows_BC, 0)].astype(x_BCD.dtype)
+    x_BCD = jnp.where(feature_rows_BC[..., None] == NO_FEATURE, x_BCD, features_BCD)
+    x_BCD = constrain(x_BCD, None, None, "act_embed")
+    positions_BC = chunks.start_B[:, None] + jnp.arange(tokens_BC.shape[1])
+    cache = PagedCache(pool_S2KTW, chunks)
+    _, cache = decoder(x_BCD, positions_BC, None, cache)
     assert cache is not None
     return cache.pool_S2KTW
 

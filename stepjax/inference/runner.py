@@ -1,6 +1,6 @@
 """The device side of the engine: weights, cache and features, and calls of the programs with fixed shapes.
 
-Legend: C tokens of a chunk, E views, Q features of a view, M pages of a row, X pages to copy.
+Legend: E views, Q features of a view, X pages to copy.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 from stepjax.config import ImageConfig
 from stepjax.errors import ConfigError, RequestError
 from stepjax.inference import programs
-from stepjax.inference.batch import Batch, PrefixGroup, bucket, group_by_prefix, make_batch, sizes
+from stepjax.inference.batch import Batch, PrefixGroup, group_by_prefix, make_batch
+from stepjax.inference.buckets import bucket, sizes
 from stepjax.inference.config import EngineConfig
-from stepjax.inference.feature_store import ViewFeatures, ViewKind
+from stepjax.inference.feature_store import VIEW_KINDS, ViewFeatures, ViewKind, ViewShape
+from stepjax.inference.prefill import Part, PrefillArrays, PrefillShapes
 from stepjax.inference.request import MAX_TOP_LOGPROBS
-from stepjax.inference.sequence import Sequence, failing_alone
-from stepjax.models.paged_cache import NO_PAGE, Chunk, make_pool, pool_layout
+from stepjax.inference.sequence import Sequence
+from stepjax.models.paged_cache import NO_PAGE, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
-from stepjax.models.step_vl import NO_FEATURE, StepVL
+from stepjax.models.step_vl import StepVL
 from stepjax.sharding import check_heads_only, parameter_name, shardings, spec, target_platform
 
 
@@ -50,14 +52,16 @@ class Runner:
         self._grouped: tuple[list[list[int]], list[PrefixGroup]] = [], []  # page lists and their groups
         self.row_pages = -(-max_context // config.page_size)
         self.batch_sizes = sizes(config.smallest_batch, config.max_sequences, 4)
-        self.chunk_sizes = sizes(min(32, config.prefill_tokens), config.prefill_tokens, 2)
         self.feature_rows = 0 if images is None else config.feature_cache_tokens
+        self.view_shapes: dict[ViewKind, ViewShape] = {}
+        if images is not None:
+            assert isinstance(model, StepVL)
+            for kind in VIEW_KINDS:
+                self.view_shapes[kind] = ViewShape.of(kind, model.config, images, config)
         with self._scope():
             platform = target_platform()
             # XLA visits only the pages in use; for the kernel, a prompt's pages are copied up to the table's length.
-            self.row_widths = (
-                sizes(min(16, self.row_pages), self.row_pages, 4) if platform == "tpu" else [self.row_pages]
-            )
+            self.prefill_shapes = PrefillShapes(config, self.row_pages, reads_whole_rows=platform == "tpu")
             dtype = jnp.dtype(programs.decoder_of(model).numerics.compute_dtype)
             if decoder.num_kv_heads * config.page_size * num_pages == 0:
                 raise ConfigError(f"engine.cache_tokens={config.cache_tokens}: must hold at least one page")
@@ -78,39 +82,34 @@ class Runner:
                     self.pool_S2KTW, source_X, target_X, num_layers=self.decoder_config.num_layers
                 )
 
-    def prefill(self, sequence: Sequence, start: int, end: int) -> int:
-        """Prefills tokens `start` to `end`; returns how many the device computed, padding included.
+    def prefill(self, parts: list[Part]) -> int:
+        """Prefills parts of prompts in one call; returns how many tokens the device computed, padding included.
 
         Raises:
-            SequenceError: the arrays could not be built.
+            SequenceError: the rows of a sequence could not be built.
         """
-        size, pages = bucket(end - start, self.chunk_sizes), -(-end // self.config.page_size)
-        tokens_C, rows_C = np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32)
-        with failing_alone(sequence):
-            tokens_C[: end - start] = sequence.tokens(start, end)
-            rows_C[: end - start] = sequence.feature_rows(start, end)
-        self._prefill(tokens_C, rows_C, sequence.pages[:pages], start, end, bucket(pages, self.row_widths))
-        return size
+        arrays = self.prefill_shapes.arrays(parts)
+        self._prefill(arrays)
+        return arrays.size
 
-    def _prefill(
-        self, tokens_C: np.ndarray, rows_C: np.ndarray, pages: list[int], start: int, end: int, width: int
-    ) -> None:
-        pages_M = np.full(width, NO_PAGE, np.int32)
-        pages_M[: len(pages)] = pages
-        chunk = Chunk(pages_M, np.int32(start), np.int32(end - start))
+    def _prefill(self, arrays: PrefillArrays) -> None:
         with self._scope():
-            self.pool_S2KTW = programs.prefill(self.model, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk)
+            self.pool_S2KTW = programs.prefill(self.model, self.pool_S2KTW, self.features_RD, *arrays)
 
-    def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> None:
-        """Encodes up to `view_batch` views of one kind from their pixels."""
-        assert self.images is not None and len(views) <= self.config.view_batch
-        of_crop = kind == "crop"
-        side = self.images.crop_size if of_crop else self.images.global_size
-        size = self.images.crop_tokens if of_crop else self.images.global_tokens
-        views_EHWC = np.zeros((self.config.view_batch, side, side, 3), np.float32)
-        rows_EQ = np.full((self.config.view_batch, size), self.feature_rows, np.int32)
-        for i, (view, pixels_HWC) in enumerate(views):
-            views_EHWC[i], rows_EQ[i] = pixels_HWC, view.rows_Q
+    @property
+    def most_views(self) -> dict[ViewKind, int]:
+        """Views per encoder call."""
+        return {kind: shape.batch_sizes[-1] for kind, shape in self.view_shapes.items()}
+
+    def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> float:
+        """Encodes up to `most_views` views of one kind from their pixels; returns the cost, padding included, in prompt
+        tokens of equal FLOPs.
+        """
+        views_EHWC, rows_EQ = self.view_shapes[kind].batch(views, self.feature_rows)
+        self._encode(views_EHWC, rows_EQ)
+        return len(views_EHWC) * self.view_shapes[kind].cost
+
+    def _encode(self, views_EHWC: np.ndarray, rows_EQ: np.ndarray) -> None:
         with self._scope():
             self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
 
@@ -158,14 +157,13 @@ class Runner:
         """Calls every program in every shape, on empty arrays; yields the name of the next one."""
         yield "page copies"
         self.copy([])
-        for size in self.chunk_sizes:
-            for width in self.row_widths:
-                yield f"prefill of {size} tokens"
-                self._prefill(np.zeros(size, np.int32), np.full(size, NO_FEATURE, np.int32), [], 0, 0, width)
-        if self.images is not None:
-            for kind in ("crop", "global"):
-                yield f"encoder, {kind} views"
-                self.encode(kind, [])
+        for rows, tokens, width in self.prefill_shapes:
+            yield f"prefill of {rows} x {tokens} tokens"
+            self._prefill(PrefillArrays.empty(rows, tokens, width))
+        for kind, shape in self.view_shapes.items():
+            for size in shape.batch_sizes:
+                yield f"encoder, {size} {kind} views"
+                self._encode(*shape.empty(size, self.feature_rows))
         for rows in self.batch_sizes:
             for groups in sorted({1, self.config.max_prefix_groups}) if rows > 1 else (1,):
                 for num_top in (0, MAX_TOP_LOGPROBS) if top_logprobs else (0,):

@@ -14,7 +14,8 @@ from collections import deque
 
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.feature_store import FeatureStore
-from stepjax.inference.pages import OutOfPages, Pages
+from stepjax.inference.pages import Key, OutOfPages, Pages
+from stepjax.inference.prefill import Part, PrefillShapes
 from stepjax.inference.sequence import Sequence, failing_alone
 
 
@@ -88,6 +89,7 @@ class Scheduler:
                 return False
         sequence.pages = found + self.pages.take(needed)
         sequence.computed, sequence.num_published = start, len(found)
+        sequence.admissions += 1
         self.running.append(sequence)
         self._count_prompt(sequence, start)
         return True
@@ -99,6 +101,65 @@ class Scheduler:
             prompt.num_cached = start
             self.cached_tokens += start
             self.computed_tokens += len(prompt.tokens_T) - start
+
+    def next_parts(self, budget: int, shapes: PrefillShapes) -> list[Part]:
+        """What to prefill in the next call: `budget` tokens or a few more, in order of admission.
+
+        A prompt waits while an earlier one in the call computes pages that both need, unless they are so few that
+        computing them again is cheaper than another call.
+
+        Raises:
+            SequenceError: the page keys of a sequence could not be computed.
+        """
+        parts: list[Part] = []
+        rows = longest = 0
+        computing: set[Key] = set()
+        for sequence in self.prefilling:
+            # A single prompt may fill another shape.
+            room = min(shapes.rows_of(budget), shapes.max_rows) - rows if parts else shapes.rows_of(budget)
+            if room <= 0:
+                break
+            with failing_alone(sequence):
+                keys = self._find_more(sequence)
+            if sequence.decodes:
+                continue
+            start, page_size = sequence.computed, self.config.page_size
+            needed = keys[start // page_size :]
+            shared = next((i for i, key in enumerate(needed) if key not in computing), len(needed))
+            if shared * page_size >= shapes.row_tokens:
+                continue
+            end = min(sequence.length - 1, start + min(room * shapes.row_tokens, self.config.prefill_tokens))
+            new_rows, new_longest = rows + shapes.rows_of(end - start), max(longest, end)
+            if parts and not shapes.fits(new_rows, new_longest):
+                continue
+            rows, longest = new_rows, new_longest
+            parts.append(Part(sequence, start, end))
+            computing.update(keys[start // page_size : end // page_size])
+        return parts
+
+    def _find_more(self, sequence: Sequence) -> list[Key]:
+        """Replaces the pages that a sequence would compute next by equal ones that others have published since its
+        admission; returns the keys of its full pages.
+        """
+        if not self.config.prefix_caching:
+            return []
+        page_size = self.config.page_size
+        keys, first = sequence.extend_keys(sequence.length - 1, page_size), sequence.computed // page_size
+        found = self.pages.find(keys[first:])
+        if found:
+            before, end = sequence.computed, first + len(found)
+            self.pages.hold(found)
+            self.pages.release(sequence.pages[first:end])
+            sequence.pages = [*sequence.pages[:first], *found, *sequence.pages[end:]]
+            sequence.num_published = end
+            self.computed(sequence, end * page_size)
+            if sequence.admissions == 1:
+                assert sequence.prompt.num_cached is not None
+                gained = sequence.computed - before
+                sequence.prompt.num_cached += gained
+                self.cached_tokens += gained
+                self.computed_tokens -= gained
+        return keys
 
     def computed(self, sequence: Sequence, end: int) -> None:
         """Notes that tokens up to `end` are in the cache: publishes full pages and releases features.

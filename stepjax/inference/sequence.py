@@ -80,6 +80,7 @@ class Sequence:
         self.pages: list[int] = []
         self.keys: list[Key] = []  # of full pages, computed or not
         self.num_published = 0  # pages findable by key
+        self.admissions = 0  # more than one after preemption
         self.views: list[ViewFeatures] | None = None  # held while the prompt is computed
         self.leader: Sequence | None = None  # the sample that computes the prompt for this one
         self.followers: list[Sequence] = []  # samples for which this one computes the prompt
@@ -93,6 +94,11 @@ class Sequence:
     def decodes(self) -> bool:
         """Whether all tokens but the last are computed."""
         return self.computed == self.length - 1
+
+    @property
+    def lacks_features(self) -> bool:
+        """Whether a view that it holds is not encoded yet."""
+        return self.views is not None and not all(view.encoded for view in self.views)
 
     @property
     def last_token(self) -> int:

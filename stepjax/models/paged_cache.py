@@ -1,11 +1,12 @@
-"""The paged key-value cache and attention over it: for a prompt's next chunk, or for one token of many sequences.
+"""The paged key-value cache and attention over it: for chunks of prompts, or for one token of many sequences.
 
 One pool holds all layers. Layer i owns pages i * P to (i + 1) * P - 1; a scan over the layers carries the pool, and
 every layer writes its own part in place. Caches use page numbers within a layer, 0 to P - 1; writes to NO_PAGE are
 dropped. A sequence's token t is stored at index t % T of its page t // T.
 
-Legend: B sequences, C tokens of a chunk, N query heads, K key-value heads, H head dim, W width of the pool (H, rounded
-up to the lane count on TPU), P pages per layer, S of all layers, T tokens per page (per row, in BTNH), M pages per row.
+Legend: B sequences or rows, C tokens of a row (per row, in BCNH), N query heads, K key-value heads, H head dim, W width
+of the pool (H, rounded up to the lane count on TPU), P pages per layer, S of all layers, T tokens per page (per row, in
+BTNH), M pages per row.
 """
 
 from typing import Any, NamedTuple
@@ -25,19 +26,21 @@ LANES = 128
 NO_PAGE = -1
 
 
-class Chunk(NamedTuple):
-    """A chunk of one prompt. Its tokens see all earlier tokens, including those of the chunk."""
+class Chunks(NamedTuple):
+    """A chunk of a prompt in each row. Its tokens see all earlier tokens of the prompt, including those of the chunk
+    and of other rows with the same pages.
+    """
 
-    pages_M: Any  # pages of the prompt, including those of this chunk
-    start: Any  # position of the first token
-    length: Any  # tokens in use; the rest is padding
+    pages_BM: Any  # pages of the prompt, including those of this chunk
+    start_B: Any  # position of the first token
+    length_B: Any  # tokens in use; the rest is padding
 
 
 class PagedCache(NamedTuple):
     """The pool, and the part of it that this call's tokens see."""
 
     pool_S2KTW: jax.Array
-    reads: PageTables | Chunk  # one token per sequence (lengths include it), or a chunk of one sequence
+    reads: PageTables | Chunks  # one token per sequence (lengths include it), or chunks of sequences
     first_page: jax.Array | int = 0  # of the current layer
 
     def at_layer(self, layer: jax.Array, num_layers: int) -> "PagedCache":
@@ -83,9 +86,9 @@ def append_and_attend(
 
     def of_device(q_BTNH, k_BTKH, v_BTKH, pool_S2KTW, reads, first_page):
         kv_BT2KW = _paired(k_BTKH, v_BTKH, pool_S2KTW)
-        if isinstance(reads, Chunk):
-            pool_S2KTW = _append_chunk(pool_S2KTW, kv_BT2KW, reads, first_page)
-            return _attend_chunk(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
+        if isinstance(reads, Chunks):
+            pool_S2KTW = _append_chunks(pool_S2KTW, kv_BT2KW, reads, first_page)
+            return _attend_chunks(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
         pool_S2KTW = _append_tokens(pool_S2KTW, kv_BT2KW, reads, first_page)
         return _attend_all(q_BTNH, pool_S2KTW, reads, first_page, chosen), pool_S2KTW
 
@@ -119,13 +122,14 @@ def _append_tokens(pool_S2KTW, kv_BT2KW, tables: PageTables, first_page):
     return _write(pool_S2KTW, kv_BT2KW[:, 0], page_B, place_B % page_size, first_page)
 
 
-def _append_chunk(pool_S2KTW, kv_1C2KW, chunk: Chunk, first_page):
+def _append_chunks(pool_S2KTW, kv_BC2KW, chunks: Chunks, first_page):
     page_size = pool_S2KTW.shape[3]
-    offset_C = jnp.arange(kv_1C2KW.shape[1])
-    position_C = chunk.start + offset_C
-    page_C = chunk.pages_M.at[position_C // page_size].get(mode="fill", fill_value=NO_PAGE)
-    page_C = jnp.where(offset_C < chunk.length, page_C, NO_PAGE)
-    return _write(pool_S2KTW, kv_1C2KW[0], page_C, position_C % page_size, first_page)
+    offset_C = jnp.arange(kv_BC2KW.shape[1])
+    position_BC = chunks.start_B[:, None] + offset_C
+    page_BC = jnp.take_along_axis(chunks.pages_BM, position_BC // page_size, axis=1, mode="fill", fill_value=NO_PAGE)
+    page_BC = jnp.where(offset_C < chunks.length_B[:, None], page_BC, NO_PAGE)
+    kv_X2KW = kv_BC2KW.reshape(-1, *kv_BC2KW.shape[2:])
+    return _write(pool_S2KTW, kv_X2KW, page_BC.reshape(-1), position_BC.reshape(-1) % page_size, first_page)
 
 
 def _attend_all(q_BTNH, pool_S2KTW, tables: PageTables, first_page, implementation):
@@ -135,23 +139,32 @@ def _attend_all(q_BTNH, pool_S2KTW, tables: PageTables, first_page, implementati
     return shared_prefix_attention(q_BTNH[:, 0], pool_S2KTW, here, implementation=implementation)[:, None]
 
 
-def _attend_chunk(q_1CNH, pool_S2KTW, chunk: Chunk, first_page, implementation):
-    _, num_tokens, num_heads, head_dim = q_1CNH.shape
+def _attend_chunks(q_BCNH, pool_S2KTW, chunks: Chunks, first_page, implementation):
+    rows, num_tokens, num_heads, head_dim = q_BCNH.shape
     num_kv_heads, page_size, width = pool_S2KTW.shape[2:]
-    pages_M = chunk.pages_M + first_page
+    pages_BM = chunks.pages_BM + first_page
     if implementation == "tpu":
-        # Copy the prompt's pages into one contiguous array; the kernel skips blocks past the diagonal.
-        kv_M2KTW = pool_S2KTW.at[pages_M].get(mode="clip")[..., :head_dim]
-        k_1SKH, v_1SKH = (kv_M2KTW[:, i].transpose(0, 2, 1, 3).reshape(1, -1, num_kv_heads, head_dim) for i in range(2))
-        return flash_attention(q_1CNH, k_1SKH, v_1SKH, causal=True, q_offset=chunk.start, implementation="tpu")
-    q_1CKRW = jnp.pad(q_1CNH, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
-    q_1CKRW = q_1CKRW.reshape(1, num_tokens, num_kv_heads, num_heads // num_kv_heads, width)
-    out_1CKRW, _ = attend_pages(
-        q_1CKRW,
+
+        def attend_row(q_CNH, pages_M, start):
+            # Copy the prompt's pages into one contiguous array; the kernel skips blocks past the diagonal.
+            kv_M2KTW = pool_S2KTW.at[pages_M].get(mode="clip")[..., :head_dim]
+            k_1SKH, v_1SKH = (
+                kv_M2KTW[:, i].transpose(0, 2, 1, 3).reshape(1, -1, num_kv_heads, head_dim) for i in range(2)
+            )
+            return flash_attention(q_CNH[None], k_1SKH, v_1SKH, causal=True, q_offset=start, implementation="tpu")[0]
+
+        if rows == 1:
+            return attend_row(q_BCNH[0], pages_BM[0], chunks.start_B[0])[None]
+        # One row at a time: each has its own offset, and only one row's copy is in memory.
+        return jax.lax.map(lambda row: attend_row(*row), (q_BCNH, pages_BM, chunks.start_B))
+    q_BCKRW = jnp.pad(q_BCNH, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
+    q_BCKRW = q_BCKRW.reshape(rows, num_tokens, num_kv_heads, num_heads // num_kv_heads, width)
+    out_BCKRW, _ = attend_pages(
+        q_BCKRW,
         pool_S2KTW,
-        pages_M[None],
-        (chunk.start + chunk.length)[None],
+        pages_BM,
+        chunks.start_B + chunks.length_B,
         scale=head_dim**-0.5,
-        visible_GI=(chunk.start + 1 + jnp.arange(num_tokens))[None],
+        visible_GI=chunks.start_B[:, None] + 1 + jnp.arange(num_tokens),
     )
-    return out_1CKRW.reshape(1, num_tokens, num_heads, width)[..., :head_dim].astype(q_1CNH.dtype)
+    return out_BCKRW.reshape(rows, num_tokens, num_heads, width)[..., :head_dim].astype(q_BCNH.dtype)

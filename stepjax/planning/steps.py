@@ -9,7 +9,7 @@
 keep the parameters in the compute dtype and take the recipe's micro-batch (rows / accumulation). The last two are
 programs of the inference engine. All arrays are abstract: the host needs memory for the compiler, not for the model.
 
-Legend: B rows, C tokens of a row, R rows of the feature store, D width, T tokens of a page.
+Legend: B rows, R rows of the feature store, D width, T tokens of a page.
 """
 
 import contextlib
@@ -34,8 +34,9 @@ from stepjax.errors import ConfigError
 from stepjax.inference import programs
 from stepjax.inference.batch import Batch
 from stepjax.inference.config import EngineConfig
+from stepjax.inference.prefill import PrefillArrays
 from stepjax.models.flops import decoder_flops
-from stepjax.models.paged_cache import Chunk, make_pool, pool_layout
+from stepjax.models.paged_cache import make_pool, pool_layout
 from stepjax.models.step_vl import abstract_model
 from stepjax.planning import StepKind
 from stepjax.planning.program_text import program_text
@@ -112,10 +113,8 @@ def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh) -
         batch = replicated((empty.tables, empty.rows))
     else:
         store_RD = jax.ShapeDtypeStruct((EngineConfig().feature_cache_tokens, decoder.width), dtype)
-        tokens_C = jax.ShapeDtypeStruct((length,), jnp.int32)
-        chunk = Chunk(np.zeros(row_pages, np.int32), np.int32(0), np.int32(0))
         function, static = programs.prefill, {}
-        batch = replicated((store_RD, tokens_C, tokens_C, chunk))
+        batch = replicated((store_RD, *PrefillArrays.empty(1, length, row_pages)))
     return Step(function, (model, pool_S2KTW, *batch), model, (), (pool_S2KTW, batch), static)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stepjax.inference.feature_store import FeatureStore, view_digests
+from stepjax.inference.feature_store import VIEW_KINDS, FeatureStore, view_digests
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def store(small_images):
 
 
 def batch_of(store, size=4):
-    kind, batch = store.next_batch(size)
+    kind, batch = store.next_batch(dict.fromkeys(VIEW_KINDS, size))
     return kind, [pixels_HWC for _, pixels_HWC in batch]
 
 
@@ -60,9 +60,9 @@ def test_new_weights_forget_everything(store, make_example):
     example = make_example(*[(0, 0)] * 6, 3)
     digests = view_digests(example)
     assert store.hold(example, digests)
-    store.next_batch(6)
+    store.next_batch(dict.fromkeys(VIEW_KINDS, 6))
     store.release(digests)
     store.forget_all()
     views = store.hold(example, digests)  # it takes all the room that there is
     assert not any(view.encoded for view in views)
-    assert len(store.next_batch(6)[1]) == 6 and store.num_found == 0
+    assert len(store.next_batch(dict.fromkeys(VIEW_KINDS, 6))[1]) == 6 and store.num_found == 0

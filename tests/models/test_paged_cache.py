@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.shared_prefix_attention import PageTables
 from stepjax.config import DecoderConfig, NumericsConfig
-from stepjax.models.paged_cache import NO_PAGE, Chunk, PagedCache, make_pool
+from stepjax.models.paged_cache import NO_PAGE, Chunks, PagedCache, make_pool
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import abstract_model
 
@@ -45,7 +45,7 @@ def chunk(decoder, pool_S2KTW, row, start, end, size, attention):
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : end - start] = TOKENS_BT[row, start:end]
     positions = (start + np.arange(size))[None]
-    reads = Chunk(np.array(PAGES_OF[row], np.int32), np.int32(start), np.int32(end - start))
+    reads = Chunks(np.array([PAGES_OF[row]], np.int32), np.array([start]), np.array([end - start]))
     logits_BTV, pool_S2KTW = read(decoder, tokens, positions, pool_S2KTW, reads, attention)
     return logits_BTV[0, : end - start], pool_S2KTW
 
