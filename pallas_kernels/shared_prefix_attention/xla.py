@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.shared_prefix_attention.tables import SUBGROUP_SIZE, PageTables, make_subgroups, merge_by_lse
 
-MIN_CHUNK, MAX_CHUNK = 128, 1024  # tokens of a row
+MAX_CHUNK = 1024  # tokens of a row
 
 
 def shared_prefix_attention(
@@ -65,9 +65,10 @@ def attend_pages(
     """
     num_pages, _, num_kv_heads, page_size, width = kv_pages_S2KTH.shape
     num_groups, members, _, repeats, _ = q_GIKRH.shape
-    # Gathering past the end of a row is wasted, so chunks of many rows are short; but limit the loop to 64 iterations.
+    # Gathering past the end of a row is wasted, so chunks of many rows are short, down to a page; but limit the loop to
+    # 64 iterations.
     most = pages_GM.shape[1] * page_size
-    chunk_tokens = min(max(512 // num_groups, most // 64, MIN_CHUNK), MAX_CHUNK)
+    chunk_tokens = min(max(512 // num_groups, most // 64), MAX_CHUNK)
     step = min(max(1, chunk_tokens // page_size), pages_GM.shape[1])
     lengths_G = jnp.clip(lengths_G, 0, pages_GM.shape[1] * page_size)
     pages_GM = jnp.clip(pages_GM, 0, num_pages - 1)

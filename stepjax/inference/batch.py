@@ -108,7 +108,7 @@ def make_batch(
     num_groups = max_prefix_groups if len(groups) > 1 else 1
     batch = Batch.empty(num_rows, num_groups, row_pages, MAX_TOP_LOGPROBS if top else 0)
     tables, rows = batch.tables, batch.rows
-    shared_B = np.zeros(num_rows, np.int32)
+    shared_B = [0] * num_rows
     for index, group in enumerate(groups):
         pages = sequences[group.members[0]].pages[: group.num_pages]
         tables.prefix_pages_PM[index, : len(pages)] = pages
@@ -117,10 +117,10 @@ def make_batch(
             tables.group_of_B[member], shared_B[member] = index, len(pages)
     for row, sequence in enumerate(sequences):
         with failing_alone(sequence):
-            own, params = sequence.pages[shared_B[row] :], sequence.prompt.params
+            own, params, length = sequence.pages[shared_B[row] :], sequence.prompt.params, sequence.length
             tables.suffix_pages_BM[row, : len(own)] = own
-            tables.suffix_lengths_B[row] = sequence.length - shared_B[row] * page_size
-            rows.tokens_B[row], rows.positions_B[row] = sequence.last_token, sequence.length - 1
+            tables.suffix_lengths_B[row] = length - shared_B[row] * page_size
+            rows.tokens_B[row], rows.positions_B[row] = sequence.last_token, length - 1
             rows.seeds_B2[row] = sequence.seed_words
             rows.temperature_B[row], rows.top_k_B[row] = params.temperature, params.top_k
             rows.top_p_B[row], rows.min_p_B[row] = params.top_p, params.min_p

@@ -14,11 +14,11 @@ class EngineConfig:
     max_context: int | None = None  # tokens of prompt plus answer; None: the decoder's max_positions
     page_size: int = 64  # tokens per page of the key-value cache
     cache_tokens: int | None = None  # total cache capacity in tokens; None: max_sequences times max_context
-    prefill_tokens: int = 512  # prompt tokens computed between two decoding steps
+    prefill_tokens: int = 512  # prompt tokens, of any number of prompts, computed between two decoding steps
     decode_steps: int = 1  # tokens per sequence and device call; more means fewer calls and coarser streaming
     max_prefix_groups: int = 8  # prefix groups per decoding step; a group's shared pages are read once
     prefix_caching: bool = True  # keep pages of finished requests for prompts with the same prefix
-    view_batch: int | None = None  # most views per encoder call; None: as many as cost no more than prefill_tokens
+    view_batch: int | None = None  # most views per encoder call; None: as many as cost about as much as prefill_tokens
     feature_cache_tokens: int = 16_384  # tokens of image features kept on the device
     max_waiting: int = 1024  # queued samples; further requests are refused
 

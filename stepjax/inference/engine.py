@@ -13,6 +13,7 @@ between logits.
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -74,6 +75,8 @@ class Engine:
         self.max_context = min(config.max_context or most, most)
         self._processor = processor
         self._stop_ids = frozenset() if processor is None else frozenset(processor.stop_ids)
+        # Text is decoded a few tokens at a time, often the same ones.
+        self._decode = None if processor is None else functools.lru_cache(2**16)(processor.decode)
         images = getattr(processor, "image_config", None) if isinstance(model, StepVL) else None
 
         pages = -(-(config.cache_tokens or config.max_sequences * self.max_context) // config.page_size)
@@ -110,8 +113,7 @@ class Engine:
             raise BusyError(f"{waiting} of at most {self.config.max_waiting} samples are waiting: try again later")
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         shared = Prompt(request_id, example, params, seed, limit, self._runner.images)
-        decode = None if self._processor is None else self._processor.decode
-        samples = [Sequence(shared, i, decode) for i in range(params.n)]
+        samples = [Sequence(shared, i, self._decode) for i in range(params.n)]
         self._scheduler.add(samples)
         self._samples[request_id] = samples
         return request_id

@@ -5,6 +5,7 @@ Legend: E views of a call, Q features of a view, R rows of the store.
 
 import dataclasses
 import hashlib
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -58,14 +59,14 @@ class ViewShape:
 
     @classmethod
     def of(cls, kind: ViewKind, model: ModelConfig, images: ImageConfig, config: EngineConfig) -> "ViewShape":
-        """A full batch costs at most as much as prefilling `prefill_tokens`, unless a single view costs more."""
+        """A full batch costs about as much as prefilling `prefill_tokens`, unless a single view costs more."""
         crop = kind == "crop"
         grid, features = (images.crop_grid, images.crop_tokens) if crop else (images.global_grid, images.global_tokens)
         cost = view_flops(model.vision, model.decoder.width, grid) / decoder_flops(model.decoder, 1, 0)
-        most = config.view_batch or 1 << int(max(config.prefill_tokens / cost, 1)).bit_length() - 1
+        most = config.view_batch or 2 ** max(round(math.log2(config.prefill_tokens / cost)), 0)
         most = max(min(most, config.feature_cache_tokens // features), 1)  # more views never wait at a time
         side = images.crop_size if crop else images.global_size
-        return cls(side, features, sizes(min(4, most), most, 4), cost)
+        return cls(side, features, sizes(1 if most <= 4 else 4, most, 4), cost)
 
     def empty(self, size: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [E, side, side, 3] of a call without views, and the rows [E, Q] for their features, out of range."""

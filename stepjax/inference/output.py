@@ -30,8 +30,8 @@ class TextStream:
     def add(self, token: int) -> str:
         """Adds a token; returns the text that is now safe to emit."""
         self._tokens.append(token)
-        before = self._decode(self._tokens[self._context : self._done])
-        text = self._decode(self._tokens[self._context :])
+        before = self._decode(tuple(self._tokens[self._context : self._done]))
+        text = self._decode(tuple(self._tokens[self._context :]))
         if text.endswith(_UNFINISHED) and len(self._tokens) - self._done < _MAX_HELD:
             return ""
         self._context, self._done = self._done, len(self._tokens)
@@ -39,8 +39,8 @@ class TextStream:
 
     def finish(self) -> str:
         """The remaining text, after the last token."""
-        before = self._decode(self._tokens[self._context : self._done])
-        text = self._decode(self._tokens[self._context :])[len(before) :]
+        before = self._decode(tuple(self._tokens[self._context : self._done]))
+        text = self._decode(tuple(self._tokens[self._context :]))[len(before) :]
         self._done = len(self._tokens)
         shown = self._release(text)
         if self.stopped_by is None:
@@ -50,6 +50,8 @@ class TextStream:
     def _release(self, text: str) -> str:
         if self.stopped_by is not None:
             return ""
+        if not self._stop:
+            return text
         self._held += text
         ends = [(self._held.find(stop), stop) for stop in self._stop if stop in self._held]
         if ends:

@@ -66,8 +66,8 @@ class PrefillShapes:
         most, self.page_size = config.prefill_tokens, config.page_size
         self.chunk_sizes = sizes(min(MIN_CHUNK, most), most, 2)
         self.row_tokens = max(MIN_CHUNK, -(-most // MAX_ROWS))
-        self.max_rows = most // self.row_tokens
-        self.row_counts = sizes(min(4, self.max_rows), self.max_rows, 2) if self.max_rows > 1 else []
+        self.max_rows = most // self.row_tokens if most >= 2 * self.row_tokens else 0
+        self.row_counts = sizes(min(4, self.max_rows), self.max_rows, 2) if self.max_rows else []
         self.reads_whole_rows = reads_whole_rows
         self.widths = sizes(min(16, row_pages), row_pages, 4) if reads_whole_rows else [row_pages]
 
@@ -81,6 +81,10 @@ class PrefillShapes:
 
     def rows_of(self, tokens: int) -> int:
         return -(-tokens // self.row_tokens)
+
+    def most_rows(self, budget: int) -> int:
+        """Rows of a call of several prompts for this many tokens: all that are computed anyway."""
+        return bucket(self.rows_of(budget), self.row_counts) if self.row_counts else 0
 
     def fits(self, rows: int, longest: int) -> bool:
         """Whether one call takes this many rows of several prompts, if they read up to `longest` tokens."""

@@ -89,7 +89,6 @@ class Scheduler:
                 return False
         sequence.pages = found + self.pages.take(needed)
         sequence.computed, sequence.num_published = start, len(found)
-        sequence.admissions += 1
         self.running.append(sequence)
         self._count_prompt(sequence, start)
         return True
@@ -98,7 +97,7 @@ class Scheduler:
         """Records, once per request, how much of its prompt was cached when its first sample was admitted."""
         prompt = sequence.prompt
         if prompt.num_cached is None:
-            prompt.num_cached = start
+            prompt.num_cached, sequence.counts_prompt = start, True
             self.cached_tokens += start
             self.computed_tokens += len(prompt.tokens_T) - start
 
@@ -115,8 +114,7 @@ class Scheduler:
         rows = longest = 0
         computing: set[Key] = set()
         for sequence in self.prefilling:
-            # A single prompt may fill another shape.
-            room = min(shapes.rows_of(budget), shapes.max_rows) - rows if parts else shapes.rows_of(budget)
+            room = shapes.most_rows(budget) - rows if parts else shapes.rows_of(budget)
             if room <= 0:
                 break
             with failing_alone(sequence):
@@ -153,7 +151,7 @@ class Scheduler:
             sequence.pages = [*sequence.pages[:first], *found, *sequence.pages[end:]]
             sequence.num_published = end
             self.computed(sequence, end * page_size)
-            if sequence.admissions == 1:
+            if sequence.counts_prompt:
                 assert sequence.prompt.num_cached is not None
                 gained = sequence.computed - before
                 sequence.prompt.num_cached += gained
@@ -168,7 +166,7 @@ class Scheduler:
             SequenceError: the page keys could not be computed.
         """
         sequence.computed = end
-        if self.config.prefix_caching:
+        if self.config.prefix_caching and end // self.config.page_size > sequence.num_published:
             with failing_alone(sequence):
                 keys = sequence.extend_keys(end, self.config.page_size)
             for page in range(sequence.num_published, len(keys)):
@@ -212,12 +210,14 @@ class Scheduler:
             The sequences to decode now; preempted ones are excluded.
         """
         for sequence in list(self.running):
-            while sequence.decodes and sequence in self.running:
+            while sequence.decodes:
                 # The token at the limit is sampled but never fed back.
                 last = min(sequence.length - 1 + steps, sequence.prompt.limit - 1)
                 needed = -(-last // self.config.page_size) - len(sequence.pages)
+                if needed <= 0 or sequence not in self.running:  # the check of the list takes long
+                    break
                 try:
-                    sequence.pages += self.pages.take(max(needed, 0))
+                    sequence.pages += self.pages.take(needed)
                     break
                 except OutOfPages:
                     self.preempt(self.running[-1])
@@ -271,6 +271,7 @@ class Scheduler:
         self._release_views(sequence)
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.num_published = [], 0, 0
+        sequence.counts_prompt = False
 
     def _release_views(self, sequence: Sequence) -> None:
         if sequence.views is not None:

@@ -3,10 +3,9 @@
 Legend: T tokens of the prompt.
 """
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 
 import numpy as np
@@ -80,7 +79,7 @@ class Sequence:
         self.pages: list[int] = []
         self.keys: list[Key] = []  # of full pages, computed or not
         self.num_published = 0  # pages findable by key
-        self.admissions = 0  # more than one after preemption
+        self.counts_prompt = False  # whether `prompt.num_cached` is about its current pages
         self.views: list[ViewFeatures] | None = None  # held while the prompt is computed
         self.leader: Sequence | None = None  # the sample that computes the prompt for this one
         self.followers: list[Sequence] = []  # samples for which this one computes the prompt
@@ -136,17 +135,25 @@ class SequenceError(Exception):
         self.sequence = sequence
 
 
-@contextlib.contextmanager
-def failing_alone(sequence: Sequence) -> Iterator[None]:
-    """Wraps host work for one sequence. Keep device calls outside: they concern all sequences.
+class failing_alone:
+    """A context for host work of one sequence. Keep device calls outside: they concern all sequences.
+
+    A class, because `contextlib` takes longer than most of that work.
 
     Raises:
         SequenceError: for any exception.
     """
-    try:
-        yield
-    except Exception as error:
-        raise SequenceError(sequence) from error
+
+    __slots__ = ("_sequence",)
+
+    def __init__(self, sequence: Sequence):
+        self._sequence = sequence
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            raise SequenceError(self._sequence) from error
 
 
 def _joined(prompt_T: np.ndarray, generated: list[int], start: int, end: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from stepjax.inference.output import TextStream, advance
 from stepjax.inference.request import SamplingParams
 from stepjax.inference.sequence import Sequence
 
-TEXT = [3, 1, 4, 1, 5, 9, 2, 6] * 5  # two and a half pages
+TEXT = [3, 1, 4, 1, 5, 9, 2, 6] * 5 + [5, 3, 5, 8]  # a third page is filled while decoding
 PARAMS = SamplingParams(seed=5, max_tokens=8, logprobs=2)
 
 

@@ -79,6 +79,34 @@ def test_chunks_and_tokens_equal_the_uncached_forward(decoder, attention):
             np.testing.assert_allclose(logits_B1V[:, 0], expected_BTV[np.arange(2), positions_B], atol=2e-5)
 
 
+@pytest.mark.parametrize("attention", ["xla", "tpu"])
+def test_rows_of_several_prompts_equal_the_uncached_forward(decoder, attention):
+    """In one call: a prompt in two rows, another after its first 5 tokens, and an unused row."""
+    expected_BTV = np.asarray(
+        jax.jit(lambda d: d.logits(d(d.embed(TOKENS_BT), np.broadcast_to(np.arange(44), (2, 44)))[0]))(decoder)
+    )
+    pool_S2KTW = jnp.full_like(make_pool(CONFIG, PAGES, PAGE, jnp.float32, "tpu" if attention == "tpu" else "cpu"), 7.0)
+    if attention == "tpu":
+        pool_S2KTW = pool_S2KTW.at[..., CONFIG.head_dim :].set(0)
+    rows = [(0, 0, 16), (0, 16, 27), (1, 5, 21)]  # which prompt, from, to
+    tokens_BT, start_B, length_B = np.zeros((4, 16), np.int32), np.zeros(4, np.int32), np.zeros(4, np.int32)
+    pages_BM = np.full((4, 3), NO_PAGE, np.int32)
+    for row, (prompt, start, end) in enumerate(rows):
+        tokens_BT[row, : end - start], pages_BM[row] = TOKENS_BT[prompt, start:end], PAGES_OF[prompt]
+        start_B[row], length_B[row] = start, end - start
+    with pltpu.force_tpu_interpret_mode():
+        _, pool_S2KTW = chunk(decoder, pool_S2KTW, 1, 0, 5, 24, attention)
+        before = np.asarray(pool_S2KTW)
+        positions_BT = start_B[:, None] + np.arange(16)
+        reads = Chunks(pages_BM, start_B, length_B)
+        logits_BTV, pool_S2KTW = read(decoder, tokens_BT, positions_BT, pool_S2KTW, reads, attention)
+    for row, (prompt, start, end) in enumerate(rows):
+        np.testing.assert_allclose(logits_BTV[row, : end - start], expected_BTV[prompt, start:end], atol=2e-5)
+    free = sorted(set(range(PAGES)) - {*PAGES_OF[0][:2], *PAGES_OF[1][:2]})
+    for page in [*free, *(PAGES + page for page in free)]:  # of both layers
+        np.testing.assert_array_equal(np.asarray(pool_S2KTW)[page], before[page])
+
+
 def test_nothing_is_written_where_no_page_is(decoder):
     pool_S2KTW = make_pool(CONFIG, PAGES, PAGE, jnp.float32, "cpu")
     tables = PageTables(
