@@ -114,8 +114,12 @@ class Side:
             text=True,
             env=os.environ | tunables | {"PYTHONPATH": str(root)},
         )
-        self.warm_up = self._line()
+        self.warm_up: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
+
+    def wait(self) -> None:
+        """Until it is warm."""
+        self.warm_up = self._line()
 
     def measure(self, number: int) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -161,6 +165,8 @@ def main() -> None:
         try:
             run = None if options.run is None else str(Path(options.run).resolve())
             sides = {"now": Side(ROOT, run), "base": Side(base, run), "one at a time": Side(ROOT, run, alone=True)}
+            for each in sides.values():
+                each.wait()
             for number in range(options.repeats + 1):
                 for each in sides.values():
                     each.rounds.append(each.measure(number))
