@@ -86,9 +86,9 @@ class EncoderMLP(nnx.Module):
         """`scale_E` is the LayerScale of the output."""
         dtype = x_MPE.dtype
         activation = ACTIVATIONS[self.activation]
-        hidden_MPF = activation(project("MPE,EF->MPF", x_MPE, self.up_kernel.astype(dtype)) + self.up_bias.astype(dtype))
+        hidden_MPF = project("MPE,EF->MPF", x_MPE, self.up_kernel.astype(dtype)) + self.up_bias.astype(dtype)
         kernel, bias = scaled(self.down_kernel, scale_E, dtype), scaled(self.down_bias, scale_E, dtype)
-        return project("MPF,FE->MPE", hidden_MPF, kernel) + bias
+        return project("MPF,FE->MPE", activation(hidden_MPF), kernel) + bias
 
 
 class EncoderBlock(nnx.Module):

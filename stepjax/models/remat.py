@@ -21,7 +21,7 @@ from stepjax.sharding import target_platform
 _FEW_LAYERS = 8
 
 
-def run_layers(layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: Any, policy: RematPolicy) -> jax.Array:
+def run_layers(layer: Callable[[jax.Array, Any], Any], x: jax.Array, blocks: Any, policy: RematPolicy) -> jax.Array:
     """x after all layers: x = layer(x, block) for every block of the stack, under the policy of this name.
 
     A scan: compilation time and, with rematerialisation, memory do not grow with depth. XLA's CPU backend pays for a

@@ -1,11 +1,13 @@
-"""What a training process on a CPU sets before JAX starts: its devices and its allocator. The environment's values win.
+"""What makes training fast on a CPU: devices and an allocator, set before JAX starts, and options for the compiler.
+
+The environment's own settings win.
 
 Devices. Within one device XLA's CPU backend runs much on one thread: elementwise work, layouts, small products. With a
 device for each core every core does its share of all of that. `mesh.data=-1` asks for as many copies as there are
 devices, so there stepjax decides how many: at most the cores, and a divisor of the rows of a micro-batch.
 
-Allocator. The backend allocates its buffers anew in every step. By default glibc returns large ones to the system, which
-then clears every page of the next step's: a third of the demo's step. Here freed memory stays with the process.
+Allocator. The backend allocates its buffers anew in every step. By default glibc returns large ones to the system,
+which then clears every page of the next step's. Here freed memory stays with the process.
 """
 
 import ctypes
@@ -14,11 +16,14 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stepjax.config import BatchConfig, PretrainConfig
 from stepjax.distributed import is_distributed
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
+# Elementwise operations join the reductions and products of YNNPACK, instead of passing arrays through memory.
+_YNNPACK = tuple(f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("DOT", "ELTWISE", "REDUCE"))
 _FOREVER = 2**31 - 1
 # Parameters of mallopt(3). One arena, because those of threads return memory however large the threshold is.
 _MALLOPT = {"M_TRIM_THRESHOLD": (-1, _FOREVER), "M_TOP_PAD": (-2, 2**26), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
@@ -37,9 +42,22 @@ def prepare(config: PretrainConfig) -> None:
             libc.mallopt(parameter, value)
     import jax
 
-    is_set = jax.config.jax_num_cpu_devices >= 0 or _DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
+    is_set = jax.config.read("jax_num_cpu_devices") >= 0 or _DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
     if config.mesh.data == -1 and not is_set and not is_distributed():
         jax.config.update("jax_num_cpu_devices", devices_for(config.batch, num_cores()))
+
+
+def compiler_options() -> dict[str, Any]:
+    """XLA's options for the train step on JAX's default platform, as `jax.jit` takes them."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return {}
+    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ",".join(_YNNPACK)}
+    if 2 * jax.local_device_count() > num_cores():
+        # Every device has a thread already; more would only wait for each other.
+        options["xla_cpu_multi_thread_eigen"] = False
+    return options
 
 
 def devices_for(batch: BatchConfig, cores: int) -> int:
@@ -56,7 +74,7 @@ def num_cores() -> int:
 def _trains_on_cpu() -> bool:
     import jax
 
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.read("jax_platforms")
     if platforms:
         return platforms.split(",")[0] == "cpu"
     has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))

@@ -69,9 +69,7 @@ def test_the_environments_devices_win(environment):
     assert prepared(**environment)["devices"] == 3
 
 
-@pytest.mark.parametrize(
-    "environment", [{"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}]
-)
+@pytest.mark.parametrize("environment", [{"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}])
 def test_the_environments_allocator_wins(environment):
     assert prepared(**environment)["mallopt"] == {}
 
