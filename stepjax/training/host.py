@@ -42,7 +42,7 @@ def prepare(config: PretrainConfig) -> None:
             libc.mallopt(parameter, value)
     import jax
 
-    is_set = jax.config.read("jax_num_cpu_devices") >= 0 or _DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
+    is_set = jax.config.values["jax_num_cpu_devices"] >= 0 or _DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
     if config.mesh.data == -1 and not is_set and not is_distributed():
         jax.config.update("jax_num_cpu_devices", devices_for(config.batch, num_cores()))
 
@@ -74,7 +74,7 @@ def num_cores() -> int:
 def _trains_on_cpu() -> bool:
     import jax
 
-    platforms = jax.config.read("jax_platforms")
+    platforms = jax.config.values["jax_platforms"]
     if platforms:
         return platforms.split(",")[0] == "cpu"
     has_tpu = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
