@@ -1,4 +1,4 @@
-"""On CPU, few layers are unrolled and products are of two matrices; elsewhere layers are scanned. The values are equal."""
+"""On CPU few layers are unrolled and products are of two matrices; elsewhere layers are scanned. Values are equal."""
 
 import dataclasses
 
