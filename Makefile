@@ -10,8 +10,6 @@ NEWEST_PYTHON = for p in python3.13 python3.12 $$HOME/.pyenv/versions/3.13*/bin/
 
 .PHONY: pretrain test slow parity lint compat clean
 
-# XLA's CPU backend allocates its buffers anew at every step; huge pages save most of the page faults.
-pretrain: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 pretrain: .venv/installed  ## train the demo model, evaluate it and draw the picture
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
 

@@ -14,6 +14,7 @@ from stepjax.config import (
     EvaluationConfig,
     ImageConfig,
     LoggingConfig,
+    MeshConfig,
     ModelConfig,
     NumericsConfig,
     OptimizerConfig,
@@ -67,6 +68,7 @@ config = PretrainConfig(
         warmup_tokens=1e5,
     ),
     optimizer=OptimizerConfig(weight_decay=0.05),
+    mesh=MeshConfig(data=-1, fsdp=1),  # a copy for every device; on a CPU stepjax makes one for every core
     numerics=NumericsConfig(compute_dtype="float32", remat="none", loss_chunk=512),
     checkpoint=CheckpointConfig(every=500),
     logging=LoggingConfig(every=20),

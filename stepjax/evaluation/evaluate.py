@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from PIL import Image
 
-from stepjax.config import DigitsSource, EvaluationConfig, ImageConfig
+from stepjax.config import DigitsSource, EvaluationConfig, ImageConfig, MeshConfig
 from stepjax.data.mixture import Sample
 from stepjax.data.packing import RowBudget, pack, stack_rows
 from stepjax.data.records import open_source
@@ -27,7 +28,7 @@ from stepjax.processing.tokens import Example
 from stepjax.progress import progress
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
-from stepjax.sharding import axis_size
+from stepjax.sharding import axis_size, make_mesh
 from stepjax.training.losses import token_scores
 from stepjax.training.step import Batch, forward
 
@@ -63,7 +64,7 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
         prefill_tokens=128,
         view_batch=8,
     )
-    engine = Engine(model, processor, sizes)
+    engine = Engine(model, processor, sizes, mesh=_one_device(model))
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     opened = [open_source(source, seed) for source in config.sources]
@@ -89,6 +90,15 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
             found += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
             _log.info("evaluated %s: %s", source.name, ", ".join(found))
     return Report(tuple(results), tuple(items))
+
+
+def _one_device(model: StepVL) -> Mesh | None:
+    """A mesh of one device, if each of several has the whole model: otherwise all would compute the same answers."""
+    leaves = jax.tree.leaves(model)
+    copies = all(isinstance(leaf, jax.Array) and leaf.is_fully_replicated for leaf in leaves)
+    if jax.process_count() > 1 or not copies or len(leaves[0].devices()) == 1:
+        return None
+    return make_mesh(MeshConfig(), sorted(leaves[0].devices(), key=lambda device: device.id)[:1])
 
 
 def _rollouts(

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.flash_attention import LOG2_UNITS
 from stepjax.config import NumericsConfig, VisionConfig
 from stepjax.models.attention import attend
-from stepjax.models.layers import LayerNorm, constant, halves_of_pairs, matrix, rotary_2d, rotate
-from stepjax.models.remat import remat
+from stepjax.models.layers import LayerNorm, constant, halves_of_pairs, matrix, project, rotary_2d, rotate
+from stepjax.models.remat import run_layers
 from stepjax.sharding import constrain
 
 
@@ -60,17 +60,17 @@ class EncoderAttention(nnx.Module):
         kernel, bias = self.qkv_kernel.astype(dtype), self.qkv_bias.astype(dtype)
         # Q: both halves of the queries, both of the keys. (Two axes instead of one would double the product's time.)
         qk_kernel, qk_bias = halves_of_pairs(kernel[:, :2], axis=1), halves_of_pairs(bias[:2], axis=0)
-        halves_QMPNH = jnp.einsum("MPE,EQNH->QMPNH", x_MPE, qk_kernel) + qk_bias[:, None, None]
+        halves_QMPNH = project("MPE,EQNH->QMPNH", x_MPE, qk_kernel) + qk_bias[:, None, None]
         # Folding the score scale into the queries' angles saves a pass over the queries.
         scale = (2 * cos_PH.shape[-1]) ** -0.5 / LOG2_UNITS
         q_MPNH = rotate(halves_QMPNH[0], halves_QMPNH[1], scale * cos_PH[None], scale * sin_PH[None])
         k_MPNH = rotate(halves_QMPNH[2], halves_QMPNH[3], cos_PH[None], sin_PH[None])
-        v_MPNH = jnp.einsum("MPE,ENH->MPNH", x_MPE, kernel[:, 2]) + bias[2]
+        v_MPNH = project("MPE,ENH->MPNH", x_MPE, kernel[:, 2]) + bias[2]
         attended_MPNH = attend(
             q_MPNH, k_MPNH, v_MPNH, scale=LOG2_UNITS, rows_axis="views", implementation=numerics.attention
         )
         kernel, bias = scaled(self.out_kernel, scale_E, dtype), scaled(self.out_bias, scale_E, dtype)
-        return jnp.einsum("MPNH,NHE->MPE", attended_MPNH, kernel) + bias
+        return project("MPNH,NHE->MPE", attended_MPNH, kernel) + bias
 
 
 class EncoderMLP(nnx.Module):
@@ -86,8 +86,9 @@ class EncoderMLP(nnx.Module):
         """`scale_E` is the LayerScale of the output."""
         dtype = x_MPE.dtype
         activation = ACTIVATIONS[self.activation]
-        hidden_MPF = activation(x_MPE @ self.up_kernel.astype(dtype) + self.up_bias.astype(dtype))
-        return hidden_MPF @ scaled(self.down_kernel, scale_E, dtype) + scaled(self.down_bias, scale_E, dtype)
+        hidden_MPF = project("MPE,EF->MPF", x_MPE, self.up_kernel.astype(dtype)) + self.up_bias.astype(dtype)
+        kernel, bias = scaled(self.down_kernel, scale_E, dtype), scaled(self.down_bias, scale_E, dtype)
+        return project("MPF,FE->MPE", activation(hidden_MPF), kernel) + bias
 
 
 class EncoderBlock(nnx.Module):
@@ -132,17 +133,17 @@ class PerceptionEncoder(nnx.Module):
             # A convolution with stride equal to its kernel size is a matrix product over patches.
             patches = views_MHWC.astype(dtype).reshape(num_views, grid, p, grid, p * 3).transpose(0, 1, 3, 2, 4)
             patches = patches.reshape(num_views, grid * grid, p * p * 3)
-            x_MPE = patches @ self.patch_kernel.astype(dtype).reshape(p * p * 3, config.width)
+            kernel = self.patch_kernel.astype(dtype).reshape(p * p * 3, config.width)
+            x_MPE = project("MPC,CE->MPE", patches, kernel)
             x_MPE = x_MPE + self._positions(grid).astype(dtype).reshape(grid * grid, config.width)
             x_MPE = constrain(self.norm_pre(x_MPE), "views", None, "act_embed")
 
         cos_PH, sin_PH = rotary_2d(grid, config.head_dim, config.rope_theta)
 
         def layer(x_MPE, block):
-            return block(x_MPE, cos_PH, sin_PH, self.numerics), None
+            return block(x_MPE, cos_PH, sin_PH, self.numerics)
 
-        x_MPE, _ = jax.lax.scan(remat(layer, self.numerics.policy_of_encoder), x_MPE, self.blocks)
-        return x_MPE
+        return run_layers(layer, x_MPE, self.blocks, self.numerics.policy_of_encoder)
 
     def _positions(self, grid: int) -> jax.Array:
         table = self.positions[...].astype(jnp.float32)

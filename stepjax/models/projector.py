@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from stepjax.config import ModelConfig, NumericsConfig, down_sampled
-from stepjax.models.layers import constant, matrix
+from stepjax.models.layers import constant, matrix, project
 from stepjax.sharding import constrain
 
 
@@ -33,7 +33,7 @@ class DownSampler(nnx.Module):
         kernel = self.kernel.astype(x_MHWE.dtype).reshape(9 * channels, -1)
         # Without this constraint, the partitioner gathers all taps for the kernel's gradient.
         taps_MHWT = constrain(jnp.concatenate(taps, axis=-1), "views", None, None, None)
-        y_MHWO = taps_MHWT @ kernel + self.bias.astype(x_MHWE.dtype)
+        y_MHWO = project("MHWT,TO->MHWO", taps_MHWT, kernel) + self.bias.astype(x_MHWE.dtype)
         return constrain(y_MHWO, "views", None, None, None)
 
 
@@ -55,6 +55,6 @@ class Projector(nnx.Module):
         assert grid * grid == patches, patches
         x = self.down2(self.down1(x_MPE.reshape(num_views, grid, grid, width)))
         x_MQO = x.reshape(num_views, down_sampled(grid) ** 2, 4 * width)
-        y_MQD = x_MQO @ self.kernel.astype(x_MQO.dtype)
+        y_MQD = project("MQO,OD->MQD", x_MQO, self.kernel.astype(x_MQO.dtype))
         y_MQD = y_MQD if self.bias is None else y_MQD + self.bias.astype(y_MQD.dtype)
         return constrain(y_MQD, "views", None, "act_embed")

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from stepjax.config import DecoderConfig, NumericsConfig
 from stepjax.models.attention import attend
-from stepjax.models.layers import RMSNorm, matrix, rotary_1d, rotate_halves
+from stepjax.models.layers import RMSNorm, matrix, project, rotary_1d, rotate_halves
 from stepjax.models.paged_cache import PagedCache, append_and_attend
-from stepjax.models.remat import remat
+from stepjax.models.remat import run_layers
 from stepjax.sharding import constrain
 
 
@@ -34,9 +34,9 @@ class DecoderAttention(nnx.Module):
 
     def __call__(self, x_BTD, rotary, positions_BT, segment_ids_BT, cache, numerics: NumericsConfig):
         dtype = x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_kernel.astype(dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_kernel.astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_kernel.astype(dtype))
+        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q_kernel.astype(dtype))
+        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k_kernel.astype(dtype))
+        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v_kernel.astype(dtype))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate_halves(q_BTNH, *rotary), rotate_halves(k_BTKH, *rotary)
@@ -53,7 +53,7 @@ class DecoderAttention(nnx.Module):
             )
         else:
             attended_BTNH, cache = append_and_attend(q_BTNH, k_BTKH, v_BTKH, cache, numerics.attention)
-        return jnp.einsum("BTNH,NHD->BTD", attended_BTNH, self.out_kernel.astype(dtype)), cache
+        return project("BTNH,NHD->BTD", attended_BTNH, self.out_kernel.astype(dtype)), cache
 
 
 class DecoderMLP(nnx.Module):
@@ -65,8 +65,9 @@ class DecoderMLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        gate_BTF, up_BTF = x_BTD @ self.gate_kernel.astype(dtype), x_BTD @ self.up_kernel.astype(dtype)
-        return (jax.nn.silu(gate_BTF) * up_BTF) @ self.down_kernel.astype(dtype)
+        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_kernel.astype(dtype))
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.up_kernel.astype(dtype))
+        return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_kernel.astype(dtype))
 
 
 class DecoderBlock(nnx.Module):
@@ -125,10 +126,9 @@ class Qwen3(nnx.Module):
             return self._with_cache(x_BTD, rotary, positions_BT, cache)
 
         def layer(x_BTD, block):
-            return block(x_BTD, rotary, positions_BT, segment_ids_BT, None, self.numerics)
+            return block(x_BTD, rotary, positions_BT, segment_ids_BT, None, self.numerics)[0]
 
-        x_BTD, _ = jax.lax.scan(remat(layer, self.numerics.remat), x_BTD, self.blocks)
-        return self.norm(x_BTD), None
+        return self.norm(run_layers(layer, x_BTD, self.blocks, self.numerics.remat)), None
 
     def _with_cache(self, x_BTD, rotary, positions_BT, cache: PagedCache) -> tuple[jax.Array, PagedCache]:
         # Carry the pool through the scan so that each layer writes its own pages in place.

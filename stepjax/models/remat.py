@@ -9,16 +9,35 @@ none        save everything
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from pallas_kernels.flash_attention import RESIDUAL_NAMES
 from stepjax.config import RematPolicy
 from stepjax.models.attention import INPUT_NAME
+from stepjax.sharding import target_platform
+
+_FEW_LAYERS = 8
 
 
-def remat(layer: Callable, policy: RematPolicy) -> Callable:
-    """`layer` under the policy of this name."""
+def run_layers(layer: Callable[[jax.Array, Any], Any], x: jax.Array, blocks: Any, policy: RematPolicy) -> jax.Array:
+    """x after all layers: x = layer(x, block) for every block of the stack, under the policy of this name.
+
+    A scan: compilation time and, with rematerialisation, memory do not grow with depth. XLA's CPU backend pays for a
+    loop: it copies every layer's weights out of the stack and what the backward pass needs into it, and cannot fuse
+    across iterations. A few layers that save everything are therefore unrolled there.
+    """
+
+    def step(x, block):
+        return layer(x, block), None
+
+    num_layers = len(jax.tree.leaves(blocks)[0])
+    unroll = target_platform() == "cpu" and policy == "none" and num_layers <= _FEW_LAYERS
+    return jax.lax.scan(_remat(step, policy), x, blocks, unroll=unroll)[0]
+
+
+def _remat(layer: Callable, policy: RematPolicy) -> Callable:
     if policy == "none":
         return layer
     known, of_attention = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)

@@ -39,6 +39,9 @@ class Pretrain:
 
         if must_supervise():
             return supervise(sys.argv[1:])
+        from stepjax.training.host import prepare
+
+        prepare(config)
         initialize(config.heartbeat.lost_after)
         for line in differences(config, preset):
             print(f"override  {line}")

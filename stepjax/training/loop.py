@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from stepjax.chips import peak_flops
 from stepjax.config import PretrainConfig
 from stepjax.config_file import differences, from_json, to_json
-from stepjax.data.loader import HostBatch, Loader
+from stepjax.data.loader import Loader
 from stepjax.data.packing import StreamState
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.interop import init_from
@@ -29,6 +29,7 @@ from stepjax.processing.processor import Processor
 from stepjax.progress import progress
 from stepjax.sharding import check_batch, make_mesh, rows_here, shardings, spec
 from stepjax.training.checkpoint import Checkpointer, read_meta
+from stepjax.training.host import compiler_options
 from stepjax.training.interruption import StopRequest, Watchdog
 from stepjax.training.metrics import Meter, Profile, fetch_rows, format_line, interval_means
 from stepjax.training.optimizer import learning_rate, make_optimizer
@@ -102,7 +103,8 @@ def pretrain(
     check_batch(config.batch, mesh)
     if not (directory / "checkpoints").exists():
         init_from.plan_start(config)
-    train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
+    train_step = make_train_step(config, optimizer, schedule)
+    train_step = jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
     is_first = jax.process_index() == 0
     say = _log.info if is_first else _log.debug
 
@@ -166,7 +168,7 @@ def pretrain(
             watchdog.at("data", step + 1)
             batch = meter.wait_for(batches)
             watchdog.at("step", step + 1)
-            state, metrics = train_step(state, _to_devices(batch, mesh))
+            state, metrics = train_step(state, to_devices(batch.arrays, mesh))
             step += 1
             bar.update()
             profile.after(step, state)
@@ -253,14 +255,14 @@ def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:
         )
 
 
-def _to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch on the devices, sharded over the data axes; each process supplies its own rows."""
+def to_devices(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A host batch on the devices, sharded over the data axes; each process supplies its own rows."""
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec("batch")), x)
 
     with jax.transfer_guard("allow"):  # with several processes JAX counts this as an implicit transfer
-        return {name: put(x) for name, x in batch.arrays.items()}
+        return {name: put(x) for name, x in arrays.items()}
 
 
 def _all_streams(rows: list[int], states: tuple[StreamState, ...]) -> list[StreamState]:

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_recipe import config as tiny
 
 from stepjax.cli import main
-from stepjax.config import EvaluationConfig, JsonlSource
+from stepjax.config import EvaluationConfig, JsonlSource, MeshConfig
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation import evaluate as evaluate_module
@@ -20,6 +20,7 @@ from stepjax.evaluation.evaluate import evaluate
 from stepjax.evaluation.scoring import chance_level, score
 from stepjax.inference.request import Completion
 from stepjax.interop.load import load_run
+from stepjax.sharding import make_mesh, shardings
 
 pytest_plugins = ("tiny_run",)
 
@@ -52,6 +53,19 @@ def test_batches_do_not_change_the_answers(model_and_processor, quick_runs):
     assert split.results == whole.results
 
 
+def test_copies_of_the_model_answer_on_one_device(small_model):
+    """Copies on all devices would each compute the same answers; shards need all devices."""
+
+    def on(devices, **axes):
+        mesh = make_mesh(MeshConfig(**axes), jax.devices()[:devices])
+        return jax.device_put(small_model, shardings(small_model, mesh))
+
+    mesh = evaluate_module._one_device(on(2, data=2, fsdp=1))
+    assert mesh is not None and list(mesh.devices.flat) == jax.devices()[:1]
+    assert evaluate_module._one_device(on(2, fsdp=2)) is None
+    assert evaluate_module._one_device(on(1)) is None
+
+
 def test_right_answers_are_counted(model_and_processor, monkeypatch):
     """With an oracle in the model's place, which knows all but one and is cut off in its reasoning at another."""
     model, processor = model_and_processor
@@ -61,7 +75,7 @@ def test_right_answers_are_counted(model_and_processor, monkeypatch):
     answers = iter([f"hm</think>{text}" for text in known[:3]] + ["hm</think>no idea", known[3]])
 
     class Oracle:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def generate(self, prompts, params):
