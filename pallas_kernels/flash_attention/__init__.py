@@ -99,7 +99,9 @@ def flash_attention(
         scale: H ** -0.5 by default; see LOG2_UNITS.
         return_lse: also return the log-sum-exp (natural logarithm) of the scores, for merging partial results over
             parts of the keys.
-        implementation: "xla" runs everywhere and stores all scores, "tpu" is the Mosaic kernel, "gpu" is cuDNN.
+        implementation: "xla" runs everywhere and stores all scores, "tpu" is the Mosaic kernel, "gpu" is cuDNN. With
+            one array of ids for queries and keys, "gpu" expects the tokens of a segment side by side, as packing puts
+            them: a row in which an id returns after another one is NaN.
         interpret: run the TPU kernel in interpret mode, for tests: a bool or `pltpu.InterpretParams`.
         block_sizes: of the TPU kernel; None chooses them for the target chip.
 
@@ -192,7 +194,9 @@ def _checked_segment_ids(
     if q_ids_BT is None or kv_ids_BS is None:
         check(T == S, f"{missing} is missing; pass both, because there are {T} queries and {S} keys")
         q_ids_BT = kv_ids_BS = given
-    q_ids_BT, kv_ids_BS = jnp.asarray(q_ids_BT), jnp.asarray(kv_ids_BS)
+    same = q_ids_BT is kv_ids_BS  # as the "gpu" implementation wants to know
+    q_ids_BT = jnp.asarray(q_ids_BT)
+    kv_ids_BS = q_ids_BT if same else jnp.asarray(kv_ids_BS)
     check_shape("q_segment_ids_BT", q_ids_BT, (B, T), "[B, T]")
     check_shape("kv_segment_ids_BS", kv_ids_BS, (B, S), "[B, S]")
     check_dtype("q_segment_ids_BT", q_ids_BT, jnp.int32)

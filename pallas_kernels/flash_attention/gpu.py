@@ -4,8 +4,9 @@ Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, 
 head, H head dim, C query chunks, Q queries of a chunk.
 
 cuDNN directly supports grouped queries, and the causal mask if T == S. The public JAX function offers no more, so:
-- segment ids and q_offset become a dense mask [B or 1, 1, T, S], which JAX turns into an additive mask of the input's
-  dtype: 2 B T S bytes. Odd lengths, which JAX rejects in training, need it too unless causal.
+- packed rows, where the ids of queries and keys are the same array, take gpu_packed.py if JAX and the GPU allow it.
+- other segment ids and q_offset become a dense mask [B or 1, 1, T, S], which JAX turns into an additive mask of the
+  input's dtype: 2 B T S bytes. Odd lengths, which JAX rejects in training, need it too unless causal.
 - a query that sees no key would get the mean of the values; we set its output to zero.
 - cuDNN's log-sum-exp is rounded to the input's dtype and has no gradient; on request XLA recomputes it in float32, a
   chunk of queries at a time.
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.checks import ArgumentError, check
+from pallas_kernels.flash_attention import gpu_packed
 from pallas_kernels.flash_attention.reference import LSE_NAME, OUT_NAME, visibility
 
 _LSE_QUERIES = 512  # per chunk of the log-sum-exp
@@ -54,22 +56,26 @@ def attention(
     visible_BTS = find_visible(causal=causal, q_offset=q_offset)
     # cuDNN's own causal mask skips blocks above the diagonal. If T == S, top-left and bottom-right alignment agree.
     plain_causal = causal and T == S and isinstance(q_offset, int) and q_offset == 0
-    mask_BTS = find_visible(causal=causal and not plain_causal, q_offset=q_offset)
 
-    # JAX rejects odd lengths in training. The causal mask hides the extra key; without it we need a dense mask.
+    # JAX rejects odd lengths in training.
     odd_T, odd_S = T % 2, S % 2
-    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
-    if mask_BTS is None and odd_S and not plain_causal:
-        mask_BTS = jnp.ones((1, T, S), bool)
-    if mask_BTS is not None:
-        mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, odd_T), (0, odd_S)))
-    mask_B1TS = None if mask_BTS is None else mask_BTS[:, None]
-    try:
-        out_BTNH = _cudnn(*padded, mask_B1TS, plain_causal, scale)[:, :T]
-    except (NotImplementedError, RuntimeError) as error:  # the GPU's generation, or no cuDNN at all
-        raise ArgumentError(f"implementation='gpu' is not available here, use 'xla': {error}") from error
-    if mask_B1TS is not None and visible_BTS is not None:
-        out_BTNH = jnp.where(jnp.any(visible_BTS, axis=-1)[:, :, None, None], out_BTNH, 0)
+    padded = tuple(jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
+    is_packed = q_segment_ids_BT is not None and q_segment_ids_BT is kv_segment_ids_BS and plain_causal == causal
+    if is_packed and gpu_packed.available(*padded[:2], causal=causal):
+        ids_BT = jnp.pad(q_segment_ids_BT, ((0, 0), (0, odd_T)), constant_values=-1)
+        out_BTNH = gpu_packed.attention(*padded, ids_BT, causal=causal, scale=scale)[:, :T]
+    else:
+        mask_BTS = find_visible(causal=causal and not plain_causal, q_offset=q_offset)
+        # The causal mask hides the extra key; without it we need a dense mask.
+        if mask_BTS is None and odd_S and not plain_causal:
+            mask_BTS = jnp.ones((1, T, S), bool)
+        mask_B1TS = None if mask_BTS is None else jnp.pad(mask_BTS, ((0, 0), (0, odd_T), (0, odd_S)))[:, None]
+        try:
+            out_BTNH = _cudnn(*padded, mask_B1TS, plain_causal, scale)[:, :T]
+        except (NotImplementedError, RuntimeError) as error:  # the GPU's generation, or no cuDNN at all
+            raise ArgumentError(f"implementation='gpu' is not available here, use 'xla': {error}") from error
+        if mask_B1TS is not None and visible_BTS is not None:
+            out_BTNH = jnp.where(jnp.any(visible_BTS, axis=-1)[:, :, None, None], out_BTNH, 0)
     if not with_lse:
         return out_BTNH, None
     return out_BTNH, checkpoint_name(_log_sum_exp(q_BTNH, k_BSKH, visible_BTS, scale), LSE_NAME)

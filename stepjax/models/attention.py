@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.flash_attention import Implementation, flash_attention
 from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
-from stepjax.sharding import all_gather, spec, target_platform
+from stepjax.sharding import all_gather, axis_size, spec, target_platform
 
 INPUT_NAME = "attention_input"  # checkpoint name of q, k and v for rematerialisation policies
 
@@ -24,7 +24,8 @@ def resolve(
     """Resolves the configured implementation for a platform ("cpu", "gpu", "tpu").
 
     "auto" is the Mosaic kernel on TPU, and cuDNN on GPU if it supports the arrays: on an H200 it was 2.8 to 7.2 times
-    as fast as XLA's attention (benchmarks/results/gpu_attention.json), and it does not materialise the scores.
+    as fast as XLA's attention (benchmarks/results/gpu_attention.json), and it does not materialise the scores. Packed
+    rows use cuDNN's own packed layout where JAX and the GPU offer it (pallas_kernels/flash_attention/gpu_packed.py).
     """
     if implementation != "auto":
         return implementation
@@ -71,6 +72,8 @@ def attend(
     def of_device(q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=None):
         if length_axis is not None:
             k_BSKH, v_BSKH = (all_gather(x, length_axis, 1) for x in (k_BSKH, v_BSKH))
+        if length_axis is None or axis_size(length_axis) == 1:
+            kv_ids_BS = q_ids_BT  # the same array tells the kernels that these are whole packed rows
 
         def part(q_BTNH, first, q_ids_BT):
             return flash_attention(

@@ -5,7 +5,6 @@ The values are tested in the matrix. What cuDNN answers is not tested here.
 
 import functools
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,14 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from pallas_kernels.checks import ArgumentError
 from pallas_kernels.flash_attention import RESIDUAL_NAMES, flash_attention
+from tests.pallas_kernels import cudnn
 
 IDS = jnp.zeros((2, 130), jnp.int32)
 
 
 @pytest.fixture
 def cudnn_present(monkeypatch):
-    """JAX asks for cuDNN's version when it traces."""
-    version = SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", version)
+    cudnn.present(monkeypatch)
 
 
 def qkv(T=130, S=130, H=64):

@@ -17,6 +17,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels.flash_attention import RESIDUAL_NAMES, flash_attention
+from tests.pallas_kernels import cudnn
 
 IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
@@ -25,13 +26,7 @@ IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 def cudnn_stand_in(monkeypatch):
     if jax.default_backend() == "gpu":
         return
-    original = jax.nn.dot_product_attention
-
-    def stand_in(*args, implementation, **kwargs):
-        assert implementation == "cudnn"
-        return original(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    cudnn.stand_in(monkeypatch)
 
 
 def options(implementation: str) -> dict[str, Any]:
