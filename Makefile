@@ -8,7 +8,7 @@ JOBS ?= 2
 NEWEST_PYTHON = for p in python3.13 python3.12 $$HOME/.pyenv/versions/3.13*/bin/python3.13 \
 	$$HOME/.pyenv/versions/3.12*/bin/python3.12; do if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done
 
-.PHONY: pretrain test slow parity lint compat clean
+.PHONY: pretrain test slow parity lint compat gpu gpu-wheels benchmarks clean
 
 pretrain: .venv/installed  ## train the demo model, evaluate it and draw the picture
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
@@ -37,6 +37,20 @@ compat:  ## a fast subset on the newest JAX, which needs Python 3.12 or 3.13
 
 COMPAT_TESTS = tests/models/test_qwen3.py tests/models/test_paged_cache.py tests/models/test_attention.py \
 	tests/models/test_step_vl.py tests/inference/test_async_engine.py tests/training/test_step.py
+
+# On a machine with an H100 or H200, JAX on CUDA, flax, optax and Orbax; it needs no network and 8 minutes. DRY=1: on CPU.
+gpu: $(if $(DRY),.venv-test/installed)  ## numerics and speed of one GPU
+	$(if $(DRY),.venv-test/bin/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY),--dry) $(ARGS)
+
+WHEEL_PLATFORMS = $(foreach libc,2_28 2_27 2_24 2_17,--platform manylinux_$(libc)_x86_64) --platform manylinux2014_x86_64
+gpu-wheels:  ## the packages that such a machine lacks, for Python 3.12, into .whl/
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
+		$(WHEEL_PLATFORMS) --requirement benchmarks/gpu_wheels.txt --dest .whl
+	du -sh .whl
+
+benchmarks: .venv-parity/installed  ## remake every figure that a CPU can make, one script after the other
+	.venv-parity/bin/python -m pip install --quiet --editable '.[cpu,benchmarks]'
+	.venv-parity/bin/python benchmarks/all.py $(ARGS)
 
 # Rebuild an environment when the project's requirements change.
 .venv/installed: EXTRAS = cpu

@@ -59,7 +59,7 @@ def attention(
 
     # JAX rejects odd lengths in training.
     odd_T, odd_S = T % 2, S % 2
-    padded = tuple(jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
+    padded = tuple(_even(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     is_packed = q_segment_ids_BT is not None and q_segment_ids_BT is kv_segment_ids_BS and plain_causal == causal
     if is_packed and gpu_packed.available(*padded[:2], causal=causal):
         ids_BT = jnp.pad(q_segment_ids_BT, ((0, 0), (0, odd_T)), constant_values=-1)
@@ -79,6 +79,10 @@ def attention(
     if not with_lse:
         return out_BTNH, None
     return out_BTNH, checkpoint_name(_log_sum_exp(q_BTNH, k_BSKH, visible_BTS, scale), LSE_NAME)
+
+
+def _even(x_BTNH: jax.Array) -> jax.Array:
+    return jnp.pad(x_BTNH, ((0, 0), (0, 1), (0, 0), (0, 0))) if x_BTNH.shape[1] % 2 else x_BTNH
 
 
 def _dot_product_attention(

@@ -58,6 +58,22 @@ def test_calls_lower_to_cudnn_forward_and_backward(cudnn_present, T, S, options,
     assert cudnn_calls(value_and_gradients, *qkv(T, S)) == [(call, mask), (f"{call}Backward", mask)]
 
 
+def test_without_a_mask_the_call_is_the_one_of_jax(cudnn_present):
+    """The same program, so the same speed."""
+
+    def ours(q, k, v):
+        return flash_attention(q, k, v, causal=True, scale=0.5, implementation="gpu")
+
+    def theirs(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=0.5, implementation="cudnn")
+
+    def program(f):
+        text = jax.jit(lambda *qkv: f(*qkv)).trace(*qkv()).lower(lowering_platforms=("cuda",)).as_text()
+        return [re.sub(r"%\w+", "%", line) for line in text.splitlines() if "stablehlo" in line]
+
+    assert program(ours) == program(theirs)
+
+
 def test_policy_that_keeps_the_residuals_runs_the_forward_once(cudnn_present):
     def calls_and_kept(policy):
         @functools.partial(jax.checkpoint, policy=policy)

@@ -126,7 +126,7 @@ def layer(q, k, v, causal=True):
 
 
 def gradient(f):
-    return jax.grad(lambda *qkv: jnp.sum(f(*qkv).astype(jnp.float32)), (0, 1, 2))
+    return jax.value_and_grad(lambda *qkv: jnp.sum(f(*qkv).astype(jnp.float32)), (0, 1, 2))
 
 
 @pytest.mark.parametrize("causal, mask", [(True, "PADDING_CAUSAL"), (False, "PADDING")])

@@ -1,0 +1,87 @@
+"""benchmarks/gpu.py: a stage's time runs out, partial results are kept, and the wheels suit the requirements."""
+
+import json
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+
+STAGE = """
+import sys, time
+for i in range(3):
+    print("figures: " + '{"done": %d}' % i, flush=True)
+print("a line of the program's own")
+{end}
+"""
+
+
+def supervise(end: str, seconds: float = 60) -> tuple[gpu.Figures, list[gpu.Figures]]:
+    written: list[gpu.Figures] = []
+    command = [sys.executable, "-c", STAGE.replace("{end}", end)]
+    return gpu.supervise(command, seconds, dict(os.environ), written.append), written
+
+
+def test_figures_are_written_as_they_come():
+    figures, written = supervise("")
+    assert [each["done"] for each in written] == [0, 1, 2] and all(each["unfinished"] for each in written)
+    assert figures["done"] == 2 and not {"unfinished", "cut", "failed"} & figures.keys()
+
+
+def test_a_stage_out_of_time_is_killed_with_its_children_and_keeps_its_figures(tmp_path):
+    child = tmp_path / "child"
+    end = (
+        f"import subprocess; p = subprocess.Popen(['sleep', '600']); open({str(child)!r}, 'w').write(str(p.pid))\n"
+        "time.sleep(600)"
+    )
+    figures, _ = supervise(end, 5)
+    assert figures["done"] == 2 and figures["cut"].startswith("after 5 s") and "failed" not in figures
+    state = Path(f"/proc/{child.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_stage_that_fails_keeps_its_figures_and_says_why():
+    figures, _ = supervise("raise ValueError('out of memory')")
+    assert figures["done"] == 2 and "out of memory" in figures["failed"]
+
+
+def test_stages_share_the_time_and_pass_on_what_they_leave(tmp_path, monkeypatch, capsys):
+    """Numerics takes none of its half, so attention may use it all; then nothing is left."""
+    limits = []
+
+    def take(command, seconds, environment, write):
+        assert environment["STEPJAX_GPU_DRY"] == "1"
+        limits.append(seconds)
+        write({"first": 1, "unfinished": True})
+        assert json.loads((tmp_path / "gpu_numerics.json").read_text())["first"] == 1
+        return {"platform": "cpu", "first": 1} | ({"failed": "why"} if "attention" in command else {})
+
+    monkeypatch.setattr(gpu, "supervise", take)
+    monkeypatch.setattr(gpu, "STAGES", {"numerics": ("gpu_kernels.py", 30), "attention": ("gpu_kernels.py", 10)})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--seconds", "100", "--out", str(tmp_path)])
+    assert gpu.main() == 1, "a stage failed"
+    assert limits == [pytest.approx(75, abs=5), pytest.approx(100, abs=5)]
+    written = json.loads((tmp_path / "gpu_numerics.json").read_text())
+    assert set(written) == {"machine", "platform", "first"}
+    assert {"versions", "load", "card", "cpu"} <= written["machine"].keys()
+    assert "FAILED: attention" in capsys.readouterr().out
+
+
+def test_wheels_are_pinned_and_meet_the_requirements():
+    lines = (ROOT / "benchmarks" / "gpu_wheels.txt").read_text().splitlines()
+    pins = dict(re.fullmatch(r"([\w-]+)==([\w.]+)", line).groups() for line in lines if not line.startswith("#"))  # type: ignore
+    wanted = [
+        Requirement(text) for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ]
+    ours = {requirement.name: requirement.specifier for requirement in wanted}
+    assert {"grain", "pydantic", "tyro"} <= ours.keys() & pins.keys()
+    for name in ours.keys() & pins.keys():
+        assert pins[name] in ours[name], name
