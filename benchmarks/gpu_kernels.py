@@ -265,46 +265,58 @@ def attention() -> None:
         "4,096 tokens, packed by one": (text, True, 1),
     }
     found: Figures = {"unit": "TFLOP/s of useful work; temporaries in MB", "shapes": {}}
-    for name, (shape, causal, segments) in itertools.islice(shapes.items(), 2 if DRY else None):
+    for i, (name, (shape, causal, segments)) in enumerate(itertools.islice(shapes.items(), 2 if DRY else None)):
         if DRY:
             shape = dict(B=1, T=64, S=64, N=4, K=2, H=16)
-        q, k, v = (jnp.asarray(x) for x in arrays(**shape))
-        B, T, N, H = q.shape
-        ids = None if segments is None else jnp.asarray(even(T, segments, B))
-        length = T // (segments or 1)
-        pairs = B * (segments or 1) * (length * (length + 1) / 2 if causal else length * length)
-        flops = {"forward": 4 * N * H * pairs, "forward and backward": 14 * N * H * pairs}
+        found["shapes"][name] = rows = {}
+        measure_shape(shape, causal, segments, with_xla=i == 0 or DRY, rows=rows, after=lambda: tell(found))
 
-        def ours(which, causal=causal, ids=ids):
-            return lambda q, k, v: flash_attention(q, k, v, causal=causal, q_segment_ids_BT=ids, implementation=which)
 
-        def library(q, k, v, causal=causal):
-            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=None if DRY else "cudnn")
+def measure_shape(
+    shape: dict[str, int],
+    causal: bool,
+    segments: int | None,
+    *,
+    with_xla: bool,
+    rows: dict[str, Figures],
+    after: Callable[[], None],
+) -> None:
+    """Fills `rows`, calling `after` for each direction."""
+    q, k, v = (jnp.asarray(x) for x in arrays(**shape))
+    B, T, N, H = q.shape
+    ids = None if segments is None else jnp.asarray(even(T, segments, B))
+    length = T // (segments or 1)
+    pairs = B * (segments or 1) * (length * (length + 1) / 2 if causal else length * length)
 
-        forwards = {"ours, gpu": ours("gpu")}
-        if segments is None:
-            forwards["cuDNN by JAX"] = library
-        if name == next(iter(shapes)) or DRY:
-            forwards["ours, xla"] = ours("xla")
-        makers: dict[str, Callable[[bool], Side]] = {
-            side: lambda backward, forward=forward: jax_side(with_gradients(forward) if backward else forward, q, k, v)
-            for side, forward in forwards.items()
-        } | torch_sides(shape, causal, segments)
-        rows: Figures = {side: {} for side in makers}
-        found["shapes"][name] = rows
-        for direction, count in flops.items():
-            sides = {}
-            for side, make in makers.items():
-                try:
-                    sides[side] = make(direction != "forward")
-                except Exception as error:  # noqa: BLE001 - such as out of memory; the others are to be measured
-                    rows[side][direction] = f"{type(error).__name__}: {str(error)[:160]}"
-            for _, (side, measured) in itertools.product(range(3), sides.items()):  # in turns
-                measured.measure(count)
-                rows[side][direction] = round(statistics.median(measured.rates), 1)
-                if measured.temporary is not None:
-                    rows[side][f"temporaries, {direction}"] = round(measured.temporary / 1e6)
-            tell(found)
+    def ours(which: Any) -> Callable[..., jax.Array]:
+        return lambda q, k, v: flash_attention(q, k, v, causal=causal, q_segment_ids_BT=ids, implementation=which)
+
+    def library(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=None if DRY else "cudnn")
+
+    def maker(forward: Callable[..., jax.Array]) -> Callable[[bool], Side]:
+        return lambda backward: jax_side(with_gradients(forward) if backward else forward, q, k, v)
+
+    makers = {"ours, gpu": maker(ours("gpu"))}
+    if segments is None:
+        makers["cuDNN by JAX"] = maker(library)
+    if with_xla:
+        makers["ours, xla"] = maker(ours("xla"))
+    makers |= torch_sides(shape, causal, segments)
+    for direction, products in (("forward", 2), ("forward and backward", 7)):
+        sides = {}
+        for side, make in makers.items():
+            row = rows.setdefault(side, {})
+            try:
+                sides[side] = make(direction != "forward")
+            except Exception as error:  # noqa: BLE001 - such as out of memory; the others are to be measured
+                row[direction] = f"{type(error).__name__}: {str(error)[:160]}"
+        for _, (side, measured) in itertools.product(range(3), sides.items()):  # in turns
+            measured.measure(2 * products * N * H * pairs)
+            rows[side][direction] = round(statistics.median(measured.rates), 1)
+            if measured.temporary is not None:
+                rows[side][f"temporaries, {direction}"] = round(measured.temporary / 1e6)
+        after()
 
 
 if __name__ == "__main__":

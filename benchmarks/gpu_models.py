@@ -197,7 +197,7 @@ def decode() -> None:
     prompt, answer = (16, 25) if DRY else (128, 97)
     found: Figures = {"prompt": prompt, "answer": answer, "weight_bytes": weight_bytes(model), "batch": {}}
     rng = np.random.default_rng(0)
-    for batch in (1, 4) if DRY else (1, 16, 64):
+    for batch in (2,) if DRY else (1, 16, 64):
         context = -(-(prompt + answer) // 64) * 64
         config = EngineConfig(
             max_sequences=batch, smallest_batch=batch, max_context=context, decode_steps=8, prefix_caching=False
@@ -226,7 +226,7 @@ def shared() -> None:
 
     programs.prefill = lambda model, pool_S2KTW, *args, **kwargs: pool_S2KTW  # type: ignore
     model = decoder_model()
-    prefixes, counts = ((64, 128), (2, 4)) if DRY else ((2048, 8192, 32_768), (4, 16, 32))
+    prefixes, counts = ((64, 128), (4,)) if DRY else ((2048, 8192, 32_768), (4, 16, 32))
     steps, answer, page = 4, 41, 64
     context = prefixes[-1] + page
     found: Figures = {"decode_steps": steps, "tried": [], "tokens_per_second": {}}
@@ -267,7 +267,7 @@ def shared() -> None:
                 }
                 tell(found)
 
-    tokens = cache_tokens(model, counts[-1] * context)
+    tokens = cache_tokens(model, counts[-1] * (context + page))
     while tokens > context:
         try:
             measure(tokens)
@@ -295,10 +295,10 @@ def cache_tokens(model: Any, wanted: int) -> int:
 
 def demo() -> None:
     with tempfile.TemporaryDirectory() as out:
-        tokens = "10000" if DRY else "400000"
+        tokens, logging = ("4000", "1") if DRY else ("400000", "20")
         command = [sys.executable, "-m", "stepjax.cli", "pretrain", "configs/digits/pretrain.py", "--out", out]
         command += ["--schedule.phases.0.tokens", tokens, "--schedule.phases.1.tokens", "2048"]
-        command += ["--schedule.warmup-tokens", "10000", "--logging.every", "5" if DRY else "20"]
+        command += ["--schedule.warmup-tokens", "2000", "--logging.every", logging]
         command += ["--evaluation.examples", "1" if DRY else "20"]
         began = time.monotonic()
         process = subprocess.Popen(

@@ -59,10 +59,10 @@ def attention(
 
     # JAX rejects odd lengths in training.
     odd_T, odd_S = T % 2, S % 2
-    padded = tuple(_even(x) for x in (q_BTNH, k_BSKH, v_BSKH))
-    is_packed = q_segment_ids_BT is not None and q_segment_ids_BT is kv_segment_ids_BS and plain_causal == causal
-    if is_packed and gpu_packed.available(*padded[:2], causal=causal):
-        ids_BT = jnp.pad(q_segment_ids_BT, ((0, 0), (0, odd_T)), constant_values=-1)
+    padded = (_even(q_BTNH), _even(k_BSKH), _even(v_BSKH))
+    packed_ids_BT = q_segment_ids_BT if q_segment_ids_BT is kv_segment_ids_BS and plain_causal == causal else None
+    if packed_ids_BT is not None and gpu_packed.available(*padded[:2], causal=causal):
+        ids_BT = jnp.pad(packed_ids_BT, ((0, 0), (0, odd_T)), constant_values=-1)
         out_BTNH = gpu_packed.attention(*padded, ids_BT, causal=causal, scale=scale)[:, :T]
     else:
         mask_BTS = find_visible(causal=causal and not plain_causal, q_offset=q_offset)

@@ -99,7 +99,7 @@ def _cudnn(
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     starts_BM1 = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=_UNUSED)
-    return cudnn.dot_product_attention(
+    out_BTNH: Any = cudnn.dot_product_attention(
         q_BTNH,
         k_BTKH,
         v_BTKH,
@@ -110,6 +110,7 @@ def _cudnn(
         scale=scale,
         mask_type=cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING,
     )
+    return out_BTNH
 
 
 def _of_pass(i: int | jax.Array, segments: Segments, M: int, causal: bool, scale: float) -> tuple[Any, jax.Array]:
@@ -135,7 +136,7 @@ def attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array, *, causal: bool, scale: float
 ) -> jax.Array:
     """Attention within segments [B, T, N, H], zero at padding; NaN in rows where an id returns after another one."""
-    out_BTNH = _attention(q_BTNH, k_BTKH, v_BTKH, find_segments(ids_BT), causal, scale, slots(q_BTNH))
+    out_BTNH: Any = _attention(q_BTNH, k_BTKH, v_BTKH, find_segments(ids_BT), causal, scale, slots(q_BTNH))
     return jnp.where(recurs(ids_BT)[:, None, None, None], jnp.nan, out_BTNH)
 
 
