@@ -1,5 +1,8 @@
-"""benchmarks/gpu.py: a stage's time runs out, partial results are kept, and the wheels suit the requirements."""
+"""benchmarks/gpu.py: a stage's time runs out, partial results are kept, and the wheels suit the requirements.
+benchmarks/all.py: goes on after a failure.
+"""
 
+import importlib.util
 import json
 import os
 import re
@@ -85,3 +88,27 @@ def test_wheels_are_pinned_and_meet_the_requirements():
     assert {"grain", "pydantic", "tyro"} <= ours.keys() & pins.keys()
     for name in ours.keys() & pins.keys():
         assert pins[name] in ours[name], name
+
+
+def test_remaking_figures_goes_on_after_a_failure_and_skips_halves(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("all_benchmarks", ROOT / "benchmarks" / "all.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert {"packing", "decode", "sampling"} <= module.scripts().keys() and "gpu" not in module.scripts()
+
+    writes = "if 0: machine.write('', {})\n"
+    for name, body in {"a_fails": "raise SystemExit(3)", "b_half": "", "c_works": "open('made', 'w')"}.items():
+        (tmp_path / f"{name}.py").write_text(writes + body)
+    (tmp_path / "machine.py").write_text("")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "NEEDS", {"b_half": "no_such_package"})
+    monkeypatch.setattr(sys, "argv", ["all.py"])
+    assert module.main() == 1
+    outcomes = dict(re.findall(r"^(\w+) +\d+ s  (.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert outcomes == {
+        "a_fails": "FAILED with status 3",
+        "b_half": "skipped: no_such_package is not installed",
+        "c_works": "done",
+    }
+    assert (tmp_path.parent / "made").exists()
