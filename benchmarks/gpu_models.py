@@ -293,13 +293,23 @@ def cache_tokens(model: Any, wanted: int) -> int:
 # The demo ------------------------------------------------------------------------------------------------------------
 
 
+DEMO = """
+import dataclasses
+from configs.digits.pretrain import config as whole
+from stepjax.config import EvaluationConfig
+config = dataclasses.replace(whole, evaluation=EvaluationConfig())
+"""
+
+
 def demo() -> None:
+    """Training alone: evaluation would compile the engine."""
     with tempfile.TemporaryDirectory() as out:
         tokens, logging = ("4000", "1") if DRY else ("400000", "20")
-        command = [sys.executable, "-m", "stepjax.cli", "pretrain", "configs/digits/pretrain.py", "--out", out]
+        recipe = Path(out, "recipe.py")
+        recipe.write_text(DEMO)
+        command = [sys.executable, "-m", "stepjax.cli", "pretrain", str(recipe), "--out", out]
         command += ["--schedule.phases.0.tokens", tokens, "--schedule.phases.1.tokens", "2048"]
         command += ["--schedule.warmup-tokens", "2000", "--logging.every", logging]
-        command += ["--evaluation.examples", "1" if DRY else "20"]
         began = time.monotonic()
         process = subprocess.Popen(
             command, cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.rows % ROWS or arguments.rows < 2 * ROWS:
+        parser.error(f"--rows {arguments.rows}: the kernel's schedule is read from two or more blocks of {ROWS} rows")
     logits_BV = synthetic_logits(arguments.rows)
     figures: dict[str, Any] = {
         "command": "python benchmarks/sampling.py",

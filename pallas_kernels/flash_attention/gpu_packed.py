@@ -12,8 +12,8 @@ TFLOP/s forward with M = 4, at 146 to 190 with M = 16 or 32 and at 100 with M = 
 small, and a row with more segments takes further passes over the next M, counted on the device. Only the first pass
 keeps its statistics: the backward pass recomputes those of the others.
 
-cuDNN reads and writes the tokens of its segments only. The rest of the output and of the gradients is arbitrary, so
-every result goes through a select.
+cuDNN reads and writes the tokens of its segments only. The rest of its output and gradients is arbitrary: a later pass
+replaces its own tokens, and `flash_attention` zeroes padding, both in the output and in the gradients.
 """
 
 from functools import partial
@@ -135,35 +135,39 @@ def _passes(segments: Segments, M: int) -> jax.Array:
 def attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array, *, causal: bool, scale: float
 ) -> jax.Array:
-    """Attention within segments [B, T, N, H], zero at padding; NaN in rows where an id returns after another one."""
+    """Attention within segments [B, T, N, H]; NaN in rows where an id returns after another one.
+
+    Output and gradients are arbitrary at padding.
+    """
     out_BTNH: Any = _attention(q_BTNH, k_BTKH, v_BTKH, find_segments(ids_BT), causal, scale, slots(q_BTNH))
     return jnp.where(recurs(ids_BT)[:, None, None, None], jnp.nan, out_BTNH)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attention(q_BTNH, k_BTKH, v_BTKH, segments: Segments, causal: bool, scale: float, M: int) -> jax.Array:
-    def add_pass(i, out_BTNH):
+    attend, _ = _of_pass(0, segments, M, causal, scale)
+    return _add_passes(attend(q_BTNH, k_BTKH, v_BTKH), q_BTNH, k_BTKH, v_BTKH, segments, causal, scale, M)
+
+
+def _add_passes(out_BTNH, q_BTNH, k_BTKH, v_BTKH, segments: Segments, causal: bool, scale: float, M: int) -> jax.Array:
+    """The output of all passes, given that of the first."""
+
+    def add(i, out_BTNH):
         attend, tokens_BT11 = _of_pass(i, segments, M, causal, scale)
         return jnp.where(tokens_BT11, attend(q_BTNH, k_BTKH, v_BTKH), out_BTNH)
 
-    first_BTNH = add_pass(0, jnp.zeros_like(q_BTNH))
-    return jax.lax.fori_loop(1, _passes(segments, M), add_pass, first_BTNH)
+    return jax.lax.fori_loop(1, _passes(segments, M), add, out_BTNH)
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, segments: Segments, causal: bool, scale: float, M: int):
-    attend, tokens_BT11 = _of_pass(0, segments, M, causal, scale)
-    raw_BTNH, pullback = jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
-
-    def add_pass(i, out_BTNH):
-        attend, tokens_BT11 = _of_pass(i, segments, M, causal, scale)
-        return jnp.where(tokens_BT11, attend(q_BTNH, k_BTKH, v_BTKH), out_BTNH)
-
-    out_BTNH = jax.lax.fori_loop(1, _passes(segments, M), add_pass, jnp.where(tokens_BT11, raw_BTNH, 0))
+    attend, _ = _of_pass(0, segments, M, causal, scale)
+    first_BTNH, pullback = jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)
+    out_BTNH = _add_passes(first_BTNH, q_BTNH, k_BTKH, v_BTKH, segments, causal, scale, M)
     out_BTNH = checkpoint_name(out_BTNH, OUT_NAME)
     B, T, N, _ = q_BTNH.shape
 
     def name(kept: Any) -> Any:
-        if kept is raw_BTNH:
+        if kept is first_BTNH:
             return out_BTNH  # equal where cuDNN reads it, and one array less to keep
         is_statistics = getattr(kept, "shape", None) == (B * M, N, T) and kept.dtype == jnp.float32
         return checkpoint_name(kept, LSE_NAME) if is_statistics else kept
@@ -174,17 +178,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments: Segments, causal: bool, scale: fl
 def _backward(causal: bool, scale: float, M: int, kept: Any, d_out_BTNH: jax.Array):
     pullback, q_BTNH, k_BTKH, v_BTKH, segments = kept
 
-    def select(tokens_BT11, new, old):
-        return jax.tree.map(lambda a, b: jnp.where(tokens_BT11, a, b), new, old)
-
-    def add_pass(i, gradients):
+    def add(i, gradients):
         attend, tokens_BT11 = _of_pass(i, segments, M, causal, scale)
-        return select(tokens_BT11, jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)[1](d_out_BTNH), gradients)
+        of_pass = jax.vjp(attend, q_BTNH, k_BTKH, v_BTKH)[1](d_out_BTNH)
+        return jax.tree.map(lambda new, old: jnp.where(tokens_BT11, new, old), tuple(of_pass), gradients)
 
-    _, tokens_BT11 = _of_pass(0, segments, M, causal, scale)
-    zeros = (jnp.zeros_like(q_BTNH), jnp.zeros_like(k_BTKH), jnp.zeros_like(v_BTKH))
-    first = select(tokens_BT11, tuple(pullback(d_out_BTNH)), zeros)
-    return (*jax.lax.fori_loop(1, _passes(segments, M), add_pass, first), None)
+    return (*jax.lax.fori_loop(1, _passes(segments, M), add, tuple(pullback(d_out_BTNH))), None)
 
 
 _attention.defvjp(_forward, _backward)
