@@ -85,7 +85,7 @@ def supervise(
     began, cut = time.monotonic(), threading.Event()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, process_group=0
         )
 
         def kill() -> None:
