@@ -38,7 +38,7 @@ compat:  ## a fast subset on the newest JAX, which needs Python 3.12 or 3.13
 COMPAT_TESTS = tests/models/test_qwen3.py tests/models/test_paged_cache.py tests/models/test_attention.py \
 	tests/models/test_step_vl.py tests/inference/test_async_engine.py tests/training/test_step.py
 
-# On a machine with an H100 or H200, JAX on CUDA, flax, optax and Orbax; it needs no network and 8 minutes. DRY=1: on CPU.
+# For a machine with an H100 or H200, JAX on CUDA, flax, optax and Orbax. Needs no network and 8 minutes; DRY=1: on CPU.
 gpu: $(if $(DRY),.venv-test/installed)  ## numerics and speed of one GPU
 	$(if $(DRY),.venv-test/bin/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY),--dry) $(ARGS)
 

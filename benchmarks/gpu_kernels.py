@@ -145,7 +145,9 @@ def numerics() -> None:
         if ids is not None:
             q, k = (jax.ShapeDtypeStruct((*x.shape[:1], x.shape[1] + x.shape[1] % 2, *x.shape[2:]), x.dtype)
                     for x in inputs[:2])  # fmt: skip
-            found["packed layout"][name] = gpu_packed.available(q, k, causal=options.get("causal", False))  # type: ignore
+            found["packed layout"][name] = gpu_packed.available(  # type: ignore
+                q, k, causal=options.get("causal", False)
+            )
         for route in ("gpu", "xla") if name == "causal" else ("gpu",):
             compare(
                 f"attention, {name}: {route}",

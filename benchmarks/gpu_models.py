@@ -126,6 +126,7 @@ def train_steps(config: PretrainConfig, found: Figures) -> None:
             losses.append(float(metrics["loss"]))
             if i > 1:
                 times.append(time.perf_counter() - began)
+        assert np.isfinite(losses).all(), f"losses {losses}"
         each, peak = statistics.median(times), peak_flops(jax.devices()[0])
         length = tokens // segments
         useful = 3 * decoder_flops(config.model.decoder, rows * tokens, rows * segments * length * (length + 1) / 2)
