@@ -71,6 +71,10 @@ def _sizes(sample: Sample) -> Sizes:
     return len(sample.example.tokens), *sample.example.num_views
 
 
+def _fits(sizes: Sizes, left: Sizes) -> bool:
+    return sizes[0] <= left[0] and sizes[1] <= left[1] and sizes[2] <= left[2]
+
+
 class _OpenRow:
     """A row that is being filled."""
 
@@ -78,9 +82,6 @@ class _OpenRow:
         self.indices: list[int] = []
         self.samples: list[Sample] = []
         self.left = budget.sizes
-
-    def fits(self, sizes: Sizes) -> bool:
-        return all(size <= left for size, left in zip(sizes, self.left, strict=True))
 
     def add(self, index: int, sample: Sample) -> None:
         self.indices.append(index)
@@ -169,7 +170,7 @@ class PackingStream:
         return row
 
     def _tightest_row(self, sizes: Sizes) -> _OpenRow | None:
-        fitting = [row for row in self._rows if row.fits(sizes)]
+        fitting = [row for row in self._rows if _fits(sizes, row.left)]
         return min(fitting, key=lambda row: row.left[0], default=None)
 
     def _fullest_row(self, index: int) -> _OpenRow:
@@ -183,7 +184,7 @@ class PackingStream:
         sizes, budget = _sizes(sample), self._budget.sizes
         if self._budget.example_tokens is not None:
             budget = self._budget.example_tokens, *budget[1:]
-        if all(size <= limit for size, limit in zip(sizes, budget, strict=True)):
+        if _fits(sizes, budget):
             return sample
         what = ", ".join(
             f"{size} {name} of {limit}"
@@ -243,7 +244,7 @@ def _fill(row: dict[str, np.ndarray], samples: Sequence[Sample], budget: RowBudg
         row["positions_T"][span] = np.arange(length)
         row["loss_weights_T"][span] = example.loss_weights
         row["group_T"][span] = 2 * sample.domain + (views > 0)
-        if views:
+        if views or crops:
             # The example's own table also has crops first; shift both parts to their place in the row's table.
             index, own_crops = example.feature_index, crops * images.crop_tokens
             to_crops = index + crop * images.crop_tokens

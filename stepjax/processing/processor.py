@@ -163,16 +163,24 @@ class Processor:
         self, name: str, segments: Sequence[Segment], open_image: Callable[..., Image.Image] = open_image
     ) -> Draft:
         spans: list[TextSpan | UncutImage] = []
+        ids: list[int] = []  # of the open span: as long as the weight is the same
+        trained = False
         num_images = 0
         for segment in segments:
             if isinstance(segment, ImageSegment):
                 image = open_image(segment.image, name=f"image {num_images}, {segment.where}", frame=segment.frame)
-                spans.append(uncut(image, self.image_config))
+                spans += TextSpan(ids, float(trained)), uncut(image, self.image_config)
+                ids = []
                 num_images += 1
-            elif isinstance(segment, TextSegment):
-                spans.append(TextSpan(self._ids(segment.text), float(segment.trained)))
+                continue
+            if segment.trained != trained:
+                spans.append(TextSpan(ids, float(trained)))
+                ids, trained = [], segment.trained
+            if isinstance(segment, TextSegment):
+                ids += self._ids(segment.text)
             else:
-                spans.append(TextSpan(self.tokenizer.encode_marker(segment.name), float(segment.trained)))
+                ids += self.tokenizer.encode_marker(segment.name)
+        spans.append(TextSpan(ids, float(trained)))
         return lay_out(name, spans, self.image_config, self.tokenizer.special_tokens)
 
     def _ids(self, text: str) -> list[int]:

@@ -34,7 +34,7 @@ def write_views(
         for view_SSC, window_HWC in zip(views_NSSC, _windows(image, window, columns, len(views_NSSC)), strict=True):
             _write(view_SSC.reshape(side, -1), window_HWC.reshape(side, -1), *_rows(config.mean, config.std, side))
     elif width * height + side * side < _SMALL:
-        pixels_NSSC = resize_small(np.stack(_windows(image, window, columns, len(views_NSSC))), side)
+        pixels_NSSC = resize_small(np.array(_windows(image, window, columns, len(views_NSSC))), side)
         rows = len(views_NSSC) * side, 3 * side
         _write(views_NSSC.reshape(rows), pixels_NSSC.reshape(rows), *_rows(config.mean, config.std, side))
     else:
