@@ -3,11 +3,11 @@
     python benchmarks/growth.py [--only train loader engine]
 
 Every curve is fitted in log-log over its larger half, where constant costs matter least. The script prints the order of
-growth, and marks any above what the algorithm demands: 2 in tokens where every token attends to all before it, 1 elsewhere.
+growth, and marks any above what the algorithm demands: 2 in tokens where every token attends to all before it, else 1.
 Models are small and one runs on CPU, so the orders count, not the seconds.
 
-    train    seconds of a step, and temporary memory of the compiled program: tokens a row (one example fills it), global
-             views a row, decoder layers
+    train    seconds of a step, and temporary memory of the compiled program: tokens a row (one example fills it),
+             global views a row, decoder layers
     loader   images per second against worker processes; JSON Lines of 1,000 to 1,000,000 records: start, memory, time
              per batch
     engine   seconds of a decoding step against sequences and against the length of their prefix, seconds of a prefill
@@ -25,13 +25,13 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import machine
@@ -65,6 +65,7 @@ from stepjax.sharding import make_mesh
 from stepjax.training.optimizer import learning_rate, make_optimizer
 from stepjax.training.step import make_train_step, new_state
 
+ROOT = Path(__file__).parents[1]
 TOLERANCE = 0.2  # a fit over few points on a busy machine is no better
 IMAGES = ImageConfig(global_size=112, crop_size=56, patch_size=14)
 FLOAT32 = NumericsConfig(param_dtype="float32", compute_dtype="float32", remat="none", loss_chunk=256)
@@ -203,10 +204,6 @@ def batch_seconds(loader: Loader, count: int) -> float:
     return seconds
 
 
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def loader_curves() -> list[Curve]:
     demo = load_recipe(ROOT / "configs/digits/pretrain.py")
     processor = Processor.from_config(demo.images, demo.tokenizer)
@@ -225,9 +222,10 @@ def loader_curves() -> list[Curve]:
                 Loader, data, BatchConfig(rows=8, tokens=256, global_views=0, crops=0), demo.images, processor, seed=0
             )
             start.append(median_seconds(make, 3))
-            before = resident_mb()
+            tracemalloc.start()
             loader = make()
-            memory.append(max(resident_mb() - before, 0.01))
+            memory.append(tracemalloc.get_traced_memory()[0] / 1e6)
+            tracemalloc.stop()
             batch.append(batch_seconds(loader, 20))
     x, records = [float(count) for count in counts], "records in a file"
     return [

@@ -2,14 +2,15 @@
 
     python benchmarks/loader.py [--before COMMIT] [--repeats 3]
 
-Checks out the older version into a temporary worktree (needs Git), and runs both in turns, each in a process of its own:
+Checks out the older version into a temporary worktree (needs Git), and runs both in turns, each in its own process:
 
     demo    the mixture of configs/digits/pretrain.py, float32
     jpegs   photographs of 0.2 to 3 megapixels, generated and saved as JPEG, in views of 728 and crops of 504 pixels,
             bfloat16, as the 10B recipe has them
 
-A figure is the median of the repeats. The first batch of both versions must be equal to the last bit. Then it trains the
-demo for some steps, and reports the step and the share of it in which the devices had nothing to do but wait for data.
+A figure is the median of the repeats. The first batch of both versions must be equal to the last bit. Then it trains
+the demo for some steps, and reports the step and the share of it in which the devices had nothing to do but wait for
+data.
 Writes results/loader.json.
 """
 
@@ -31,7 +32,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).parents[1]
 BEFORE = "aac3db6"  # made an array of every view, and copied it three times on the way to a batch
-BATCHES = {"demo": 24, "jpegs": 4}
+BATCHES = {"demo": 30, "jpegs": 10}  # a turn; the examples in open rows come and go
 PHOTOGRAPHS = 24
 STEPS = 100
 

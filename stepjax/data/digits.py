@@ -150,4 +150,3 @@ def _point_answer(box: Box, layout: Layout) -> dict[str, Any]:
     top, bottom = (100 * y / layout.height for y in (box[1], box[3]))
     text = f"({int((left + right) / 2)}, {int((top + bottom) / 2)})"
     return {"text": text, "box": [left, top, right, bottom]}
-

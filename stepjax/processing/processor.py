@@ -184,7 +184,7 @@ class Processor:
         return lay_out(name, spans, self.image_config, self.tokenizer.special_tokens)
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of plain text. Those of short texts are kept: the template's and many a prompt's come with every record."""
+        """Ids of plain text. Those of short texts are kept: the template's come with every record."""
         if len(text) > _SHORT:
             return self.tokenizer.encode(text)
         ids = self._short.get(text)

@@ -28,7 +28,6 @@ from stepjax.errors import ContextLengthError
 from stepjax.processing.images import ImageViews, UncutImage, ViewPlan
 from stepjax.processing.tokenizer import SpecialTokens
 
-
 Image = ImageViews | UncutImage
 
 
@@ -150,9 +149,7 @@ def _image_layout(
     return ids_T, ids_T == patch
 
 
-def lay_out(
-    name: str, spans: Sequence[TextSpan | Image], config: ImageConfig, special_tokens: SpecialTokens
-) -> Draft:
+def lay_out(name: str, spans: Sequence[TextSpan | Image], config: ImageConfig, special_tokens: SpecialTokens) -> Draft:
     """Lays out text and images in the given order."""
     images = tuple(span for span in spans if not isinstance(span, TextSpan))
     layouts = [_layout(image.plan, config, special_tokens) for image in images]

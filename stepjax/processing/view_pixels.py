@@ -16,6 +16,7 @@ from PIL import Image
 from stepjax.config import ImageConfig
 
 _SMALL = 2**14  # pixels of a window and its view together; below it, calls to PIL take longer than their work
+_BLOCK = 2**14  # values normalised at a time where they are copied afterwards
 
 
 def write_views(
@@ -41,10 +42,14 @@ def write_views(
         for index, view_SSC in enumerate(views_NSSC):
             left, top = width * (index % columns), height * (index // columns)
             part = image if window == image.size else image.crop((left, top, left + width, top + height))
+            # Casting values that are not neighbours takes several times as long.
+            float_SSC = view_SSC if view_SSC.dtype == np.float32 else np.empty(view_SSC.shape, np.float32)
             for colour, channel in enumerate(part.split()):
                 channel = channel.convert("F").resize((side, side), Image.Resampling.BILINEAR)
                 mean, std = np.float32(config.mean[colour]), np.float32(config.std[colour])
-                _write(view_SSC[:, :, colour], np.asarray(channel), mean, std)
+                _write(float_SSC[:, :, colour], np.asarray(channel), mean, std)
+            if float_SSC is not view_SSC:
+                view_SSC[:] = float_SSC
 
 
 def _windows(image: Image.Image, window: tuple[int, int], columns: int, count: int) -> list[np.ndarray]:
@@ -60,11 +65,15 @@ def _windows(image: Image.Image, window: tuple[int, int], columns: int, count: i
 def _write(view_SX: np.ndarray, pixels_SX: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Normalises rows of values; `mean` and `std` are of one value, or of a row of them."""
     in_place = view_SX.dtype == np.float32 and view_SX.flags.c_contiguous
-    values_SX = np.divide(pixels_SX, np.float32(255), out=view_SX if in_place else None)
-    values_SX -= mean
-    values_SX /= std
-    if not in_place:
-        view_SX[:] = values_SX
+    step = len(view_SX) if in_place else max(1, _BLOCK // view_SX.shape[1])
+    scratch_SX = view_SX if in_place else np.empty((step, view_SX.shape[1]), np.float32)
+    for top in range(0, len(view_SX), step):
+        pixels = pixels_SX[top : top + step]
+        values = np.divide(pixels, np.float32(255), out=scratch_SX[: len(pixels)])
+        values -= mean
+        values /= std
+        if not in_place:
+            view_SX[top : top + step] = values
 
 
 @functools.lru_cache(maxsize=8)
