@@ -176,9 +176,9 @@ def step_cost(config: PretrainConfig) -> tuple[float, float]:
 
 def train_curves() -> list[Curve]:
     grid: dict[str, tuple[str, list[int], float]] = {
-        "tokens": ("tokens a row", [256, 512, 1024, 2048, 4096], 2.0),
-        "views": ("global views a row", [2, 4, 8, 16, 32], 1.0),
-        "layers": ("decoder layers", [2, 4, 8, 16, 32], 1.0),
+        "tokens": ("tokens a row", [256, 512, 1024, 2048], 2.0),
+        "views": ("global views a row", [2, 4, 8, 16], 1.0),
+        "layers": ("decoder layers", [2, 4, 8, 16], 1.0),
     }
     curves = []
     for name, (x_name, sizes, limit) in grid.items():
@@ -279,8 +279,8 @@ def request_seconds(engine: Engine, length: int, count: int, steps: int = 16) ->
 
 
 def engine_curves() -> list[Curve]:
-    sequences, lengths = [1, 2, 4, 8, 16, 32], [256, 512, 1024, 2048, 4096]
-    wide = functools.partial(text_engine, 128, 4)
+    sequences, lengths = [1, 4, 16, 32], [256, 512, 1024, 2048]
+    wide = functools.partial(text_engine, 128, 2)
     by_count = [request_seconds(wide(count, 128, count), 64, count)[1] for count in sequences]
     by_length = [request_seconds(wide(1, length + 64, 1), length, 1) for length in lengths]
     host = [request_seconds(text_engine(32, 1, count, 128, count), 64, count)[1] for count in sequences]
