@@ -171,7 +171,11 @@ def step_cost(config: PretrainConfig) -> tuple[float, float]:
             jax.block_until_ready(metrics)
 
         run()
-        return median_seconds(run), memory.temp_size_in_bytes / 1e6
+        seconds, megabytes = median_seconds(run), memory.temp_size_in_bytes / 1e6
+        batch_of, layers = config.batch, config.model.decoder.num_layers
+        shape = f"{batch_of.tokens} tokens, {batch_of.global_views} views, {layers} layers"
+        print(f"{shape}: {seconds:.3f} s, {megabytes:.1f} MB", flush=True)
+        return seconds, megabytes
 
 
 def train_curves() -> list[Curve]:
@@ -275,7 +279,9 @@ def request_seconds(engine: Engine, length: int, count: int, steps: int = 16) ->
             decode += [median_seconds(engine.step, 1) for _ in range(steps // 2)]
         for request in requests:
             engine.cancel(request)
-    return statistics.median(prefill), statistics.median(decode)
+    seconds = statistics.median(prefill), statistics.median(decode)
+    print(f"{count} x {length} tokens: prefill {seconds[0]:.4f} s, decoding step {seconds[1]:.4f} s", flush=True)
+    return seconds
 
 
 def engine_curves() -> list[Curve]:
