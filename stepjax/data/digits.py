@@ -15,7 +15,9 @@ Record i of a source depends only on (seed, source, i): any process can make any
 share scans or arithmetic problems, for any seed.
 """
 
+import bisect
 import hashlib
+import itertools
 import operator
 import zlib
 from typing import Any
@@ -51,6 +53,8 @@ class DigitsRecords:
 
     def __init__(self, source: DigitsSource, seed: int):
         self.source, self.seed = source, seed
+        distribution = num_digits_distribution(source)
+        self._num_digits, self._ends = tuple(distribution), tuple(itertools.accumulate(distribution.values()))[:-1]
         key = f"{source.name}/{source.task}/{source.split}".encode()
         self._source_key = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
@@ -89,16 +93,17 @@ class DigitsRecords:
     def _picture(self, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, Any], list[int]]:
         """Returns image, prompt, answer and scans."""
         task = self.source.task
-        num_digits = _draw(rng, num_digits_distribution(self.source))
+        num_digits = self._num_digits[bisect.bisect_right(self._ends, rng.random())]
         # Draw classes first, then a scan of each, so that classes are equally likely despite unequal scan counts.
-        digits = rng.permutation(10)[:num_digits] if task == "point" else rng.integers(10, size=num_digits)
+        drawn = rng.permutation(10)[:num_digits] if task == "point" else rng.integers(10, size=num_digits)
+        digits = drawn.tolist()
         by_class = load_scans().by_class[self.source.split]
         scan_ids = [by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits]
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
-        image, boxes = compose(rng, scan_ids, layout, augment=self.source.split == "train")
+        image, placed = compose(rng, scan_ids, layout, augment=self.source.split == "train")
         match task:
             case "transcribe":
                 prompt, text = "Transcribe the digits from left to right.", "".join(map(str, digits))
@@ -107,7 +112,7 @@ class DigitsRecords:
             case "add":
                 prompt, text = "Add up the digits.", str(sum(digits))
             case _:
-                return image, f"Point at the digit {digits[0]}.", _point_answer(boxes[0], layout), scan_ids
+                return image, f"Point at the digit {digits[0]}.", _point_answer(placed[0].box(), layout), scan_ids
         return image, prompt, {"text": text}, scan_ids
 
 
@@ -145,8 +150,3 @@ def _point_answer(box: Box, layout: Layout) -> dict[str, Any]:
     top, bottom = (100 * y / layout.height for y in (box[1], box[3]))
     text = f"({int((left + right) / 2)}, {int((top + bottom) / 2)})"
     return {"text": text, "box": [left, top, right, bottom]}
-
-
-def _draw(rng: np.random.Generator, distribution: dict[int, float]) -> int:
-    values, probabilities = tuple(distribution), tuple(distribution.values())
-    return values[np.searchsorted(np.cumsum(probabilities)[:-1], rng.random(), side="right")]

@@ -28,6 +28,7 @@ _PADDING = 2  # blank pixels around a scan; ink on its border then fades out whe
 _BOX_SCALE = 1.2
 _FAINT = 63  # of 255: fainter ink is ignored for a digit's box
 _PAPER_SHARE = np.linspace(1.0, 0.0, 256)[:, None]  # ink value -> share of paper in a pixel
+_INK_SHARE = 1 - _PAPER_SHARE
 _SPLIT_SEED = 20_171  # fixed: a run's seed must not move scans between splits
 _HELD_OUT_FRACTION = 0.2
 
@@ -86,8 +87,8 @@ def strip_layout(rng: np.random.Generator, num_digits: int) -> Layout:
     width = math.ceil(num_digits * box * (1 + rng.uniform(0.0, MAX_STRETCH) / num_digits))
     slack = width - num_digits * box
     # Jitter uses up the stretch, plus a pixel or two of the neighbour's margin.
-    shifts = np.clip(slack / 2 + rng.uniform(-0.08, 0.08, size=num_digits) * box, 0, None)
-    lefts = [min(round(i * box + shift), width - box) for i, shift in enumerate(shifts.tolist())]
+    shifts = [max(slack / 2 + jitter * box, 0.0) for jitter in rng.uniform(-0.08, 0.08, size=num_digits).tolist()]
+    lefts = [min(round(i * box + shift), width - box) for i, shift in enumerate(shifts)]
     return Layout(width=width, height=box, side=box / _BOX_SCALE, box=box, corners=tuple((left, 0) for left in lefts))
 
 
@@ -98,12 +99,7 @@ def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> 
     """
     assert num_digits <= capacity
     box = int(rng.integers(BOXES[0], BOXES[1] + 1))
-    grids = [
-        (columns, rows)
-        for columns in range(1, 7)
-        for rows in range(1, 5)
-        if capacity <= columns * rows <= 2 * capacity and columns * box <= MAX_SIZE[0] and rows * box <= MAX_SIZE[1]
-    ]
+    grids = _grids(box, capacity)
     columns, rows = grids[rng.integers(len(grids))]
     width = min(round(columns * box * rng.uniform(1.0, 1.5)), MAX_SIZE[0])
     height = min(round(rows * box * rng.uniform(1.0, 1.5)), MAX_SIZE[1])
@@ -120,9 +116,36 @@ def scatter_layout(rng: np.random.Generator, num_digits: int, capacity: int) -> 
     return Layout(width=width, height=height, side=box / _BOX_SCALE, box=box, corners=tuple(corners))
 
 
+@functools.cache
+def _grids(box: int, capacity: int) -> list[tuple[int, int]]:
+    """Columns and rows of the canvases that `capacity` digits fit."""
+    return [
+        (columns, rows)
+        for columns in range(1, 7)
+        for rows in range(1, 5)
+        if capacity <= columns * rows <= 2 * capacity and columns * box <= MAX_SIZE[0] and rows * box <= MAX_SIZE[1]
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Digit:
+    """A digit in an image: its ink as 0..255, and its place's top left corner."""
+
+    ink: Image.Image
+    corner: tuple[int, int]
+
+    def box(self) -> Box:
+        """The box of its ink in the image."""
+        faint = Image.new("L", self.ink.size, _FAINT)
+        box = ImageChops.subtract(self.ink, faint).getbbox()
+        assert box is not None, "no ink"
+        left, top = self.corner
+        return left + box[0], top + box[1], left + box[2], top + box[3]
+
+
 def compose(
     rng: np.random.Generator, scan_ids: list[int], layout: Layout, *, augment: bool
-) -> tuple[Image.Image, list[Box]]:
+) -> tuple[Image.Image, list[Digit]]:
     """Draws the scans at the layout's places.
 
     Args:
@@ -131,32 +154,30 @@ def compose(
             contrast.
 
     Returns:
-        The RGB image, and the box of each digit's ink.
+        The RGB image, and the digits as drawn.
     """
     images = load_scans().images
     num_digits = len(scan_ids)
-    scales, angles = [1.0] * num_digits, [0.0] * num_digits
-    paper, ink = (250.0, 248.0, 243.0), (28.0, 28.0, 34.0)
     if augment:
         scales = rng.uniform(0.9, 1.1, size=num_digits).tolist()
         angles = np.radians(rng.uniform(-8, 8, size=num_digits)).tolist()
         paper = rng.uniform(225, 245) + rng.uniform(-10, 10, size=3)
         ink = rng.uniform(10, 90) + rng.uniform(-10, 10, size=3)
+    else:
+        scales, angles = [1.0] * num_digits, [0.0] * num_digits
+        paper, ink = np.array([250.0, 248.0, 243.0]), np.array([28.0, 28.0, 34.0])
 
     inks = Image.new("L", (layout.width, layout.height), 0)
-    faint = Image.new("L", (layout.box, layout.box), _FAINT)
-    boxes: list[Box] = []
-    for scan_id, (left, top), scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=True):
+    digits = []
+    for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=True):
         digit = _enlarged(images[scan_id], layout.side * scale, angle, layout.box)
-        inks.paste(255, (left, top), mask=digit)
-        box = ImageChops.subtract(digit, faint).getbbox()
-        assert box is not None, f"scan {scan_id} has no ink"
-        boxes.append((left + box[0], top + box[1], left + box[2], top + box[3]))
+        inks.paste(255, corner, mask=digit)
+        digits.append(Digit(digit, corner))
 
     # A palette maps ink to colour: only 256 colours to mix, for any image size.
-    palette = np.round(_PAPER_SHARE * np.asarray(paper) + (1 - _PAPER_SHARE) * np.asarray(ink))
-    inks.putpalette(np.clip(palette, 0, 255).astype(np.uint8).tobytes())
-    return inks.convert("RGB"), boxes
+    palette = _PAPER_SHARE * paper + _INK_SHARE * ink
+    inks.putpalette(np.rint(palette).astype(np.uint8).tobytes())
+    return inks.convert("RGB"), digits
 
 
 def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.Image:

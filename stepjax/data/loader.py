@@ -6,7 +6,7 @@ Legend: B rows of this process, T tokens, G global-view slots, C crop slots, HWC
 import dataclasses
 import hashlib
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -15,7 +15,7 @@ from grain import experimental
 
 from stepjax.config import BatchConfig, DataConfig, DType, ImageConfig
 from stepjax.data.mixture import Skipped, mixture
-from stepjax.data.packing import NEW_STREAM, PackedRow, PackingStream, RowBudget, StreamState, stack_rows
+from stepjax.data.packing import NEW_STREAM, PackingStream, RowBudget, StreamState, pack_batch
 from stepjax.data.records import open_source
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.processing.processor import Processor
@@ -32,8 +32,18 @@ class HostBatch:
     used: np.ndarray  # tokens, global views, crops and attention pairs used, over all rows (see PackedRow)
 
 
-class _Rows(grain.IterDataset):
-    """Round-robin over several streams. Each Grain worker takes a stride of the streams, which preserves the order."""
+class _Part(NamedTuple):
+    """The fields of a `HostBatch`. A tuple, because Grain passes its arrays in shared memory."""
+
+    arrays: dict[str, np.ndarray]
+    states: tuple[StreamState, ...]
+    skipped: tuple[Skipped, ...]
+    names: tuple[tuple[str, ...], ...]
+    used: np.ndarray
+
+
+class _Parts(grain.IterDataset):
+    """Batches of a row of each stream. Each Grain worker takes a stride of the streams, so it makes part of a batch."""
 
     def __init__(
         self, samples: grain.MapDataset, streams: list[int], states: list[StreamState], options: dict[str, Any]
@@ -46,25 +56,29 @@ class _Rows(grain.IterDataset):
         self._streams, self._states = self._streams[sl], self._states[sl]
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _RowsIterator(
-            [
-                PackingStream(self._samples, stream=stream, state=state, **self._options)
-                for stream, state in zip(self._streams, self._states, strict=True)
-            ]
-        )
+        streams = [
+            PackingStream(self._samples, stream=stream, state=state, **self._options)
+            for stream, state in zip(self._streams, self._states, strict=True)
+        ]
+        return _PartsIterator(streams, self._options["budget"])
 
 
-class _RowsIterator(grain.DatasetIterator):
+class _PartsIterator(grain.DatasetIterator):
     """Grain's state is unused: every row carries the state of its stream (see data.packing)."""
 
-    def __init__(self, streams: list[PackingStream]):
+    def __init__(self, streams: list[PackingStream], budget: RowBudget):
         super().__init__()
-        self._streams, self._turn = streams, 0
+        self._streams, self._budget = streams, budget
 
-    def __next__(self) -> PackedRow:
-        row = next(self._streams[self._turn])
-        self._turn = (self._turn + 1) % len(self._streams)
-        return row
+    def __next__(self) -> _Part:
+        rows = [next(stream) for stream in self._streams]
+        return _Part(
+            arrays=pack_batch([row.samples for row in rows], self._budget),
+            states=tuple(row.state for row in rows),
+            skipped=tuple(skipped for row in rows for skipped in row.skipped),
+            names=tuple(row.names for row in rows),
+            used=np.sum([row.used for row in rows], axis=0),
+        )
 
     def get_state(self) -> dict[str, Any]:
         return {}
@@ -120,26 +134,21 @@ class Loader:
             open_rows=data.open_rows,
             skip_oversize=data.bad_records == "skip",
         )
-        self._dataset: grain.IterDataset = _Rows(samples, streams, [states[s] for s in streams], options)
+        self._dataset: grain.IterDataset = _Parts(samples, streams, [states[s] for s in streams], options)
 
     def __iter__(self) -> Generator[HostBatch, None, None]:
-        ahead = self._data.prefetch * self._rows
-        if self._data.num_workers:
+        dataset, workers, ahead = self._dataset, self._data.num_workers, self._data.prefetch
+        if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only `app.run` parses
-            per_worker = max(1, ahead // self._data.num_workers)
-            options = grain.MultiprocessingOptions(
-                num_workers=self._data.num_workers, per_worker_buffer_size=per_worker
-            )
-            dataset = self._dataset.mp_prefetch(options)
-        else:
-            dataset = experimental.ThreadPrefetchIterDataset(self._dataset, prefetch_buffer_size=ahead)
-        rows = iter(dataset)
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+            dataset, ahead = dataset.mp_prefetch(options).batch(workers, batch_fn=_merged), 1
+        parts = iter(experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=ahead))
         try:
             while True:
-                yield _stack([next(rows) for _ in range(self._rows)])
+                yield HostBatch(*next(parts))
         finally:
-            rows.close()  # ends the worker processes
+            parts.close()  # ends the worker processes
 
     def state(self, states: Sequence[StreamState]) -> dict[str, Any]:
         """State to checkpoint: the states of all streams (gathered over processes) and fingerprints of their data."""
@@ -166,13 +175,23 @@ def _shown(file: dict[str, Any]) -> str:
     return f"{file['records']:,} records in {file['bytes']:,} bytes (digest {file['digest'][:8]})"
 
 
-def _stack(rows: list[PackedRow]) -> HostBatch:
-    return HostBatch(
-        arrays=stack_rows([row.arrays for row in rows]),
-        states=tuple(row.state for row in rows),
-        skipped=tuple(skipped for row in rows for skipped in row.skipped),
-        names=tuple(row.names for row in rows),
-        used=np.sum([row.used for row in rows], axis=0),
+def _merged(parts: Sequence[_Part]) -> _Part:
+    """The whole batch from the parts of all workers: rows take turns."""
+
+    def in_turn(field: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+        return tuple(each for row in zip(*field, strict=True) for each in row)
+
+    arrays = {}
+    for name, first in parts[0].arrays.items():
+        arrays[name] = np.empty((len(parts) * len(first), *first.shape[1:]), first.dtype)
+        for index, part in enumerate(parts):
+            arrays[name][index :: len(parts)] = part.arrays[name]
+    return _Part(
+        arrays=arrays,
+        states=in_turn([part.states for part in parts]),
+        skipped=tuple(skipped for part in parts for skipped in part.skipped),
+        names=in_turn([part.names for part in parts]),
+        used=np.sum([part.used for part in parts], axis=0),
     )
 
 

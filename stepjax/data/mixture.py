@@ -11,7 +11,7 @@ from stepjax.config import BadRecords, Source
 from stepjax.data.records import Record, Records
 from stepjax.errors import RecordError
 from stepjax.processing.processor import Processor
-from stepjax.processing.tokens import Example
+from stepjax.processing.tokens import Draft, Example
 
 # The mixture interleaves its sources periodically. Packing streams read it with a stride, which could align with the
 # period and give a stream only one source. Shuffling within windows prevents this and keeps random access.
@@ -22,7 +22,7 @@ SHUFFLE_WINDOW = 4096
 class Sample:
     """A processed example and its source."""
 
-    example: Example
+    example: Draft | Example
     domain: int  # index of its source
 
 
@@ -66,7 +66,7 @@ def _process(
     record: Record | None = None
     try:
         record = records[index]
-        return Sample(processor.process(record), domain)
+        return Sample(processor.draft(record), domain)
     except RecordError as error:
         if bad_records == "error":
             raise RecordError(f"{error} (data.bad_records=skip skips and counts such records)") from error

@@ -12,6 +12,7 @@ row carries it. The checkpointed position is that of the rows trained on, so pre
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -22,6 +23,7 @@ from stepjax.config import BatchConfig, DType, ImageConfig
 from stepjax.data.mixture import Sample, Skipped
 from stepjax.errors import CheckpointError, RecordError
 
+Sizes = tuple[int, int, int]  # tokens, global views, crops
 StreamState = dict[str, Any]  # {"next": int, "open": [[int, ...], ...]}
 NEW_STREAM: StreamState = {"next": 0, "open": []}
 
@@ -33,13 +35,16 @@ _PIXEL_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes
 
 
 class PackedRow(NamedTuple):
-    """A batch row and its stream's position after it. A tuple, because Grain passes its arrays in shared memory."""
+    """The examples of a row, in order, and its stream's position after it."""
 
-    arrays: dict[str, np.ndarray]
+    samples: list[Sample]
     used: np.ndarray  # tokens, global views, crops and (query, key) pairs of causal attention
     state: StreamState
     skipped: tuple[Skipped, ...]
-    names: tuple[str, ...]  # of the examples in the row
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sample.example.name for sample in self.samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +63,16 @@ class RowBudget:
         return cls(batch.tokens, batch.global_views, batch.crops, images, pixel_dtype, batch.example_tokens)
 
     @property
-    def sizes(self) -> np.ndarray:
-        return np.array([self.tokens, self.global_views, self.crops])
+    def sizes(self) -> Sizes:
+        return self.tokens, self.global_views, self.crops
 
 
-def _sizes(sample: Sample) -> np.ndarray:
-    example = sample.example
-    return np.array([len(example.tokens), len(example.global_views), len(example.crops)])
+def _sizes(sample: Sample) -> Sizes:
+    return len(sample.example.tokens), *sample.example.num_views
 
 
-def _usage(samples: list[Sample]) -> np.ndarray:
-    lengths = np.array([len(sample.example.tokens) for sample in samples], np.int64)
-    return np.append(sum(_sizes(sample) for sample in samples), np.sum(lengths * (lengths + 1) // 2))
+def _fits(sizes: Sizes, left: Sizes) -> bool:
+    return sizes[0] <= left[0] and sizes[1] <= left[1] and sizes[2] <= left[2]
 
 
 class _OpenRow:
@@ -83,7 +86,13 @@ class _OpenRow:
     def add(self, index: int, sample: Sample) -> None:
         self.indices.append(index)
         self.samples.append(sample)
-        self.left = self.left - _sizes(sample)
+        tokens, views, crops = _sizes(sample)
+        self.left = self.left[0] - tokens, self.left[1] - views, self.left[2] - crops
+
+    def used(self, budget: RowBudget) -> np.ndarray:
+        lengths = [len(sample.example.tokens) for sample in self.samples]
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return np.array([*(size - left for size, left in zip(budget.sizes, self.left, strict=True)), pairs])
 
 
 class PackingStream:
@@ -141,13 +150,7 @@ class PackingStream:
                 self._rows.append(row)
             row.add(index, sample)
             if emitted is not None:
-                return PackedRow(
-                    arrays=pack(emitted.samples, self._budget),
-                    used=_usage(emitted.samples),
-                    state=self.state(),
-                    skipped=tuple(skipped),
-                    names=tuple(sample.example.name for sample in emitted.samples),
-                )
+                return PackedRow(emitted.samples, emitted.used(self._budget), self.state(), tuple(skipped))
 
     def state(self) -> StreamState:
         """The position after the last emitted row."""
@@ -166,8 +169,8 @@ class PackingStream:
             row.add(index, sample)
         return row
 
-    def _tightest_row(self, sizes: np.ndarray) -> _OpenRow | None:
-        fitting = [row for row in self._rows if np.all(row.left >= sizes)]
+    def _tightest_row(self, sizes: Sizes) -> _OpenRow | None:
+        fitting = [row for row in self._rows if _fits(sizes, row.left)]
         return min(fitting, key=lambda row: row.left[0], default=None)
 
     def _fullest_row(self, index: int) -> _OpenRow:
@@ -180,8 +183,8 @@ class PackingStream:
     def _refuse_oversize(self, sample: Sample) -> Sample | Skipped:
         sizes, budget = _sizes(sample), self._budget.sizes
         if self._budget.example_tokens is not None:
-            budget = np.array([self._budget.example_tokens, *budget[1:]])
-        if np.all(sizes <= budget):
+            budget = self._budget.example_tokens, *budget[1:]
+        if _fits(sizes, budget):
             return sample
         what = ", ".join(
             f"{size} {name} of {limit}"
@@ -196,50 +199,56 @@ class PackingStream:
         return Skipped(name, reason)
 
 
-def pack(samples: list[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
+def pack(samples: Sequence[Sample], budget: RowBudget) -> dict[str, np.ndarray]:
     """Concatenates examples into the arrays of a row.
 
     `segment_ids_T` counts examples from 1 (0 is padding); `positions_T` counts from 0 within each. `feature_index_T`
     indexes the row's feature table: the crops of all slots, then the global views (models.step_vl). `group_T` is twice
     the domain, plus one for examples with images.
     """
-    images, side_g, side_c = budget.images, budget.images.global_size, budget.images.crop_size
-    pixel_dtype = _PIXEL_DTYPES[budget.pixel_dtype]
-    row = {
-        "tokens_T": np.zeros(budget.tokens, np.int32),
-        "segment_ids_T": np.zeros(budget.tokens, np.int32),
-        "positions_T": np.zeros(budget.tokens, np.int32),
-        "loss_weights_T": np.zeros(budget.tokens, np.float32),
-        "feature_index_T": np.full(budget.tokens, -1, np.int32),
-        "group_T": np.zeros(budget.tokens, np.int32),
-        "global_views_GHWC": np.zeros((budget.global_views, side_g, side_g, 3), pixel_dtype),
-        "crops_CHWC": np.zeros((budget.crops, side_c, side_c, 3), pixel_dtype),
+    return {name: array[0] for name, array in _packed([samples], budget).items()}
+
+
+def pack_batch(rows: Sequence[Sequence[Sample]], budget: RowBudget) -> dict[str, np.ndarray]:
+    """Packs the rows of a batch: tokens_T of `pack` becomes tokens_BT, and so on."""
+    return {"{}_B{}".format(*name.rsplit("_", 1)): array for name, array in _packed(rows, budget).items()}
+
+
+def _packed(rows: Sequence[Sequence[Sample]], budget: RowBudget) -> dict[str, np.ndarray]:
+    side_g, side_c = budget.images.global_size, budget.images.crop_size
+    pixel_dtype, count = _PIXEL_DTYPES[budget.pixel_dtype], len(rows)
+    arrays = {
+        "tokens_T": np.zeros((count, budget.tokens), np.int32),
+        "segment_ids_T": np.zeros((count, budget.tokens), np.int32),
+        "positions_T": np.zeros((count, budget.tokens), np.int32),
+        "loss_weights_T": np.zeros((count, budget.tokens), np.float32),
+        "feature_index_T": np.full((count, budget.tokens), -1, np.int32),
+        "group_T": np.zeros((count, budget.tokens), np.int32),
+        "global_views_GHWC": np.zeros((count, budget.global_views, side_g, side_g, 3), pixel_dtype),
+        "crops_CHWC": np.zeros((count, budget.crops, side_c, side_c, 3), pixel_dtype),
     }
+    for index, samples in enumerate(rows):
+        _fill({name: array[index] for name, array in arrays.items()}, samples, budget)
+    return arrays
+
+
+def _fill(row: dict[str, np.ndarray], samples: Sequence[Sample], budget: RowBudget) -> None:
+    images = budget.images
     token = view = crop = 0
     for segment, sample in enumerate(samples, start=1):
         example = sample.example
-        length, views, crops = len(example.tokens), len(example.global_views), len(example.crops)
+        length, views, crops = _sizes(sample)
         span = slice(token, token + length)
         row["tokens_T"][span] = example.tokens
         row["segment_ids_T"][span] = segment
         row["positions_T"][span] = np.arange(length)
         row["loss_weights_T"][span] = example.loss_weights
         row["group_T"][span] = 2 * sample.domain + (views > 0)
-        # The example's own table also has crops first; shift both parts to their place in the row's table.
-        index, own_crops = example.feature_index, crops * images.crop_tokens
-        to_crops = index + crop * images.crop_tokens
-        to_views = index - own_crops + budget.crops * images.crop_tokens + view * images.global_tokens
-        row["feature_index_T"][span] = np.where(index < 0, -1, np.where(index < own_crops, to_crops, to_views))
-        row["global_views_GHWC"][view : view + views] = example.global_views
-        row["crops_CHWC"][crop : crop + crops] = example.crops
+        if views or crops:
+            # The example's own table also has crops first; shift both parts to their place in the row's table.
+            index, own_crops = example.feature_index, crops * images.crop_tokens
+            to_crops = index + crop * images.crop_tokens
+            to_views = index - own_crops + budget.crops * images.crop_tokens + view * images.global_tokens
+            row["feature_index_T"][span] = np.where(index < 0, -1, np.where(index < own_crops, to_crops, to_views))
+            example.write_views(row["global_views_GHWC"][view : view + views], row["crops_CHWC"][crop : crop + crops])
         token, view, crop = token + length, view + views, crop + crops
-    return row
-
-
-def stack_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Stacks packed rows into a batch: tokens_T becomes tokens_BT, and so on."""
-    batch = {}
-    for key in rows[0]:
-        name, _, axes = key.rpartition("_")
-        batch[f"{name}_B{axes}"] = np.stack([row[key] for row in rows])
-    return batch

@@ -13,7 +13,7 @@ from PIL import Image
 
 from stepjax.config import DigitsSource, EvaluationConfig, ImageConfig, MeshConfig
 from stepjax.data.mixture import Sample
-from stepjax.data.packing import RowBudget, pack, stack_rows
+from stepjax.data.packing import RowBudget, pack_batch
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation.contact_sheet import Item
@@ -141,9 +141,8 @@ def _mean_loss(model: StepVL, examples: Iterable[Example], images: ImageConfig, 
         views = _power_of_two(max(1, *(len(example.global_views) for example in group)))
         crops = _power_of_two(max(1, *(len(example.crops) for example in group)))
         budget = RowBudget(min(tokens, longest), views, crops, images)
-        packed = [pack([Sample(example, 0)], budget) for example in group]
-        packed += [pack([], budget)] * (rows - len(packed))
-        group_loss, group_weight = _loss_sum(model, stack_rows(packed))
+        samples = [[Sample(example, 0)] for example in group] + [[]] * (rows - len(group))
+        group_loss, group_weight = _loss_sum(model, pack_batch(samples, budget))
         total, weight = total + float(group_loss), weight + float(group_weight)
         on_done(len(group))
     return total / weight

@@ -213,6 +213,8 @@ def _to_frame(image: Image.Image, label: str, frame: int | None) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     """The orientation tag, even if other tags are broken; 1 by default."""
+    if type(image) is Image.Image and not image.info:  # made in memory
+        return 1
     try:
         value = _exif_orientation(image.info.get("exif", b""))
         return image.getexif().get(ExifTags.Base.Orientation, 1) if value is None else value

@@ -1,14 +1,13 @@
 """The views of an image: one global view and, for larger images, crops at native resolution.
 
-`plan_views` computes the geometry; `make_views` cuts the pixels. Both follow the public checkpoint's processor,
-including its order of rounding steps, so that features match: 8-bit resizing for the size cap and the grid of crops,
-then float resizing to the encoder's input sizes.
+`plan_views` computes the geometry; `make_views` cuts the pixels, and `uncut` postpones that until there is an array to
+cut them into. All follow the public checkpoint's processor, including its order of rounding steps, so that features
+match: 8-bit resizing for the size cap and the grid of crops, then float resizing to the encoder's input sizes.
 
 H, W: pixels down and across. C: the 3 colours. N: crops. Sizes are (width, height), as in PIL.
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from PIL import Image
 from stepjax.config import ImageConfig
 from stepjax.errors import ImageError
 from stepjax.processing import image_files
+from stepjax.processing.view_pixels import write_views
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -74,6 +74,25 @@ class ImageViews:
     global_view_HWC: Float[np.ndarray, "S S 3"]
     crops_NHWC: Float[np.ndarray, "N C C 3"]
     plan: ViewPlan
+
+    def write(self, global_view_HWC: np.ndarray, crops_NHWC: np.ndarray) -> None:
+        global_view_HWC[:], crops_NHWC[:] = self.global_view_HWC, self.crops_NHWC
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UncutImage:
+    """An image before its views are cut: a fraction of their size, and no copy on the way to a batch."""
+
+    image: Image.Image  # of plan.capped_size
+    plan: ViewPlan
+    config: ImageConfig
+
+    def write(self, global_view_HWC: np.ndarray, crops_NHWC: np.ndarray) -> None:
+        """Writes the normalised views to contiguous arrays, in float32 or rounded to their dtype."""
+        write_views(global_view_HWC[None], self.image, self.image.size, 1, self.config)
+        if self.plan.num_crops:
+            window = self.plan.window, self.plan.window
+            write_views(crops_NHWC, _resize(self.image, self.plan.resized_size), window, self.plan.columns, self.config)
 
 
 def plan_views(width: int, height: int, config: ImageConfig) -> ViewPlan:
@@ -148,8 +167,8 @@ def _whole_windows(side: int, window: int, config: ImageConfig) -> int:
     return window * (whole + 1 if side / window - whole > config.round_up_fraction else whole)
 
 
-def make_views(image: Image.Image, config: ImageConfig) -> ImageViews:
-    """Cuts an RGB image (`image_files.open_image` makes one) into normalised float32 views.
+def uncut(image: Image.Image, config: ImageConfig) -> UncutImage:
+    """Plans the views of an RGB image (`image_files.open_image` makes one).
 
     Raises:
       ImageError: the image is not RGB, or `plan_views` refuses its size.
@@ -161,43 +180,18 @@ def make_views(image: Image.Image, config: ImageConfig) -> ImageViews:
         canvas = Image.new("RGB", plan.padded_size)
         canvas.paste(image)
         image = canvas
-    image = _resize(image, plan.capped_size)
-    global_view_HWC = np.empty((config.global_size, config.global_size, 3), np.float32)
-    _write_view(global_view_HWC, image, config)
+    return UncutImage(_resize(image, plan.capped_size), plan, config)
 
-    crops_NHWC = np.empty((plan.num_crops, config.crop_size, config.crop_size, 3), np.float32)
-    image = _resize(image, plan.resized_size)
-    for crop_HWC, box in zip(crops_NHWC, plan.boxes, strict=True):
-        _write_view(crop_HWC, image.crop(box), config)
-    return ImageViews(global_view_HWC, crops_NHWC, plan)
+
+def make_views(image: Image.Image, config: ImageConfig) -> ImageViews:
+    """Cuts an RGB image into normalised float32 views. Raises as `uncut`."""
+    planned = uncut(image, config)
+    global_view_HWC = np.empty((config.global_size, config.global_size, 3), np.float32)
+    crops_NHWC = np.empty((planned.plan.num_crops, config.crop_size, config.crop_size, 3), np.float32)
+    planned.write(global_view_HWC, crops_NHWC)
+    return ImageViews(global_view_HWC, crops_NHWC, planned.plan)
 
 
 def _resize(image: Image.Image, size: Size) -> Image.Image:
     """8-bit bilinear, widened when shrinking. Returns the image itself if the size is unchanged."""
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _write_view(view_HWC: np.ndarray, image: Image.Image, config: ImageConfig) -> None:
-    """Resizes to the view's square in float, without rounding back to 8 bits, then normalises.
-
-    The reference normalises first. The two commute: bilinear weights sum to 1 and normalising is affine per channel.
-    The view is usually smaller than the image, so it is cheaper to normalise.
-    """
-    side = len(view_HWC)
-    if image.size == (side, side):
-        view_HWC[:] = np.asarray(image)
-    else:
-        for index, channel in enumerate(image.split()):
-            channel = channel.convert("F").resize((side, side), Image.Resampling.BILINEAR)
-            view_HWC[:, :, index] = np.asarray(channel)
-    mean_row, std_row = _rows(config.mean, config.std, side)
-    rows = view_HWC.reshape(side, side * 3)  # NumPy is several times slower when broadcasting over an axis of 3
-    rows /= np.float32(255)
-    rows -= mean_row
-    rows /= std_row
-
-
-@functools.lru_cache(maxsize=8)
-def _rows(mean: tuple[float, ...], std: tuple[float, ...], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each value in a row of `width` pixels, channels innermost."""
-    return np.tile(np.asarray(mean, np.float32), width), np.tile(np.asarray(std, np.float32), width)

@@ -10,11 +10,12 @@ from stepjax.errors import ImageError, RecordError, TokenError
 from stepjax.processing import chat_template
 from stepjax.processing.chat_template import ImageSegment, Segment, SpecialSegment, TextSegment, TrainedTurns
 from stepjax.processing.image_files import open_image
-from stepjax.processing.images import ImageViews, make_views
+from stepjax.processing.images import UncutImage, uncut
 from stepjax.processing.tokenizer import Tokenizer, load_tokenizer
-from stepjax.processing.tokens import Example, TextSpan, assemble, check_length, least_tokens
+from stepjax.processing.tokens import Draft, Example, TextSpan, check_length, lay_out, least_tokens
 
 _KINDS = ("messages", "text", "content")
+_SHORT, _NUM_SHORT = 64, 4096  # longest text whose ids are kept, in characters, and how many of them
 
 MARKER = "<image>"
 _IMAGE_KEYS = ("image", "images")
@@ -38,6 +39,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_config = image_config
         self.tokenizer_config = tokenizer_config
+        self._short: dict[str, list[int]] = {}
 
     @classmethod
     def from_config(cls, images: ImageConfig, tokenizer: TokenizerConfig) -> "Processor":
@@ -49,7 +51,11 @@ class Processor:
         return cls(load_tokenizer(tokenizer), images, tokenizer)
 
     def process(self, record: dict[str, Any], *, trained: TrainedTurns = "all") -> Example:
-        """Makes the training example of a record.
+        """Makes the training example of a record: `draft` with its views."""
+        return self.draft(record, trained=trained).example(self.image_config)
+
+    def draft(self, record: dict[str, Any], *, trained: TrainedTurns = "all") -> Draft:
+        """Makes the training example of a record, its views yet to be cut. The images are decoded and planned.
 
         Args:
             record: has an `id`, and one of
@@ -69,17 +75,17 @@ class Processor:
         name = _record_name(record)
         try:
             segments = self._segments(place_images(record), trained)
-            example = self._assemble(name, segments)
+            draft = self._lay_out(name, segments)
         except (ImageError, TokenError) as error:
             raise RecordError(f"record {name!r}: {error}") from error
         except RecursionError as error:
             raise RecordError(f"record {name!r}: a value is nested too deeply; leave it out") from error
-        if not example.loss_weights.any():
+        if not draft.loss_weights.any():
             raise RecordError(
                 f"record {name!r} has nothing to train on (trained={trained!r}): give a document some text, "
                 "or a conversation an assistant turn, after the last user turn if only that is trained"
             )
-        return example
+        return draft
 
     def process_prompt(
         self,
@@ -116,9 +122,9 @@ class Processor:
             longest = self.tokenizer.longest_token
             least = sum(least_tokens(each.text, longest) if isinstance(each, TextSegment) else 1 for each in segments)
             check_length(least, max_tokens, name, at_least=True)
-            example = self._assemble(name, segments, open_image)
-            check_length(len(example.tokens), max_tokens, name)
-            return example
+            draft = self._lay_out(name, segments, open_image)
+            check_length(len(draft.tokens), max_tokens, name)
+            return draft.example(self.image_config)
         except (ImageError, TokenError) as error:
             raise RecordError(f"{name}: {error}") from error
 
@@ -153,21 +159,40 @@ class Processor:
         document = chat_template.content_segments(record[kind], kind, trained=True)
         return [*document, SpecialSegment("<|endoftext|>", trained=True)]
 
-    def _assemble(
+    def _lay_out(
         self, name: str, segments: Sequence[Segment], open_image: Callable[..., Image.Image] = open_image
-    ) -> Example:
-        spans: list[TextSpan | ImageViews] = []
+    ) -> Draft:
+        spans: list[TextSpan | UncutImage] = []
+        ids: list[int] = []  # of the open span: as long as the weight is the same
+        trained = False
         num_images = 0
         for segment in segments:
             if isinstance(segment, ImageSegment):
                 image = open_image(segment.image, name=f"image {num_images}, {segment.where}", frame=segment.frame)
-                spans.append(make_views(image, self.image_config))
+                spans += TextSpan(ids, float(trained)), uncut(image, self.image_config)
+                ids = []
                 num_images += 1
-            elif isinstance(segment, TextSegment):
-                spans.append(TextSpan(self.tokenizer.encode(segment.text), float(segment.trained)))
+                continue
+            if segment.trained != trained:
+                spans.append(TextSpan(ids, float(trained)))
+                ids, trained = [], segment.trained
+            if isinstance(segment, TextSegment):
+                ids += self._ids(segment.text)
             else:
-                spans.append(TextSpan(self.tokenizer.encode_marker(segment.name), float(segment.trained)))
-        return assemble(name, spans, self.image_config, self.tokenizer.special_tokens)
+                ids += self.tokenizer.encode_marker(segment.name)
+        spans.append(TextSpan(ids, float(trained)))
+        return lay_out(name, spans, self.image_config, self.tokenizer.special_tokens)
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of plain text. Those of short texts are kept: the template's come with every record."""
+        if len(text) > _SHORT:
+            return self.tokenizer.encode(text)
+        ids = self._short.get(text)
+        if ids is None:
+            if len(self._short) >= _NUM_SHORT:
+                self._short.clear()
+            ids = self._short[text] = self.tokenizer.encode(text)
+        return ids
 
 
 def _record_name(record: object) -> str:

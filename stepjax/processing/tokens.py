@@ -18,19 +18,22 @@ is 3 colours.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from stepjax.config import ImageConfig
 from stepjax.errors import ContextLengthError
-from stepjax.processing.images import ImageViews, ViewPlan
+from stepjax.processing.images import ImageViews, UncutImage, ViewPlan
 from stepjax.processing.tokenizer import SpecialTokens
+
+Image = ImageViews | UncutImage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A processed record, ready for packing. Prompts have zero `loss_weights`.
+    """A processed record. Prompts have zero `loss_weights`.
 
     Attributes:
         name: the source record.
@@ -48,6 +51,44 @@ class Example:
     feature_index: np.ndarray
     global_views: np.ndarray
     crops: np.ndarray
+
+    @property
+    def num_views(self) -> tuple[int, int]:
+        """Global views and crops."""
+        return len(self.global_views), len(self.crops)
+
+    def write_views(self, global_views_GSSC: np.ndarray, crops_NCCC: np.ndarray) -> None:
+        global_views_GSSC[:], crops_NCCC[:] = self.global_views, self.crops
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Draft:
+    """An `Example` before its views are cut: packing has them written straight into the row."""
+
+    name: str
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+    feature_index: np.ndarray
+    images: tuple[Image, ...]
+
+    @property
+    def num_views(self) -> tuple[int, int]:
+        """Global views and crops."""
+        return len(self.images), sum(image.plan.num_crops for image in self.images)
+
+    def write_views(self, global_views_GSSC: np.ndarray, crops_NCCC: np.ndarray) -> None:
+        """Writes the views, normalised, to contiguous arrays, in float32 or rounded to their dtype."""
+        crop = 0
+        for global_view_SSC, image in zip(global_views_GSSC, self.images, strict=True):
+            image.write(global_view_SSC, crops_NCCC[crop : crop + image.plan.num_crops])
+            crop += image.plan.num_crops
+
+    def example(self, config: ImageConfig) -> Example:
+        views, crops = self.num_views
+        global_views_GSSC = np.empty((views, config.global_size, config.global_size, 3), np.float32)
+        crops_NCCC = np.empty((crops, config.crop_size, config.crop_size, 3), np.float32)
+        self.write_views(global_views_GSSC, crops_NCCC)
+        return Example(self.name, self.tokens, self.loss_weights, self.feature_index, global_views_GSSC, crops_NCCC)
 
 
 def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:
@@ -88,59 +129,59 @@ class TextSpan:
 
 def image_tokens(plan: ViewPlan, config: ImageConfig, special_tokens: SpecialTokens) -> list[int]:
     """An image's `plan.num_tokens(config)` token ids."""
-    crop = [
-        special_tokens.patch_start,
-        *[special_tokens.image_patch] * config.crop_tokens,
-        special_tokens.patch_end,
-    ]
-    ids: list[int] = []
-    for ends_row in plan.newline_after:
-        ids += crop
-        if ends_row:
-            ids.append(special_tokens.patch_newline)
-    ids.append(special_tokens.image_start)
-    ids += [special_tokens.image_patch] * config.global_tokens
-    ids.append(special_tokens.image_end)
-    return ids
+    return _layout(plan, config, special_tokens)[0].tolist()
+
+
+def _layout(plan: ViewPlan, config: ImageConfig, special_tokens: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
+    return _image_layout(plan.columns, plan.rows, config.crop_tokens, config.global_tokens, special_tokens)
+
+
+@functools.lru_cache(maxsize=256)
+def _image_layout(
+    columns: int, rows: int, crop_tokens: int, global_tokens: int, special_tokens: SpecialTokens
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of an image, and which of them are features."""
+    patch = special_tokens.image_patch
+    row = [special_tokens.patch_start, *[patch] * crop_tokens, special_tokens.patch_end] * columns
+    ids = ([*row, special_tokens.patch_newline] * rows)[:-1]
+    ids += [special_tokens.image_start, *[patch] * global_tokens, special_tokens.image_end]
+    ids_T = np.array(ids, np.int32)
+    return ids_T, ids_T == patch
+
+
+def lay_out(name: str, spans: Sequence[TextSpan | Image], config: ImageConfig, special_tokens: SpecialTokens) -> Draft:
+    """Lays out text and images in the given order."""
+    images = tuple(span for span in spans if not isinstance(span, TextSpan))
+    layouts = [_layout(image.plan, config, special_tokens) for image in images]
+    length = sum(len(span.ids) for span in spans if isinstance(span, TextSpan)) + sum(len(ids) for ids, _ in layouts)
+    tokens_T = np.empty(length, np.int32)
+    loss_weights_T = np.zeros(length, np.float32)
+    feature_index_T = np.full(length, -1, np.int32)
+
+    at = 0
+    next_image, next_crop_feature = iter(layouts), 0
+    next_global_feature = sum(image.plan.num_crops for image in images) * config.crop_tokens
+    for span in spans:
+        if isinstance(span, TextSpan):
+            part = slice(at, at + len(span.ids))
+            tokens_T[part] = span.ids
+            loss_weights_T[part] = span.loss_weight
+        else:
+            ids_I, is_feature_I = next(next_image)
+            part = slice(at, at + len(ids_I))
+            tokens_T[part] = ids_I
+            crop_end = next_crop_feature + span.plan.num_crops * config.crop_tokens
+            global_end = next_global_feature + config.global_tokens
+            features = *range(next_crop_feature, crop_end), *range(next_global_feature, global_end)
+            feature_index_T[part][is_feature_I] = features
+            next_crop_feature, next_global_feature = crop_end, global_end
+        at = part.stop
+    loss_weights_T[:1] = 0
+    return Draft(name, tokens_T, loss_weights_T, feature_index_T, images)
 
 
 def assemble(
-    name: str,
-    spans: Sequence[TextSpan | ImageViews],
-    config: ImageConfig,
-    special_tokens: SpecialTokens,
+    name: str, spans: Sequence[TextSpan | Image], config: ImageConfig, special_tokens: SpecialTokens
 ) -> Example:
-    """Lays out text and images in the given order."""
-    images = [span for span in spans if isinstance(span, ImageViews)]
-    next_crop_feature = 0
-    next_global_feature = sum(image.plan.num_crops for image in images) * config.crop_tokens
-
-    tokens, loss_weights, feature_index = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int32)]
-    for span in spans:
-        is_text = isinstance(span, TextSpan)
-        tokens_T = np.asarray(span.ids if is_text else image_tokens(span.plan, config, special_tokens), np.int32)
-        features_T = np.full(len(tokens_T), -1, np.int32)
-        if not is_text:
-            assert len(span.crops_NHWC) == span.plan.num_crops == len(span.plan.newline_after)
-            crop_rows = next_crop_feature + np.arange(span.plan.num_crops * config.crop_tokens)
-            global_rows = next_global_feature + np.arange(config.global_tokens)
-            features_T[tokens_T == special_tokens.image_patch] = np.concatenate([crop_rows, global_rows])
-            next_crop_feature += len(crop_rows)
-            next_global_feature += len(global_rows)
-        tokens.append(tokens_T)
-        loss_weights.append(np.full(len(tokens_T), span.loss_weight if is_text else 0, np.float32))
-        feature_index.append(features_T)
-
-    weights_T = np.concatenate(loss_weights)
-    weights_T[:1] = 0
-    size, crop_size = config.global_size, config.crop_size
-    views = np.asarray([image.global_view_HWC for image in images], np.float32)
-    crops = np.zeros((0, crop_size, crop_size, 3), np.float32), *(image.crops_NHWC for image in images)
-    return Example(
-        name=name,
-        tokens=np.concatenate(tokens),
-        loss_weights=weights_T,
-        feature_index=np.concatenate(feature_index),
-        global_views=views.reshape(len(images), size, size, 3),
-        crops=np.concatenate(crops),
-    )
+    """Lays out text and images in the given order, and cuts the views."""
+    return lay_out(name, spans, config, special_tokens).example(config)

@@ -166,7 +166,7 @@ def pretrain(
         while step < config.num_steps and stopped_by is None:
             profile.before(step + 1)
             watchdog.at("data", step + 1)
-            batch = meter.wait_for(batches)
+            batch = meter.wait_for(batches, pending[-1][1] if pending else None)
             watchdog.at("step", step + 1)
             state, metrics = train_step(state, to_devices(batch.arrays, mesh))
             step += 1

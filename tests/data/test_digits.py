@@ -217,7 +217,8 @@ def test_no_digit_covers_another_or_leaves_the_image():
     num_scans = len(load_scans().images)
     for _ in range(200):
         layout = scatter_layout(rng, 6, capacity=6)
-        image, boxes = compose(rng, rng.integers(num_scans, size=6).tolist(), layout, augment=True)
+        image, digits = compose(rng, rng.integers(num_scans, size=6).tolist(), layout, augment=True)
+        boxes = [digit.box() for digit in digits]
         assert image.size == (layout.width, layout.height)
         for i, (left, top, right, bottom) in enumerate(boxes):
             assert 0 <= left < right <= layout.width and 0 <= top < bottom <= layout.height
@@ -231,7 +232,8 @@ def test_strips_read_from_left_to_right_at_about_one_side_a_digit():
     for _ in range(100):
         for n in range(1, 6):
             layout = strip_layout(rng, n)
-            image, boxes = compose(rng, rng.integers(num_scans, size=n).tolist(), layout, augment=True)
+            image, digits = compose(rng, rng.integers(num_scans, size=n).tolist(), layout, augment=True)
+            boxes = [digit.box() for digit in digits]
             centres = [(left + right) / 2 for left, _, right, _ in boxes]
             assert centres == sorted(centres)
             assert 0.5 * n < image.width / image.height < 1.5 * n

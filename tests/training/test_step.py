@@ -151,8 +151,8 @@ def test_rows_hold_several_examples_with_and_without_images():
     """What the tests below rest on."""
     rows = packed_samples()
     assert all(len(row) > 1 for row in rows)
-    assert any(len({len(s.example.global_views) > 0 for s in row}) == 2 for row in rows)
-    assert any(sum(len(s.example.crops) > 0 for s in row) > 1 for row in rows)
+    assert any(len({s.example.num_views[0] > 0 for s in row}) == 2 for row in rows)
+    assert any(sum(s.example.num_views[1] > 0 for s in row) > 1 for row in rows)
 
 
 def test_packed_and_unpacked_examples_give_the_same_loss_and_gradients():
@@ -193,7 +193,7 @@ def test_groups_hold_the_sums_of_their_examples():
     expected: dict[str, list[float]] = {name: [0.0] * 4 for name in ("loss_X", "correct_X", "weight_X")}
     samples = [sample for row in packed_samples() for sample in row]
     for group in range(4):
-        own = [s for s in samples if group == 2 * s.domain + (len(s.example.global_views) > 0)]
+        own = [s for s in samples if group == 2 * s.domain + (s.example.num_views[0] > 0)]
         rows: list[list[Sample]] = [[sample] for sample in own] + [[]] * (-len(own) % ROWS)
         for start in range(0, len(rows), ROWS):
             _, sums, _ = loss_and_gradients(to_batch(rows[start : start + ROWS]))
