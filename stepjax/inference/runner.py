@@ -101,7 +101,9 @@ class Runner:
         pages_M[: len(pages)] = pages
         chunk = Chunk(pages_M, np.int32(start), np.int32(end - start))
         with self._scope():
-            self.pool_S2KTW = programs.prefill(self._weights, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk)
+            self.pool_S2KTW = programs.prefill(
+                self._weights, self.pool_S2KTW, self.features_RD, tokens_C, rows_C, chunk
+            )
 
     def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> None:
         """Encodes up to `view_batch` views of one kind from their pixels."""

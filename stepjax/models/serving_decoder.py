@@ -2,8 +2,8 @@
 
 A step for a few tokens reads every weight once and does little else. Against `Qwen3`:
 
-  - every layer's kernels are arrays of their own: from stacked arrays, XLA on CPU and GPU copies a layer's kernels before
-    it multiplies them;
+  - every layer's kernels are arrays of their own: from stacked arrays, XLA on CPU and GPU copies a layer's kernels
+    before it multiplies them;
   - a kernel's rows are its outputs, so that each output reads contiguous memory;
   - queries, keys and values are one product, and so are gate and up;
   - kernels may be int8, with a float32 scale per output.
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stepjax.models.layers import rotary_1d, rotate_halves
+from stepjax.models.layers import rotate_halves
 from stepjax.models.paged_cache import PagedCache, append_and_attend
 from stepjax.models.qwen3 import Qwen3
 from stepjax.models.step_vl import Model, StepVL
@@ -223,9 +223,7 @@ def serving_model(model: Model, weights: Weights, *, donate: bool = False) -> Mo
 
 
 @partial(jax.jit, static_argnames=("layout", "axes", "weights"))
-def _convert(
-    *arrays: jax.Array, layout: Callable, axes: tuple[str, str], weights: Weights
-) -> tuple[jax.Array, ...]:
+def _convert(*arrays: jax.Array, layout: Callable, axes: tuple[str, str], weights: Weights) -> tuple[jax.Array, ...]:
     """The values [O, I] and, if quantised, the scales [O] of a kernel."""
     kernel_OI = layout(*arrays)
     made = (kernel_OI,) if weights is None else quantise(kernel_OI)
