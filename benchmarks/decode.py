@@ -1,18 +1,20 @@
 """Decoding SmolLM2-135M: our engine, Transformers' `generate` and llama.cpp; samples that share a prompt.
 
-    python benchmarks/decode.py [--model DIR] [--repeats 3]
+    python benchmarks/decode.py [--model DIR] [--repeats 3] [--answer 64] [--part sides|accuracy|shared ...]
 
 Needs the weights from `benchmarks/smollm2.py` (`make .venv-parity/installed`), and includes llama.cpp if
-llama-cpp-python is installed. All sides use the same float32 weights and the same cores in one run with interleaved
-turns; every figure is a median. The script turns on large pages for malloc, which help JAX on CPU.
+llama-cpp-python is installed. All sides use the same weights and the same cores in one run with interleaved turns;
+every figure is a median. The script turns on large pages for malloc, which help JAX on CPU. Each part replaces its own
+figures in results/decode.json, so that a short quiet window suffices for one.
 
-    one, sixteen   tokens/s of 1 and of 16 requests at once, prompts of 100 tokens and answers of 64, greedy, from the
-                   first prompt token to the last token drawn. Transformers takes the sixteen as one padded batch,
-                   llama.cpp sequentially, because llama-cpp-python does not batch requests.
-    shared         16 samples of one prompt of 2,048 tokens, 32 tokens each, against 16 requests with 16 prompts:
-                   tokens/s, and the peak number of cache pages.
-
-Writes results/decode.json.
+    sides      tokens/s of 1 and of 16 requests at once, prompts of 100 tokens, greedy, from the first prompt token to
+               the last token drawn, all float32; "int8" is our engine with `EngineConfig(weights="int8")`. Transformers
+               takes the sixteen as one padded batch, llama.cpp sequentially, because llama-cpp-python does not batch
+               requests. Also the bytes of weights that one request reads a second, against two threads reading memory.
+    accuracy   int8 weights against float32, on answers that float32 samples: perplexity, how often the likeliest token
+               is the same, the mean absolute difference of the log-probabilities.
+    shared     16 samples of one prompt of 2,048 tokens, 32 tokens each, against 16 requests with 16 prompts: tokens/s,
+               and the peak number of cache pages.
 """
 
 import argparse
@@ -20,13 +22,16 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jax
+import jax.numpy as jnp
 import machine
 import numpy as np
 import smollm2
@@ -36,11 +41,23 @@ from stepjax.config import NumericsConfig
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
+from stepjax.sharding import parameter_name
 
-PROMPT, ANSWER = 100, 64
+PROMPT = 100
 SHARED_PROMPT, SHARED_ANSWER, SAMPLES = 2048, 32, 16
 PAGE = 64
 FLOAT32 = NumericsConfig(param_dtype="float32", compute_dtype="float32", remat="none")
+# Contracted dimensions of the kernels.
+INPUTS = {
+    "q_kernel": 1,
+    "k_kernel": 1,
+    "v_kernel": 1,
+    "gate_kernel": 1,
+    "up_kernel": 1,
+    "down_kernel": 1,
+    "embedding": 1,
+    "out_kernel": (1, 2),
+}
 Generate = Callable[[list[list[int]], int], int]  # prompts and tokens of an answer -> tokens drawn
 
 
@@ -49,11 +66,11 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return np.random.default_rng(seed).integers(100, 40_000, (count, length)).tolist()
 
 
-def stepjax_side(directory: Path) -> Generate:
+def stepjax_side(directory: Path, weights: Literal["int8"] | None = None) -> Generate:
     model, processor = stepjax.load(directory, numerics=FLOAT32)
-    context = -(-(PROMPT + ANSWER) // PAGE) * PAGE
-    config = EngineConfig(max_sequences=16, max_context=context, page_size=PAGE, prefix_caching=False)
-    engine = Engine(model, processor, config)
+    context = 4 * PAGE
+    config = EngineConfig(max_sequences=16, max_context=context, page_size=PAGE, prefix_caching=False, weights=weights)
+    engine = Engine(model, processor, config, donate=True)
 
     def generate(prompts: list[list[int]], answer: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
@@ -150,7 +167,7 @@ def gguf_float32(directory: Path) -> Path:
     return path
 
 
-def beside(sides: dict[str, Generate], repeats: int) -> dict[str, dict[str, float]]:
+def beside(sides: dict[str, Generate], repeats: int, answer: int) -> dict[str, dict[str, float]]:
     """Tokens per second of every side, for one request and for sixteen."""
     figures: dict[str, dict[str, float]] = {}
     for label, count in (("one", 1), ("sixteen", 16)):
@@ -161,11 +178,57 @@ def beside(sides: dict[str, Generate], repeats: int) -> dict[str, dict[str, floa
             for name, generate in sides.items():
                 asked = prompts(count, PROMPT, seed=1 + repeat)
                 began = time.perf_counter()
-                drawn = generate(asked, ANSWER)
+                drawn = generate(asked, answer)
                 seconds[name].append(time.perf_counter() - began)
-                assert drawn == count * ANSWER, f"{name} drew {drawn} tokens"
-        figures[label] = {name: count * ANSWER / statistics.median(taken) for name, taken in seconds.items()}
+                assert drawn == count * answer, f"{name} drew {drawn} tokens"
+        figures[label] = {name: count * answer / statistics.median(taken) for name, taken in seconds.items()}
     return figures
+
+
+def memory_bandwidth(threads: int = 2, size: int = 2**28) -> float:
+    """Bytes per second at which threads of numpy read memory together, the best of five."""
+    parts = np.ones(threads * size // 8).reshape(threads, -1)
+    best = float("inf")
+    for _ in range(5):
+        workers = [threading.Thread(target=part.sum) for part in parts]
+        began = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = min(best, time.perf_counter() - began)
+    return parts.nbytes / best
+
+
+def accuracy(directory: Path, length: int = 512) -> dict[str, float]:
+    """int8 weights against float32, on the first tokens of docs/inference.md."""
+    model, processor = stepjax.load(directory, numerics=FLOAT32)
+    text = (Path(__file__).parents[1] / "docs" / "inference.md").read_text()
+    tokens_1T = np.asarray(processor.encode(text)[:length])[None]
+
+    @jax.jit
+    def log_probs(model) -> jax.Array:
+        hidden_1TD, _ = model(model.embed(tokens_1T), np.arange(length)[None])
+        return jax.nn.log_softmax(model.logits(hidden_1TD)[0, :-1])
+
+    def rounded(path, kernel: jax.Array) -> jax.Array:
+        inputs = INPUTS.get(parameter_name(path).rsplit("/", 1)[-1])
+        if inputs is None:
+            return kernel
+        step = jnp.max(jnp.abs(kernel), axis=inputs, keepdims=True) / 127
+        return jnp.round(kernel / step) * step
+
+    exact_TV = np.asarray(log_probs(model))
+    int8_TV = np.asarray(log_probs(jax.tree_util.tree_map_with_path(rounded, model)))
+    next_T1 = tokens_1T[0, 1:, None]
+    exact_T, int8_T = (np.take_along_axis(x, next_T1, axis=1)[:, 0] for x in (exact_TV, int8_TV))
+    return {
+        "tokens": length - 1,
+        "perplexity_float32": float(np.exp(-exact_T.mean())),
+        "perplexity_int8": float(np.exp(-int8_T.mean())),
+        "same_likeliest_token": float((exact_TV.argmax(1) == int8_TV.argmax(1)).mean()),
+        "mean_log_prob_difference": float(np.abs(exact_T - int8_T).mean()),
+    }
 
 
 def shared(directory: Path, repeats: int) -> dict[str, Any]:
@@ -173,7 +236,7 @@ def shared(directory: Path, repeats: int) -> dict[str, Any]:
     model, processor = stepjax.load(directory, numerics=FLOAT32)
     context = -(-(SHARED_PROMPT + SHARED_ANSWER) // PAGE) * PAGE
     config = EngineConfig(max_sequences=SAMPLES, max_context=context, page_size=PAGE, prefix_caching=False)
-    engine = Engine(model, processor, config)
+    engine = Engine(model, processor, config, donate=True)
     ways = {
         "samples of one prompt": (1, SamplingParams(n=SAMPLES, seed=0, max_tokens=SHARED_ANSWER, ignore_eos=True)),
         "independent requests": (SAMPLES, SamplingParams(seed=0, max_tokens=SHARED_ANSWER, ignore_eos=True)),
@@ -213,43 +276,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="the weights; fetched if missing")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--part", choices=("sides", "accuracy", "shared"), nargs="+", help="all by default")
     options = parser.parse_args()
     directory = smollm2.smollm2(options.model)
+    wanted = options.part or ("sides", "accuracy", "shared")
+    path = machine.RESULTS / "decode.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if "sides" in wanted:
+        results["sides"] = compare(directory, options.repeats, options.answer)
+    if "accuracy" in wanted:
+        results["int8_accuracy"] = accuracy(directory)
+        print("int8 against float32: " + ", ".join(f"{k} {v:.4g}" for k, v in results["int8_accuracy"].items()))
+    if "shared" in wanted:
+        ways = shared(directory, options.repeats)
+        few, many = ways["samples of one prompt"], ways["independent requests"]
+        ratio = few["tokens_per_second"] / many["tokens_per_second"]
+        print(f"{SAMPLES} answers of {SHARED_ANSWER} tokens to {SHARED_PROMPT:,} tokens")
+        for name, way in ways.items():
+            print(f"{name:<24}{way['tokens_per_second']:>8.1f} tokens/s, {way['pages_held']:>4} pages of {PAGE} tokens")
+        print(f"ratio: {ratio:.1f}")
+        sizes = {"prompt_tokens": SHARED_PROMPT, "answer_tokens": SHARED_ANSWER, "page_tokens": PAGE}
+        results["shared"] = sizes | {"ways": ways, "ratio": ratio}
+    packages = ("torch", "transformers", "llama-cpp-python")
+    results["peers"] = {package: machine.version(package) for package in packages}
+    results.pop("machine", None)
+    path = machine.write("decode", results)
+    print(f"written to {path.relative_to(Path(__file__).parent.parent)}")
 
-    sides = {"stepjax": stepjax_side(directory), "transformers": transformers_side(directory)}
+
+def compare(directory: Path, repeats: int, answer: int) -> dict[str, Any]:
+    """The part "sides"."""
+    sides = {
+        "stepjax": stepjax_side(directory),
+        "stepjax int8": stepjax_side(directory, "int8"),
+        "transformers": transformers_side(directory),
+    }
     llama = llama_cpp_side(directory)
     if llama is not None:
         sides["llama.cpp"] = llama
-    figures = beside(sides, options.repeats)
+    figures = beside(sides, repeats, answer)
     print(f"{'tokens/s':<24}" + "".join(f"{name:>14}" for name in sides))
     for label, by_side in figures.items():
         print(f"{label + ' at once':<24}" + "".join(f"{by_side[name]:>14.1f}" for name in sides))
     if llama is None:
         print("llama.cpp: llama-cpp-python is not installed")
-
-    ways = shared(directory, options.repeats)
-    few, many = ways["samples of one prompt"], ways["independent requests"]
-    ratio = few["tokens_per_second"] / many["tokens_per_second"]
-    print(f"\n{SAMPLES} answers of {SHARED_ANSWER} tokens to {SHARED_PROMPT:,} tokens")
-    for name, way in ways.items():
-        print(f"{name:<24}{way['tokens_per_second']:>8.1f} tokens/s, {way['pages_held']:>4} pages of {PAGE} tokens")
-    print(f"ratio: {ratio:.1f}")
-    packages = ("torch", "transformers", "llama-cpp-python")
-    path = machine.write(
-        "decode",
-        {
-            "versions": {package: machine.version(package) for package in packages},
-            "prompt_tokens": PROMPT,
-            "answer_tokens": ANSWER,
-            "tokens_per_second": figures,
-            "shared_prompt_tokens": SHARED_PROMPT,
-            "shared_answer_tokens": SHARED_ANSWER,
-            "page_tokens": PAGE,
-            "shared": ways,
-            "shared_ratio": ratio,
-        },
-    )
-    print(f"written to {path.relative_to(Path(__file__).parent.parent)}")
+    read = figures["one"]["stepjax"] * (directory / "model.safetensors").stat().st_size
+    bandwidth = memory_bandwidth()
+    print(f"one request reads {read / 1e9:.1f} GB/s of weights, two threads {bandwidth / 1e9:.1f} GB/s of memory")
+    return {
+        "prompt_tokens": PROMPT,
+        "answer_tokens": answer,
+        "tokens_per_second": figures,
+        "weights_read_per_second": read,
+        "memory_read_per_second": bandwidth,
+    }
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "pixels": None,
     "positions": None,
     "qkv": None,
+    "gate_up": None,
 }
 
 

@@ -44,7 +44,7 @@ class Generate:
             content = [*images, {"type": "text", "text": self.prompt}]
         prompt = processor.process_prompt([{"role": "user", "content": content}], enable_thinking=self.thinking)
         room = None if params.max_tokens is None else -(-(len(prompt.tokens) + params.max_tokens) // 64) * 64
-        engine = Engine(model, processor, EngineConfig(max_sequences=params.n, max_context=room))
+        engine = Engine(model, processor, EngineConfig(max_sequences=params.n, max_context=room), donate=True)
         engine.submit(prompt, params)
         texts, is_cut = [""] * params.n, False
         while engine.has_work:

@@ -1,6 +1,7 @@
 """The engine's configuration, checked at construction like those in `stepjax.config`."""
 
 import dataclasses
+from typing import Literal
 
 from stepjax.errors import require, require_positive
 
@@ -20,6 +21,7 @@ class EngineConfig:
     prefix_caching: bool = True  # keep pages of finished requests for prompts with the same prefix
     view_batch: int | None = None  # most views per encoder call; None: as many as cost about as much as prefill_tokens
     feature_cache_tokens: int = 16_384  # tokens of image features kept on the device
+    weights: Literal["int8"] | None = None  # int8: decoder weights with a scale per output; None: the model's dtype
     max_waiting: int = 1024  # queued samples; further requests are refused
 
     def __post_init__(self):
@@ -27,6 +29,7 @@ class EngineConfig:
         remedy = f"must be from 1 to max_sequences {self.max_sequences}"
         require("engine", self, smallest_batch=(0 < self.smallest_batch <= self.max_sequences, remedy))
         require_positive("engine", self, "feature_cache_tokens", "max_waiting")
+        require("engine", self, weights=(self.weights in (None, "int8"), "None or int8"))
         for name in ("max_context", "cache_tokens", "view_batch"):
             if getattr(self, name) is not None:
                 require_positive("engine", self, name)

@@ -57,6 +57,9 @@ class Engine:
         processor: decodes tokens and names the stop tokens; for images it needs an `image_config`. None: tokens in,
             tokens out.
         mesh: its tensor axis shards heads and MLPs; the model is moved to it.
+        donate: the model is not used afterwards. Except on TPU, the engine lays out the decoder's kernels anew; this
+            deletes each of the model's as soon as it is converted, so that memory does not double. Otherwise the model
+            remains as it is.
 
     Raises:
         ConfigError: the configuration or the mesh does not suit the model.
@@ -69,6 +72,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         mesh: Mesh | None = None,
+        donate: bool = False,
     ):
         self.config = config = config or EngineConfig()
         most = programs.decoder_of(model).config.max_positions
@@ -83,7 +87,9 @@ class Engine:
         self._store = None if images is None else FeatureStore(config.feature_cache_tokens, images)
         self._pages = Pages(pages)
         self._scheduler = Scheduler(config, self._pages, self._store)
-        self._runner = Runner(model, config, images, max_context=self.max_context, num_pages=pages, mesh=mesh)
+        self._runner = Runner(
+            model, config, images, max_context=self.max_context, num_pages=pages, mesh=mesh, donate=donate
+        )
         self._samples: dict[str, list[Sequence]] = {}  # by id of the active request
         self._totals = dict.fromkeys(("generated", "finished", "cancelled", "encoded", "steps"), 0)
         self._serial = 0

@@ -9,6 +9,7 @@ Legend: B sequences or rows, C tokens of a row, E views, Q features of a view, R
 S pages of the pool (of all layers), X pages to copy, I decoding steps, L top_logprobs, V vocabulary.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,20 +48,51 @@ class Drawn(NamedTuple):
     top_logprobs_IBL: Any
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A model as a flat list. Programs that run for milliseconds cannot wait for nnx to flatten hundreds of modules."""
+
+    arrays: list[jax.Array]
+    structure: "Structure"
+
+    @classmethod
+    def of(cls, model: StepVL | Qwen3) -> "Packed":
+        arrays, structure = jax.tree.flatten(model)
+        return cls(arrays, Structure(structure))
+
+
+class Structure:
+    """A tree structure with a fast comparison."""
+
+    def __init__(self, structure: Any):
+        self.structure, self._hash = structure, hash(structure)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.structure == other.structure)
+
+
+def unpacked(model: "Packed | StepVL | Qwen3") -> Any:
+    return jax.tree.unflatten(model.structure.structure, model.arrays) if isinstance(model, Packed) else model
+
+
 def decoder_of(model: StepVL | Qwen3) -> Qwen3:
     return model.decoder if isinstance(model, StepVL) else model
 
 
 @partial(jax.jit, donate_argnames="store_RD")
-def encode(model: StepVL, store_RD: jax.Array, views_EHWC: jax.Array, rows_EQ: jax.Array) -> jax.Array:
+def encode(model: Packed | StepVL, store_RD: jax.Array, views_EHWC: jax.Array, rows_EQ: jax.Array) -> jax.Array:
     """Returns the store with the views' features in `rows_EQ`; out-of-range rows are dropped (padding)."""
-    features_QD = model.encode_views(views_EHWC[None])[0]
+    features_QD = unpacked(model).encode_views(views_EHWC[None])[0]
     return store_RD.at[rows_EQ.reshape(-1)].set(features_QD.astype(store_RD.dtype), mode="drop")
 
 
 @partial(jax.jit, donate_argnames="pool_S2KTW")
 def prefill(
-    model: StepVL | Qwen3,
+    model: Packed | StepVL | Qwen3,
     pool_S2KTW: jax.Array,
     store_RD: jax.Array,
     tokens_BC: jax.Array,
@@ -68,7 +100,7 @@ def prefill(
     chunks: Chunks,
 ) -> jax.Array:
     """Returns the pool with the chunks' keys and values. `feature_rows_BC` has rows of the store, or NO_FEATURE."""
-    decoder = decoder_of(model)
+    decoder = decoder_of(unpacked(model))
     x_BCD = decoder.embed(tokens_BC)
     features_BCD = store_RD[jnp.maximum(feature_rows_BC, 0)].astype(x_BCD.dtype)
     x_BCD = jnp.where(feature_rows_BC[..., None] == NO_FEATURE, x_BCD, features_BCD)
@@ -91,7 +123,7 @@ def copy(pool_S2KTW: jax.Array, source_X: jax.Array, target_X: jax.Array, *, num
 
 @partial(jax.jit, donate_argnames="pool_S2KTW", static_argnames=("steps", "num_top"))
 def decode(
-    model: StepVL | Qwen3,
+    model: Packed | StepVL | Qwen3,
     pool_S2KTW: jax.Array,
     tables: PageTables,
     rows: Rows,
@@ -104,7 +136,7 @@ def decode(
     The suffixes of `tables` include the first token written. Every written token needs a page, or NO_PAGE in its place;
     tokens sampled after a missing page are meaningless.
     """
-    decoder = decoder_of(model)
+    decoder = decoder_of(unpacked(model))
     in_use_B = tables.suffix_lengths_B > 0
 
     def step(carry, i):

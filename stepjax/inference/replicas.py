@@ -24,14 +24,19 @@ from stepjax.sharding import data_parts
 
 
 def make_engines(
-    model: StepVL | Qwen3, processor: TextDecoder | None, config: EngineConfig, mesh: Mesh
+    model: StepVL | Qwen3, processor: TextDecoder | None, config: EngineConfig, mesh: Mesh, *, donate: bool = False
 ) -> list[Engine]:
     """One engine per index of the mesh's data axis.
+
+    Args:
+        donate: the model is not used afterwards; see `Engine`.
 
     Raises:
         ConfigError: the mesh has axes besides data and tensor, or its tensor axis does not divide the heads.
     """
-    return [Engine(model, processor, config, mesh=part) for part in data_parts(mesh)]
+    first, *others = data_parts(mesh)
+    copies = [Engine(model, processor, config, mesh=part) for part in others]  # while the model is whole
+    return [Engine(model, processor, config, mesh=first, donate=donate), *copies]
 
 
 class AsyncReplicas:

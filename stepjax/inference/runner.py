@@ -23,6 +23,7 @@ from stepjax.inference.request import MAX_TOP_LOGPROBS
 from stepjax.inference.sequence import Sequence
 from stepjax.models.paged_cache import NO_PAGE, make_pool, pool_layout
 from stepjax.models.qwen3 import Qwen3
+from stepjax.models.serving_decoder import serving_model
 from stepjax.models.step_vl import StepVL
 from stepjax.sharding import check_heads_only, parameter_name, shardings, spec, target_platform
 
@@ -42,13 +43,14 @@ class Runner:
         max_context: int,
         num_pages: int,
         mesh: Mesh | None,
+        donate: bool,
     ):
         self.config, self.images, self.mesh = config, images, mesh
         self.decoder_config = decoder = programs.decoder_of(model).config
         if mesh is not None:
             check_heads_only(mesh)
-            model = jax.device_put(model, shardings(model, mesh))
-        self.model = model
+        self._expected = jax.eval_shape(lambda: model)
+        self._take(model, donate)
         self._grouped: tuple[list[list[int]], list[PrefixGroup]] = [], []  # page lists and their groups
         self.row_pages = -(-max_context // config.page_size)
         self.batch_sizes = sizes(config.smallest_batch, config.max_sequences, 4)
@@ -94,7 +96,7 @@ class Runner:
 
     def _prefill(self, arrays: PrefillArrays) -> None:
         with self._scope():
-            self.pool_S2KTW = programs.prefill(self.model, self.pool_S2KTW, self.features_RD, *arrays)
+            self.pool_S2KTW = programs.prefill(self._weights, self.pool_S2KTW, self.features_RD, *arrays)
 
     @property
     def most_views(self) -> dict[ViewKind, int]:
@@ -111,7 +113,7 @@ class Runner:
 
     def _encode(self, views_EHWC: np.ndarray, rows_EQ: np.ndarray) -> None:
         with self._scope():
-            self.features_RD = programs.encode(self.model, self.features_RD, views_EHWC, rows_EQ)
+            self.features_RD = programs.encode(self._weights, self.features_RD, views_EHWC, rows_EQ)
 
     def decode(self, sequences: list[Sequence]) -> programs.Drawn:
         """The next tokens of all sequences, on the host; row i belongs to sequence i.
@@ -144,7 +146,7 @@ class Runner:
     def _decode(self, batch: Batch) -> programs.Drawn:
         with self._scope():
             self.pool_S2KTW, drawn = programs.decode(
-                self.model,
+                self._weights,
                 self.pool_S2KTW,
                 batch.tables,
                 batch.rows,
@@ -176,14 +178,25 @@ class Runner:
         Raises:
             RequestError: the structure, a shape or a dtype differs; names the first difference.
         """
-        old, new = (jax.tree_util.tree_leaves_with_path(m) for m in (self.model, model))
+        if model is self.model:
+            return
+        expected = self._expected
+        old, new = (jax.tree_util.tree_leaves_with_path(m) for m in (expected, model))
         for (path, a), (_, b) in zip(old, new, strict=False):
             if a.shape != b.shape or a.dtype != b.dtype:
                 name = parameter_name(path)
                 raise RequestError(f"weights: {name} is {b.dtype}{b.shape}, the engine has {a.dtype}{a.shape}")
-        if jax.tree.structure(self.model) != jax.tree.structure(model):
+        if jax.tree.structure(expected) != jax.tree.structure(model):
             raise RequestError("weights: the model's structure differs from the engine's")
-        self.model = model if self.mesh is None else jax.device_put(model, shardings(model, self.mesh))
+        del self.model, self._weights  # before the new ones are made
+        self._take(model, donate=False)
+
+    def _take(self, model: StepVL | Qwen3, donate: bool) -> None:
+        if self.mesh is not None:
+            model = jax.device_put(model, shardings(model, self.mesh))
+        with self._scope():
+            self.model = serving_model(model, self.config.weights, donate=donate)
+        self._weights = programs.Packed.of(self.model)
 
     def _scope(self) -> AbstractContextManager:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

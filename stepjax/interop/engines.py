@@ -57,4 +57,5 @@ def load_engines(path: str, arguments: EngineArguments) -> "tuple[list[Engine], 
     shape = MeshConfig(data=arguments.data_parallel, fsdp=1, tensor=arguments.tensor_parallel)
     mesh = make_mesh(shape, jax.devices()[:needed])
     model, processor = load(path, numerics=numerics, mesh=data_parts(mesh)[0])
-    return make_engines(stretched(model, arguments.yarn_factor), processor, arguments.engine, mesh), processor
+    model = stretched(model, arguments.yarn_factor)
+    return make_engines(model, processor, arguments.engine, mesh, donate=True), processor

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,7 @@ class Plan:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # such as configs/digits/pretrain.py
     topology: str  # v5p-128, v5e-256, v6e-256, tpu7x-128, v5p:4x4x8, ...
     step: StepKind = "train"  # the step to plan: training, scoring, prefill or decoding
+    weights: Literal["int8"] | None = None  # of prefill and decoding: the engine's option of this name
     slices: int = 1  # slices of this topology, joined by the data-centre network; set mesh.slice too
     json: bool = False  # print JSON instead of the table
     hlo: Path | None = None  # write the text of the compiled program to this file
@@ -52,7 +53,7 @@ class Plan:
         starts = describe(plan_start(self.config, must_exist=False), self.config)  # before minutes of compilation
         if self.search:
             return self._search(topology)
-        made = plan.make_plan(self.config, topology, kind=self.step, keep_text=self.hlo)
+        made = plan.make_plan(self.config, topology, kind=self.step, weights=self.weights, keep_text=self.hlo)
         if self.json:
             print(json.dumps(report.to_json(made) | {"init_from": starts}, indent=1))
         else:
@@ -63,6 +64,8 @@ class Plan:
     def _check(self) -> None:
         if self.budget_minutes <= 0:
             raise ConfigError(f"--budget-minutes {self.budget_minutes}: must be positive")
+        if self.weights is not None and self.step not in ("prefill", "decode"):
+            raise ConfigError(f"--weights {self.weights}: only for --step prefill and decode; omit it")
         if self.search and self.step != "train":
             raise ConfigError(f"--step {self.step}: --search is only for training; omit one of them")
         if self.write is not None and not self.search:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from stepjax.config import PretrainConfig
+from stepjax.models.serving_decoder import Weights
 from stepjax.planning import StepKind, hlo
 from stepjax.planning.core_time import attention_rate
 from stepjax.planning.estimate import Estimate, estimate
@@ -70,18 +71,26 @@ class StepPlan:
 
 
 def make_plan(
-    config: PretrainConfig, topology: Topology, *, kind: StepKind = "train", keep_text: Path | None = None
+    config: PretrainConfig,
+    topology: Topology,
+    *,
+    kind: StepKind = "train",
+    weights: Weights = None,
+    keep_text: Path | None = None,
 ) -> StepPlan:
     """Compile a step once with the chip's flags (stepjax.xla_flags), and estimate it.
 
     Args:
         kind: the kind of step; see steps.py.
+        weights: `EngineConfig.weights`, for the steps of the engine.
         keep_text: write the compiled program's text to this file.
 
     Raises:
         ConfigError: the configuration cannot run on this topology, regardless of memory.
     """
-    step = compile_step(config, topology, kind=kind, compiler_options=compiler_options(topology.facts.chip))
+    step = compile_step(
+        config, topology, kind=kind, weights=weights, compiler_options=compiler_options(topology.facts.chip)
+    )
     if not step.fits:
         # For steps other than training only the arguments are certain.
         arguments = (x / GIB for x in (step.parameter_bytes, step.optimizer_bytes, step.batch_bytes))

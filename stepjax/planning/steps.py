@@ -37,6 +37,7 @@ from stepjax.inference.config import EngineConfig
 from stepjax.inference.prefill import PrefillArrays
 from stepjax.models.flops import decoder_flops
 from stepjax.models.paged_cache import make_pool, pool_layout
+from stepjax.models.serving_decoder import Weights, serving_model
 from stepjax.models.step_vl import abstract_model
 from stepjax.planning import StepKind
 from stepjax.planning.program_text import program_text
@@ -63,8 +64,11 @@ class Step:
     static: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments
 
 
-def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh) -> Step:
+def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh, weights: Weights = None) -> Step:
     """
+    Args:
+        weights: `EngineConfig.weights`, for `prefill` and `decode`.
+
     Raises:
         ConfigError: an engine cannot use the mesh (`prefill` and `decode`).
     """
@@ -73,7 +77,7 @@ def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh) -> Step:
     numerics = dataclasses.replace(config.numerics, param_dtype=config.numerics.compute_dtype)
     model = _on_mesh(abstract_model(config.model, numerics), mesh)
     if kind != "score":
-        return _of_engine(kind, config, model, mesh)
+        return _of_engine(kind, config, model, mesh, weights)
     batch = abstract_batch(config, mesh, rows_at_once(kind, config))
 
     def score(model, batch):
@@ -94,9 +98,11 @@ def _train(config: PretrainConfig, mesh: Mesh) -> Step:
     return Step(train_step, (state, batch), state.model, state.opt_state, batch)
 
 
-def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh) -> Step:
+def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh, weights: Weights) -> Step:
     """An engine program, for sequences of up to a row's tokens."""
     check_heads_only(mesh)
+    layout = jax.eval_shape(lambda: serving_model(model, weights))
+    model = _on_mesh(layout, mesh)
     decoder, length = config.model.decoder, config.batch.tokens
     rows, row_pages = config.batch.rows // config.batch.accumulation, -(-length // PAGE_SIZE)
     dtype = jnp.dtype(config.numerics.compute_dtype)
@@ -198,6 +204,7 @@ def compile_step(
     topology: Topology,
     *,
     kind: StepKind = "train",
+    weights: Weights = None,
     compiler_options: Mapping[str, str] | None = None,
 ) -> CompiledStep:
     """Compile one step of `config` for `topology`.
@@ -209,7 +216,7 @@ def compile_step(
     check_batch(config.batch, mesh)
     began = time.monotonic()
     with jax.set_mesh(mesh), _without_xla_flags():
-        step = make_step(kind, config, mesh)
+        step = make_step(kind, config, mesh, weights)
         sizes = map(_num_bytes, (step.parameters, step.optimizer, step.batch))
         found: dict[str, Any] = dict(zip(("parameter_bytes", "optimizer_bytes", "batch_bytes"), sizes, strict=True))
         try:
