@@ -204,7 +204,7 @@ def accuracy(directory: Path, length: int = 512) -> dict[str, float]:
     """int8 weights against float32, on the first tokens of docs/inference.md."""
     model, processor = stepjax.load(directory, numerics=FLOAT32)
     text = (Path(__file__).parents[1] / "docs" / "inference.md").read_text()
-    tokens_1T = np.asarray(processor.encode(text)[:length])[None]
+    tokens_1T = np.asarray(processor.encode(text)[:length])[None]  # type: ignore  # a text processor
 
     @jax.jit
     def log_probs(model) -> jax.Array:

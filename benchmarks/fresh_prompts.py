@@ -58,7 +58,8 @@ def side(run: str | None, alone: bool) -> None:
         processor = Processor.from_config(recipe.images, recipe.tokenizer)
     else:
         model, processor = stepjax.load(run)
-    engine = Engine(model, processor, EngineConfig(**CONFIG, **(ALONE if alone else TOGETHER)))
+    options: dict[str, Any] = CONFIG | (ALONE if alone else TOGETHER)
+    engine = Engine(model, processor, EngineConfig(**options))
     started = time.process_time()
     compiled = engine.warm_up(top_logprobs=False)
     print(json.dumps({"programs": compiled, "warm_up_cpu_seconds": time.process_time() - started}), flush=True)
@@ -94,7 +95,7 @@ def side(run: str | None, alone: bool) -> None:
         whole, _ = answer(first + PROMPTS)
         for name in PARTS:
             delattr(runner, name)
-        parts = {name: sum(taken for which, taken in calls if which == name) for name in PARTS}
+        parts: dict[str, float] = {name: sum(taken for which, taken in calls if which == name) for name in PARTS}
         parts["host"] = whole - sum(parts.values())
         number = {name: sum(which == name for which, _ in calls) for name in PARTS}
         digest = [hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in tokens]
@@ -172,6 +173,7 @@ def main() -> None:
                     each.rounds.append(each.measure(number))
             for each in sides.values():
                 del each.rounds[0]  # warms caches
+                assert each.process.stdin is not None
                 each.process.stdin.close()
                 each.process.wait()
         finally:

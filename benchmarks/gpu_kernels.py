@@ -143,11 +143,12 @@ def numerics() -> None:
         inputs = arrays(**shape)
         exact = on_cpu(attention_results, "xla", jnp.float32, inputs, ids, **options)
         if ids is not None:
-            q, k = (jax.ShapeDtypeStruct((*x.shape[:1], x.shape[1] + x.shape[1] % 2, *x.shape[2:]), x.dtype)
-                    for x in inputs[:2])  # fmt: skip
-            found["packed layout"][name] = gpu_packed.available(  # type: ignore
-                q, k, causal=options.get("causal", False)
+            q, k = (
+                jax.ShapeDtypeStruct((*x.shape[:1], x.shape[1] + x.shape[1] % 2, *x.shape[2:]), x.dtype)
+                for x in inputs[:2]
             )
+            available: Any = gpu_packed.available
+            found["packed layout"][name] = available(q, k, causal=options.get("causal", False))
         for route in ("gpu", "xla") if name == "causal" else ("gpu",):
             compare(
                 f"attention, {name}: {route}",

@@ -43,7 +43,7 @@ class PagedCache(NamedTuple):
     reads: PageTables | Chunks  # one token per sequence (lengths include it), or chunks of sequences
     first_page: jax.Array | int = 0  # of the current layer
 
-    def at_layer(self, layer: jax.Array, num_layers: int) -> "PagedCache":
+    def at_layer(self, layer: jax.Array | int, num_layers: int) -> "PagedCache":
         return self._replace(first_page=layer * (self.pool_S2KTW.shape[0] // num_layers))
 
 

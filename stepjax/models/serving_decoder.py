@@ -14,7 +14,7 @@ L layers, I inputs of a kernel, O its outputs, P devices that share a layer.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ class Kernels(nnx.Module):
 
     def of(self, layer: int | jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The values [O, I] and scales [O] of a layer, which has to be an int where the layers are listed."""
-        return self.values[layer][...], None if self.scales is None else self.scales[layer][...]
+        values, scales = cast(Any, self.values), cast(Any, self.scales)
+        return values[layer][...], None if scales is None else scales[layer][...]
 
     def __call__(self, x_BTI: jax.Array, layer: int | jax.Array) -> jax.Array:
         """[B, T, O] in the dtype of x. `layer` may be the index of a scan."""

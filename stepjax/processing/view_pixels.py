@@ -11,6 +11,7 @@ Legend: N windows, H W their height and width, S side of a view, K taps of the f
 import functools
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from stepjax.config import ImageConfig
@@ -62,7 +63,7 @@ def _windows(image: Image.Image, window: tuple[int, int], columns: int, count: i
     return [parts[y, :, x] for y in range(rows) for x in range(columns)]
 
 
-def _write(view_SX: np.ndarray, pixels_SX: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
+def _write(view_SX: np.ndarray, pixels_SX: np.ndarray, mean: npt.ArrayLike, std: npt.ArrayLike) -> None:
     """Normalises rows of values; `mean` and `std` are of one value, or of a row of them."""
     in_place = view_SX.dtype == np.float32 and view_SX.flags.c_contiguous
     step = len(view_SX) if in_place else max(1, _BLOCK // view_SX.shape[1])

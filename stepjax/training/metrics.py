@@ -79,7 +79,7 @@ class Meter:
     def reset(self) -> None:
         self._since, self._waited, self._used, self._steps = time.monotonic(), 0.0, np.zeros(4), 0
 
-    def wait_for(self, batches: Iterator[HostBatch], running: Mapping[str, jax.Array] | None = None) -> HostBatch:
+    def wait_for(self, batches: Iterator[HostBatch], running: Mapping[str, Any] | None = None) -> HostBatch:
         """The next batch. `running` is the result of the step dispatched last: while the devices compute it, no time is
         lost. If it is done by the time that the batch comes, the whole wait counts: at most that was lost."""
         start = time.monotonic()
