@@ -163,7 +163,7 @@ def step_cost(config: PretrainConfig) -> tuple[float, float]:
         batch["loss_weights_BT"] = jax.numpy.ones_like(batch["loss_weights_BT"])
         state = new_state(init_model(config.model, config.numerics, seed=0), optimizer)
         step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0).lower(state, batch).compile()
-        memory = step.memory_analysis()
+        memory: Any = step.memory_analysis()
 
         def run() -> None:
             nonlocal state
@@ -320,7 +320,11 @@ def draw(subject: str, curves: Sequence[Curve]) -> None:
         axis.set_xlabel(curve.x_name)
         axis.set_ylabel("seconds" if curve.unit == "s" else curve.unit)
         axis.set_xticks(curve.x, [f"{x:,.0f}" for x in curve.x], fontsize=8)
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
+        if max(curve.y) < 10 * min(curve.y):  # no power of ten may lie between them
+            axis.set_ylim(min(*curve.y, *bound) / 2, max(*curve.y, *bound) * 2)
+            axis.set_yticks([min(curve.y), max(curve.y)], [f"{y:.2g}" for y in (min(curve.y), max(curve.y))])
+            axis.set_yticks([], minor=True)
         axis.grid(alpha=0.3)
     figure.savefig(ROOT / "docs" / f"growth_{subject}.png", dpi=90)
     pyplot.close(figure)
