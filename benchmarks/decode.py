@@ -1,16 +1,17 @@
 """Decoding SmolLM2-135M: our engine, Transformers' `generate` and llama.cpp; samples that share a prompt.
 
-    python benchmarks/decode.py [--model DIR] [--repeats 3] [--answer 64] [--part sides|accuracy|shared ...]
+    python benchmarks/decode.py [--model DIR] [--repeats 3] [--answer 64] [--requests 1 16] [--part sides ...]
 
 Needs the weights from `benchmarks/smollm2.py` (`make .venv-parity/installed`), and includes llama.cpp if
 llama-cpp-python is installed. All sides use the same weights and the same cores in one run with interleaved turns;
 every figure is a median. The script turns on large pages for malloc, which help JAX on CPU. Each part replaces its own
 figures in results/decode.json, so that a short quiet window suffices for one.
 
-    sides      tokens/s of 1 and of 16 requests at once, prompts of 100 tokens, greedy, from the first prompt token to
-               the last token drawn, all float32; "int8" is our engine with `EngineConfig(weights="int8")`. Transformers
-               takes the sixteen as one padded batch, llama.cpp sequentially, because llama-cpp-python does not batch
-               requests. Also the bytes of weights that one request reads a second, against two threads reading memory.
+    sides      tokens/s of 1 and of 16 requests at once, prompts of 32 tokens, greedy, all float32: whole requests, and
+               decoding alone (the time that tokens after the first four add). "int8" is our engine with
+               `EngineConfig(weights="int8")`. Transformers takes the sixteen as one padded batch; llama-cpp-python does
+               not batch requests. Also the bytes of weights that one request reads a second, against two threads that
+               read memory.
     accuracy   int8 weights against float32, on answers that float32 samples: perplexity, how often the likeliest token
                is the same, the mean absolute difference of the log-probabilities.
     shared     16 samples of one prompt of 2,048 tokens, 32 tokens each, against 16 requests with 16 prompts: tokens/s,
@@ -43,7 +44,7 @@ from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.sharding import parameter_name
 
-PROMPT = 100
+PROMPT = 32
 SHARED_PROMPT, SHARED_ANSWER, SAMPLES = 2048, 32, 16
 PAGE = 64
 FLOAT32 = NumericsConfig(param_dtype="float32", compute_dtype="float32", remat="none")
@@ -167,21 +168,34 @@ def gguf_float32(directory: Path) -> Path:
     return path
 
 
-def beside(sides: dict[str, Generate], repeats: int, answer: int) -> dict[str, dict[str, float]]:
-    """Tokens per second of every side, for one request and for sixteen."""
-    figures: dict[str, dict[str, float]] = {}
-    for label, count in (("one", 1), ("sixteen", 16)):
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for generate in sides.values():
+def beside(
+    sides: dict[str, Generate], counts: list[int], repeats: int, answer: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Tokens per second of every side, for each number of requests: of whole requests, and of decoding alone, which
+    is what tokens after the first four take.
+    """
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for count in counts:
+        label = {1: "one", 16: "sixteen"}[count]
+        here = {name: side for name, side in sides.items() if count == 1 or name != "llama.cpp"}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in here}
+        for generate in here.values():
             generate(prompts(count, PROMPT, seed=0), 4)  # compiles
         for repeat in range(repeats):
-            for name, generate in sides.items():
+            for name, generate in here.items():
                 asked = prompts(count, PROMPT, seed=1 + repeat)
-                began = time.perf_counter()
-                drawn = generate(asked, answer)
-                seconds[name].append(time.perf_counter() - began)
-                assert drawn == count * answer, f"{name} drew {drawn} tokens"
-        figures[label] = {name: count * answer / statistics.median(taken) for name, taken in seconds.items()}
+                times = [time.perf_counter()]
+                for length in (4, answer):
+                    drawn = generate(asked, length)
+                    assert drawn == count * length, f"{name} drew {drawn} tokens"
+                    times.append(time.perf_counter())
+                whole = times[2] - times[1]
+                taken[name].append((whole, whole - (times[1] - times[0])))
+        medians = {name: [statistics.median(of) for of in zip(*pairs, strict=True)] for name, pairs in taken.items()}
+        figures[label] = {
+            "whole": {name: count * answer / whole for name, (whole, _) in medians.items()},
+            "decoding": {name: count * (answer - 4) / alone for name, (_, alone) in medians.items()},
+        }
     return figures
 
 
@@ -277,6 +291,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=smollm2.DIRECTORY, help="the weights; fetched if missing")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--requests", type=int, nargs="+", choices=(1, 16), default=[1, 16], help="for sides")
     parser.add_argument("--part", choices=("sides", "accuracy", "shared"), nargs="+", help="all by default")
     options = parser.parse_args()
     directory = smollm2.smollm2(options.model)
@@ -284,7 +299,10 @@ def main() -> None:
     path = machine.RESULTS / "decode.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if "sides" in wanted:
-        results["sides"] = compare(directory, options.repeats, options.answer)
+        found = compare(directory, options.requests, options.repeats, options.answer)
+        earlier = results.get("sides", {})
+        found["tokens_per_second"] = earlier.get("tokens_per_second", {}) | found["tokens_per_second"]
+        results["sides"] = earlier | found
     if "accuracy" in wanted:
         results["int8_accuracy"] = accuracy(directory)
         print("int8 against float32: " + ", ".join(f"{k} {v:.4g}" for k, v in results["int8_accuracy"].items()))
@@ -305,7 +323,7 @@ def main() -> None:
     print(f"written to {path.relative_to(Path(__file__).parent.parent)}")
 
 
-def compare(directory: Path, repeats: int, answer: int) -> dict[str, Any]:
+def compare(directory: Path, counts: list[int], repeats: int, answer: int) -> dict[str, Any]:
     """The part "sides"."""
     sides = {
         "stepjax": stepjax_side(directory),
@@ -315,22 +333,21 @@ def compare(directory: Path, repeats: int, answer: int) -> dict[str, Any]:
     llama = llama_cpp_side(directory)
     if llama is not None:
         sides["llama.cpp"] = llama
-    figures = beside(sides, repeats, answer)
+    figures = beside(sides, counts, repeats, answer)
     print(f"{'tokens/s':<24}" + "".join(f"{name:>14}" for name in sides))
-    for label, by_side in figures.items():
-        print(f"{label + ' at once':<24}" + "".join(f"{by_side[name]:>14.1f}" for name in sides))
+    for label, by_scope in figures.items():
+        for scope, by_side in by_scope.items():
+            cells = (f"{by_side[name]:>14.1f}" if name in by_side else f"{'-':>14}" for name in sides)
+            print(f"{f'{label} at once, {scope}':<24}" + "".join(cells))
     if llama is None:
         print("llama.cpp: llama-cpp-python is not installed")
-    read = figures["one"]["stepjax"] * (directory / "model.safetensors").stat().st_size
-    bandwidth = memory_bandwidth()
-    print(f"one request reads {read / 1e9:.1f} GB/s of weights, two threads {bandwidth / 1e9:.1f} GB/s of memory")
-    return {
-        "prompt_tokens": PROMPT,
-        "answer_tokens": answer,
-        "tokens_per_second": figures,
-        "weights_read_per_second": read,
-        "memory_read_per_second": bandwidth,
-    }
+    found = {"prompt_tokens": PROMPT, "answer_tokens": answer, "tokens_per_second": figures}
+    if "one" in figures:
+        read = figures["one"]["decoding"]["stepjax"] * (directory / "model.safetensors").stat().st_size
+        bandwidth = memory_bandwidth()
+        print(f"one request reads {read / 1e9:.1f} GB/s of weights, two threads {bandwidth / 1e9:.1f} GB/s of memory")
+        found |= {"weights_read_per_second": read, "memory_read_per_second": bandwidth}
+    return found
 
 
 if __name__ == "__main__":
