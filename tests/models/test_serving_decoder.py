@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepjax.errors import ConfigError
 from stepjax.inference import programs
 from stepjax.inference.batch import Batch
+from stepjax.inference.config import EngineConfig
 from stepjax.models.paged_cache import Chunks, PagedCache, make_pool
 from stepjax.models.serving_decoder import ServingDecoder, product, quantise, serving_decoder
 
@@ -38,6 +40,11 @@ def test_hidden_states_and_logits_are_the_decoders(decoder):
     expected, found = cached(decoder), cached(serving)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(serving.logits(found), decoder.logits(found), rtol=0, atol=1e-5)
+
+
+def test_unknown_weights_are_refused():
+    with pytest.raises(ConfigError, match="engine.weights='int4'"):
+        EngineConfig(weights="int4")  # pyright: ignore[reportArgumentType]
 
 
 def test_int8_values_are_the_nearest_multiples_of_a_scale_per_output():

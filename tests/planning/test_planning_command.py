@@ -22,8 +22,8 @@ def planned(monkeypatch):
     """The command without the compiler: what a plan was asked for, and `shortage`, which the plan then has."""
     asked = {"shortage": None}
 
-    def make_plan(config, topology, *, kind="train", keep_text=None):
-        asked.update(config=config, topology=topology, kind=kind, keep_text=keep_text)
+    def make_plan(config, topology, *, kind="train", weights=None, keep_text=None):
+        asked.update(config=config, topology=topology, kind=kind, weights=weights, keep_text=keep_text)
         shortage = asked["shortage"]
         step = CompiledStep(mesh=None, total_bytes=2**30, shortage=shortage)  # type: ignore[arg-type]
         estimate = None if shortage else Estimate(1.0 / config.batch.rows, (), (), Counter())
@@ -32,6 +32,13 @@ def planned(monkeypatch):
     monkeypatch.setattr(plan, "make_plan", make_plan)
     monkeypatch.setattr(search.search, "__kwdefaults__", {"plan": make_plan})
     return asked
+
+
+def test_int8_weights_are_for_steps_of_the_engine(planned, capsys):
+    assert main([*BASE, "--step", "decode", "--weights", "int8"]) == 0
+    assert planned["weights"] == "int8"
+    assert main([*BASE, "--weights", "int8"]) == 1
+    assert "--weights int8" in capsys.readouterr().err
 
 
 def test_a_table(planned, capsys):
