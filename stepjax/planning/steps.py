@@ -20,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,7 +102,7 @@ def _train(config: PretrainConfig, mesh: Mesh) -> Step:
 def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh, weights: Weights) -> Step:
     """An engine program, for sequences of up to a row's tokens."""
     check_heads_only(mesh)
-    layout = jax.eval_shape(lambda: serving_model(model, weights))
+    layout = jax.eval_shape(partial(serving_model, weights=weights), model)
     model = _on_mesh(layout, mesh)
     decoder, length = config.model.decoder, config.batch.tokens
     rows, row_pages = config.batch.rows // config.batch.accumulation, -(-length // PAGE_SIZE)

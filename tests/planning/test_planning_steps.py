@@ -212,3 +212,13 @@ def test_decoding_on_a_mesh_moves_neither_weights_nor_the_cache(tiny, tmp_path):
 def operations(text, opcode):
     program = hlo.read(text.read_text())
     return [op for ops in program.computations.values() for op in ops if op.opcode.startswith(opcode)]
+
+
+def test_int8_decoding_keeps_a_scale_per_output_beside_stacked_values(tiny):
+    mesh = make_mesh(tiny.mesh, find("v6e:1x1").devices())
+    with jax.set_mesh(mesh):
+        step = make_step("decode", tiny, mesh, "int8")
+    layers, width = tiny.model.decoder.num_layers, tiny.model.decoder.width
+    down = step.parameters.decoder.down
+    assert (down.values.shape, down.values.dtype) == ((layers, width, tiny.model.decoder.mlp_dim), jnp.int8)
+    assert (down.scales.shape, down.scales.dtype) == ((layers, width), jnp.float32)
