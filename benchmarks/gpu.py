@@ -15,7 +15,8 @@ is cut keeps what it has, and says so. `--dry` runs everything on CPU with tiny 
     train       a train step with Qwen3-8B's shapes and as many of its layers as fit: tokens/s, MFU
     decode      Qwen3-8B with random weights: tokens/s at batch 1, 16, 64, and the share of memory bandwidth that
                 reading the weights once per step takes
-    shared      K samples of one prompt against K prompts of that length, decoding only, the prompts not computed
+    shared      K samples of one prompt against K prompts of that length
+                (decode and shared measure decoding only: prompts are not computed)
     demo        tokens/s of `stepjax pretrain configs/digits/pretrain.py`, shortened, without its evaluation
 
 Exits with 1 if a stage failed; a stage that was cut has not failed.
@@ -40,12 +41,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Script and seconds of every stage, the most important first.
 STAGES = {
-    "numerics": ("gpu_kernels.py", 85),
-    "attention": ("gpu_kernels.py", 75),
-    "train": ("gpu_models.py", 85),
-    "decode": ("gpu_models.py", 70),
+    "numerics": ("gpu_kernels.py", 45),
+    "attention": ("gpu_kernels.py", 58),
+    "train": ("gpu_models.py", 45),
+    "decode": ("gpu_models.py", 165),
     "shared": ("gpu_models.py", 110),
-    "demo": ("gpu_models.py", 55),
+    "demo": ("gpu_models.py", 57),
 }
 # Shares of the GPU's memory that JAX takes at once; PyTorch needs some beside it.
 MEMORY = {"numerics": "0.5", "attention": "0.6"}
