@@ -3,6 +3,7 @@
 Legend: B rows, T query tokens, S key tokens, N query heads, K key-value heads, H head dim.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ def attend(
     *,
     causal: bool = False,
     segment_ids_BT: Int[Array, "B T"] | None = None,
+    prefix_ids_BT: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     rows_axis: str = "batch",
     length_axis: str | None = None,
@@ -51,7 +53,12 @@ def attend(
     A token sees only its own segment (packed rows) and, if `causal`, nothing after itself. Segment 0 is padding: it
     neither sees nor is seen, and its output is zero.
 
+    Segments may share a prefix, such as the prompt of several answers: a token also sees all of the segment that its
+    prefix id names. Such a row takes two calls, one over each token's own segment and one over its prefix; their
+    results are merged by log-sum-exp, so every implementation can do it.
+
     Args:
+        prefix_ids_BT: id of a segment of the same row; 0: none.
         scale: 1 / sqrt(H) by default.
         rows_axis, length_axis: logical axes of B and T; None if T is never sharded.
         implementation: "auto" uses the platform of the current mesh or, without a mesh, JAX's default.
@@ -61,42 +68,59 @@ def attend(
     """
     chosen = resolve(implementation, target_platform(), q_BTNH.dtype, q_BTNH.shape[-1])
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, INPUT_NAME) for x in (q_BTNH, k_BTKH, v_BTKH))
+    assert prefix_ids_BT is None or segment_ids_BT is not None
     # Packing numbers segments from 1; the kernels expect negative ids for padding.
-    segment_ids = () if segment_ids_BT is None else (segment_ids_BT - 1,)
-    if chosen == "xla" or jax.sharding.get_abstract_mesh().empty:
-        q_ids = segment_ids[0] if segment_ids else None
-        return flash_attention(
-            q_BTNH, k_BTKH, v_BTKH, causal=causal, scale=scale, q_segment_ids_BT=q_ids, implementation=chosen
-        )
+    given = [ids_BT - 1 for ids_BT in (segment_ids_BT, prefix_ids_BT) if ids_BT is not None]
+    ids = (jnp.stack(given, axis=-1),) if given else ()  # [B, T, 1], or [B, T, 2] with prefixes
 
-    def of_device(q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=None):
+    def part(q_BTNH, k_BSKH, v_BSKH, first, ids_BTI, kv_ids_BS=None):
+        """Attention of queries that start at token `first`; `kv_ids_BS` is None if these are whole rows."""
+        flash = partial(flash_attention, q_BTNH, k_BSKH, v_BSKH, scale=scale, implementation=chosen)
+        offset = {"q_offset": first} if causal else {}
+        if ids_BTI is None:
+            return flash(causal=causal, **offset)
+        own_BT, whole = ids_BTI[..., 0], kv_ids_BS is None
+        kv_ids_BS = own_BT if whole else kv_ids_BS  # the same array tells the kernels that rows are whole
+        segments = {"q_segment_ids_BT": own_BT, "kv_segment_ids_BS": kv_ids_BS}
+        if ids_BTI.shape[-1] == 1:
+            return flash(causal=causal, **segments, **offset)
+        own = flash(causal=causal, **segments, **offset, return_lse=True)
+        prefix = flash(q_segment_ids_BT=ids_BTI[..., 1], kv_segment_ids_BS=kv_ids_BS, return_lse=True)
+        return _merged(own, prefix)
+
+    if chosen == "xla" or jax.sharding.get_abstract_mesh().empty:
+        return part(q_BTNH, k_BTKH, v_BTKH, 0, *(ids or (None,)))
+
+    def of_device(q_BTNH, k_BSKH, v_BSKH, ids_BTI=None, kv_ids_BS=None):
         if length_axis is not None:
             k_BSKH, v_BSKH = (all_gather(x, length_axis, 1) for x in (k_BSKH, v_BSKH))
         if length_axis is None or axis_size(length_axis) == 1:
-            kv_ids_BS = q_ids_BT  # the same array tells the kernels that these are whole packed rows
-
-        def part(q_BTNH, first, q_ids_BT):
-            return flash_attention(
-                q_BTNH,
-                k_BSKH,
-                v_BSKH,
-                causal=causal,
-                q_offset=first,
-                q_segment_ids_BT=q_ids_BT,
-                kv_segment_ids_BS=kv_ids_BS,
-                scale=scale,
-                implementation=chosen,
-            )
-
+            kv_ids_BS = None
         if length_axis is None or not causal:
-            return part(q_BTNH, 0, q_ids_BT)
-        return balanced(part, q_BTNH, q_ids_BT, length_axis)
+            return part(q_BTNH, k_BSKH, v_BSKH, 0, ids_BTI, kv_ids_BS)
+        return balanced(
+            lambda q, first, ids: part(q, k_BSKH, v_BSKH, first, ids, kv_ids_BS), q_BTNH, ids_BTI, length_axis
+        )
 
     # The partitioner cannot see into a kernel, so shard explicitly: every device gets its rows, its heads and its part
     # of the queries, and all-gathers the keys of those rows.
     q_spec, kv_spec = spec(rows_axis, length_axis, "heads", None), spec(rows_axis, length_axis, "kv_heads", None)
-    ids_specs = (spec(rows_axis, length_axis), spec(rows_axis, None)) if segment_ids else ()
+    ids_specs = (spec(rows_axis, length_axis, None), spec(rows_axis, None)) if ids else ()
+    kv_ids = tuple(ids_BTI[..., 0] for ids_BTI in ids)
     sharded = jax.shard_map(
         of_device, in_specs=(q_spec, kv_spec, kv_spec, *ids_specs), out_specs=q_spec, check_vma=False
     )
-    return sharded(q_BTNH, k_BTKH, v_BTKH, *(2 * segment_ids))
+    return sharded(q_BTNH, k_BTKH, v_BTKH, *ids, *kv_ids)
+
+
+def _merged(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Attention over disjoint sets of keys, from (output, log-sum-exp) of each; a part that sees no key has -inf."""
+    outs, lses = zip(*parts, strict=True)
+    lse_PBTN = jnp.stack(lses)
+    most_BTN = jax.lax.stop_gradient(jnp.max(lse_PBTN, axis=0))
+    most_BTN = jnp.where(most_BTN == -jnp.inf, 0, most_BTN)
+    shares_PBTN = jnp.exp(lse_PBTN - most_BTN)
+    total_BTN = jnp.sum(shares_PBTN, axis=0)
+    weights_PBTN = shares_PBTN / jnp.where(total_BTN == 0, 1, total_BTN)
+    merged_BTNH = sum(w[..., None] * out.astype(jnp.float32) for w, out in zip(weights_PBTN, outs, strict=True))
+    return merged_BTNH.astype(outs[0].dtype)

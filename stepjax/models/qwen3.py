@@ -32,7 +32,7 @@ class DecoderAttention(nnx.Module):
         self.q_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(H, config.norm_eps) if config.qk_norm else None
 
-    def __call__(self, x_BTD, rotary, positions_BT, segment_ids_BT, cache, numerics: NumericsConfig):
+    def __call__(self, x_BTD, rotary, ids, cache, numerics: NumericsConfig):
         dtype = x_BTD.dtype
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q_kernel.astype(dtype))
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k_kernel.astype(dtype))
@@ -47,7 +47,8 @@ class DecoderAttention(nnx.Module):
                 k_BTKH,
                 v_BTKH,
                 causal=True,
-                segment_ids_BT=segment_ids_BT,
+                segment_ids_BT=ids[0],
+                prefix_ids_BT=ids[1],
                 length_axis="length",
                 implementation=numerics.attention,
             )
@@ -77,11 +78,9 @@ class DecoderBlock(nnx.Module):
         self.norm2 = RMSNorm(config.width, config.norm_eps)
         self.mlp = DecoderMLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD, rotary, positions_BT, segment_ids_BT, cache, numerics: NumericsConfig):
+    def __call__(self, x_BTD, rotary, ids, cache, numerics: NumericsConfig):
         with jax.named_scope("attention"):
-            attended_BTD, cache = self.attention(
-                self.norm1(x_BTD), rotary, positions_BT, segment_ids_BT, cache, numerics
-            )
+            attended_BTD, cache = self.attention(self.norm1(x_BTD), rotary, ids, cache, numerics)
             x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + self.mlp(self.norm2(x_BTD))
@@ -115,18 +114,20 @@ class Qwen3(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"] | None = None,
         cache: PagedCache | None = None,
+        prefix_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PagedCache | None]:
         """Hidden states after the final norm, and the cache with these tokens' keys and values added.
 
-        Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment per row). With
-        a cache, its `reads` decide what they see. Positions count from 0 within a segment.
+        Without a cache, tokens attend causally within their segment (`segment_ids_BT`; None: one segment per row) and
+        to all of the segment that `prefix_ids_BT` names (see `attend`). With a cache, its `reads` decide what they see.
+        Positions count from 0 within a segment, or go on from the end of its prefix.
         """
         rotary = rotary_1d(positions_BT, self.config)
         if cache is not None:
             return self._with_cache(x_BTD, rotary, positions_BT, cache)
 
         def layer(x_BTD, block):
-            return block(x_BTD, rotary, positions_BT, segment_ids_BT, None, self.numerics)[0]
+            return block(x_BTD, rotary, (segment_ids_BT, prefix_ids_BT), None, self.numerics)[0]
 
         return self.norm(run_layers(layer, x_BTD, self.blocks, self.numerics.remat)), None
 
@@ -136,7 +137,7 @@ class Qwen3(nnx.Module):
             x_BTD, cache = carry
             block, index = block_and_index
             at_layer = cache.at_layer(index, self.config.num_layers)
-            return block(x_BTD, rotary, positions_BT, None, at_layer, self.numerics), None
+            return block(x_BTD, rotary, None, at_layer, self.numerics), None
 
         layers = jnp.arange(self.config.num_layers)
         (x_BTD, cache), _ = jax.lax.scan(layer, (x_BTD, cache), (self.blocks, layers))

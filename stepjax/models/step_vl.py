@@ -81,6 +81,7 @@ class StepVL(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"] | None = None,
+        prefix_ids_BT: Int[Array, "B T"] | None = None,
         feature_index_BT: Int[Array, "B T"],
         global_views_BGHWC: Float[Array, "B G H H 3"],
         crops_BCHWC: Float[Array, "B C S S 3"],
@@ -90,7 +91,7 @@ class StepVL(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT, features_BFD, feature_index_BT)
         with jax.named_scope("decoder"):
-            return self.decoder(x_BTD, positions_BT, segment_ids_BT)[0]
+            return self.decoder(x_BTD, positions_BT, segment_ids_BT, prefix_ids_BT=prefix_ids_BT)[0]
 
 
 Model = TypeVar("Model", bound=StepVL | Qwen3)

@@ -45,6 +45,7 @@ def forward(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Arra
         tokens_BT=batch["tokens_BT"],
         positions_BT=batch["positions_BT"],
         segment_ids_BT=batch["segment_ids_BT"],
+        prefix_ids_BT=batch.get("prefix_ids_BT"),
         feature_index_BT=batch["feature_index_BT"],
         global_views_BGHWC=batch["global_views_BGHWC"],
         crops_BCHWC=batch["crops_BCHWC"],

@@ -200,3 +200,62 @@ def test_tpu_kernel_over_a_mesh_gives_what_one_device_gives():
         results = value_and_gradients(*inputs, "tpu")
     for mine, wanted in zip(results, expected, strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6)
+
+
+# Shared prefixes -----------------------------------------------------------------------------------------------------
+
+# A prompt (1) with two answers (2, 3), and a segment of its own (4); a prompt (1) with one answer (2) and padding.
+TREE_BT = np.array([[1, 1, 2, 2, 3, 3, 4, 4], [1, 1, 1, 2, 2, 0, 0, 0]])
+PREFIX_BT = np.array([[0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0, 0]])
+
+
+def of_tree(q, k, v, *, rows=1, implementation="xla"):
+    """The output and the gradients of attention over prompts with several answers."""
+    tree_BT, prefix_BT = (jnp.asarray(np.tile(ids, (rows, 1))) for ids in (TREE_BT, PREFIX_BT))
+    out, pullback = jax.vjp(
+        lambda *qkv: attend(
+            *qkv,
+            causal=True,
+            segment_ids_BT=tree_BT,
+            prefix_ids_BT=prefix_BT,
+            length_axis="length",
+            implementation=implementation,
+        ),
+        q,
+        k,
+        v,
+    )
+    return out, *pullback(jnp.cos(out))
+
+
+def test_answers_see_their_prompt_and_not_each_other():
+    inputs = qkv(4, 2)
+    visible = np.zeros((B, T, T), bool)
+    for b, t, s in np.ndindex(visible.shape):
+        of_prompt = PREFIX_BT[b, t] == TREE_BT[b, s] != 0
+        visible[b, t, s] = of_prompt or (s <= t and TREE_BT[b, t] == TREE_BT[b, s] != 0)
+    out, *gradients = of_tree(*inputs)
+    np.testing.assert_allclose(out, naive(*inputs, visible), rtol=0, atol=2e-6)
+
+    def textbook(q, k, v):
+        k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(H)
+        padding_BT = TREE_BT == 0
+        weights = jax.nn.softmax(jnp.where((visible | padding_BT[..., None])[:, None], scores, -np.inf), axis=-1)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights * ~padding_BT[:, None, :, None], v)
+
+    wanted, pullback = jax.vjp(textbook, *inputs)
+    for mine, reference in zip(gradients, pullback(jnp.cos(out)), strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, MESHES[0], MESHES[2]], ids=["one device", "all but fsdp", "fsdp and context"])
+def test_tpu_kernel_shares_prefixes_as_xla_does(mesh):
+    inputs = qkv(4, 2, rows=8)
+    expected = of_tree(*inputs, rows=4)
+    run = jax.jit(functools.partial(of_tree, rows=4, implementation="tpu"))
+    with jax.set_mesh(make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])):
+        with pltpu.force_tpu_interpret_mode(True):
+            results = run(*inputs)
+    for mine, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6)

@@ -166,7 +166,7 @@ def test_scanned_layers_equal_a_python_loop(decoder):
         x_BTD = decoder.embed(TOKENS_BT)
         for layer in range(config.num_layers):
             block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], decoder.blocks)
-            x_BTD, _ = block(x_BTD, rotary, positions_BT, None, None, decoder.numerics)
+            x_BTD, _ = block(x_BTD, rotary, (None, None), None, decoder.numerics)
         return decoder.logits(decoder.norm(x_BTD))
 
     np.testing.assert_allclose(looped(decoder), logits(decoder, TOKENS_BT, positions_BT), rtol=0, atol=2e-6)
