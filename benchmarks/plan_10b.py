@@ -33,7 +33,7 @@ from stepjax.planning.topologies import Topology, find
 from stepjax.sharding import make_mesh
 from stepjax.training.footprint import GIB, Memory
 
-PRETRAIN, SFT = "configs/step3_vl_10b/pretrain.py", "configs/step3_vl_10b/sft.py"
+PRETRAIN, SFT = "configs/step3_vl_10b/pretrain.py", "configs/step3_vl_10b/sft_stage1.py"
 
 
 @dataclasses.dataclass(frozen=True)

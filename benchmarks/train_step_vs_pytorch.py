@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side in a round")
     arguments = parser.parse_args()
     config = load_recipe(RECIPE)
-    prepare(config)
+    prepare(config, config.batch.micro_rows)
     torch.set_num_threads(num_cores())
     ours, initial, batches, rates = our_side(config)
     sides = {"stepjax": ours}

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepjax.config import PretrainConfig
+    from stepjax.config import PretrainConfig, SftConfig
     from stepjax.config_file import load_recipe
     from stepjax.errors import StepjaxError
     from stepjax.evaluation.evaluate import evaluate
@@ -46,6 +46,7 @@ _PLACES = {
     "Problem": "pacore.records",
     "Rollout": "rollouts.rollout",
     "SamplingParams": "inference.request",
+    "SftConfig": "config",
     "StepjaxError": "errors",
     "evaluate": "evaluation.evaluate",
     "load": "interop.load",
@@ -67,6 +68,7 @@ __all__ = [  # the keys of the table above; a test compares them
     "Problem",
     "Rollout",
     "SamplingParams",
+    "SftConfig",
     "StepjaxError",
     "evaluate",
     "load",

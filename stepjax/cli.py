@@ -15,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from stepjax.errors import StepjaxError
 from stepjax.figures import logging_to_stderr, printable
@@ -23,6 +23,7 @@ from stepjax.stop_signals import end_on_signals
 
 VERBS = {
     "pretrain": "stepjax.training.command:Pretrain",
+    "sft": "stepjax.training.command:Sft",
     "plan": "stepjax.planning.command:Plan",
     "eval": "stepjax.evaluation.command:Eval",
     "generate": "stepjax.inference.command:Generate",
@@ -52,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1     a user error, an unusable file or disk, or a bug of ours; the last line says which
     2     bad usage (raised as SystemExit when tyro finds it)
     70    `serve`, `pacore run`: the engine failed; restart it
-    75    `pretrain`: another process was lost; rerun the same command to resume from the checkpoint
-    130   SIGINT (Ctrl-C); `pretrain` checkpoints if it has done a step, `pacore run` has its journal
+    75    `pretrain`, `sft`: another process was lost; rerun the same command to resume from the checkpoint
+    130   SIGINT (Ctrl-C); `pretrain` and `sft` checkpoint if they have done a step, `pacore run` has its journal
     143   SIGTERM, likewise. Once listening, `serve` and `pacore serve` shut down cleanly on either and return 0
     """
     is_program = arguments is None
@@ -127,8 +128,8 @@ def _summary(verb: str) -> str:
 def _parse(verb: str, arguments: list[str]) -> Any:
     """The verb with its options.
 
-    If a verb has a field `recipe`, its field `config` is the recipe's configuration: every field there is an option
-    whose default is the recipe's value.
+    If a verb has a field `recipe`, its field `config` is the recipe's configuration, which must be of that field's
+    class: every field there is an option whose default is the recipe's value.
 
     Raises:
         SystemExit: after printing help or a parse error.
@@ -143,7 +144,8 @@ def _parse(verb: str, arguments: list[str]) -> Any:
 
         is_first = bool(arguments) and not arguments[0].startswith("-")
         recipe = arguments[0] if is_first else tyro.cli(_without_recipe(options), args=arguments, prog=program).recipe
-        options, program = _with_recipe(options, load_recipe(recipe)), f"{program} {recipe}"
+        preset = load_recipe(recipe, get_type_hints(options)["config"])
+        options, program = _with_recipe(options, preset), f"{program} {recipe}"
     try:
         return tyro.cli(options, args=arguments, prog=program, config=(tyro.conf.AvoidSubcommands,))
     except StepjaxError as error:  # from options without a prefix; tyro reports errors from prefixed groups itself
@@ -166,11 +168,11 @@ def _without_recipe(verb: Any) -> Any:
 def _with_recipe(verb: Any, preset: Any) -> Any:
     import tyro
 
-    from stepjax.config import PretrainConfig
+    kind: Any = type(preset)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class WithRecipe(verb):
-        config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = preset
+        config: Annotated[kind, tyro.conf.arg(name="")] = preset
 
     WithRecipe.__doc__ = verb.__doc__
     return WithRecipe

@@ -1,7 +1,8 @@
 """The typed configuration: frozen dataclasses, built by the Python files in `configs/`.
 
-A recipe describes the whole run. Every field is a command-line option (`--optimizer.weight-decay 0.1`). An invalid
-value raises an error at construction that names the field.
+A recipe describes the whole run, and its class says which kind: `PretrainConfig` or `SftConfig`. What all kinds have in
+common is in `RunConfig`. Every field is a command-line option (`--optimizer.weight-decay 0.1`). An invalid value raises
+an error at construction that names the field.
 
 The model and image classes default to the public checkpoint. Fields that the technical report leaves open are marked
 "Unconfirmed" and default to the likeliest value.
@@ -238,6 +239,11 @@ class BatchConfig:
         require("batch", self, accumulation=(self.rows % self.accumulation == 0, f"must divide rows {self.rows}"))
 
     @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.rows // self.accumulation
+
+    @property
     def attention_pairs(self) -> float:
         """(query, key) pairs of causal attention in a row full of examples of maximal length."""
         return self.tokens * ((self.example_tokens or self.tokens) + 1) / 2
@@ -409,8 +415,8 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything that defines a pretraining run."""
+class RunConfig:
+    """What every kind of training run has: a model, its start, the data, the machine and the output."""
 
     name: str
     model: ModelConfig = ModelConfig()
@@ -418,10 +424,7 @@ class PretrainConfig:
     images: ImageConfig = ImageConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
-    batch: BatchConfig
-    schedule: ScheduleConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    loss: LossConfig = LossConfig()
     numerics: NumericsConfig = NumericsConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -441,6 +444,15 @@ class PretrainConfig:
         remedy = f"must equal the {images.global_grid} patches along a global view"
         require("model.vision", vision, position_grid=(covers, remedy))
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Everything that defines a pretraining run."""
+
+    batch: BatchConfig
+    schedule: ScheduleConfig
+    loss: LossConfig = LossConfig()
+
     @property
     def tokens_per_step(self) -> int:
         return self.batch.rows * self.batch.tokens
@@ -448,3 +460,35 @@ class PretrainConfig:
     @property
     def num_steps(self) -> int:
         return math.ceil(self.schedule.total_tokens / self.tokens_per_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) A B, of which only A and B are trained and saved."""
+
+    rank: int = 0  # 0: no adapters; the model's own parameters are trained
+    alpha: float = 16.0
+    # Regular expressions over parameter names; they may match matrices of linear layers only. By default all of the
+    # decoder's.
+    targets: tuple[str, ...] = (r"decoder/.*(attention|mlp)/.*kernel",)
+
+    def __post_init__(self):
+        require_not_negative("lora", self, "rank")
+        require_positive("lora", self, "alpha")
+        require("lora", self, targets=(bool(self.targets), "needs a pattern"))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig(PretrainConfig):
+    """Supervised fine-tuning: pretraining's loop on conversations, from a trained model, with or without adapters."""
+
+    lora: LoraConfig = LoraConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not any(self.init_from.sources.values()):
+            raise ConfigError("init_from.path=None: name the run or model to fine-tune, with --init-from.path PATH")

@@ -1,31 +1,42 @@
 """Recipes: load `configs/*.py`, apply command-line overrides, show differences, convert to and from JSON.
 
-A recipe is a Python file that assigns a `PretrainConfig` to `config`. It is the user's own code and runs like any
-script. Configuration read from a checkpoint is only data, and is validated.
+A recipe is a Python file that assigns a `RunConfig` of some kind to `config`. It is the user's own code and runs like
+any script. Configuration read from a checkpoint is only data, and is validated.
 """
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import tyro
 
-from stepjax.config import PretrainConfig
+from stepjax.config import PretrainConfig, RunConfig
 from stepjax.errors import CheckpointError, ConfigError
 
-_TYPE = pydantic.TypeAdapter(PretrainConfig)
+# The class of each kind of run; a checkpoint names its kind. Imported on demand: some stand above this file.
+KINDS = {
+    "pretrain": "stepjax.config:PretrainConfig",
+    "sft": "stepjax.config:SftConfig",
+}
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
-def load_recipe(path: str | Path) -> PretrainConfig:
+def load_recipe(path: str | Path, kind: type[Config] = PretrainConfig) -> Config:
     """The configuration that a recipe file builds.
 
+    Args:
+        kind: the class that it must have.
+
     Raises:
-        ConfigError: the file is missing, or does not assign a PretrainConfig to `config`.
+        ConfigError: the file is missing, or does not assign such a configuration to `config`.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -47,35 +58,38 @@ def load_recipe(path: str | Path) -> PretrainConfig:
     finally:
         sys.path.remove(str(path.parent))
     config = getattr(module, "config", None)
-    if not isinstance(config, PretrainConfig):
-        raise ConfigError(f"recipe {path} must assign a PretrainConfig to `config`; it is {type(config).__name__}")
+    if not isinstance(config, kind):
+        raise ConfigError(f"recipe {path}: `config` must be of class {kind.__name__}; it is {type(config).__name__}")
     return config
 
 
-def override(config: PretrainConfig, arguments: Sequence[str], *, prog: str) -> PretrainConfig:
+def override(config: Config, arguments: Sequence[str], *, prog: str) -> Config:
     """`config` with `--section.field value` arguments applied; tyro suggests the nearest names for a wrong one.
 
     Raises:
         SystemExit: after printing why an argument does not parse or the values do not fit together.
     """
-    return tyro.cli(
-        PretrainConfig, default=config, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,)
-    )
+    return tyro.cli(type(config), default=config, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
-def to_json(config: PretrainConfig) -> dict[str, Any]:
-    return _TYPE.dump_python(config, mode="json")
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """Plain data that names the kind of run."""
+    kind = next(name for name in KINDS if _class(name) is type(config))
+    return {"kind": kind, **_adapter(kind).dump_python(config, mode="json")}
 
 
-def from_json(fields: dict[str, Any]) -> PretrainConfig:
-    """The configuration saved with a checkpoint.
+def from_json(fields: dict[str, Any]) -> RunConfig:
+    """The configuration saved with a checkpoint: the inverse of `to_json`. Without a kind it is of a pretraining run.
 
     Raises:
         CheckpointError: some fields do not fit this version; names them.
     """
     message = "the checkpoint's configuration does not fit this version of stepjax: "
+    fields = {"kind": "pretrain", **fields}
+    if fields["kind"] not in KINDS:
+        raise CheckpointError(f"{message}kind {fields['kind']!r} is none of {', '.join(KINDS)}")
     try:
-        config = _TYPE.validate_python(fields)
+        config = _adapter(fields["kind"]).validate_python(fields)
     except pydantic.ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(message + problems) from error
@@ -84,6 +98,16 @@ def from_json(fields: dict[str, Any]) -> PretrainConfig:
     if unknown:
         raise CheckpointError(f"{message}unknown {', '.join(unknown)}")
     return config
+
+
+def _class(kind: str) -> type[RunConfig]:
+    module, name = KINDS[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def _adapter(kind: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(_class(kind))
 
 
 def _paths(fields: Any, prefix: str = "") -> set[str]:
@@ -107,7 +131,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def differences(config: PretrainConfig, preset: PretrainConfig) -> list[str]:
+def differences(config: RunConfig, preset: RunConfig) -> list[str]:
     """One line per changed field: `optimizer.weight_decay: 0.01 -> 0.1`."""
     old, new = flat(preset), flat(config)
     names = [*new, *(name for name in old if name not in new)]

@@ -173,7 +173,7 @@ def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
             row by the devices that share a row.
     """
     parts = axis_size("batch", mesh)
-    if batch.rows // batch.accumulation % parts:
+    if batch.micro_rows % parts:
         raise ConfigError(
             f"batch.rows={batch.rows}: the rows of each of batch.accumulation={batch.accumulation} micro-batches must "
             f"be divisible by {parts} devices (mesh.slice x mesh.data x mesh.fsdp)"

@@ -146,8 +146,20 @@ def test_recipes_that_cannot_be_used(tmp_path, capsys, monkeypatch):
     )
     recipe.write_text("settings = 1\n")
     assert_one_line(
-        capsys, main(["pretrain", str(recipe)]), "must assign a PretrainConfig to `config`", verb="pretrain"
+        capsys, main(["pretrain", str(recipe)]), "`config` must be of class PretrainConfig", verb="pretrain"
     )
+
+
+def test_a_recipe_is_run_by_the_verb_of_its_kind(tmp_path, capsys):
+    assert_one_line(capsys, main(["sft", str(RECIPE)]), "`config` must be of class SftConfig", verb="sft")
+    stage = str(RECIPE.parent.parent / "configs/step3_vl_10b/sft_stage1.py")
+    assert_one_line(capsys, main(["pretrain", stage]), f"run `stepjax sft {stage}`", verb="pretrain")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from stepjax.config import *\nfrom tiny_recipe import config as tiny\n"
+        "config = SftConfig(**{field.name: getattr(tiny, field.name) for field in dataclasses.fields(tiny)})\n"
+    )
+    assert_one_line(capsys, main(["sft", str(recipe)]), "init_from.path=None: name the run or model", verb="sft")
 
 
 def test_dry_run_prints_a_page_and_writes_nothing(tmp_path, capsys):

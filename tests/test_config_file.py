@@ -8,13 +8,23 @@ from pathlib import Path
 import pytest
 from tiny_recipe import config as tiny
 
-from stepjax.config import ArrayRecordSource, DataConfig, DigitsSource, JsonlSource, OptimizerConfig
+from stepjax.config import (
+    ArrayRecordSource,
+    DataConfig,
+    DigitsSource,
+    InitConfig,
+    JsonlSource,
+    LoraConfig,
+    OptimizerConfig,
+    SftConfig,
+)
 from stepjax.config_file import differences, flat, from_json, load_recipe, override, to_json
 from stepjax.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [
-    ROOT / "configs" / name for name in ("digits/pretrain.py", "step3_vl_10b/pretrain.py", "step3_vl_10b/sft.py")
+    *(ROOT / "configs" / name for name in ("digits/pretrain.py", "step3_vl_10b/pretrain.py")),
+    *(ROOT / "configs" / "step3_vl_10b" / f"sft_stage{stage}.py" for stage in (1, 2)),
 ]
 MIXED = dataclasses.replace(
     tiny,
@@ -28,13 +38,16 @@ MIXED = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate_scales=(("vision/", 0.1),), freeze=("projector",), clip_norm=None),
 )
 
+_FIELDS = {field.name: getattr(tiny, field.name) for field in dataclasses.fields(tiny)}
+SFT = SftConfig(**_FIELDS | {"init_from": InitConfig(path="runs/tiny")}, lora=LoraConfig(rank=4))
+
 
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_recipes_load_under_the_name_of_their_folder_and_stage(path):
-    stage = {"pretrain": "", "sft": "_sft"}[path.stem]
+    stage = "" if path.stem == "pretrain" else f"_{path.stem}"
     assert load_recipe(path).name == path.parent.name + stage
 
 
@@ -44,6 +57,12 @@ def test_a_recipe_may_import_its_neighbours(tmp_path):
     recipe.write_text("import dataclasses\nfrom neighbour_of_a_recipe import base\n"
                       "config = dataclasses.replace(base, name='other')\n")  # fmt: skip
     assert load_recipe(recipe) == dataclasses.replace(tiny, name="other")
+
+
+def test_a_recipe_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "recipe.py").write_text("from tiny_recipe import config\n")
+    with pytest.raises(ConfigError, match="`config` must be of class SftConfig; it is PretrainConfig"):
+        load_recipe(tmp_path / "recipe.py", SftConfig)
 
 
 def test_a_missing_recipe_is_answered_with_those_there_are(tmp_path, monkeypatch):
@@ -61,8 +80,8 @@ def test_a_missing_recipe_is_answered_with_those_there_are(tmp_path, monkeypatch
         ("x = 1\n\ny = {}['rows']\n", r"recipe .*recipe.py, line 3 fails: KeyError: 'rows'"),
         ("import no_such_module\n", r"recipe .*recipe.py, line 1 fails: ModuleNotFoundError: .*no_such_module"),
         ("x = (\n", r"recipe .*recipe.py fails: SyntaxError: .*line 1"),
-        ("x = 1\n", r"recipe .*recipe.py must assign a PretrainConfig to `config`; it is NoneType"),
-        ("config = {}\n", r"recipe .*recipe.py must assign a PretrainConfig to `config`; it is dict"),
+        ("x = 1\n", r"recipe .*recipe.py: `config` must be of class PretrainConfig; it is NoneType"),
+        ("config = {}\n", r"recipe .*recipe.py: `config` must be of class PretrainConfig; it is dict"),
         ("from stepjax.config import BatchConfig\nBatchConfig(rows=0)\n", r"batch.rows=0: must be positive"),
     ],
 )
@@ -105,8 +124,14 @@ def test_any_field_is_overridden_by_its_path_and_nothing_else_changes(arguments,
     assert differences(override(tiny, arguments, prog="stepjax"), tiny) == [difference]
 
 
+def test_the_options_are_those_of_the_recipes_class():
+    assert differences(override(SFT, ["--lora.rank", "8"], prog="stepjax"), SFT) == ["lora.rank: 4 -> 8"]
+    with pytest.raises(SystemExit):
+        override(tiny, ["--lora.rank", "8"], prog="stepjax")
+
+
 def test_no_arguments_change_nothing():
-    for config in (tiny, MIXED, *map(load_recipe, RECIPES)):
+    for config in (tiny, MIXED, SFT, *map(load_recipe, RECIPES)):
         assert override(config, [], prog="stepjax") == config
 
 
@@ -132,8 +157,16 @@ def test_wrong_arguments_end_with_status_2_and_a_hint(arguments, answer, capsys)
 
 
 def test_json_gives_back_the_same_configuration():
-    for config in (tiny, MIXED, *map(load_recipe, RECIPES)):
+    for config in (tiny, MIXED, SFT, *map(load_recipe, RECIPES)):
         assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_json_names_the_kind_and_without_one_means_pretraining():
+    assert to_json(tiny)["kind"] == "pretrain" and to_json(SFT)["kind"] == "sft"
+    earlier = {name: value for name, value in to_json(tiny).items() if name != "kind"}
+    assert from_json(earlier) == tiny and type(from_json(to_json(SFT))) is SftConfig
+    with pytest.raises(CheckpointError, match="kind 'dance' is none of pretrain, sft"):
+        from_json(to_json(tiny) | {"kind": "dance"})
 
 
 def test_fields_that_are_absent_take_their_defaults():

@@ -8,7 +8,7 @@ Not resolved
     schedule   the report gives one schedule for both stages. Here each stage is a run with its own schedule; lower
                schedule.phases.0.start to continue where the first stage ended.
     optimizer  whether its moments carry over from the first stage is not stated; here they are reset.
-    mixture    as in sft.py, which has all other settings.
+    mixture    as in sft_stage1.py, which has all other settings.
 
 The run starts from the first stage's last checkpoint; --init-from.path takes another one.
 """
@@ -16,15 +16,15 @@ The run starts from the first stage's last checkpoint; --init-from.path takes an
 import dataclasses
 from pathlib import Path
 
-from stepjax.config import ArrayRecordSource, InitConfig, Phase
+from stepjax.config import ArrayRecordSource, InitConfig, Phase, SftConfig
 from stepjax.config_file import load_recipe
 
-stage1 = load_recipe(Path(__file__).with_name("sft.py"))
+stage1 = load_recipe(Path(__file__).with_name("sft_stage1.py"), SftConfig)
 
 config = dataclasses.replace(
     stage1,
     name="step3_vl_10b_sft_stage2",
-    init_from=InitConfig(path="runs/step3_vl_10b_sft"),
+    init_from=InitConfig(path="runs/step3_vl_10b_sft_stage1"),
     data=dataclasses.replace(
         stage1.data,
         sources=(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from stepjax.config import DigitsSource, JsonlSource, PretrainConfig, Split
+from stepjax.config import DigitsSource, JsonlSource, RunConfig, Split
 from stepjax.errors import ConfigError
 from stepjax.figures import printable
 
@@ -50,7 +50,7 @@ class Eval:
         return 0
 
 
-def report(model, processor, config: PretrainConfig, directory: Path, title: str) -> None:
+def report(model, processor, config: RunConfig, directory: Path, title: str) -> None:
     """Evaluate, print the table, and write it and the contact sheet to the directory."""
     import jax
 

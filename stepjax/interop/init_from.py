@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepjax.config import ModelConfig, PretrainConfig, VisionConfig
+from stepjax.config import ModelConfig, RunConfig, VisionConfig
 from stepjax.errors import CheckpointError
 from stepjax.interop.bounds import read_json
 from stepjax.interop.hf_directory import CONFIG, HFDirectory
@@ -106,7 +106,7 @@ class PartStart:
         }
 
 
-def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartStart]:
+def plan_start(config: RunConfig, *, must_exist: bool = True) -> list[PartStart]:
     """How every part of the model would start; empty if `init_from` names no source. Reads headers, not weights.
 
     Without `must_exist`, a part whose source does not exist or is a URL gets a path but no source.
@@ -130,7 +130,7 @@ def plan_start(config: PretrainConfig, *, must_exist: bool = True) -> list[PartS
     return starts
 
 
-def describe(starts: list[PartStart], config: PretrainConfig) -> list[str]:
+def describe(starts: list[PartStart], config: RunConfig) -> list[str]:
     """One line per part, and one per difference between a source and the recipe."""
     lines = []
     for start in starts:
@@ -149,7 +149,7 @@ def describe(starts: list[PartStart], config: PretrainConfig) -> list[str]:
     return lines
 
 
-def initial_model(config: PretrainConfig, mesh: Mesh) -> tuple[StepVL, list[PartStart]]:
+def initial_model(config: RunConfig, mesh: Mesh) -> tuple[StepVL, list[PartStart]]:
     """The initial model of a new run, and the start of each part (empty if `init_from` names no source).
 
     Raises:
@@ -174,7 +174,7 @@ def initial_model(config: PretrainConfig, mesh: Mesh) -> tuple[StepVL, list[Part
 # Fitting -------------------------------------------------------------------------------------------------------------
 
 
-def _fitted(start: PartStart, source: Source, config: PretrainConfig, place: str) -> PartStart:
+def _fitted(start: PartStart, source: Source, config: RunConfig, place: str) -> PartStart:
     part = start.part
     if part not in source.stored:
         raise CheckpointError(
@@ -226,7 +226,7 @@ def _stored_like(target: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.Sh
     return jax.ShapeDtypeStruct(shape, target.dtype, sharding=NamedSharding(target.sharding.mesh, PartitionSpec(*axes)))
 
 
-def _random_values(config: PretrainConfig, targets: Abstract, stored: Shapes) -> dict[str, jax.Array]:
+def _random_values(config: RunConfig, targets: Abstract, stored: Shapes) -> dict[str, jax.Array]:
     """Random values for the parameters and rows that no source fills; computes nothing else."""
     rows = {name: ROWS[name] for name in ROWS if name in stored and stored[name] != targets[name].shape}
     layouts = {
@@ -248,7 +248,7 @@ def _random_values(config: PretrainConfig, targets: Abstract, stored: Shapes) ->
 
 
 def _adapted(
-    name: str, value: jax.Array, target: jax.ShapeDtypeStruct, rows: jax.Array | None, config: PretrainConfig
+    name: str, value: jax.Array, target: jax.ShapeDtypeStruct, rows: jax.Array | None, config: RunConfig
 ) -> jax.Array:
     if value.shape == target.shape:
         return value

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from stepjax.config import NumericsConfig, PretrainConfig, TokenizerConfig
+from stepjax.config import NumericsConfig, RunConfig, TokenizerConfig
 from stepjax.errors import CheckpointError
 from stepjax.interop.bounds import read_json
 from stepjax.interop.hf_config import STARTS_THINKING
@@ -46,7 +46,7 @@ def load(
 
 def load_run(
     path: str | Path, *, numerics: NumericsConfig | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[StepVL, Processor, PretrainConfig]:
+) -> tuple[StepVL, Processor, RunConfig]:
     """Loads the model, processor and configuration of a training run.
 
     Args:

@@ -84,15 +84,22 @@ def spec_from_hf(config: dict[str, Any]) -> ModelSpec:
     return ModelSpec(decoder_config_from_hf(config))
 
 
+_KINDS: dict[str, Any] = {"ModelConfig": ModelConfig, "DecoderConfig": DecoderConfig}
+
+
+def is_spec(fields: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's configuration is a `ModelSpec`, as in a converted checkpoint, and not that of a run."""
+    return fields.get("kind") in _KINDS
+
+
 def spec_from_json(fields: dict[str, Any]) -> ModelSpec:
     """The inverse of `ModelSpec.to_json`.
 
     Raises:
         CheckpointError: the fields do not fit this version.
     """
-    kinds: dict[str, Any] = {"ModelConfig": ModelConfig, "DecoderConfig": DecoderConfig}
     try:
-        model = pydantic.TypeAdapter(kinds[fields["kind"]]).validate_python(fields["model"])
+        model = pydantic.TypeAdapter(_KINDS[fields["kind"]]).validate_python(fields["model"])
         images = pydantic.TypeAdapter(ImageConfig | None).validate_python(fields["images"])
     except (KeyError, TypeError, pydantic.ValidationError) as error:
         raise CheckpointError(

@@ -32,12 +32,12 @@ import tensorstore as ts
 from etils import epath
 
 import stepjax
-from stepjax.config import PretrainConfig
+from stepjax.config import RunConfig
 from stepjax.config_file import from_json
 from stepjax.errors import CheckpointError
 from stepjax.interop.bounds import PIECE_BYTES, packed, read_json
 from stepjax.interop.hf_directory import CONFIG, is_weights_name
-from stepjax.interop.model_spec import ModelSpec, spec_from_hf, spec_from_json
+from stepjax.interop.model_spec import ModelSpec, is_spec, spec_from_hf, spec_from_json
 from stepjax.interop.safetensors_file import MAX_HEADER
 from stepjax.training.checkpoint import FORMAT, MODEL, read_meta, sealed, stored_parameters
 from stepjax.training.digests import add_up, part_digest
@@ -69,7 +69,7 @@ class OrbaxDirectory:
         self.step = directory if is_step else directory / str(self.meta["step"])
         config = self.meta.get("config")
         config = config if isinstance(config, dict) else {}
-        self.run: PretrainConfig | None = None if "kind" in config else from_json(config)
+        self.run: RunConfig | None = None if is_spec(config) else from_json(config)
         self.spec = spec_from_json(config) if self.run is None else ModelSpec(self.run.model, self.run.images)
         side_files = self.step.parent / SIDE_FILES
         self.side_files: Path | None = side_files if side_files.is_dir() else None

@@ -105,7 +105,7 @@ def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh, w
     layout = jax.eval_shape(partial(serving_model, weights=weights), model)
     model = _on_mesh(layout, mesh)
     decoder, length = config.model.decoder, config.batch.tokens
-    rows, row_pages = config.batch.rows // config.batch.accumulation, -(-length // PAGE_SIZE)
+    rows, row_pages = config.batch.micro_rows, -(-length // PAGE_SIZE)
     dtype = jnp.dtype(config.numerics.compute_dtype)
     shape = jax.eval_shape(lambda: make_pool(decoder, rows * row_pages, PAGE_SIZE, dtype, target_platform()))
     pool_S2KTW = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=pool_layout(mesh))
@@ -148,7 +148,7 @@ def rows_at_once(kind: StepKind, config: PretrainConfig) -> int:
     """Sequences per call."""
     if kind == "prefill":
         return 1
-    return config.batch.rows if kind == "train" else config.batch.rows // config.batch.accumulation
+    return config.batch.rows if kind == "train" else config.batch.micro_rows
 
 
 def tokens_at_once(kind: StepKind, config: PretrainConfig) -> int:

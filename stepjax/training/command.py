@@ -1,4 +1,4 @@
-"""`stepjax pretrain`."""
+"""`stepjax pretrain` and `stepjax sft`."""
 
 import dataclasses
 import sys
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from stepjax.config import PretrainConfig
+from stepjax.config import PretrainConfig, SftConfig
+from stepjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,9 @@ class Pretrain:
         """
         from stepjax.config_file import differences, load_recipe
 
-        config, preset = self.config, load_recipe(self.recipe)
+        config, preset = self.config, load_recipe(self.recipe, type(self.config))
+        if isinstance(config, SftConfig) and not isinstance(self, Sft):
+            raise ConfigError(f"{self.recipe} is a recipe for fine-tuning: run `stepjax sft {self.recipe}`")
         if self.dry_run:
             from stepjax.training.dry_run import describe
 
@@ -41,7 +44,7 @@ class Pretrain:
             return supervise(sys.argv[1:])
         from stepjax.training.host import prepare
 
-        prepare(config)
+        prepare(config, config.batch.micro_rows)
         initialize(config.heartbeat.lost_after)
         for line in differences(config, preset):
             print(f"override  {line}")
@@ -60,3 +63,16 @@ class Pretrain:
         if has_questions:
             on_evaluation(outcome.model, outcome.processor, outcome.step)
         return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft(Pretrain):
+    """Fine-tune a model on conversations from a recipe; rerun the same command to resume.
+
+    The recipe is an SftConfig. `init_from` names the model, and `lora.rank` asks for adapters instead of new weights.
+    Everything else is as in `stepjax pretrain`.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # such as configs/digits/sft.py
+    config: Annotated[SftConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False  # print the configuration, parameters, FLOPs and memory; train nothing

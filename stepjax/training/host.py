@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepjax.config import BatchConfig, PretrainConfig
+from stepjax.config import RunConfig
 from stepjax.distributed import is_distributed
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
@@ -29,9 +29,10 @@ _FOREVER = 2**31 - 1
 _MALLOPT = {"M_TRIM_THRESHOLD": (-1, _FOREVER), "M_TOP_PAD": (-2, 2**26), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 
 
-def prepare(config: PretrainConfig) -> None:
+def prepare(config: RunConfig, rows: int) -> None:
     """Call it before anything asks JAX for devices. Does nothing where an accelerator will train.
 
+    `rows` are those of a micro-batch: copies of the model share them.
     With several processes the mesh depends on all of them: each keeps the devices that its environment gives it.
     """
     if not _trains_on_cpu():
@@ -44,7 +45,7 @@ def prepare(config: PretrainConfig) -> None:
 
     is_set = jax.config.values["jax_num_cpu_devices"] >= 0 or _DEVICE_COUNT in os.environ.get("XLA_FLAGS", "")
     if config.mesh.data == -1 and not is_set and not is_distributed():
-        jax.config.update("jax_num_cpu_devices", devices_for(config.batch, num_cores()))
+        jax.config.update("jax_num_cpu_devices", devices_for(rows, num_cores()))
 
 
 def compiler_options() -> dict[str, Any]:
@@ -60,9 +61,8 @@ def compiler_options() -> dict[str, Any]:
     return options
 
 
-def devices_for(batch: BatchConfig, cores: int) -> int:
+def devices_for(rows: int, cores: int) -> int:
     """The largest number of devices up to `cores` that divides the rows of a micro-batch."""
-    rows = batch.rows // batch.accumulation
     return max(count for count in range(1, max(cores, 1) + 1) if rows % count == 0)
 
 

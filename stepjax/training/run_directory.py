@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from stepjax.config import PretrainConfig
+from stepjax.config import RunConfig
 from stepjax.directory_lock import locked
 from stepjax.errors import CheckpointError, StepjaxError
 
@@ -28,16 +28,16 @@ METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"  # where the parameters came from: stepjax.interop.init_from
 
 
-def is_remote(config: PretrainConfig) -> bool:
+def is_remote(config: RunConfig) -> bool:
     return "://" in config.out
 
 
-def run_directory(config: PretrainConfig) -> epath.Path:
+def run_directory(config: RunConfig) -> epath.Path:
     """OUT/NAME, visible to every process."""
     return epath.Path(config.out) / config.name
 
 
-def local_directory(config: PretrainConfig) -> Path:
+def local_directory(config: RunConfig) -> Path:
     """The local directory: OUT/NAME itself, or runs/NAME if OUT is a URL."""
     return Path("runs" if is_remote(config) else config.out) / config.name
 

@@ -28,7 +28,7 @@ from stepjax.training.host import prepare
 config = load_recipe(sys.argv[1])
 if sys.argv[2:] == ["fsdp"]:
     config = dataclasses.replace(config, mesh=MeshConfig())
-prepare(config)
+prepare(config, config.batch.micro_rows)
 ctypes.CDLL = real
 import jax
 print(json.dumps({"devices": len(jax.devices()), "mallopt": dict(calls)}))
@@ -52,12 +52,12 @@ def prepared(*arguments, **environment):
 )
 def test_devices_divide_the_rows_of_a_micro_batch(rows, accumulation, cores, devices):
     batch = dataclasses.replace(DEMO.batch, rows=rows, accumulation=accumulation)
-    assert devices_for(batch, cores) == devices
+    assert devices_for(batch.micro_rows, cores) == devices
 
 
 def test_the_demo_has_a_device_for_each_core_and_keeps_its_memory():
     found = prepared()
-    assert found["devices"] == devices_for(DEMO.batch, num_cores())
+    assert found["devices"] == devices_for(DEMO.batch.micro_rows, num_cores())
     if sys.platform == "linux":
         assert {int(key) for key in found["mallopt"]} == {-1, -2, -4, -8}
 

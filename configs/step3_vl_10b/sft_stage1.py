@@ -27,15 +27,15 @@ from stepjax.config import (
     NumericsConfig,
     OptimizerConfig,
     Phase,
-    PretrainConfig,
     ScheduleConfig,
+    SftConfig,
     TokenizerConfig,
 )
 
 GLOBAL_BATCH, SEQUENCE = 32, 131_072
 
-config = PretrainConfig(
-    name="step3_vl_10b_sft",
+config = SftConfig(
+    name="step3_vl_10b_sft_stage1",
     model=ModelConfig(),
     init_from=InitConfig(path="runs/step3_vl_10b"),
     tokenizer=TokenizerConfig(path="data/tokenizer.json"),
