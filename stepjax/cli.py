@@ -24,6 +24,7 @@ from stepjax.stop_signals import end_on_signals
 VERBS = {
     "pretrain": "stepjax.training.command:Pretrain",
     "sft": "stepjax.training.command:Sft",
+    "rl": "stepjax.post_training.command:Rl",
     "plan": "stepjax.planning.command:Plan",
     "eval": "stepjax.evaluation.command:Eval",
     "generate": "stepjax.inference.command:Generate",

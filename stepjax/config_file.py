@@ -24,6 +24,7 @@ from stepjax.errors import CheckpointError, ConfigError
 KINDS = {
     "pretrain": "stepjax.config:PretrainConfig",
     "sft": "stepjax.config:SftConfig",
+    "rl": "stepjax.post_training.config:RLConfig",
 }
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -82,13 +82,14 @@ def advance(sequence: "Sequence", drawn: "Drawn", row: int, stop_ids: frozenset[
     ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else stop_ids)
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
-    text, finish, reason = "", None, None
+    text, finish, reason, stop_token = "", None, None, None
     for i, token in enumerate(drawn.tokens_IB[:, row].tolist()):
         if token < 0:
             finish, reason = "error", f"the logits at position {sequence.length} are not finite"
             break
         if token in ends:
             finish, reason = "stop", token if token in params.stop_ids else None
+            stop_token = None if params.logprobs is None else _logprob(drawn, i, row, params.logprobs)
             break
         tokens.append(token)
         sequence.generated.append(token)
@@ -111,6 +112,7 @@ def advance(sequence: "Sequence", drawn: "Drawn", row: int, stop_ids: frozenset[
         tokens=tuple(tokens),
         text=text,
         logprobs=tuple(logprobs),
+        stop_token=stop_token,
         finish_reason=finish,
         stop_reason=reason,
     )

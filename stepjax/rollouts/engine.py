@@ -66,7 +66,6 @@ class RolloutBuilder:
         self._answer = AnswerStream(starts_thinking=prompt.starts_thinking, parses_calls=prompt.parses_calls)
         self._message: Piece = {}
         self._text: list[str] = []
-        self._ids: list[int] = []
         self._began = time.monotonic()
         self._last: Delta | None = None
         self.logprobs: list[TokenLogprob] = []
@@ -78,7 +77,6 @@ class RolloutBuilder:
         self.logprobs += delta.logprobs
         if delta.logprobs:
             self._text.append(delta.text)
-            self._ids += delta.tokens
         pieces = self._answer.take(delta.text, is_last=delta.finish_reason is not None)
         for piece in pieces:
             for call in piece.get("tool_calls", ()):
@@ -98,6 +96,7 @@ class RolloutBuilder:
         last, reason = self._last, self.finish_reason
         assert last is not None and reason is not None, "the sample has not ended"
         logprobs = self.logprobs
+        sampled = logprobs if last.stop_token is None else [*logprobs, last.stop_token]
         return Rollout(
             content=self._message.get("content", ""),
             reasoning=self._message.get("reasoning_content"),
@@ -111,11 +110,11 @@ class RolloutBuilder:
             num_cached_tokens=last.num_cached_tokens,
             num_tokens=self.num_tokens,
             text="".join(self._text),
-            prompt_ids=tuple(self._prompt.example.tokens.tolist()) if logprobs else (),
-            token_ids=tuple(self._ids),
-            logprobs=tuple(each.logprob for each in logprobs),
-            sampling_logprobs=tuple(each.sampling_logprob for each in logprobs),
-            top_logprobs=tuple(each.top for each in logprobs) if any(each.top for each in logprobs) else (),
+            prompt_ids=tuple(self._prompt.example.tokens.tolist()) if sampled else (),
+            token_ids=tuple(each.token for each in sampled),
+            logprobs=tuple(each.logprob for each in sampled),
+            sampling_logprobs=tuple(each.sampling_logprob for each in sampled),
+            top_logprobs=tuple(each.top for each in sampled) if any(each.top for each in sampled) else (),
         )
 
 

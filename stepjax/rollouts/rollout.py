@@ -49,10 +49,11 @@ class Rollout:
         start: seconds on the sampling caller's clock (PaCoRe: since the problem began).
         seconds: from the call to the end; includes queueing in a local engine.
         num_prompt_tokens, num_cached_tokens: tokens of the prompt, and how many of them were cached.
-        num_tokens: sampled.
+        num_tokens: sampled, without the token that ended it.
         text: the raw output, markup included. This field and those below are empty unless requested (see
             `without_tokens`); an endpoint never fills them.
-        prompt_ids, token_ids: ids of the prompt, and as sampled, without the stop token.
+        prompt_ids, token_ids: ids of the prompt, and as sampled. A rollout that a stop token ended includes that token;
+            one that was cut off has none.
         logprobs: of `token_ids` under the model, before temperature and filters.
         sampling_logprobs: under the distribution that they were sampled from; 0 at temperature 0.
         top_logprobs: for each token the most likely ones as `(id, log-probability)`, best first.

@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from stepjax.chips import peak_flops
-from stepjax.config import PretrainConfig
+from stepjax.config import PretrainConfig, RunConfig
 from stepjax.config_file import differences, from_json, to_json
 from stepjax.data.loader import Loader
 from stepjax.data.packing import StreamState
@@ -43,10 +42,12 @@ from stepjax.training.run_directory import (
     publish,
     run_directory,
 )
-from stepjax.training.step import TrainState, abstract_state, make_train_step, new_state
+from stepjax.training.step import abstract_state, make_train_step, new_state
 from stepjax.training.trackers import make_trackers
 
 _log = logging.getLogger(__name__)
+
+State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Outcome:
     directory: Path  # on this machine
 
 
-def make_processor(config: PretrainConfig) -> Processor:
+def make_processor(config: RunConfig) -> Processor:
     """The processor of a run.
 
     Raises:
@@ -117,7 +118,8 @@ def pretrain(
 
         # Resume from the last checkpoint, or start from random parameters or from `init_from`.
         start = checkpointer.latest_step()
-        state, data_state, starts = _restore_or_init(config, checkpointer, optimizer, mesh, start)
+        abstract, make = abstract_state(config, optimizer), partial(new_state, optimizer=optimizer)
+        state, data_state, starts = restore_or_init(config, checkpointer, abstract, make, mesh, start)
         own_rows = rows_here(mesh, config.batch.rows)
         loader = Loader(
             config.data,
@@ -216,26 +218,30 @@ def pretrain(
         return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
 
 
-def _restore_or_init(
-    config: PretrainConfig,
+def restore_or_init(
+    config: RunConfig,
     checkpointer: Checkpointer,
-    optimizer: optax.GradientTransformation,
+    abstract: State,
+    make: Callable[[StepVL], State],
     mesh: Mesh,
     start: int | None,
-) -> tuple[TrainState, dict[str, Any] | None, list[init_from.PartStart]]:
+) -> tuple[State, dict[str, Any] | None, list[init_from.PartStart]]:
     """The state, the data position, and the sources of a new run's parameters.
 
     A resumed run does not look at those sources: they may be gone.
+
+    Args:
+        abstract: the state, with shapes in place of arrays.
+        make: the state of a new run with this model, which it may donate.
+        start: the step to restore; None for a new run.
     """
-    abstract = abstract_state(config, optimizer)
     layout = shardings(abstract, mesh)
     if start is None:
         model, starts = init_from.initial_model(config, mesh)
         # Donate the model, so that no device holds it twice.
-        make = jax.jit(partial(new_state, optimizer=optimizer), out_shardings=layout, donate_argnums=0)
-        return make(model), None, starts
+        return jax.jit(make, out_shardings=layout, donate_argnums=0)(model), None, starts
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    _check_same_run(from_json(read_meta(checkpointer.directory)["config"]), config)
+    check_same_run(from_json(read_meta(checkpointer.directory)["config"]), config)
     state, data_state, _ = checkpointer.restore(like, start)
     return state, data_state, []
 
@@ -245,7 +251,7 @@ _MAY_CHANGE = ("name", "out", "logging", "checkpoint", "mesh", "evaluation", "he
 _MAY_CHANGE += ("data.num_workers", "data.prefetch", "data.bad_records", "data.changed_files")
 
 
-def _check_same_run(saved: PretrainConfig, current: PretrainConfig) -> None:
+def check_same_run(saved: RunConfig, current: RunConfig) -> None:
     changes = differences(current, saved)
     decisive = [line for line in changes if not line.startswith(tuple(f"{s}{p}" for s in _MAY_CHANGE for p in ".:"))]
     if decisive:
