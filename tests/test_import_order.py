@@ -46,13 +46,15 @@ ALLOWED = {
         *("pallas_kernels", "inference", "figures", "chips", "interop"),
     },
     "rollouts": {"errors", "processing", "inference", "interop"},
+    "tasks": {"errors", "processing"},
+    "rewards": {"errors", "processing", "inference", "rollouts", "tasks"},
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
-        *("progress", "rollouts"),
+        *("progress", "rollouts", "tasks", "rewards"),
     },
     "pacore": {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
-        "web",
+        *("web", "tasks"),
     },
     "serving": {
         *("rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore", "web"),

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from stepjax.evaluation.scoring import answers, parse_point
+from stepjax.tasks import extraction
+from stepjax.tasks.gold import answers
 
 # Pixels.
 CARD = (348, 316)
@@ -136,9 +137,9 @@ def _picture(item: Item, image: Image.Image) -> Image.Image:
         left, top, right, bottom = item.record["answer"]["box"]
         scale_x, scale_y = picture.width / 100, picture.height / 100
         draw.rectangle((left * scale_x, top * scale_y, right * scale_x, bottom * scale_y), outline=_RIGHT, width=2)
-    point = parse_point(item.text)
+    point = extraction.point(item.text)
     if point is not None:
-        x, y = (point[0] + 0.5) / 100 * picture.width, (point[1] + 0.5) / 100 * picture.height
+        x, y = point[0] / 100 * picture.width, point[1] / 100 * picture.height
         # A white outline keeps the cross visible on ink.
         for colour, width, arm in ((_WHITE, 7, 14), (_RIGHT if item.correct else _WRONG, 3, 12)):
             draw.line((x - arm, y, x + arm, y), colour, width)

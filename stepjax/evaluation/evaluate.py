@@ -17,7 +17,7 @@ from stepjax.data.packing import RowBudget, pack_batch
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation.contact_sheet import Item
-from stepjax.evaluation.scoring import TaskResult, chance_level, is_question, score
+from stepjax.evaluation.scoring import TaskResult, chance_level
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
@@ -26,9 +26,11 @@ from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
 from stepjax.progress import progress
+from stepjax.rewards.verifiers import is_right
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
 from stepjax.sharding import axis_size, make_mesh
+from stepjax.tasks.gold import is_question
 from stepjax.training.losses import token_scores
 from stepjax.training.step import Batch, forward
 
@@ -42,7 +44,7 @@ class Report:
 
 
 def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, seed: int) -> Report:
-    """Greedy answers to the first `config.examples` records of every source; see `score` for what is right.
+    """Greedy answers to the first `config.examples` records of every source; see `rewards.verifiers` for what is right.
 
     Records that ask nothing (documents, and conversations that the user ends) count by their loss, as in training.
 
@@ -77,7 +79,7 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
             rollouts = _rollouts(engine, processor, questions, params)
             correct = 0
             for record, rollout in zip(questions, rollouts, strict=True):
-                right = score(record, rollout.content)
+                right = is_right(record, rollout.content)
                 correct += right
                 items.append(Item(record, _first_image(record), rollout.content, right))
                 bar.update()

@@ -1,75 +1,13 @@
-"""Whether an answer is right, the accuracy of guessing, and the confidence interval of a measured accuracy."""
+"""The accuracy of guessing, and the confidence interval of a measured accuracy."""
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from stepjax.config import DigitsSource
 from stepjax.data.digits import arithmetic_problems, num_digits_distribution, solve
-from stepjax.errors import RecordError
 from stepjax.figures import wilson_interval
-
-_POINT = re.compile(r"\(\s*(\d{1,2})\s*,\s*(\d{1,2})\s*\)")
-
-
-def score(record: dict[str, Any], text: str) -> bool:
-    """Whether `text` answers the record: without reasoning and surrounding white space, it must equal an answer.
-
-    A point "(x, y)" is right if it falls inside the box of the digit's ink. Its integers are hundredths of the image's
-    width and height, and we test the middle of that cell.
-
-    Raises:
-        RecordError: the record has no answer.
-    """
-    text = text.rpartition("</think>")[2].strip()
-    if record.get("task") != "point":
-        return text in answers(record)
-    answer = record.get("answer")
-    if not isinstance(answer, dict) or "box" not in answer:
-        raise RecordError(f"record {record.get('id')!r} has answer={answer!r}: a point needs a dict with 'box'")
-    point = parse_point(text)
-    if point is None:
-        return False
-    left, top, right, bottom = answer["box"]
-    x, y = point[0] + 0.5, point[1] + 0.5
-    return left <= x <= right and top <= y <= bottom
-
-
-def answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """The right answers: `answer` (a text, a list of texts, or a dict with `text`), else the last assistant turn.
-
-    Raises:
-        RecordError: the record has neither.
-    """
-    answer = record.get("answer")
-    if answer is None and is_question(record):
-        answer = record["messages"][-1].get("content")
-        if isinstance(answer, list):  # of text items, unless it is malformed
-            answer = "".join(str(item.get("text", "")) for item in answer if isinstance(item, dict))
-        answer = answer if answer is None else str(answer).rpartition("</think>")[2]
-    texts = [answer.get("text")] if isinstance(answer, dict) else answer if isinstance(answer, list) else [answer]
-    right = tuple(text.strip() for text in texts if isinstance(text, str))
-    if not right or len(right) < len(texts):
-        raise RecordError(
-            f"record {record.get('id')!r} has answer={answer!r}: give a text or a list of texts, or omit it if the "
-            "last assistant turn is the answer"
-        )
-    return right
-
-
-def is_question(record: dict[str, Any]) -> bool:
-    """Whether the record is a conversation that ends with an assistant turn: the answer wanted from the model."""
-    messages = record.get("messages")
-    return isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
-
-
-def parse_point(text: str) -> tuple[int, int] | None:
-    """The x and y of "(x, y)", each 0..99; None if the stripped text is anything else."""
-    match = _POINT.fullmatch(text.strip())
-    return (int(match[1]), int(match[2])) if match else None
 
 
 def chance_level(source: DigitsSource) -> float:

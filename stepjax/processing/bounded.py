@@ -12,7 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
@@ -87,6 +87,7 @@ class _Worker:
         return self._process.wait()
 
 
+_is_worker = False
 _idle: list[_Worker] = []  # pop and append are atomic; one worker per concurrent call
 
 
@@ -111,6 +112,8 @@ def _end_idle() -> None:
 
 def serve(descriptor: int) -> None:
     """Worker side: answers calls until the channel closes."""
+    global _is_worker
+    _is_worker = True
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)  # kills the process even inside a C call
     channel = Connection(descriptor)
@@ -119,10 +122,26 @@ def serve(descriptor: int) -> None:
             channel.send(_outcome(*channel.recv()))
 
 
-def set_limit(seconds: float) -> None:
-    """Sets the time left for the current call; 0 removes the limit. Call it inside the worker."""
+def is_worker() -> bool:
+    """Whether this process is a worker, so that what it does is bounded already."""
+    return _is_worker
+
+
+@contextlib.contextmanager
+def extended(seconds: float) -> Iterator[None]:
+    """Inside a worker: the block, such as a slow import, has a limit of its own and does not count as the call's."""
+    left = signal.getitimer(signal.ITIMER_PROF)[0], signal.getitimer(signal.ITIMER_REAL)[0]
+    _set_limit(seconds, 6 * seconds)
+    try:
+        yield
+    finally:
+        _set_limit(*left)
+
+
+def _set_limit(seconds: float, wall_seconds: float) -> None:
+    """Of the current call; 0 removes the limit."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
 def _outcome(function: Callable[..., Any], args: tuple, seconds: float, memory: int) -> tuple[bool, Any]:
@@ -131,7 +150,7 @@ def _outcome(function: Callable[..., Any], args: tuple, seconds: float, memory: 
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))
-    set_limit(seconds)
+    _set_limit(seconds, 6 * seconds)
     try:
         return True, function(*args)
     except StepjaxError as error:
@@ -141,5 +160,5 @@ def _outcome(function: Callable[..., Any], args: tuple, seconds: float, memory: 
     except Exception as error:
         return False, LimitError(f"{type(error).__name__}: {error}"[:500])
     finally:
-        set_limit(0)
+        _set_limit(0, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)

@@ -9,7 +9,7 @@ from PIL import Image
 from stepjax.config import DigitsSource
 from stepjax.data.digits import DigitsRecords
 from stepjax.evaluation.contact_sheet import CARD, GAP, HEADER, Item, contact_sheet, pick_items, sheet_size
-from stepjax.evaluation.scoring import score
+from stepjax.rewards.verifiers import is_right
 
 PAPER = (255, 255, 210)  # no colour of the sheet itself
 RIGHT, WRONG = (26, 138, 74), (205, 48, 52)
@@ -21,7 +21,7 @@ def _item(task: Any, index: int, text: str | None = None) -> Item:
     content = record["messages"][0]["content"]
     image = None if isinstance(content, str) else content[0]["image"]
     answer: str = record["answer"]["text"] if text is None else text
-    return Item(record, image, answer, score(record, answer))
+    return Item(record, image, answer, is_right(record, answer))
 
 
 def _results(num_right: int, num_wrong: int, task: str) -> list[Item]:

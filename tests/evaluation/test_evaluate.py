@@ -17,9 +17,10 @@ from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation import evaluate as evaluate_module
 from stepjax.evaluation.evaluate import evaluate
-from stepjax.evaluation.scoring import chance_level, score
+from stepjax.evaluation.scoring import chance_level
 from stepjax.inference.request import Completion
 from stepjax.interop.load import load_run
+from stepjax.rewards.verifiers import is_right
 from stepjax.sharding import make_mesh, shardings
 
 pytest_plugins = ("tiny_run",)
@@ -39,7 +40,7 @@ def test_the_report_holds_every_question_and_counts_the_right_ones(model_and_pro
     for i, (source, result) in enumerate(zip(tiny.evaluation.sources, report.results, strict=True)):
         items = report.items[4 * i : 4 * i + 4]
         assert [item.record["id"] for item in items] == [f"digits/{source.task}/held_out/{j}" for j in range(4)]
-        assert all(item.correct == score(item.record, item.text) for item in items)
+        assert all(item.correct == is_right(item.record, item.text) for item in items)
         assert all((item.image is None) == (source.task == "arithmetic") for item in items)
         assert (result.correct, result.total) == (sum(item.correct for item in items), 4)
         assert result.chance == chance_level(source)

@@ -29,10 +29,11 @@ def equivalent(gold: str, answer: str, *, up_to_factor: bool = False) -> bool | 
     Raises:
         ConfigError: math-verify is not installed.
     """
+    if bounded.is_worker():  # the caller is bounded already
+        return _verdict(gold, answer, up_to_factor)
     with _turn:
         try:
-            limits = {"seconds": _IMPORT_SECONDS, "memory": _MEMORY}
-            return bounded.call(_verdict, gold, answer, up_to_factor, SECONDS, **limits)
+            return bounded.call(_verdict, gold, answer, up_to_factor, seconds=SECONDS, memory=_MEMORY)
         except LimitError:
             return None
 
@@ -40,16 +41,16 @@ def equivalent(gold: str, answer: str, *, up_to_factor: bool = False) -> bool | 
 # Runs in its own process.
 
 
-def _verdict(gold: str, answer: str, up_to_factor: bool, seconds: float) -> bool | None:
+def _verdict(gold: str, answer: str, up_to_factor: bool) -> bool | None:
     try:
-        from math_verify import verify
-        from sympy import simplify
+        with bounded.extended(_IMPORT_SECONDS):
+            from math_verify import verify
+            from sympy import simplify
     except ImportError as error:
         raise ConfigError(
             f"matching math needs {error.name}: pip install math-verify, or use matching exact"
         ) from error
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot parse
-    bounded.set_limit(seconds)  # the imports are not counted
     one, other = _parsed(gold), _parsed(answer)
     if one is None or other is None:
         return None if one is None else False

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from stepjax.pacore import math_judge
+from stepjax.tasks import math_judge
 
 # Longer answers are compared literally.
 _MOST_CHARACTERS, _MOST_ITEMS = 1000, 32
@@ -90,7 +90,7 @@ def normalised(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reading:
+class Reading:
     """
     Attributes:
         text: the value as text.
@@ -117,26 +117,27 @@ class _Reading:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(text: str) -> _Reading:
+def read(text: str) -> Reading:
+    """What a normalised text says."""
     assigned, name = _ASSIGNED.fullmatch(text), ""
     if assigned:
         name, text = assigned[1], assigned[2].strip()
     option = _OPTION.fullmatch(text)
     if option:
-        return _Reading(text, name, option=option[1].upper())
+        return Reading(text, name, option=option[1].upper())
     equals = text.rpartition("=")
-    if equals[1] and _value(equals[0].rpartition("=")[2]) is not None:  # 72/3 = 24
+    if equals[1] and value_of(equals[0].rpartition("=")[2]) is not None:  # 72/3 = 24
         text = equals[2].strip()
-    number = _value(text)
+    number = value_of(text)
     if number is not None:
-        return _Reading(text, name, number=number)
+        return Reading(text, name, number=number)
     measured = _UNIT.fullmatch(text)
-    if measured and (number := _value(measured[1])) is not None:
-        return _Reading(text, name, number=number, unit=_unit(measured[2]))
-    items, brackets = _items(text)
+    if measured and (number := value_of(measured[1])) is not None:
+        return Reading(text, name, number=number, unit=_unit(measured[2]))
+    items, brackets = split_items(text)
     if len(items) == 1 and brackets and items[0]:
-        return dataclasses.replace(_read(items[0]), name=name)
-    return _Reading(text, name, items=items if len(items) > 1 else (), brackets=brackets)
+        return dataclasses.replace(read(items[0]), name=name)
+    return Reading(text, name, items=items if len(items) > 1 else (), brackets=brackets)
 
 
 def _same(gold: str, answer: str, asks: bool, depth: int) -> bool | None:
@@ -144,7 +145,7 @@ def _same(gold: str, answer: str, asks: bool, depth: int) -> bool | None:
         return True
     if len(gold) > _MOST_CHARACTERS or len(answer) > _MOST_CHARACTERS or depth > 3:
         return False
-    a, b = _read(gold), _read(answer)
+    a, b = read(gold), read(answer)
     if a.name and b.name and a.name != b.name:
         return False
     if _plain(a.text) == _plain(b.text):
@@ -174,12 +175,25 @@ def _same(gold: str, answer: str, asks: bool, depth: int) -> bool | None:
     return math_judge.equivalent(a.text, b.text) if asks else None
 
 
-def _regrouped(of: _Reading) -> _Reading:
-    items, brackets = _items(of.text, groups=False)
+def _regrouped(of: Reading) -> Reading:
+    items, brackets = split_items(of.text, groups=False)
     return dataclasses.replace(of, items=items, brackets=brackets)
 
 
-def _same_items(a: _Reading, b: _Reading, asks: bool, depth: int) -> bool | None:
+def same_items(gold: Iterable[str], answer: Iterable[str], *, is_ordered: bool) -> bool | None:
+    """
+    Returns:
+        None if undecided.
+    """
+    a, b = (tuple(map(normalised, items)) for items in (gold, answer))
+    if max(len(a), len(b)) > _MOST_ITEMS:
+        a, b = ([_plain(each) for each in items] for items in (a, b))
+        return a == b if is_ordered else sorted(a) == sorted(b)
+    brackets = "()" if is_ordered else ""
+    return _same_items(Reading("", items=a, brackets=brackets), Reading("", items=b, brackets=brackets), True, 0)
+
+
+def _same_items(a: Reading, b: Reading, asks: bool, depth: int) -> bool | None:
     if len(a.items) != len(b.items) or len(a.items) > _MOST_ITEMS:
         return False
     if a.brackets and b.brackets and a.brackets != b.brackets:
@@ -220,7 +234,7 @@ def _unit(text: str) -> str:
     return text.casefold().rstrip("s") if len(text) > 3 else text
 
 
-def _items(text: str, *, groups: bool = True) -> tuple[tuple[str, ...], str]:
+def split_items(text: str, *, groups: bool = True) -> tuple[tuple[str, ...], str]:
     """Splits at commas, semicolons, "and" and "or"; also returns the brackets around the whole.
 
     Args:
@@ -233,7 +247,7 @@ def _items(text: str, *, groups: bool = True) -> tuple[tuple[str, ...], str]:
     if opening and closing and len(text) >= len(opening) + len(closing):
         inner = text[len(opening) : -len(closing)]
         if _is_balanced(inner):
-            return _items(inner, groups=groups)[0], _OPENING[opening] + _CLOSING[closing]
+            return split_items(inner, groups=groups)[0], _OPENING[opening] + _CLOSING[closing]
     if groups:
         text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     parts, depth, begin = [], 0, 0
@@ -260,7 +274,7 @@ def _is_balanced(text: str) -> bool:
 # Exact arithmetic.
 
 
-def _value(text: str) -> Fraction | None:
+def value_of(text: str) -> Fraction | None:
     """The value of a number or an arithmetic expression, else None."""
     if not re.search(r"\d", text) or len(text) > _MOST_CHARACTERS:
         return None

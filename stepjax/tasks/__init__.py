@@ -1,0 +1,1 @@
+"""What tasks have in common: finding the answer in a text, and comparing it with the right one."""
