@@ -10,6 +10,7 @@ Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom e
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -144,14 +145,20 @@ class Digit:
 
 
 def compose(
-    rng: np.random.Generator, scan_ids: list[int], layout: Layout, *, augment: bool
+    rng: np.random.Generator,
+    scan_ids: list[int],
+    layout: Layout,
+    *,
+    augment: bool,
+    alter: Callable[[Image.Image], Image.Image] | None = None,
 ) -> tuple[Image.Image, list[Digit]]:
     """Draws the scans at the layout's places.
 
     Args:
-        scan_ids: one scan per corner of the layout.
+        scan_ids: one scan per corner of the layout; corners beyond them stay empty.
         augment: scale each digit by up to 10 %, rotate it by up to 8 degrees, and vary the tint of the paper and the
             contrast.
+        alter: changes a digit's square of ink, such as `degraded`.
 
     Returns:
         The RGB image, and the digits as drawn.
@@ -169,8 +176,9 @@ def compose(
 
     inks = Image.new("L", (layout.width, layout.height), 0)
     digits = []
-    for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=True):
+    for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=False):
         digit = _enlarged(images[scan_id], layout.side * scale, angle, layout.box)
+        digit = digit if alter is None else alter(digit)
         inks.paste(255, corner, mask=digit)
         digits.append(Digit(digit, corner))
 
@@ -187,3 +195,17 @@ def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.I
     centre = scan.width / 2
     coefficients = (a, b, centre - (a + b) * box / 2, -b, a, centre - (a - b) * box / 2)
     return scan.transform((box, box), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+
+
+def degraded(rng: np.random.Generator, degradation: float, ink: Image.Image) -> Image.Image:
+    """A square of ink (0..255) that has faded in patches, with specks on its paper.
+
+    Each square's severity is uniform from 0 to `degradation`, so that some digits stay clear and some are ambiguous.
+    """
+    severity = rng.uniform(0, degradation)
+    patches = Image.fromarray(rng.integers(256, size=(3, 3), dtype=np.uint8)).resize(ink.size, Image.Resampling.BICUBIC)
+    fading_HW = np.asarray(patches, np.float32) / 255
+    specks_HW = rng.random(ink.size[::-1], np.float32) ** 2
+    ink_HW = np.asarray(ink, np.float32) / 255
+    worn_HW = ink_HW * (1 - severity * fading_HW) + severity * specks_HW
+    return Image.fromarray(np.rint(255 * np.clip(worn_HW, 0, 1)).astype(np.uint8))

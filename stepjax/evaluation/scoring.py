@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepjax.config import DigitsSource
 from stepjax.data.digits import arithmetic_problems, num_digits_distribution, solve
@@ -13,6 +13,7 @@ from stepjax.errors import RecordError
 from stepjax.figures import wilson_interval
 
 _POINT = re.compile(r"\(\s*(\d{1,2})\s*,\s*(\d{1,2})\s*\)")
+_RECEIPT = re.compile(r"((?:[A-Z]\d)+) (ok|bad)")
 
 
 def score(record: dict[str, Any], text: str) -> bool:
@@ -21,10 +22,20 @@ def score(record: dict[str, Any], text: str) -> bool:
     A point "(x, y)" is right if it falls inside the box of the digit's ink. Its integers are hundredths of the image's
     width and height, and we test the middle of that cell.
 
+    A receipt is right if all its labelled digits are, whether or not it says that the check came out: a reward for the
+    verdict would teach the model to say "ok" always.
+
     Raises:
         RecordError: the record has no answer.
     """
     text = text.rpartition("</think>")[2].strip()
+    if record.get("task") in ("receipt", "misprint"):
+        right = [parse_receipt(answer) for answer in answers(record)]
+        if None in right:
+            problem = f"answer={record.get('answer')!r}: a receipt's is labelled digits and a verdict, 'A7B5 ok'"
+            raise RecordError(f"record {record.get('id')!r} has {problem}")
+        found = parse_receipt(text)
+        return found is not None and found.digits in [each.digits for each in right if each]
     if record.get("task") != "point":
         return text in answers(record)
     answer = record.get("answer")
@@ -72,17 +83,28 @@ def parse_point(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+class Receipt(NamedTuple):
+    digits: str  # labels and digits: "A7B5C1"
+    is_ok: bool  # whether the message says that the check came out
+
+
+def parse_receipt(text: str) -> Receipt | None:
+    """The parts of "A7B5C1 ok"; None if the stripped text is anything else."""
+    match = _RECEIPT.fullmatch(text.strip())
+    return Receipt(match[1], match[2] == "ok") if match else None
+
+
 def chance_level(source: DigitsSource) -> float:
     """The accuracy of guessing without the image or the question, computed from the task's distribution.
 
-    - transcribe, count, add, arithmetic: the best constant guess. All strings of n digits are equally likely, so that
-      is 1 in 1000 for three-digit transcriptions; for sums it is the most frequent sum.
+    - transcribe, receipt, misprint, count, add, arithmetic: the best constant guess. All strings of n digits are
+      equally likely, so that is 1 in 1000 for three-digit transcriptions; for sums it is the most frequent sum.
     - point: the centre of a random one of the n digits in the image: the mean of 1 / n. (This guess sees where the ink
       is but not which digit it is. Every constant point does worse.)
     """
     distribution = num_digits_distribution(source)
     match source.task:
-        case "transcribe":
+        case "transcribe" | "receipt" | "misprint":
             return max(probability / 10**n for n, probability in distribution.items())
         case "count":
             return max(distribution.values())
