@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from stepjax.config import DigitsSource
 from stepjax.data.digits import DigitsRecords
 from stepjax.errors import RecordError
-from stepjax.evaluation.scoring import TaskResult, chance_level, parse_point, score, summary_table
+from stepjax.evaluation.scoring import TaskResult, chance_level, parse_point, parse_receipt, score, summary_table
 from stepjax.figures import wilson_interval
 
-TASKS = ("transcribe", "count", "add", "point", "arithmetic")
+TASKS = ("transcribe", "count", "add", "point", "arithmetic", "receipt", "misprint")
 
 
 def _source(task: Any, split: Any = "held_out") -> DigitsSource:
@@ -60,6 +60,47 @@ def test_the_point_tested_is_the_middle_of_its_cell():
     assert score(record, "(11, 30)")
 
 
+@pytest.mark.parametrize("task", ["receipt", "misprint"])
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("A7B5C1 ok", True),
+        ("A7B5C1 bad", True),  # the verdict is not scored
+        ("<think>\nA77B52C13\n</think>\n A7B5C1 ok\n", True),
+        ("A7B5C2 ok", False),
+        ("A7B5 ok", False),
+        ("A7B5C1D0 ok", False),
+        ("B5A7C1 ok", False),
+        ("A7B5C1", False),
+        ("A7B5C1 yes", False),
+        ("A7B5C1  ok", False),
+        ("A7 B5 C1 ok", False),
+        ("a7b5c1 ok", False),
+        ("751 ok", False),
+        ("A77B52C13", False),
+        ("<think>\nA7B5C1 ok", False),
+        ("A7B5C1 ok A7B5C1 ok", False),
+        ("", False),
+    ],
+)
+def test_a_receipt_is_right_if_all_its_digits_are(task, text, right):
+    for verdict in ("ok", "bad"):
+        record = {"id": "a", "task": task, "answer": {"text": f"A7B5C1 {verdict}"}}
+        assert score(record, text) is right
+
+
+def test_parse_receipt():
+    assert parse_receipt(" A7B5 ok\n") == ("A7B5", True)
+    assert parse_receipt("A7 bad") == ("A7", False)
+    assert parse_receipt("A7B ok") is None and parse_receipt(" ok") is None and parse_receipt("A7 o") is None
+
+
+@pytest.mark.parametrize("answer", ["751", "A7B5C1", {"text": "A7B5C1 good"}, ["A7 ok", "7"]])
+def test_a_receipt_whose_answer_is_malformed_is_refused(answer):
+    with pytest.raises(RecordError, match=re.escape(f"record 'a' has answer={answer!r}") + ".*verdict"):
+        score({"id": "a", "task": "receipt", "answer": answer}, "A7 ok")
+
+
 def test_parse_point():
     assert parse_point(" (3, 99)\n") == (3, 99)
     assert parse_point("(-3, 9)") is None and parse_point("(3.5, 9)") is None and parse_point("(3, 100)") is None
@@ -67,7 +108,9 @@ def test_parse_point():
 
 @given(st.text())
 def test_no_text_makes_scoring_fail(text):
-    for record in (_point_record([0.0, 0.0, 100.0, 100.0]), {"id": "a", "task": "add", "answer": {"text": "13"}}):
+    receipt = {"id": "a", "task": "receipt", "answer": {"text": "A7 ok"}}
+    sum_ = {"id": "a", "task": "add", "answer": {"text": "13"}}
+    for record in (_point_record([0.0, 0.0, 100.0, 100.0]), sum_, receipt):
         assert score(record, text) in (True, False)
 
 
@@ -81,6 +124,7 @@ def test_chance_levels_that_can_be_computed_by_hand():
     assert chance_level(_source("transcribe")) == pytest.approx(0.001)
     # Training mixes lengths: 40 % have one digit, of which a tenth are, say, a 7.
     assert chance_level(_source("transcribe", "train")) == pytest.approx(0.04)
+    assert chance_level(_source("receipt")) == pytest.approx(1e-8 / 3)
     assert chance_level(_source("count")) == pytest.approx(1 / 6)
     assert chance_level(_source("add")) == pytest.approx((10 / 100 + 55 / 1000) / 2)
     assert chance_level(_source("point")) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
