@@ -19,7 +19,6 @@ share scans or arithmetic problems, for any seed.
 """
 
 import bisect
-import functools
 import hashlib
 import itertools
 import operator
@@ -30,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from stepjax.config import DigitsSource, DigitsTask, Split
-from stepjax.data.digits_render import Box, Layout, compose, degraded, load_scans, scatter_layout, strip_layout
+from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
 from stepjax.data.receipts import PROMPT, print_check, receipt_answer
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
@@ -118,8 +117,8 @@ class DigitsRecords:
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
-        alter = functools.partial(degraded, rng, self.source.degradation) if self.source.degradation else None
-        image, placed = compose(rng, scan_ids, layout, augment=self.source.split == "train", alter=alter)
+        is_train, degradation = self.source.split == "train", self.source.degradation
+        image, placed = compose(rng, scan_ids, layout, augment=is_train, degradation=degradation)
         match task:
             case "receipt" | "misprint":
                 print_check(image, check, layout)

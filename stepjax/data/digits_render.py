@@ -10,7 +10,6 @@ Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom e
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -150,7 +149,7 @@ def compose(
     layout: Layout,
     *,
     augment: bool,
-    alter: Callable[[Image.Image], Image.Image] | None = None,
+    degradation: float = 0.0,
 ) -> tuple[Image.Image, list[Digit]]:
     """Draws the scans at the layout's places.
 
@@ -158,7 +157,7 @@ def compose(
         scan_ids: one scan per corner of the layout; corners beyond them stay empty.
         augment: scale each digit by up to 10 %, rotate it by up to 8 degrees, and vary the tint of the paper and the
             contrast.
-        alter: changes a digit's square of ink, such as `degraded`.
+        degradation: see `degraded`; 0..1.
 
     Returns:
         The RGB image, and the digits as drawn.
@@ -178,9 +177,10 @@ def compose(
     digits = []
     for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=False):
         digit = _enlarged(images[scan_id], layout.side * scale, angle, layout.box)
-        digit = digit if alter is None else alter(digit)
         inks.paste(255, corner, mask=digit)
         digits.append(Digit(digit, corner))
+    if degradation:
+        inks = degraded(rng, inks, degradation, layout.box)
 
     # A palette maps ink to colour: only 256 colours to mix, for any image size.
     palette = _PAPER_SHARE * paper + _INK_SHARE * ink
@@ -197,15 +197,17 @@ def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.I
     return scan.transform((box, box), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
 
-def degraded(rng: np.random.Generator, degradation: float, ink: Image.Image) -> Image.Image:
-    """A square of ink (0..255) that has faded in patches, with specks on its paper.
+def degraded(rng: np.random.Generator, ink: Image.Image, degradation: float, cell: int) -> Image.Image:
+    """Ink (0..255) that has faded in patches, and specks on the paper.
 
-    Each square's severity is uniform from 0 to `degradation`, so that some digits stay clear and some are ambiguous.
+    Cells of `cell` pixels differ in severity, uniform from 0 to `degradation`, so that of digits in a row some stay
+    clear and some become ambiguous.
     """
-    severity = rng.uniform(0, degradation)
-    patches = Image.fromarray(rng.integers(256, size=(3, 3), dtype=np.uint8)).resize(ink.size, Image.Resampling.BICUBIC)
-    fading_HW = np.asarray(patches, np.float32) / 255
-    specks_HW = rng.random(ink.size[::-1], np.float32) ** 2
-    ink_HW = np.asarray(ink, np.float32) / 255
-    worn_HW = ink_HW * (1 - severity * fading_HW) + severity * specks_HW
-    return Image.fromarray(np.rint(255 * np.clip(worn_HW, 0, 1)).astype(np.uint8))
+    columns, rows = math.ceil(ink.width / cell), math.ceil(ink.height / cell)
+    whole, severity = (columns * cell, rows * cell), rng.uniform(0, degradation, (rows, columns)).astype(np.float32)
+    patches = Image.fromarray(rng.integers(256, size=(3 * rows, 3 * columns), dtype=np.uint8))
+    fading_HW = np.asarray(patches.resize(whole, Image.Resampling.BICUBIC))[: ink.height, : ink.width] / np.float32(255)
+    specks_HW = rng.random((ink.height, ink.width), np.float32) ** 2
+    severity_HW = severity.repeat(cell, 0).repeat(cell, 1)[: ink.height, : ink.width]
+    worn_HW = np.asarray(ink) * (1 - severity_HW * fading_HW) + 255 * severity_HW * specks_HW
+    return Image.fromarray(np.rint(np.minimum(worn_HW, 255)).astype(np.uint8))

@@ -98,7 +98,7 @@ def test_more_degradation_is_more_wear_and_none_is_none():
     layout = strip_layout(np.random.default_rng(0), 1)
     ink = load_scans().images[0].resize((layout.box, layout.box))
     wear = [
-        np.mean([_distance(degraded(np.random.default_rng(i), level, ink), ink) for i in range(50)])
+        np.mean([_distance(degraded(np.random.default_rng(i), ink, level, 7), ink) for i in range(50)])
         for level in (0.0, 0.3, 0.6, 1.0)
     ]
     assert wear[0] == 0 and wear == sorted(wear) and wear[1] > 5
