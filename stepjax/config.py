@@ -164,7 +164,7 @@ class TokenizerConfig:
     generation_starts_thinking: bool = True  # the generation prompt ends with "<think>\n". Unconfirmed for the 10B.
 
 
-DigitsTask = Literal["transcribe", "count", "add", "point", "arithmetic"]
+DigitsTask = Literal["transcribe", "count", "add", "point", "arithmetic", "receipt", "misprint"]
 Split = Literal["train", "held_out"]
 BadRecords = Literal["error", "skip"]
 ChangedFiles = Literal["error", "accept"]
@@ -178,6 +178,10 @@ class DigitsSource:
     weight: float
     task: DigitsTask
     split: Split = "train"
+    degradation: float = 0.0  # how far ink fades and paper gets specks, 0..1; each digit's share is random
+
+    def __post_init__(self):
+        require(f"data.sources.{self.name}", self, degradation=(0 <= self.degradation <= 1, "must be from 0 to 1"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,10 +47,14 @@ ALLOWED = {
     },
     "rollouts": {"errors", "processing", "inference", "interop"},
     "tasks": {"errors", "processing"},
-    "rewards": {"errors", "processing", "inference", "rollouts", "tasks"},
+    "rewards": {"errors", "data", "processing", "inference", "rollouts", "tasks"},
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
         *("progress", "rollouts", "tasks", "rewards"),
+    },
+    "post_training": {
+        *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
+        *("training", "checkpoint", "interop", "inference", "rollouts", "rewards", "evaluation", "progress"),
     },
     "pacore": {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),

@@ -7,9 +7,12 @@
 | add        | 2 or 3 digits in a strip       | Add up the digits.                        | 13       |
 | point      | 2 to 4 distinct ones scattered | Point at the digit 7.                     | (62, 30) |
 | arithmetic | none                           | What is 12 + 7?                           | 19       |
+| receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | A7B5 ok  |
+| misprint   | the same with a wrong check    | Add up the receipt.                       | A7B5 bad |
 
-A point is the centre of the digit's ink in hundredths of the image's width and height, 0..99 from the top left corner.
-Unconfirmed: the technical report does not state the coordinate format it trains grounding with.
+For receipts see `data.receipts`. A point is the centre of the digit's ink in hundredths of the image's width and
+height, 0..99 from the top left corner. Unconfirmed: the technical report does not state the coordinate
+format it trains grounding with.
 
 Record i of a source depends only on (seed, source, i): any process can make any record, in any order. The splits never
 share scans or arithmetic problems, for any seed.
@@ -27,6 +30,7 @@ from PIL import Image
 
 from stepjax.config import DigitsSource, DigitsTask, Split
 from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
+from stepjax.data.receipts import PROMPT, print_check, receipt_answer
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
@@ -37,6 +41,8 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "add": {2: 0.5, 3: 0.5},
     "point": {n: 1 / 3 for n in range(2, 5)},
     "arithmetic": {},
+    "receipt": {n: 1 / 3 for n in range(8, 11)},
+    "misprint": {n: 1 / 3 for n in range(8, 11)},
 }
 HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
@@ -47,8 +53,9 @@ Problem = tuple[int, str, int]  # left operand, "+" or "-", right operand
 class DigitsRecords:
     """Random access to the records of a digits source, for Grain and evaluation. Stateless and picklable.
 
-    Besides `id` and `messages`, a record has `task`; `answer` with the `text` and, for points, the `box` of the digit's
-    ink (left, top, right, bottom, in hundredths of the image); and `scan_ids`, the scans in the image.
+    Besides `id` and `messages`, a record has `task`; `scan_ids`, the scans in the image; and `answer` with the `text`
+    and, for points, the `box` of the digit's ink (left, top, right, bottom, in hundredths of the image), for receipts
+    the `reasoning`.
     """
 
     def __init__(self, source: DigitsSource, seed: int):
@@ -82,9 +89,12 @@ class DigitsRecords:
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        turn = {"role": "assistant", "content": answer["text"]}
+        if "reasoning" in answer:
+            turn["reasoning_content"] = answer["reasoning"]
         return {
             "id": f"digits/{task}/{split}/{index}",
-            "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer["text"]}],
+            "messages": [{"role": "user", "content": content}, turn],
             "task": task,
             "answer": answer,
             "scan_ids": scan_ids,
@@ -99,12 +109,20 @@ class DigitsRecords:
         digits = drawn.tolist()
         by_class = load_scans().by_class[self.source.split]
         scan_ids = [by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits]
+        check = 0
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
+        elif task in ("receipt", "misprint"):
+            check = int(sum(digits) + (rng.integers(1, 10) if task == "misprint" else 0)) % 10
+            layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
-        image, placed = compose(rng, scan_ids, layout, augment=self.source.split == "train")
+        is_train, degradation = self.source.split == "train", self.source.degradation
+        image, placed = compose(rng, scan_ids, layout, augment=is_train, degradation=degradation)
         match task:
+            case "receipt" | "misprint":
+                print_check(image, check, layout)
+                return image, PROMPT, receipt_answer(digits, check), scan_ids
             case "transcribe":
                 prompt, text = "Transcribe the digits from left to right.", "".join(map(str, digits))
             case "count":

@@ -144,14 +144,20 @@ class Digit:
 
 
 def compose(
-    rng: np.random.Generator, scan_ids: list[int], layout: Layout, *, augment: bool
+    rng: np.random.Generator,
+    scan_ids: list[int],
+    layout: Layout,
+    *,
+    augment: bool,
+    degradation: float = 0.0,
 ) -> tuple[Image.Image, list[Digit]]:
     """Draws the scans at the layout's places.
 
     Args:
-        scan_ids: one scan per corner of the layout.
+        scan_ids: one scan per corner of the layout; corners beyond them stay empty.
         augment: scale each digit by up to 10 %, rotate it by up to 8 degrees, and vary the tint of the paper and the
             contrast.
+        degradation: see `degraded`; 0..1.
 
     Returns:
         The RGB image, and the digits as drawn.
@@ -169,10 +175,12 @@ def compose(
 
     inks = Image.new("L", (layout.width, layout.height), 0)
     digits = []
-    for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=True):
+    for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=False):
         digit = _enlarged(images[scan_id], layout.side * scale, angle, layout.box)
         inks.paste(255, corner, mask=digit)
         digits.append(Digit(digit, corner))
+    if degradation:
+        inks = degraded(rng, inks, degradation, layout.box)
 
     # A palette maps ink to colour: only 256 colours to mix, for any image size.
     palette = _PAPER_SHARE * paper + _INK_SHARE * ink
@@ -187,3 +195,19 @@ def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.I
     centre = scan.width / 2
     coefficients = (a, b, centre - (a + b) * box / 2, -b, a, centre - (a - b) * box / 2)
     return scan.transform((box, box), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+
+
+def degraded(rng: np.random.Generator, ink: Image.Image, degradation: float, cell: int) -> Image.Image:
+    """Ink (0..255) that has faded in patches, and specks on the paper.
+
+    Cells of `cell` pixels differ in severity, uniform from 0 to `degradation`, so that of digits in a row some stay
+    clear and some become ambiguous.
+    """
+    columns, rows = math.ceil(ink.width / cell), math.ceil(ink.height / cell)
+    whole, severity = (columns * cell, rows * cell), rng.uniform(0, degradation, (rows, columns)).astype(np.float32)
+    patches = Image.fromarray(rng.integers(256, size=(3 * rows, 3 * columns), dtype=np.uint8))
+    fading_HW = np.asarray(patches.resize(whole, Image.Resampling.BICUBIC))[: ink.height, : ink.width] / np.float32(255)
+    specks_HW = rng.random((ink.height, ink.width), np.float32) ** 2
+    severity_HW = severity.repeat(cell, 0).repeat(cell, 1)[: ink.height, : ink.width]
+    worn_HW = np.asarray(ink) * (1 - severity_HW * fading_HW) + 255 * severity_HW * specks_HW
+    return Image.fromarray(np.rint(np.minimum(worn_HW, 255)).astype(np.uint8))

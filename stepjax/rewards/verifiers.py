@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from stepjax.data.receipts import parse_receipt
 from stepjax.errors import RecordError
 from stepjax.rewards.registry import REWARDS, Record, Reward, reward
 from stepjax.tasks import extraction, gold, units
@@ -49,6 +50,20 @@ def is_right(record: Record, text: str) -> bool:
 def text_equals(record: Record, text: str) -> float:
     """1 if the text equals an answer, without white space around it."""
     return float(text.strip() in gold.answers(record))
+
+
+@reward("misprint")
+@reward("receipt")
+def receipt(record: Record, text: str) -> float:
+    """1 if all labelled digits of a receipt (`data.receipts`) are right.
+
+    What it says of the check does not count: a reward for that would teach to say "ok" always.
+    """
+    truths = [parse_receipt(each) for each in gold.answers(record)]
+    if None in truths:
+        gold.refuse(record, 'give labelled digits and a verdict, such as "A7B5 ok"')
+    found = parse_receipt(text)
+    return float(found is not None and found.digits in [truth.digits for truth in truths if truth is not None])
 
 
 @reward("math")

@@ -16,7 +16,7 @@ from stepjax.evaluation.scoring import TaskResult, chance_level, summary_table
 from stepjax.figures import wilson_interval
 from stepjax.rewards.verifiers import is_right
 
-TASKS = ("transcribe", "count", "add", "point", "arithmetic")
+TASKS = ("transcribe", "count", "add", "point", "arithmetic", "receipt", "misprint")
 
 
 def _source(task: Any, split: Any = "held_out") -> DigitsSource:
@@ -79,6 +79,7 @@ def test_chance_levels_that_can_be_computed_by_hand():
     assert chance_level(_source("transcribe")) == pytest.approx(0.001)
     # Training mixes lengths: 40 % have one digit, of which a tenth are, say, a 7.
     assert chance_level(_source("transcribe", "train")) == pytest.approx(0.04)
+    assert chance_level(_source("receipt")) == pytest.approx(1e-8 / 3)
     assert chance_level(_source("count")) == pytest.approx(1 / 6)
     assert chance_level(_source("add")) == pytest.approx((10 / 100 + 55 / 1000) / 2)
     assert chance_level(_source("point")) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)

@@ -44,6 +44,19 @@ TABLE = {
         ({"answer": "407"}, ["407", " 407\n"], ["408", "0407", "407.", "It is 407", "4 0 7", "\uff14\uff10\uff17"]),
         ({"answer": ["a cat", "a tabby"]}, ["a tabby"], ["a dog", "A cat"]),
     ],
+    "receipt": [
+        (
+            {"answer": {"text": "A7B5C1 ok"}},
+            ["A7B5C1 ok", "A7B5C1 bad", "A7B5C1 ok\n"],
+            ["A7B5C2 ok", "A7B5 ok", "751 ok"],
+        ),
+        (
+            {"answer": "A7 bad"},
+            ["A7 ok"],
+            ["A7", "A7 yes", "A7  ok", "a7 ok", "A77", "A7 ok A7 ok", "A7B0 ok", "B7 ok"],
+        ),
+    ],
+    "misprint": [({"answer": {"text": "A7 bad"}}, ["A7 ok"], ["A8 bad"])],
     "math": [
         ({"answer": "1331 and 1728"}, [r"\boxed{1331, 1728}", "The answer is 1728 and 1331."], ["1728", "1331"]),
         ({"answer": "1/2^{99}"}, [r"\boxed{2^{-99}}"], [r"\boxed{1/2^{98}}", "0"]),

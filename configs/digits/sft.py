@@ -1,0 +1,53 @@
+"""Fine-tune the demo's model on receipts: read 8 to 10 worn digits, add them up, and compare with a printed check.
+
+Half of the receipts that it learns from are misprints, so that "ok" has to be earned. A share of the old tasks keeps
+them from being forgotten.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from stepjax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DigitsSource,
+    EvaluationConfig,
+    InitConfig,
+    Phase,
+    ScheduleConfig,
+)
+from stepjax.config_file import load_recipe
+
+base = load_recipe(Path(__file__).with_name("pretrain.py"))
+
+DEGRADATION = 0.6  # of the receipts
+
+OLD_TASKS = ("transcribe", "count", "add", "point", "arithmetic")
+
+config = dataclasses.replace(
+    base,
+    name="digits_sft",
+    init_from=InitConfig(path="runs/digits"),
+    data=DataConfig(
+        sources=(
+            DigitsSource(name="receipt", weight=0.45, task="receipt", degradation=DEGRADATION),
+            DigitsSource(name="misprint", weight=0.45, task="misprint", degradation=DEGRADATION),
+            *(DigitsSource(name=task, weight=0.02, task=task) for task in OLD_TASKS),
+        ),
+    ),
+    batch=BatchConfig(rows=8, tokens=256, global_views=4, crops=24),
+    schedule=ScheduleConfig(
+        phases=(Phase(tokens=2.0e6, start=2e-3, end=5e-5),),
+        warmup_tokens=1e5,
+    ),
+    checkpoint=CheckpointConfig(every=250),
+    evaluation=EvaluationConfig(
+        sources=(
+            DigitsSource(name="receipt", weight=1.0, task="receipt", split="held_out", degradation=DEGRADATION),
+            *(DigitsSource(name=task, weight=1.0, task=task, split="held_out") for task in OLD_TASKS),
+        ),
+        examples=200,
+        max_new_tokens=80,
+    ),
+)

@@ -1,0 +1,136 @@
+"""Receipts: answers that are true of the picture, a check that is printed where it should be, and wear by degrees."""
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepjax.config import DigitsSource
+from stepjax.config_file import load_recipe
+from stepjax.data.digits import DigitsRecords
+from stepjax.data.digits_render import degraded, load_scans, strip_layout
+from stepjax.data.receipts import parse_receipt, print_check, receipt_answer
+from stepjax.errors import ConfigError
+from stepjax.processing.images import plan_views
+from stepjax.processing.processor import Processor
+
+KINDS = ("receipt", "misprint")
+SPLITS = ("train", "held_out")
+RECIPE = load_recipe(Path(__file__).parents[2] / "configs" / "digits" / "sft.py")
+
+
+def _records(task: Any = "receipt", split: Any = "train", degradation: float = 0.6, seed: int = 0) -> DigitsRecords:
+    return DigitsRecords(DigitsSource(name="a", weight=1.0, task=task, split=split, degradation=degradation), seed)
+
+
+def _image(record: dict[str, Any]) -> Image.Image:
+    return record["messages"][0]["content"][0]["image"]
+
+
+def test_the_answer_labels_adds_up_and_compares():
+    assert receipt_answer([7, 5, 1, 9], 2) == {"reasoning": "A77B52C13D92", "text": "A7B5C1D9 ok"}
+    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A77B52C13D92", "text": "A7B5C1D9 bad"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("task", KINDS)
+def test_the_answer_is_true_of_the_scans_and_of_the_print(task, split):
+    labels = load_scans().labels
+    num_digits, checks = Counter(), Counter()
+    for i in range(60):
+        record = _records(task, split)[i]
+        digits = [labels[scan] for scan in record["scan_ids"]]
+        image = np.asarray(_image(record))
+        [printed] = [check for check in range(10) if _shows(image, check)]
+        expected = receipt_answer(digits, printed)
+        turn = record["messages"][1]
+        assert (turn["reasoning_content"], turn["content"]) == (expected["reasoning"], expected["text"])
+        assert record["answer"] == expected
+        assert (printed == sum(digits) % 10) == (task == "receipt") == expected["text"].endswith(" ok")
+        num_digits[len(digits)] += 1
+        checks[printed] += 1
+    assert set(num_digits) == {8, 9, 10} and len(checks) == 10
+
+
+def _shows(image_HWC: np.ndarray, check: int) -> bool:
+    """Whether the digit is printed near the right edge."""
+    box = image_HWC.shape[0]
+    canvas = Image.new("RGB", (box, box))
+    rng = np.random.default_rng(0)
+    layout = strip_layout(rng, 1)
+    while layout.box != box or layout.corners[0] != (0, 0):
+        layout = strip_layout(rng, 1)
+    print_check(canvas, check, layout)
+    width = image_HWC.shape[1]
+    return any(np.array_equal(image_HWC[:, x : x + box], np.asarray(canvas)) for x in range(width - 2 * box, width))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_record_depends_on_its_index_alone(split):
+    def described(record):
+        return _image(record).tobytes(), record["answer"], record["scan_ids"]
+
+    records = _records(split=split)
+    forwards = [described(records[i]) for i in range(10)]
+    fresh = pickle.loads(pickle.dumps(records))
+    assert [described(fresh[i]) for i in reversed(range(10))] == forwards[::-1]
+
+
+def test_the_splits_share_no_scan():
+    train, held_out = ({scan for i in range(60) for scan in _records(split=s)[i]["scan_ids"]} for s in SPLITS)
+    assert len(held_out) > 100 and not train & held_out
+
+
+def test_degradation_changes_the_ink_and_nothing_else():
+    """So that accuracy at two levels is compared on the same receipts."""
+    worn, clear = _records(degradation=0.6), _records(degradation=0.0)
+    for i in range(10):
+        assert worn[i]["answer"] == clear[i]["answer"] and worn[i]["scan_ids"] == clear[i]["scan_ids"]
+        assert _image(worn[i]).size == _image(clear[i]).size
+        assert _image(worn[i]).tobytes() != _image(clear[i]).tobytes()
+
+
+def test_more_degradation_is_more_wear_and_none_is_none():
+    layout = strip_layout(np.random.default_rng(0), 1)
+    ink = load_scans().images[0].resize((layout.box, layout.box))
+    wear = [
+        np.mean([_distance(degraded(np.random.default_rng(i), ink, level, 7), ink) for i in range(50)])
+        for level in (0.0, 0.3, 0.6, 1.0)
+    ]
+    assert wear[0] == 0 and wear == sorted(wear) and wear[1] > 5
+
+
+def _distance(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
+
+
+@pytest.mark.parametrize("degradation", [-0.1, 1.1, float("nan")])
+def test_a_degradation_outside_its_range_is_refused(degradation):
+    with pytest.raises(ConfigError, match=r"data.sources.a.degradation=.*must be from 0 to 1"):
+        DigitsSource(name="a", weight=1.0, task="receipt", degradation=degradation)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_receipts_fit_the_recipe_and_most_crops_hold_one_digit(split):
+    processor = Processor.from_config(RECIPE.images, RECIPE.tokenizer)
+    extra = Counter()
+    for i in range(100):
+        record = _records(split=split)[i]
+        plan = plan_views(*_image(record).size, RECIPE.images)
+        extra[plan.num_crops - len(record["scan_ids"]) - 1] += 1
+        example = processor.draft(record)
+        budget = RECIPE.batch
+        assert len(example.tokens) <= budget.tokens // 2
+        assert example.num_views[0] <= budget.global_views // 2 and example.num_views[1] <= budget.crops // 2
+        assert example.loss_weights.sum() <= RECIPE.evaluation.max_new_tokens
+    assert extra[0] > 90 and set(extra) <= {0, 1}
+
+
+def test_parse_receipt():
+    assert parse_receipt(" A7B5 ok\n") == ("A7B5", True)
+    assert parse_receipt("A7 bad") == ("A7", False)
+    assert parse_receipt("A7B ok") is None and parse_receipt(" ok") is None and parse_receipt("A7 o") is None
