@@ -122,5 +122,5 @@ def _merged(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:
     shares_PBTN = jnp.exp(lse_PBTN - most_BTN)
     total_BTN = jnp.sum(shares_PBTN, axis=0)
     weights_PBTN = shares_PBTN / jnp.where(total_BTN == 0, 1, total_BTN)
-    merged_BTNH = sum(w[..., None] * out.astype(jnp.float32) for w, out in zip(weights_PBTN, outs, strict=True))
+    merged_BTNH = jnp.sum(weights_PBTN[..., None] * jnp.stack(outs).astype(jnp.float32), axis=0)
     return merged_BTNH.astype(outs[0].dtype)

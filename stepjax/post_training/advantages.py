@@ -45,13 +45,13 @@ def gae(
     return advantages_T, returns_T
 
 
-def group_advantages(rewards_N: Sequence[float], config: AdvantageConfig) -> np.ndarray:
+def group_advantages(rewards: Sequence[float], config: AdvantageConfig) -> np.ndarray:
     """The advantage of every answer of a group, the same for all its tokens. A group of one has advantage 0.
 
     grpo    (R - mean of the group) / standard deviation of the group       2402.03300, section 4.1.2
     rloo    R - mean of the others                                          2402.14740, eq. 7
     """
-    rewards_N = np.asarray(rewards_N, np.float64)
+    rewards_N = np.asarray(rewards, np.float64)
     count = len(rewards_N)
     if count < 2:
         return np.zeros(count)

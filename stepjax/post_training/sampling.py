@@ -200,7 +200,8 @@ class Engines:
         )
 
     def _rollouts(self, episode: Episode, made: list[Completion]) -> list[Rollout]:
-        return [rollout_of(each, episode.prompt.tokens, self._processor) for each in made]
+        prompt_ids = episode.prompt.tokens.tolist()
+        return [rollout_of(each, prompt_ids, self._processor) for each in made]
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -65,11 +65,11 @@ def make_optimizers(config: RLConfig) -> Optimizers:
 
 
 def new_state(model: Any, *, config: RLConfig, optimizers: Optimizers) -> RLState:
-    critic = make_critic(config, model)
-    if critic is not None:
-        critic = jax.tree.map(jnp.copy, critic)  # its trunk is a copy
-    critic_opt_state = None if optimizers.critic is None else optimizers.critic.init(critic)
-    return RLState(jnp.zeros((), jnp.int32), model, optimizers.policy.init(model), critic, critic_opt_state)
+    step, opt_state = jnp.zeros((), jnp.int32), optimizers.policy.init(model)
+    if optimizers.critic is None:
+        return RLState(step, model, opt_state, None, None)
+    critic = jax.tree.map(jnp.copy, make_critic(config, model))  # its trunk is a copy
+    return RLState(step, model, opt_state, critic, optimizers.critic.init(critic))
 
 
 def abstract_state(config: RLConfig, optimizers: Optimizers) -> RLState:
@@ -95,7 +95,7 @@ def log_probs(model: StepVL, hidden_BTD: jax.Array, batch: Batch, temperature: f
     return token_scores(scaled_BTD, model.decoder.head(), targets_BT, chunk=model.numerics.loss_chunk).log_probs_BT
 
 
-def values(critic: Critic, hidden_BTD: jax.Array | None, batch: Batch) -> jax.Array:
+def values(critic: Critic, hidden_BTD: Any, batch: Batch) -> jax.Array:
     """The value of every state [B, T]; `hidden_BTD` are the policy's, for a critic that shares its trunk."""
     if critic.trunk is not None:
         hidden_BTD = hidden_states(critic.trunk, batch)

@@ -1,5 +1,7 @@
 """Advantages by hand. T tokens of an answer."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -110,7 +112,7 @@ def test_whitening_does_not_blow_up_equal_advantages():
 def test_weights_add_up_as_the_papers_say():
     """Two answers of 2 and 6 tokens, one of which was inserted."""
     short_T, long_T = np.ones(2, bool), np.array([1, 1, 0, 1, 1, 1], bool)
-    options = dict(tokens=7.0, answers=2.0, longest=10)
+    options: dict[str, Any] = dict(tokens=7.0, answers=2.0, longest=10)
     by_token = [token_weights(mask, "token", **options) for mask in (short_T, long_T)]
     np.testing.assert_allclose(by_token[0], 1 / 7)
     np.testing.assert_allclose(by_token[1], long_T / 7)

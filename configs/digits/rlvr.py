@@ -1,0 +1,66 @@
+"""Reinforcement learning with verifiable rewards, after sft.py: a receipt whose digits are all right earns 1, else 0.
+
+The update is GRPO's without the division by the group's deviation, strictly on-policy, with DAPO's bounds: sixteen
+answers to a receipt are compared with each other, and prompts whose answers are all right or all wrong teach nothing.
+"""
+
+from pathlib import Path
+
+from stepjax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DigitsSource,
+    EvaluationConfig,
+    InitConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PretrainConfig,
+)
+from stepjax.config_file import load_recipe
+from stepjax.post_training.config import (
+    AdvantageConfig,
+    PolicyLossConfig,
+    RLConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
+
+sft = load_recipe(Path(__file__).with_name("sft.py"), PretrainConfig)
+DEGRADATION = sft.data.sources[0].degradation
+
+config = RLConfig(
+    name="digits_rlvr",
+    model=sft.model,
+    init_from=InitConfig(path="runs/digits_sft"),
+    images=sft.images,
+    tokenizer=sft.tokenizer,
+    data=DataConfig(
+        sources=(DigitsSource(name="receipt", weight=1.0, task="receipt", degradation=DEGRADATION),),
+    ),
+    # A row holds a prompt with its image and about seven answers.
+    batch=BatchConfig(rows=4, tokens=512, global_views=1, crops=24),
+    iterations=300,
+    rollout=RolloutConfig(
+        prompts=16,
+        samples=16,
+        max_tokens=80,  # a right answer to ten digits has 57
+        max_sequences=128,
+        page_size=16,
+        prefill_tokens=512,
+        decode_steps=4,
+    ),
+    advantages=AdvantageConfig(estimator="grpo", divide_by_std=False, whiten=False),
+    loss=PolicyLossConfig(aggregation="token"),
+    policy=UpdateConfig(learning_rate=3e-4, warmup=5),
+    optimizer=OptimizerConfig(weight_decay=0.0),
+    numerics=sft.numerics,
+    mesh=sft.mesh,
+    checkpoint=CheckpointConfig(every=25),
+    logging=LoggingConfig(every=1),
+    evaluation=EvaluationConfig(
+        sources=(DigitsSource(name="receipt", weight=1.0, task="receipt", split="held_out", degradation=DEGRADATION),),
+        examples=200,
+        max_new_tokens=80,
+    ),
+)
