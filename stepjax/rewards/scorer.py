@@ -18,7 +18,7 @@ from stepjax.processing import bounded
 from stepjax.rewards.cache import Cache, digest
 from stepjax.rewards.config import VERIFIER, RewardConfig
 from stepjax.rewards.registry import Record, Reward, named
-from stepjax.rewards.verifiers import verifier_of
+from stepjax.rewards.verify import verifier_of
 from stepjax.rollouts.rollout import Rollout
 
 _MEMORY = 2 << 30  # bytes of a worker; math-verify needs 0.3 GB
@@ -172,7 +172,7 @@ def _call(function: Reward, arguments: tuple[Any, ...], deadline: float) -> floa
         LimitError: it failed, or took too long.
     """
     if function.kind == "sandbox":
-        value = function.function(*arguments)
+        value = function.function(*arguments, deadline)
     else:
         value = bounded.call(function.function, *arguments, seconds=deadline, memory=_MEMORY)
     if value is None:

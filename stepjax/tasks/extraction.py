@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ _QUANTITY = re.compile(
 _UNIT = r"[A-Za-z\u00b5\u03bc\u03a9]+\.?[\u00b2\u00b3]?(?:\s?\^\s?\{?-?[1-9]\}?|-?[1-9])?"
 _MEASURED = re.compile(rf"(.*[\d)}}])(\s*)({_UNIT}(?:\s?[/*]\s?{_UNIT}|\s{_UNIT})*)")
 _INTEGER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d{1,30})", re.ASCII)
-_WORDS = (
+_WORDS: Sequence[str] = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()

@@ -9,7 +9,7 @@ from PIL import Image
 from stepjax.config import DigitsSource
 from stepjax.data.digits import DigitsRecords
 from stepjax.evaluation.contact_sheet import CARD, GAP, HEADER, Item, contact_sheet, pick_items, sheet_size
-from stepjax.rewards.verifiers import is_right
+from stepjax.rewards.verify import is_right
 
 PAPER = (255, 255, 210)  # no colour of the sheet itself
 RIGHT, WRONG = (26, 138, 74), (205, 48, 52)

@@ -5,9 +5,8 @@ import time
 import pytest
 
 from stepjax.errors import RecordError
-from stepjax.rewards import verifiers  # noqa: F401 (registers them)
 from stepjax.rewards.registry import REWARDS
-from stepjax.rewards.verifiers import is_right, verifier_of
+from stepjax.rewards.verify import is_right, verifier_of
 
 HOSTILE = [
     "",
