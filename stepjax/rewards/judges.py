@@ -261,10 +261,7 @@ def preference(record: Mapping[str, Any]) -> tuple[Record, Rollout, Rollout]:
 def _messages(record: Record, template: str, values: Mapping[str, str], *, shows_images: bool) -> list[dict[str, Any]]:
     turns = record.get("messages") or []
     turns = turns[:-1] if gold.is_question(record) else turns
-    try:
-        reference = " or ".join(gold.answers(record))
-    except RecordError:
-        reference = "(none)"
+    reference = "(none)" if record.get("answer") is None and not gold.is_question(record) else gold.shown(record)
     is_one = len(turns) == 1
     question = "\n\n".join(_text(turn) if is_one else f"{turn.get('role')}: {_text(turn)}" for turn in turns)
     quoted = {"question": question, "reference": reference, **values}

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from stepjax.errors import RecordError
 from stepjax.rewards.registry import Record, reward
 from stepjax.tasks import gold
 
@@ -92,11 +91,7 @@ def _question(record: Record) -> str:
         content = turn.get("content")
         items = content if isinstance(content, list) else [{"text": content}]
         texts += [item["text"] for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
-    try:
-        texts += gold.answers(record, takes_numbers=True)
-    except RecordError:
-        pass  # such as a box, which says nothing here
-    return "\n".join(texts)
+    return "\n".join([*texts, gold.shown(record)])
 
 
 def _scripts(text: str) -> Counter[str]:

@@ -158,7 +158,7 @@ class Scorer:
                 await add(VERIFIER)
             verdict = parts[VERIFIER]
             if verdict is None:
-                parts[term.name] = None
+                parts[term.name] = None  # for the same reason
             else:
                 await add(term.name, verdict)
         return parts, notes

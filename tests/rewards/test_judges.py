@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from upstream import Upstream, serving
 
 from stepjax.errors import ConfigError, ContextLengthError, RecordError
 from stepjax.inference.request import EngineFailedError
@@ -248,6 +249,20 @@ def test_judgements_are_summed_with_other_terms_and_cached(tmp_path):
     assert scored("a") == ([105, 3], 0)
     assert scored("b") == ([105, 3], 4)
     assert scored(None) == scored(None) == ([105, 3], 4)  # who judges is not known
+
+
+def test_an_endpoint_judges():
+    with serving(Upstream(lambda body: {"content": "It is right.\n\nScore: 9"})) as upstream:
+        judge = JudgeConfig(url=upstream.url, model="fake")
+
+        async def main():
+            async with Scorer(RewardConfig(terms=(RewardTerm("judge"),), judge=judge)) as scorer:
+                return await scorer.score([Group(RECORD, answers("three", "3"))])
+
+        scored = asyncio.run(main())[0]
+        assert [each.value for each in scored] == [0.9, 0.9], scored
+    image, text = upstream.bodies[0]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/") and "How many cats?" in text["text"]
 
 
 def test_calls_at_a_time_are_bounded():

@@ -1,10 +1,12 @@
 """Every verifier with answers that it accepts and refuses, hostile ones among them."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from stepjax.errors import RecordError
+from stepjax.rewards import scorer  # noqa: F401 (registers all functions)
 from stepjax.rewards.registry import REWARDS
 from stepjax.rewards.verify import is_right, verifier_of
 
@@ -187,3 +189,9 @@ def test_partial_values():
     assert point({"answer": [0, 0]}, "(3.0, 4.0)") == pytest.approx(0.6065307)  # exp(-5 / 10)
     assert point({"answer": {"box": [0, 0, 4, 9]}, "scale": 2}, "(6.0, 5)") == pytest.approx(0.3678794)
     assert REWARDS["math"].function({"answer": r"\frac{"}, "It is 3.") is None
+
+
+def test_every_function_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    own = [name for name, each in REWARDS.items() if each.function.__module__.startswith("stepjax.")]
+    assert len(own) > 10 and [name for name in own if f"`{name}`" not in page] == []
