@@ -252,7 +252,7 @@ def test_judgements_are_summed_with_other_terms_and_cached(tmp_path):
 
 
 def test_an_endpoint_judges():
-    with serving(Upstream(lambda body: {"content": "It is right.\n\nScore: 9"})) as upstream:
+    with serving(Upstream(lambda body: {"content": "Score: 9"})) as upstream:
         judge = JudgeConfig(url=upstream.url, model="fake")
 
         async def main():
