@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from stepjax.tasks import extraction
-from stepjax.tasks.gold import answers
+from stepjax.tasks import extraction, gold
 
 # Pixels.
 CARD = (348, 316)
@@ -115,7 +114,7 @@ def _card(item: Item) -> Image.Image:
     answer = _lines(item.text, answer_font, width - mark - 10, 1)[0]
     draw.text((PADDING + mark + 10, y + 26), answer or "(no answer)", colour, answer_font)
     if not item.correct:
-        expected = "expected " + " or ".join(answers(item.record))
+        expected = f"expected {gold.shown(item.record)}"
         draw.text((PADDING + mark + 10, y + 56), _lines(expected, font, width - mark - 10, 1)[0], _TEXT, font)
     return card
 
@@ -133,8 +132,9 @@ def _picture(item: Item, image: Image.Image) -> Image.Image:
     if item.record.get("task") != "point":
         return picture
     draw = ImageDraw.Draw(picture)
-    if not item.correct:
-        left, top, right, bottom = item.record["answer"]["box"]
+    answer = item.record["answer"]
+    if not item.correct and isinstance(answer, dict):
+        left, top, right, bottom = answer["box"]
         scale_x, scale_y = picture.width / 100, picture.height / 100
         draw.rectangle((left * scale_x, top * scale_y, right * scale_x, bottom * scale_y), outline=_RIGHT, width=2)
     point = extraction.point(item.text)

@@ -26,7 +26,7 @@ from stepjax.processing.image_files import open_image
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
 from stepjax.progress import progress
-from stepjax.rewards.verifiers import is_right
+from stepjax.rewards.verify import is_right
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
 from stepjax.sharding import axis_size, make_mesh
@@ -44,7 +44,7 @@ class Report:
 
 
 def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, seed: int) -> Report:
-    """Greedy answers to the first `config.examples` records of every source; see `rewards.verifiers` for what is right.
+    """Greedy answers to the first `config.examples` records of every source; see `rewards.verify` for what is right.
 
     Records that ask nothing (documents, and conversations that the user ends) count by their loss, as in training.
 

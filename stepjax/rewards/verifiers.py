@@ -1,7 +1,6 @@
 """Verifiers: is the answer right? Each takes a record, whose `answer` is the gold, and a text without its reasoning.
 
-A record names its verifier in `verifier`; else its `task` does, if a verifier has that name; else the text must equal
-the answer. A list as `answer` gives several right answers, except for `list`, `box` and `point`.
+A list as `answer` gives several right answers, except for `list`, `box` and `point`.
 """
 
 import math
@@ -11,39 +10,9 @@ from typing import Any
 
 from stepjax.data.receipts import parse_receipt
 from stepjax.errors import RecordError
-from stepjax.rewards.registry import REWARDS, Record, Reward, reward
+from stepjax.rewards.registry import Record, reward
 from stepjax.tasks import extraction, gold, units
 from stepjax.tasks.same_answer import same_items
-
-_VERIFIES = ("verifier", "sandbox")
-
-
-def verifier_of(record: Record) -> Reward:
-    """
-    Raises:
-        RecordError: the record names none that exists.
-    """
-    name = record.get("verifier")
-    if name is None:
-        task = record.get("task")
-        found = REWARDS.get(task) if isinstance(task, str) else None
-        return found if found is not None and found.kind in _VERIFIES else REWARDS["text"]
-    found = REWARDS.get(name) if isinstance(name, str) else None
-    if found is None or found.kind not in _VERIFIES:
-        names = ", ".join(sorted(each.name for each in REWARDS.values() if each.kind in _VERIFIES))
-        raise RecordError(f"record {record.get('id')!r} has verifier={name!r:.100}: choose from {names}")
-    return found
-
-
-def is_right(record: Record, text: str) -> bool:
-    """Whether the text answers the record. What cannot be decided is not right.
-
-    Raises:
-        RecordError: the record has no usable answer, or names an unknown verifier.
-    """
-    verifier = verifier_of(record)
-    value = verifier.function(record, extraction.answer_text(text))
-    return value is not None and value >= verifier.right
 
 
 @reward("text")
@@ -180,10 +149,9 @@ def _tolerance(record: Record, name: str, default: float = 0) -> Fraction:
 def _numbers(record: Record, name: str, length: int) -> tuple[float, ...]:
     answer = record.get("answer")
     answer = answer.get(name) if isinstance(answer, Mapping) else answer
-    is_good = isinstance(answer, (list, tuple)) and len(answer) == length and all(_is_number(each) for each in answer)
-    if not is_good:
-        gold.refuse(record, f"a {name} needs a dict with {name!r}, or a list, of {length} numbers")
-    return tuple(map(float, answer))
+    if isinstance(answer, (list, tuple)) and len(answer) == length and all(map(_is_number, answer)):
+        return tuple(map(float, answer))
+    gold.refuse(record, f"a {name} needs a dict with {name!r}, or a list, of {length} numbers")
 
 
 def _is_number(value: Any) -> bool:

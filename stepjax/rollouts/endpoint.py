@@ -339,9 +339,10 @@ def _item(item: dict[str, Any]) -> dict[str, Any]:
     if item.get("type") != "image":
         return item
     source = item["image"]
-    if item.get("frame") is not None:  # servers accept no `frame`; they use the first
+    # Servers accept no `frame`; they use the first.
+    if item.get("frame") is not None or isinstance(source, Image.Image):
         file = io.BytesIO()
-        open_image(source, frame=item["frame"]).save(file, "PNG")
+        open_image(source, frame=item.get("frame")).save(file, "PNG")
         source = file.getvalue()
     return {"type": "image_url", "image_url": {"url": _data_uri(source)}}
 

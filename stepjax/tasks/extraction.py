@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
@@ -39,6 +39,12 @@ _PROSE = re.compile(
 _SENTENCE = re.compile(r"(?<=\w{3})[.!?]\s+(?=[A-Z])")
 
 _DECIMAL = r"[-+]?(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})"
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,400})"
+_LITERAL = re.compile(
+    rf"[-+]?\s?(?:{_WHOLE}?(?:\.\d{{0,400}})?(?:[eE][-+]?\d{{1,3}})?(?:\s?\*\s?10\s?\^\s?\{{?-?\d{{1,3}}\}}?)?"
+    rf"|(?:{_WHOLE}\s)?{_WHOLE}\s?/\s?{_WHOLE}|(?:{_WHOLE}\s?)?\\frac\s?\{{\s?{_WHOLE}\s?\}}\s?\{{\s?{_WHOLE}\s?\}})\s?%?",
+    re.ASCII,
+)
 _QUANTITY = re.compile(
     r"(?<![\w.,/^-])([-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?"
     r"(?:\s?/\s?\d{1,30})?)(?![\w/]*\d|[.,]\d)(\s?%|\s?[A-Za-z\u00b5\u03bc\u03a9\u00b0][A-Za-z/*^23\u00b2\u00b3]*)?",
@@ -47,7 +53,7 @@ _QUANTITY = re.compile(
 _UNIT = r"[A-Za-z\u00b5\u03bc\u03a9]+\.?[\u00b2\u00b3]?(?:\s?\^\s?\{?-?[1-9]\}?|-?[1-9])?"
 _MEASURED = re.compile(rf"(.*[\d)}}])(\s*)({_UNIT}(?:\s?[/*]\s?{_UNIT}|\s{_UNIT})*)")
 _INTEGER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d{1,30})", re.ASCII)
-_WORDS = (
+_WORDS: Sequence[str] = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
@@ -122,14 +128,14 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
         return None
     if len(answer) < 1000:
         whole = normalised(answer)
-        number = value_of(whole)
+        number = _number(whole)
         if number is not None:
             return number, ""
         measured = _MEASURED.fullmatch(whole)
-        if measured and (measured[2] or units.is_known(measured[3])) and (number := value_of(measured[1])) is not None:
+        if measured and (measured[2] or units.is_known(measured[3])) and (number := _number(measured[1])) is not None:
             return number, measured[3]
     match = _only(_QUANTITY.finditer(answer))
-    number = match and value_of(match[1])
+    number = match and _number(match[1])
     if match is None or number is None:
         return None
     unit = (match[2] or "").strip()
@@ -206,6 +212,15 @@ def last_boxed(text: str) -> str | None:
 def _stated_or_all(text: str) -> str:
     answer = stated(text)
     return text[-_MOST_SEARCHED:].strip() if answer is None else answer
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a literal, in normalised notation. A sum, or a quotient that comes out even, may be the question."""
+    if not _LITERAL.fullmatch(text.strip()):
+        return None
+    number = value_of(text)
+    is_quotient = "/" in text or "frac" in text
+    return None if number is not None and is_quotient and number.denominator == 1 else number
 
 
 def _only(found: Iterable[T]) -> T | None:

@@ -36,6 +36,14 @@ def answers(record: Mapping[str, Any], *, takes_numbers: bool = False) -> tuple[
     return right
 
 
+def shown(record: Mapping[str, Any]) -> str:
+    """The right answers for people."""
+    try:
+        return " or ".join(answers(record, takes_numbers=True))
+    except RecordError:
+        return str(record.get("answer"))  # such as a box
+
+
 def is_question(record: Mapping[str, Any]) -> bool:
     """Whether the record is a conversation that ends with an assistant turn: the answer wanted from the model."""
     messages = record.get("messages")

@@ -9,7 +9,7 @@ from PIL import Image
 from stepjax.config import DigitsSource
 from stepjax.data.digits import DigitsRecords
 from stepjax.evaluation.contact_sheet import CARD, GAP, HEADER, Item, contact_sheet, pick_items, sheet_size
-from stepjax.rewards.verifiers import is_right
+from stepjax.rewards.verify import is_right
 
 PAPER = (255, 255, 210)  # no colour of the sheet itself
 RIGHT, WRONG = (26, 138, 74), (205, 48, 52)
@@ -50,6 +50,15 @@ def test_the_sheet_has_its_stated_size_and_a_card_each(tmp_path):
         assert _has(card, RIGHT) and not _has(card, WRONG)
     assert _has(cards[4], WRONG) and not _has(cards[4], RIGHT)
     assert len(np.unique(cards[5].reshape(-1, 3), axis=0)) == 1, "there is no sixth card"
+
+
+@pytest.mark.parametrize("task, answer", [("box", [0, 0, 50, 50]), ("point", [20, 30]), ("number", 5)])
+def test_answers_that_are_no_texts(task, answer, tmp_path):
+    record = {"id": "a", "messages": [{"role": "user", "content": "q"}], "task": task, "answer": answer}
+    item = Item(record, Image.new("RGB", (10, 10)), "?", is_right(record, "?"))
+    contact_sheet([item], tmp_path / "sheet.png", title="t", columns=1)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert _has(_card(sheet.convert("RGB"), 0, 1), WRONG)
 
 
 def test_the_image_is_shown_enlarged_pixel_by_pixel(tmp_path):

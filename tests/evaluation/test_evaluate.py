@@ -20,7 +20,7 @@ from stepjax.evaluation.evaluate import evaluate
 from stepjax.evaluation.scoring import chance_level
 from stepjax.inference.request import Completion
 from stepjax.interop.load import load_run
-from stepjax.rewards.verifiers import is_right
+from stepjax.rewards.verify import is_right
 from stepjax.sharding import make_mesh, shardings
 
 pytest_plugins = ("tiny_run",)

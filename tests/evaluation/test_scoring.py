@@ -14,7 +14,7 @@ from stepjax.data.digits import DigitsRecords
 from stepjax.errors import RecordError
 from stepjax.evaluation.scoring import TaskResult, chance_level, summary_table
 from stepjax.figures import wilson_interval
-from stepjax.rewards.verifiers import is_right
+from stepjax.rewards.verify import is_right
 
 TASKS = ("transcribe", "count", "add", "point", "arithmetic", "receipt", "misprint")
 

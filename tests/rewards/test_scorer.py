@@ -12,6 +12,7 @@ import pytest
 import slow_rewards  # noqa: F401 (registers functions)
 from PIL import Image
 
+from stepjax.config_file import load_recipe
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.rewards.cache import Cache, digest
 from stepjax.rewards.config import RewardConfig, RewardTerm
@@ -110,11 +111,21 @@ def test_gold_that_cannot_be_parsed_is_missing_and_so_is_what_takes_too_long():
 
 
 def test_too_many_missing_rewards_stop_the_run():
-    texts = ["none"] * 2 + ["fine"] * 8
-    scored, _ = score(config("fails", max_missing=0.2), {}, *texts)
-    assert [each.value for each in scored] == [None] * 2 + [0.37] * 8
-    with pytest.raises(MissingRewardsError, match=r"3 of 10 .*max_missing=0.2: fails: fails cannot decide \(3 times\)"):
-        score(config("fails", max_missing=0.2), {}, "none", *texts[:-1])
+    async def main():
+        async with Scorer(config("fails", max_missing=0.2, missing_window=10)) as scorer:
+            for texts in (["none"] * 2 + ["fine"] * 8, ["fine"] * 9 + ["none"]):  # 2 of the last 10, then 1
+                await scorer.score([Group({}, rollouts(*texts))])
+            await scorer.score([Group({}, rollouts("none", "none", "fine"))])
+
+    message = r"3 of the last 10 rewards .*max_missing=0.2 of 10: fails: fails cannot decide \(3 times\)"
+    with pytest.raises(MissingRewardsError, match=message):
+        asyncio.run(main())
+
+
+def test_one_bad_record_does_not_stop_the_run(caplog):
+    scored, counts = score(config("fails"), {}, *["none"] * 16)
+    assert counts["missing"] == 16 and all(each.value is None for each in scored)
+    assert "16 of 16 rewards are missing: fails: fails cannot decide" in caplog.text
 
 
 def test_what_a_function_may_not_return_and_terms_that_do_not_exist():
@@ -125,6 +136,26 @@ def test_what_a_function_may_not_return_and_terms_that_do_not_exist():
     for fields in ({"terms": ()}, {"deadline": 0}, {"workers": 0}, {"max_missing": 1.5}, {"cache_size": 0}):
         with pytest.raises(ConfigError, match=f"reward.{next(iter(fields))}="):
             RewardConfig(**fields)
+
+
+def test_a_function_of_ones_own_beside_the_recipe(tmp_path):
+    source = (
+        "from stepjax.rewards.registry import reward\n\n"
+        "@reward('{name}')\ndef longer(record, text):\n    return float(len(text) > 2)\n"
+    )
+    recipe = (
+        "from stepjax.config import BatchConfig, DataConfig, Phase, PretrainConfig, ScheduleConfig\n{more}\n"
+        "schedule = ScheduleConfig(phases=(Phase(tokens=1, start=0, end=0),))\n"
+        "config = PretrainConfig(name='a', data=DataConfig(), batch=BatchConfig(rows=1), schedule=schedule)\n"
+    )
+    (tmp_path / "my_rewards.py").write_text(source.format(name="longer"))
+    (tmp_path / "good.py").write_text(recipe.format(more="import my_rewards"))
+    (tmp_path / "bad.py").write_text(recipe.format(more=source.format(name="lost")))
+    load_recipe(tmp_path / "good.py")
+    scored, _ = score(config("longer"), {}, "ab", "abc")
+    assert [each.value for each in scored] == [0, 1]
+    with pytest.raises(ConfigError, match="'lost' is defined in recipe_bad.* beside the recipe"):
+        load_recipe(tmp_path / "bad.py")
 
 
 def test_verdicts_are_cached_by_what_they_depend_on(tmp_path):

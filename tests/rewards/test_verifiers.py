@@ -1,13 +1,14 @@
 """Every verifier with answers that it accepts and refuses, hostile ones among them."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from stepjax.errors import RecordError
-from stepjax.rewards import verifiers  # noqa: F401 (registers them)
+from stepjax.rewards import scorer  # noqa: F401 (registers all functions)
 from stepjax.rewards.registry import REWARDS
-from stepjax.rewards.verifiers import is_right, verifier_of
+from stepjax.rewards.verify import is_right, verifier_of
 
 HOSTILE = [
     "",
@@ -74,7 +75,7 @@ TABLE = {
         ({"answer": "B", "choices": ["Rome", "Paris"]}, ["paris", "B"], ["Rome", "Paris or Rome", "C"]),
     ],
     "number": [
-        ({"answer": 5}, ["5", "5.0", "It is 5.", "10/2", "5 km", "+5"], ["-5", "5 or 6", "5%", "x5", "5,0", "5x"]),
+        ({"answer": 5}, ["5", "5.0", "It is 5.", "5e0", "5 km", "+5"], ["-5", "5 or 6", "5%", "x5", "5,0", "5x"]),
         (
             {"answer": "5 km"},
             ["5 km", "5000 m", "5", "The answer is 5 kilometers."],
@@ -89,6 +90,8 @@ TABLE = {
         ({"answer": "3 apples"}, ["3 apple", "3"], ["3 pears", "4 apples"]),
         ({"answer": "10%"}, ["10 %", "0.1"], ["10"]),
         ({"answer": 10}, ["10"], ["10 %"]),
+        ({"answer": 5}, [], ["2+3", "10/2", "It is 10/2.", r"\frac{10}{2}", "5*1", "2 + 3 = 6", "--5"]),
+        ({"answer": "1/2"}, ["0.5", ".5", "2/4", r"\frac{1}{2}", "50%", "$0.5$"], ["1/3", "1 1/2"]),
         ({"answer": 3.14, "tolerance": 0.01}, ["3.15", "3.13", "about 3.14"], ["3.151", "3.1"]),
         ({"answer": "200 g", "relative_tolerance": 0.05}, ["0.21 kg", "190 g"], ["0.211 kg", "200 kg"]),
         ({"answer": "1234567"}, ["1,234,567", "It has 1,234,567 people."], ["1,234", "1234", "1.234.567"]),
@@ -188,3 +191,9 @@ def test_partial_values():
     assert point({"answer": [0, 0]}, "(3.0, 4.0)") == pytest.approx(0.6065307)  # exp(-5 / 10)
     assert point({"answer": {"box": [0, 0, 4, 9]}, "scale": 2}, "(6.0, 5)") == pytest.approx(0.3678794)
     assert REWARDS["math"].function({"answer": r"\frac{"}, "It is 3.") is None
+
+
+def test_every_function_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    own = [name for name, each in REWARDS.items() if each.function.__module__.startswith("stepjax.")]
+    assert len(own) > 10 and [name for name in own if f"`{name}`" not in page] == []
