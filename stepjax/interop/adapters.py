@@ -68,7 +68,7 @@ def load_merged(source: OrbaxDirectory, *, numerics: NumericsConfig | None = Non
         raise CheckpointError(f"{source.step} holds adapters and needs the model that they adapt; {error}") from error
     check_base(base, config, source.meta)
     adapters = restore_model(source.step, jax.eval_shape(partial(lora.init_adapters, adapters_config, seed=0), base))
-    model = jax.jit(partial(lora.merged, adapters_config), donate_argnums=0)(base, adapters)
+    model = lora.merged(adapters_config, base, adapters)
     like = abstract_model(config.model, numerics or config.numerics)
     leaves = [x.astype(to.dtype) for x, to in zip(jax.tree.leaves(model), jax.tree.leaves(like), strict=True)]
     if mesh is None:

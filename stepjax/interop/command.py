@@ -28,6 +28,7 @@ class Convert:
     part: Literal["all", "decoder"] = "all"  # decoder: the text model alone, as a plain Qwen3
     side_files: Path | None = None  # Hugging Face directory whose tokenizer, template and code to export with a run
     adapters: bool = False  # of a run that trains adapters (lora): write them alone, as PEFT loads them
+    merge: Path | None = None  # PEFT's directory of an adapter, to add to the weights of a Hugging Face directory
     overwrite: bool = False  # replace DST, or another conversion's unfinished work
 
     def run(self) -> int:
@@ -41,10 +42,15 @@ class Convert:
         from stepjax.interop.convert import to_hf, to_orbax
         from stepjax.interop.hf_directory import HFDirectory
         from stepjax.interop.load import open_checkpoint
+        from stepjax.interop.peft_layout import Merged
 
         source, destination = open_checkpoint(_local(self.source)), _local(self.destination)
         if self.adapters:
             return self._write_adapters(source, destination)
+        if self.merge is not None:
+            if not isinstance(source, HFDirectory):
+                raise CheckpointError(f"--merge {self.merge} is for a Hugging Face directory, unlike {self.source}")
+            source = Merged(source.path, self.merge)
         if isinstance(source, HFDirectory):
             self._refuse_side_files("a Hugging Face directory brings its own")
             written = to_orbax(source, destination, dtype=self.dtype, part=self.part, overwrite=self.overwrite)
@@ -71,7 +77,11 @@ class Convert:
         from stepjax.interop.hf_directory import HFDirectory
         from stepjax.interop.peft_layout import write_adapters
 
-        others = [name for name in ("dtype", "part", "side_files") if getattr(self, name) not in ("keep", "all", None)]
+        others = [
+            name
+            for name in ("dtype", "part", "side_files", "merge")
+            if getattr(self, name) not in ("keep", "all", None)
+        ]
         if isinstance(source, HFDirectory) or others:
             what = f"--{others[0].replace('_', '-')}" if others else f"{source.path}, a Hugging Face directory"
             raise CheckpointError(f"--adapters writes the adapters of a run as they are: it does not go with {what}")

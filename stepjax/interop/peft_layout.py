@@ -1,4 +1,4 @@
-"""The adapters of a run as PEFT stores them: adapter_config.json and adapter_model.safetensors.
+"""Adapters as PEFT stores them, adapter_config.json and adapter_model.safetensors: those of a run, and other people's.
 
     ours    decoder/blocks/attention/q_kernel/a   [L, D, R]      decoder/blocks/attention/q_kernel/b   [L, R, N, H]
     PEFT's  base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight [R, D], and .lora_B.weight [N * H, R]
@@ -6,6 +6,8 @@
 for every layer. The module paths are those of the exported model's PyTorch code, and of Transformers' Qwen3 and Llama,
 so one file serves the whole model and, unless it adapts the projector, its decoder alone. A wrong prefix would make
 PEFT and servers answer with the base silently: tests/parity has PEFT read what this writes.
+
+`Merged` goes the other way: a Hugging Face directory with an adapter added to its tensors, all in PyTorch's layout.
 
 Legend: L layers, D width, N heads, H head dim, R rank.
 """
@@ -20,15 +22,29 @@ import numpy as np
 
 from stepjax.config import LoraConfig
 from stepjax.errors import CheckpointError
+from stepjax.interop.bounds import read_json
+from stepjax.interop.hf_directory import HFDirectory
+from stepjax.interop.hf_layout import disk_key
 from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.interop.partial import partial
-from stepjax.interop.safetensors_file import create, make_header, parse_header, write_tensor
+from stepjax.interop.safetensors_file import (
+    check_size,
+    create,
+    make_header,
+    parse_header,
+    read_header,
+    read_tensor,
+    write_tensor,
+)
 from stepjax.models import lora
 from stepjax.sharding import named_leaves
 from stepjax.training.checkpoint import restore_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+
+
+# A run's adapters ----------------------------------------------------------------------------------------------------
 
 
 def write_adapters(source: OrbaxDirectory, destination: Path, *, overwrite: bool = False) -> str:
@@ -88,3 +104,61 @@ def _config(config: LoraConfig, modules: list[str], base: str | None) -> dict[st
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+# Other people's ------------------------------------------------------------------------------------------------------
+
+# What we do not merge, by its field in the configuration, and the value that means that it is not used.
+_UNUSED = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "bias": "none"}
+_UNUSED |= {"rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+
+
+class Merged(HFDirectory):
+    """A Hugging Face directory whose tensors have an adapter of PEFT's added as they are read, in their own dtype.
+
+    Raises:
+        CheckpointError: the adapter is unusable, is of a kind that we do not merge, or belongs to another model.
+    """
+
+    def __init__(self, path: str | Path, adapter: str | Path):
+        super().__init__(path)
+        file, config = Path(adapter) / WEIGHTS, read_json(Path(adapter) / CONFIG)
+        used = [name for name, unused in _UNUSED.items() if config.get(name) and config[name] != unused]
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float) or used:
+            kind = f"{config.get('peft_type')!r} of r={rank!r}, lora_alpha={alpha!r}"
+            raise CheckpointError(f"{adapter}: only plain LoRA is merged; this is {', '.join([kind, *used])}")
+        self._scale = alpha / rank
+        self._adapter = parse_header(file, read_header(file))
+        check_size(file, self._adapter)
+        self.origin = f"{self.origin} with {Path(adapter).absolute()} of {file.stat().st_mtime_ns}"
+        self._parts = {key: self._parts_of(key) for key in self.entries}
+        found = [part for parts in self._parts.values() for part in parts]
+        if others := sorted(self._adapter.keys() - set(found)):
+            raise CheckpointError(
+                f"{adapter} does not belong to {path}, which has no place for {', '.join(others[:10])}"
+            )
+        for key, parts in self._parts.items():
+            if parts and self._shape_of(parts) != self.entries[key].shape:
+                raise CheckpointError(f"{adapter} does not belong to {path}: {', '.join(parts)} do not fit {key}")
+
+    def read(self, key: str) -> np.ndarray:
+        values, parts = super().read(key), self._parts[key]
+        if not parts:
+            return values
+        a, b = (read_tensor(part, self._adapter[part]).astype(np.float32) for part in parts)
+        return (values.astype(np.float32) + self._scale * (b @ a)).astype(values.dtype)
+
+    def _parts_of(self, key: str) -> list[str]:
+        """The keys of a tensor's A and B; none if it has no adapter. The adapter may name either public layout."""
+        for path in (key, disk_key(key)):
+            names = [f"{_PREFIX}{path.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
+            if any(name in self._adapter for name in names):
+                return names
+        return []
+
+    def _shape_of(self, parts: list[str]) -> tuple[int, ...]:
+        """Of the product; empty if a part is missing or misshapen."""
+        shapes = [self._adapter[part].shape for part in parts if part in self._adapter]
+        is_product = len(shapes) == 2 and all(len(shape) == 2 for shape in shapes) and shapes[0][0] == shapes[1][1]
+        return (shapes[1][0], shapes[0][1]) if is_product else ()

@@ -13,6 +13,7 @@ Legend: L layers, D width, N heads, H head dim, R rank.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
@@ -84,6 +85,7 @@ def adapted(config: LoraConfig, model: Model, adapters: Adapters) -> Model:
     return _replaced(model, adapters, lambda kernel, a, b: Adapted(kernel, a, b, config.scale))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def merged(config: LoraConfig, model: Model, adapters: Adapters) -> Model:
     """A plain model with the adapters added to its kernels, in the kernels' dtype. Sums are float32."""
 

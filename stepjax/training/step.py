@@ -58,9 +58,7 @@ def abstract_trained(config: RunConfig) -> Any:
 
 def whole_model(state: TrainState, config: RunConfig) -> StepVL:
     """A plain model for inference: the trained one, or a copy of the base with the adapters merged."""
-    if config.adapters is None:
-        return state.model
-    return jax.jit(partial(lora.merged, config.adapters))(state.base, state.model)
+    return state.model if config.adapters is None else lora.merged(config.adapters, state.base, state.model)
 
 
 def forward(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from stepjax.config import LoraConfig
+from stepjax.config import LoraConfig, MeshConfig
 from stepjax.errors import ConfigError
 from stepjax.models import lora
-from stepjax.sharding import named_leaves
+from stepjax.sharding import make_mesh, named_leaves, shardings
 
 LORA = LoraConfig(rank=3, alpha=5.0, targets=("decoder/", "projector/"))
 
@@ -63,6 +64,13 @@ def test_new_adapters_derive_from_the_seed_and_the_name(small_model):
             assert 0.8 * bound < np.abs(new[name][...]).max() <= bound
 
 
+def test_adapters_are_float32_whatever_the_model_is(small_model):
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_model)
+    new = lora.init_adapters(LORA, rounded, 0)
+    assert {leaf.dtype for leaf in new.values()} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(lora.merged(LORA, rounded, new))} == {jnp.dtype("bfloat16")}
+
+
 def test_merged_adapters_act_as_unmerged_ones_and_change_the_model(small_model, adapters, pixels):
     merged = logits(lora.merged(LORA, small_model, adapters), pixels)
     np.testing.assert_allclose(logits(lora.adapted(LORA, small_model, adapters), pixels), merged, rtol=0, atol=2e-4)
@@ -101,3 +109,24 @@ def test_targets_are_patterns_over_linear_layers(small_model, targets, count):
 def test_a_pattern_that_selects_nothing_is_refused(small_model, pattern, message):
     with pytest.raises(ConfigError, match=message):
         lora.targets(LoraConfig(rank=1, targets=(pattern,)), small_model)
+
+
+def test_gradients_of_adapters_are_the_same_on_eight_devices(small_model, adapters, pixels):
+    """And sharded like their kernels, but for the rank."""
+
+    @jax.jit
+    def gradient(adapters, model):
+        return jax.grad(lambda adapters: jnp.mean(logits(lora.adapted(LORA, model, adapters), pixels) ** 2))(adapters)
+
+    expected = gradient(adapters, small_model)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout = shardings(adapters, mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((adapters, small_model), (layout, shardings(small_model, mesh)))
+        found = gradient(*placed)
+    down_a = jax.tree.leaves(layout["decoder/blocks/mlp/down_kernel/a"])[0]
+    assert down_a.spec == PartitionSpec(None, "tensor", None)
+    for name, value in expected.items():
+        largest = np.abs(value[...]).max()
+        assert largest > 0
+        np.testing.assert_allclose(found[name][...], value[...], rtol=0, atol=1e-5 * largest, err_msg=name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from run_files import read_metrics, without_speed
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_sft import config as SFT
 
 import stepjax
@@ -274,3 +274,41 @@ def test_adapters_are_written_as_peft_stores_them(lora_run, finished_run, tmp_pa
     with_part = ["--adapters", "--part", "decoder"]
     assert main(["convert", str(outcome.directory), str(tmp_path / "part"), *with_part]) == 1
     assert "does not go with --part" in capsys.readouterr().err
+
+
+def test_a_peft_adapter_that_does_not_fit_is_refused(lora_run, finished_run, tmp_path, capsys):
+    """What fits is merged: tests/parity/test_lora_vs_peft.py."""
+    _, outcome = lora_run
+    base, peft = tmp_path / "base", tmp_path / "peft"
+    assert main(["convert", str(finished_run.directory), str(base)]) == 0
+    assert main(["convert", str(outcome.directory), str(peft), "--adapters"]) == 0
+    merge = ["convert", str(base), str(tmp_path / "merged"), "--merge", str(peft)]
+    assert main(merge) == 0
+    expected = arrays(outcome.model)
+    for name, array in arrays(stepjax.load(tmp_path / "merged")[0]).items():
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-6)
+    fields, tensors = (
+        json.loads((peft / "adapter_config.json").read_text()),
+        load_file(peft / "adapter_model.safetensors"),
+    )
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    missing = {name: value for name, value in tensors.items() if name != key}
+    other = missing | {key.replace("layers.0", "layers.7"): tensors[key]}
+    narrow = tensors | {key: tensors[key][:, 1:].copy()}
+    for changed, answer in (
+        (
+            (fields | {"use_dora": True}, tensors),
+            "only plain LoRA is merged; this is 'LORA' of r=2, lora_alpha=16.0, use_dora",
+        ),
+        ((fields | {"peft_type": "IA3"}, tensors), "only plain LoRA is merged; this is 'IA3'"),
+        ((fields, missing), "do not fit model.layers.0.self_attn.q_proj.weight"),
+        ((fields, narrow), "do not fit model.layers.0.self_attn.q_proj.weight"),
+        ((fields, other), f"has no place for {key.replace('layers.0', 'layers.7')}"),
+    ):
+        (peft / "adapter_config.json").write_text(json.dumps(changed[0]))
+        save_file(changed[1], peft / "adapter_model.safetensors")
+        capsys.readouterr()
+        assert main([*merge, "--overwrite"]) == 1
+        assert answer in capsys.readouterr().err
+    assert main(["convert", str(finished_run.directory), str(tmp_path / "x"), "--merge", str(peft)]) == 1
+    assert "is for a Hugging Face directory" in capsys.readouterr().err
