@@ -21,7 +21,7 @@ from stepjax.interop.init_from import initial_model
 from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.models import lora
 from stepjax.models.step_vl import StepVL, abstract_model
-from stepjax.sharding import make_mesh, named_leaves
+from stepjax.sharding import make_mesh, named_leaves, shardings
 from stepjax.training.checkpoint import Checkpointer, restore_model
 from stepjax.training.digests import digests
 
@@ -67,13 +67,17 @@ def load_merged(source: OrbaxDirectory, *, numerics: NumericsConfig | None = Non
     except CheckpointError as error:
         raise CheckpointError(f"{source.step} holds adapters and needs the model that they adapt; {error}") from error
     check_base(base, config, source.meta)
-    adapters = restore_model(source.step, jax.eval_shape(partial(lora.init_adapters, adapters_config, seed=0), base))
-    model = lora.merged(adapters_config, base, adapters)
+    adapters_like = jax.eval_shape(partial(lora.init_adapters, adapters_config, seed=0), base)
+    placed = jax.tree.map(_placed, adapters_like, shardings(adapters_like, on_mesh))
+    model = lora.merged(adapters_config, base, restore_model(source.step, placed))
     like = abstract_model(config.model, numerics or config.numerics)
-    leaves = [x.astype(to.dtype) for x, to in zip(jax.tree.leaves(model), jax.tree.leaves(like), strict=True)]
-    if mesh is None:
-        leaves = jax.device_put(leaves, jax.devices()[0])
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    layout = jax.devices()[0] if mesh is None else shardings(like, mesh)
+    model = jax.tree.map(lambda x, to: x.astype(to.dtype), jax.tree.leaves(model), jax.tree.leaves(like))
+    return jax.device_put(jax.tree.unflatten(jax.tree.structure(like), model), layout)
+
+
+def _placed(array: jax.ShapeDtypeStruct, layout: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=layout)
 
 
 @contextlib.contextmanager

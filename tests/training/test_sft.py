@@ -15,7 +15,7 @@ from tiny_sft import config as SFT
 
 import stepjax
 from stepjax.cli import main
-from stepjax.config import InitConfig, JsonlSource, LoraConfig
+from stepjax.config import InitConfig, JsonlSource, LoraConfig, MeshConfig
 from stepjax.data.mixture import Sample
 from stepjax.data.packing import RowBudget, pack
 from stepjax.data.records import JsonlRecords
@@ -23,7 +23,7 @@ from stepjax.errors import CheckpointError
 from stepjax.interop.load import load_run
 from stepjax.models.step_vl import init_model
 from stepjax.processing.processor import Processor
-from stepjax.sharding import named_leaves
+from stepjax.sharding import make_mesh, named_leaves
 from stepjax.training.checkpoint import Checkpointer, read_meta, stored_parameters
 from stepjax.training.loop import pretrain
 from stepjax.training.losses import cross_entropy_sum, next_tokens
@@ -199,9 +199,14 @@ def test_a_broken_run_with_adapters_goes_on_as_an_unbroken_one(finished_run, lor
 def test_a_run_with_adapters_is_read_like_any_other(lora_run, conversations, capsys, quick_runs):
     _, outcome = lora_run
     expected = arrays(outcome.model)
-    model, _ = stepjax.load(outcome.directory)
-    for name, array in arrays(model).items():
-        np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-6)
+    for mesh in (None, make_mesh(MeshConfig())):
+        model, _ = stepjax.load(outcome.directory, mesh=mesh)
+        for name, array in arrays(model).items():
+            np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-6)
+    assert len(model.decoder.blocks.mlp.down_kernel[...].sharding.device_set) == 8
+    half = dataclasses.replace(SFT.numerics, param_dtype="bfloat16")
+    model, _ = stepjax.load(outcome.directory, numerics=half)
+    assert {array.dtype.name for array in arrays(model).values()} == {"bfloat16"}
     question = ["--prompt", "1 + 1?", "--max-tokens", "3"]
     assert main(["generate", str(outcome.directory), *question]) == 0
     assert capsys.readouterr().out.strip()
