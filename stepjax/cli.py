@@ -169,11 +169,9 @@ def _without_recipe(verb: Any) -> Any:
 def _with_recipe(verb: Any, preset: Any) -> Any:
     import tyro
 
-    kind: Any = type(preset)
-
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class WithRecipe(verb):
-        config: Annotated[kind, tyro.conf.arg(name="")] = preset
+        config: Annotated[type(preset), tyro.conf.arg(name="")] = preset  # pyright: ignore[reportInvalidTypeForm]
 
     WithRecipe.__doc__ = verb.__doc__
     return WithRecipe

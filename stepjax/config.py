@@ -419,6 +419,26 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (stepjax.models.lora): only they are trained and saved; the model stays that of `init_from`."""
+
+    rank: int = 0  # 0: no adapters; the model's own parameters are trained
+    alpha: float = 16.0  # the product of an adapter's matrices is scaled by alpha / rank
+    # Regular expressions over parameter names: the linear layers of the decoder ("q_kernel", "mlp/", ...) and
+    # "projector/kernel" can have an adapter.
+    targets: tuple[str, ...] = ("decoder/",)
+
+    def __post_init__(self):
+        require_not_negative("lora", self, "rank")
+        require_positive("lora", self, "alpha")
+        require("lora", self, targets=(bool(self.targets), "needs a pattern, such as 'decoder/'"))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every kind of training run has: a model, its start, the data, the machine and the output."""
 
@@ -448,6 +468,11 @@ class RunConfig:
         remedy = f"must equal the {images.global_grid} patches along a global view"
         require("model.vision", vision, position_grid=(covers, remedy))
 
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained in place of the model; None if the model is."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
@@ -467,26 +492,6 @@ class PretrainConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) A B, of which only A and B are trained and saved."""
-
-    rank: int = 0  # 0: no adapters; the model's own parameters are trained
-    alpha: float = 16.0
-    # Regular expressions over parameter names; they may match matrices of linear layers only. By default all of the
-    # decoder's.
-    targets: tuple[str, ...] = (r"decoder/.*(attention|mlp)/.*kernel",)
-
-    def __post_init__(self):
-        require_not_negative("lora", self, "rank")
-        require_positive("lora", self, "alpha")
-        require("lora", self, targets=(bool(self.targets), "needs a pattern"))
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig(PretrainConfig):
     """Supervised fine-tuning: pretraining's loop on conversations, from a trained model, with or without adapters."""
 
@@ -496,3 +501,7 @@ class SftConfig(PretrainConfig):
         super().__post_init__()
         if not any(self.init_from.sources.values()):
             raise ConfigError("init_from.path=None: name the run or model to fine-tune, with --init-from.path PATH")
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        return self.lora if self.lora.rank else None

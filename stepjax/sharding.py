@@ -5,8 +5,10 @@ without one are layer stacks. `constrain` pins activations where it matters. The
 a pod: a single device is a 1-device mesh, and every rule applies to it.
 """
 
+import difflib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "positions": None,
     "qkv": None,
     "gate_up": None,
+    "rank": None,
 }
 
 
@@ -129,6 +132,35 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     named = dict(pairs)
     assert len(named) == len(pairs), "two leaves share a name"
     return named
+
+
+def matching(pattern: str, names: list[str], field: str) -> list[str]:
+    """The parameter names that contain a match of a regular expression, which is an option named `field`.
+
+    Raises:
+        ConfigError: the pattern is malformed, or none do.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{field} pattern {pattern!r} is not a regular expression: {error}") from error
+    matches = [name for name in names if regex.search(name)]
+    if matches:
+        return matches
+    top_level = _unique(name.split("/")[0] for name in names)
+    parts = _unique(part for name in names for part in name.split("/"))
+    words = re.findall(r"\w+", pattern)
+    close = _unique(
+        match for word in words if word not in parts for match in difflib.get_close_matches(word, parts, n=2)
+    )
+    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    raise ConfigError(
+        f"{field} pattern {pattern!r} matches no parameter name.{hint} Names start with {', '.join(top_level)}."
+    )
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

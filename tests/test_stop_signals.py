@@ -86,7 +86,7 @@ def test_before_and_while_a_run_compiles(press, tmp_path):
     moments = [
         (f"mkdir {tmp_path}/tiny", 0, TERM),
         ("Compiling jit(", 0.05, INT),
-        ("Compiling jit(new_state)", 0.1, INT),
+        ("Compiling jit(initial_state)", 0.1, INT),
     ]
     assert assert_a_run_stops(press, tmp_path, moments)[0] == []
 
@@ -97,7 +97,7 @@ def test_at_twenty_moments_of_a_run_and_of_what_is_done_with_it(press, tmp_path)
         (f"open {RECIPE}", 0, INT),
         (f"mkdir {tmp_path}/tiny", 0, TERM),
         ("Compiling ", 0.05, INT),
-        ("Compiling jit(new_state)", 0.1, TERM),
+        ("Compiling jit(initial_state)", 0.1, TERM),
         ("Compiling jit(train_step)", 0, INT),
         ("Compiling jit(train_step)", 0.3, INT),
         ("Compiling jit(train_step)", 1.0, TERM),

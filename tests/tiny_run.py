@@ -28,7 +28,15 @@ class FinishedRun:
 
 def _train_step(config: PretrainConfig, optimizer, schedule):
     """The same function for configurations that compile to the same step, so that JAX traces it once."""
-    parts = (config.batch, config.schedule, config.optimizer, config.loss, config.numerics, len(config.data.sources))
+    parts = (
+        config.batch,
+        config.schedule,
+        config.optimizer,
+        config.loss,
+        config.numerics,
+        len(config.data.sources),
+        config.adapters,
+    )
     key = tuple(map(repr, parts))
     return _train_steps.setdefault(key, make_train_step(config, optimizer, schedule))
 

@@ -32,6 +32,7 @@ config = dataclasses.replace(
             ArrayRecordSource(name="multimodal", weight=0.5, paths=("data/sft2-multimodal-00000.array_record",)),
         ),
     ),
-    # View counts as in the first stage: measure how many your mixture has in 128k tokens.
+    # Five times the first stage's share of multimodal tokens, so five times its views.
+    batch=dataclasses.replace(stage1.batch, global_views=80, crops=320),
     schedule=dataclasses.replace(stage1.schedule, phases=(Phase(tokens=36e9, start=1e-4, end=1e-5),)),
 )

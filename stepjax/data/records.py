@@ -1,7 +1,7 @@
 """Sources of records: random access by index, so that shuffling, mixing and resuming need no state.
 
 A record is a dict with an `id` and one of
-    messages   a conversation; assistant turns are trained
+    messages   a conversation; assistant turns are trained, but not those with `"train": false`
     text       a raw document, all of it trained
     content    an interleaved document of text and image items, all of its text trained
 

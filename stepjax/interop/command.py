@@ -1,10 +1,11 @@
 """`stepjax convert` and `stepjax convert verify`: options and output."""
 
+import contextlib
 import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,8 +18,8 @@ class Convert:
     """Convert between a Hugging Face directory and a checkpoint that Orbax restores.
 
     A Hugging Face directory (config.json and *.safetensors: STEP3-VL, or a plain Qwen3 or Llama text model) becomes an
-    Orbax checkpoint. A converted checkpoint, a training run or one step of it becomes a Hugging Face directory. Rerun
-    the same command to resume a conversion that was stopped.
+    Orbax checkpoint. A converted checkpoint, a training run or one step of it becomes a Hugging Face directory. A run's
+    adapters are merged into the model. Rerun the same command to resume a conversion that was stopped.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]  # what to convert
@@ -26,6 +27,8 @@ class Convert:
     dtype: Literal["keep", "bfloat16", "float32"] = "keep"  # dtype of the written tensors; keep: unchanged
     part: Literal["all", "decoder"] = "all"  # decoder: the text model alone, as a plain Qwen3
     side_files: Path | None = None  # Hugging Face directory whose tokenizer, template and code to export with a run
+    adapters: bool = False  # of a run that trains adapters (lora): write them alone, as PEFT loads them
+    merge: Path | None = None  # PEFT's directory of an adapter, to add to the weights of a Hugging Face directory
     overwrite: bool = False  # replace DST, or another conversion's unfinished work
 
     def run(self) -> int:
@@ -35,11 +38,19 @@ class Convert:
         """
         # Set before JAX is imported: a conversion computes nothing and should not occupy devices.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from stepjax.interop.adapters import MERGED, merged_run
         from stepjax.interop.convert import to_hf, to_orbax
         from stepjax.interop.hf_directory import HFDirectory
         from stepjax.interop.load import open_checkpoint
+        from stepjax.interop.peft_layout import Merged
 
         source, destination = open_checkpoint(_local(self.source)), _local(self.destination)
+        if self.adapters:
+            return self._write_adapters(source, destination)
+        if self.merge is not None:
+            if not isinstance(source, HFDirectory):
+                raise CheckpointError(f"--merge {self.merge} is for a Hugging Face directory, unlike {self.source}")
+            source = Merged(source.path, self.merge)
         if isinstance(source, HFDirectory):
             self._refuse_side_files("a Hugging Face directory brings its own")
             written = to_orbax(source, destination, dtype=self.dtype, part=self.part, overwrite=self.overwrite)
@@ -47,15 +58,35 @@ class Convert:
             return 0
         if source.run is None:
             self._refuse_side_files("the checkpoint kept its original ones")
-        written = to_hf(
-            source,
-            destination,
-            dtype=self.dtype,
-            part=self.part,
-            side_files=self.side_files,
-            overwrite=self.overwrite,
-        )
+        with contextlib.ExitStack() as stack:
+            if source.run is not None and source.run.adapters is not None:
+                scratch = destination.with_name(destination.name + MERGED)
+                source = stack.enter_context(merged_run(source, scratch))
+            written = to_hf(
+                source,
+                destination,
+                dtype=self.dtype,
+                part=self.part,
+                side_files=self.side_files,
+                overwrite=self.overwrite,
+            )
         print(f"{destination}: a Hugging Face directory of {written}")
+        return 0
+
+    def _write_adapters(self, source: Any, destination: Path) -> int:
+        from stepjax.interop.hf_directory import HFDirectory
+        from stepjax.interop.peft_layout import write_adapters
+
+        others = [
+            name
+            for name in ("dtype", "part", "side_files", "merge")
+            if getattr(self, name) not in ("keep", "all", None)
+        ]
+        if isinstance(source, HFDirectory) or others:
+            what = f"--{others[0].replace('_', '-')}" if others else f"{source.path}, a Hugging Face directory"
+            raise CheckpointError(f"--adapters writes the adapters of a run as they are: it does not go with {what}")
+        written = write_adapters(source, destination, overwrite=self.overwrite)
+        print(f"{destination}: {written}; `peft.PeftModel.from_pretrained(base, {str(destination)!r})` loads them")
         return 0
 
     def _refuse_side_files(self, reason: str) -> None:

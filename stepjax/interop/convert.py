@@ -70,7 +70,7 @@ def to_orbax(
     dtypes = _uniform_dtypes(found, source.entries, dtype)
     conversion = {
         "to": "orbax",
-        "source": str(source.path.absolute()),
+        "source": source.origin,
         "files": {name: (source.path / name).stat().st_mtime_ns for name in source.headers},
         "headers": _digest(source.headers),
         "options": [dtype, part],

@@ -30,6 +30,7 @@ class HFDirectory:
     Attributes:
         headers: header text of every safetensors file, by file name.
         entries: location and shape of every tensor, by key.
+        origin: what is read, as a text that identifies it.
 
     Raises:
         CheckpointError: the directory or a file in it is unusable; names the problem.
@@ -37,6 +38,7 @@ class HFDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.origin = str(self.path.absolute())
         self.config = read_json(self.path / CONFIG)
         self.spec = spec_from_hf(self.config)
         self.headers: dict[str, str] = {}

@@ -350,6 +350,10 @@ def _open_hf(directory: HFDirectory) -> Source:
 
 
 def _open_checkpoint(source: OrbaxDirectory) -> Source:
+    if source.run is not None and source.run.adapters is not None:
+        raise CheckpointError(
+            f"{source.step} holds only adapters: merge them with `stepjax convert {source.path} DIR`, and name DIR here"
+        )
     prefix = "decoder/" if source.spec.is_text else ""  # a text model's names have no prefix
     stored: dict[str, dict[str, Shaped]] = {}
     for name, array in source.parameters.items():

@@ -6,6 +6,7 @@ import jax
 
 from stepjax.config import NumericsConfig, RunConfig, TokenizerConfig
 from stepjax.errors import CheckpointError
+from stepjax.interop.adapters import load_merged
 from stepjax.interop.bounds import read_json
 from stepjax.interop.hf_config import STARTS_THINKING
 from stepjax.interop.hf_directory import CONFIG, HFDirectory
@@ -88,6 +89,8 @@ def load_model(
     """Loads only the model; see `load`."""
     if isinstance(source, HFDirectory):
         return fill(source.spec.abstract(numerics), source.spec.tensors(), source.read, source.entries, mesh)
+    if source.run is not None and source.run.adapters is not None:
+        return load_merged(source, numerics=numerics, mesh=mesh)
     abstract = source.spec.abstract(numerics or (source.run.numerics if source.run else None))
     if mesh is not None:
         placed = abstract_parameters(abstract, mesh)

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from stepjax.config import DecoderConfig
+from stepjax.models.lora import Adapted
 from stepjax.sharding import axis_size, target_platform
 
 
@@ -33,18 +34,25 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def project(equation: str, x: jax.Array, kernel: jax.Array | Adapted) -> jax.Array:
     """`jnp.einsum(equation, x, kernel)`, where the last dimensions of x are contracted with the first of the kernel.
+
+    An adapter takes part through its rank, of the letter R: x A, then times B.
 
     On CPU this is one product of two matrices. XLA transposes operands of more dimensions into new arrays for the
     kernel's gradient, and recomputes the activation functions that it fuses into them; it passes transposed matrices to
     the matrix library as they are. (A matrix's rows cannot be sharded along two mesh axes, batch and length.)
     """
-    if target_platform() != "cpu" or axis_size("length") > 1:
-        return jnp.einsum(equation, x, kernel)
     inputs, out = equation.split("->")
     of_x, of_kernel = inputs.split(",")
     contracted = len(set(of_x) & set(of_kernel))
+    if isinstance(kernel, Adapted):
+        of_low = f"{of_x[:-contracted]}R"
+        low = project(f"{of_x},{of_kernel[:contracted]}R->{of_low}", x, kernel.a)
+        update = project(f"{of_low},R{of_kernel[contracted:]}->{out}", low, kernel.b)
+        return project(equation, x, kernel.kernel) + kernel.scale * update
+    if target_platform() != "cpu" or axis_size("length") > 1:
+        return jnp.einsum(equation, x, kernel)
     rows, columns = x.shape[:-contracted], kernel.shape[contracted:]
     shared = math.prod(kernel.shape[:contracted])
     product = x.reshape(-1, shared) @ kernel.reshape(shared, -1)

@@ -47,7 +47,7 @@ from stepjax.sharding import check_batch, check_heads_only, make_mesh, shardings
 from stepjax.training.footprint import step_flops
 from stepjax.training.losses import next_tokens, token_scores
 from stepjax.training.optimizer import learning_rate, make_optimizer
-from stepjax.training.step import abstract_state, make_train_step
+from stepjax.training.step import abstract_state, abstract_trained, make_train_step
 
 PAGE_SIZE = 128
 _UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}  # GiB
@@ -92,11 +92,11 @@ def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh, weights: Weigh
 
 def _train(config: PretrainConfig, mesh: Mesh) -> Step:
     schedule = learning_rate(config.schedule, config.tokens_per_step)
-    optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
+    optimizer = make_optimizer(config.optimizer, schedule, abstract_trained(config))
     state = _on_mesh(abstract_state(config, optimizer), mesh)
     batch = abstract_batch(config, mesh, config.batch.rows)
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
-    return Step(train_step, (state, batch), state.model, state.opt_state, batch)
+    return Step(train_step, (state, batch), (state.model, state.base), state.opt_state, batch)
 
 
 def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh, weights: Weights) -> Step:

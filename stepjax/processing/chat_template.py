@@ -26,7 +26,7 @@ from stepjax.processing.answer_stream import split_reasoning
 TrainedTurns = Literal["all", "last", "none"]
 
 _ROLES = ("system", "user", "assistant", "tool")
-_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+_KEYS = ("role", "content", "reasoning_content", "tool_calls", "train", "tool_call_id", "name")
 _CALL_MARKERS = re.compile("(</?tool_call>)")
 
 # Qwen3's training prompt, verbatim; other wording would be another protocol.
@@ -79,11 +79,12 @@ def render(
         messages: dicts of `role` and `content`. Content is a string or a list of `{"type": "text", "text": ...}` and
             `{"type": "image", "image": ...}`; an animation also needs a `frame` number, from 0. Assistant messages may
             have `reasoning_content` and `tool_calls`; content may then be None. Without `reasoning_content`, a
-            `<think>...</think>` at the start of the content is the reasoning. `name` and `tool_call_id` are accepted
-            for compatibility but not shown to the model.
+            `<think>...</think>` at the start of the content is the reasoning. An assistant message may also have
+            `train`: False leaves its turn out of the loss, True has it in whichever turns are trained. `name` and
+            `tool_call_id` are accepted for compatibility but not shown to the model.
         tools: JSON schemas of the functions that the assistant may call.
         trained: assistant turns that count in the loss, including their closing `<|im_end|>`: all, those after the last
-            user turn, or none. Reasoning of earlier turns is dropped either way.
+            user turn, or none (then `train` has no effect). Reasoning of earlier turns is dropped either way.
 
     Returns:
         Segments; adjacent text within a turn is joined, so it is tokenized as one string.
@@ -114,6 +115,8 @@ def render(
         if role == "assistant":
             is_last = index > last_user
             is_trained = trained == "all" or (trained == "last" and is_last)
+            if trained != "none" and message.get("train") is not None:
+                is_trained = message["train"]
             segments += _turn(role, _assistant(message, where, is_trained, shows_reasoning=is_last), is_trained)
         elif role == "tool":
             # Results of parallel calls share a turn.
@@ -301,7 +304,7 @@ def _check_message(message: object, where: str) -> None:
     unknown = [key for key, value in message.items() if key not in _KEYS and value is not None]
     if unknown:
         raise TokenError(f"{where} has the unknown keys {unknown}: known are {', '.join(_KEYS)}")
-    for key, kind in (("reasoning_content", str), ("tool_calls", list)):
+    for key, kind in (("reasoning_content", str), ("tool_calls", list), ("train", bool)):
         value = message.get(key)
         if value is None:
             continue

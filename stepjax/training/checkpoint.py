@@ -64,11 +64,13 @@ class Checkpointer:
             self.directory, preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
         )
 
-    def save(self, step: int, state: Any, data_state: Mapping[str, Any], *, wait: bool = False) -> bool:
+    def save(
+        self, step: int, state: Any, data_state: Mapping[str, Any], *, about: Mapping[str, Any] = {}, wait: bool = False
+    ) -> bool:
         """Saves in the background; returns once the arrays are copied and may be donated or deleted.
 
         First waits for any save in progress and raises its error. Returns False if the step is already saved. Every
-        process calls this with the same `data_state`, which describes the whole global batch.
+        process calls this with the same `data_state`, that of the whole global batch. `about` joins the metadata.
 
         Raises:
             CheckpointError: a later step is saved and would shadow this one on resume, or `data_state` would not
@@ -88,8 +90,8 @@ class Checkpointer:
         data_digest = _digest(data_copy)
         multihost_utils.assert_equal(np.uint32(int(data_digest[:8], 16)), "data_state differs between processes")
         arrays = _named_arrays(state)
-        about = {"format": FORMAT, "step": step, "config": self._config, "versions": _versions()}
-        meta = sealed(about | {"data": data_digest, "arrays": digests(arrays)})
+        meta = {**about, "format": FORMAT, "step": step, "config": self._config, "versions": _versions()}
+        meta = sealed(meta | {"data": data_digest, "arrays": digests(arrays)})
         items = {
             "state": ocp.args.PyTreeSave(arrays),
             "data": ocp.args.JsonSave(data_copy),

@@ -17,7 +17,7 @@ from stepjax.training.footprint import GIB, predict_memory, step_flops
 from stepjax.training.loop import make_processor
 from stepjax.training.optimizer import learning_rate, make_optimizer, named_leaves, trained_names
 from stepjax.training.run_directory import run_directory
-from stepjax.training.step import abstract_state
+from stepjax.training.step import abstract_state, abstract_trained
 
 
 def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
@@ -29,10 +29,13 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
     """
     processor = make_processor(config)
     model = abstract_model(config.model, config.numerics)
-    optimizer = make_optimizer(config.optimizer, learning_rate(config.schedule, config.tokens_per_step), model)
+    to_train = abstract_trained(config)
+    optimizer = make_optimizer(config.optimizer, learning_rate(config.schedule, config.tokens_per_step), to_train)
     moments = abstract_state(config, optimizer).opt_state
     sizes = {name: leaf.size for name, leaf in named_leaves(model).items()}
-    trained = sum(sizes[name] for name in trained_names(config.optimizer, model))
+    of_trained = {name: leaf.size for name, leaf in named_leaves(to_train).items()}
+    trained = sum(of_trained[name] for name in trained_names(config.optimizer, to_train))
+    which = f"of which {trained:,} trained" if config.adapters is None else f"frozen; {trained:,} of adapters trained"
     parts = Counter()
     for name, size in sizes.items():
         parts[name.split("/")[0]] += size
@@ -40,7 +43,7 @@ def describe(config: PretrainConfig, preset: PretrainConfig) -> str:
     lines = ["configuration"]
     lines += [f"  {name} = {value!r}" for name, value in flat(config).items()]
     lines += ["", "overrides of the recipe", *(f"  {line}" for line in differences(config, preset) or ["none"])]
-    lines += ["", f"parameters  {sum(sizes.values()):,}, of which {trained:,} trained"]
+    lines += ["", f"parameters  {sum(sizes.values()):,}, {which}"]
     lines += [f"  {part:<10} {count:,}" for part, count in parts.items()]
     if starts:
         lines += ["", "parameters start", *(f"  {line}" for line in describe_start(starts, config))]
@@ -70,7 +73,7 @@ def _memory_lines(config: PretrainConfig, moments: Any) -> list[str]:
     rows = {
         "parameters": least.parameters,
         "optimizer": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(moments)) / GIB,
-        "gradients": least.parameters,
+        "gradients": least.gradients / (2 if config.batch.accumulation > 1 else 1),
         "batch": least.batch,
         "layer inputs": least.activations,
     }

@@ -8,7 +8,10 @@ The rest is up to the compiler, so this does not replace the compiler's figure.
 import dataclasses
 import functools
 
-from stepjax.config import ModelConfig, PretrainConfig, RematPolicy
+import jax
+
+from stepjax.config import LoraConfig, ModelConfig, PretrainConfig, RematPolicy
+from stepjax.models import lora
 from stepjax.models.flops import training_flops
 from stepjax.models.step_vl import abstract_model, num_parameters
 
@@ -37,6 +40,12 @@ def parameter_count(config: ModelConfig) -> int:
     return num_parameters(abstract_model(config))
 
 
+@functools.cache
+def adapter_count(config: ModelConfig, adapters: LoraConfig) -> int:
+    model = abstract_model(config)
+    return num_parameters(jax.eval_shape(lambda: lora.init_adapters(adapters, model, 0)))
+
+
 def step_flops(config: PretrainConfig, *, rows: int | None = None) -> float:
     """Model FLOPs of a training step (over `rows` rows) with all slots full and examples of maximal length."""
     batch, images = config.batch, config.images
@@ -53,7 +62,7 @@ def step_flops(config: PretrainConfig, *, rows: int | None = None) -> float:
 
 
 def predict_memory(config: PretrainConfig, num_devices: int) -> Memory:
-    """Memory of a device with all parameters trained. Temporaries are the few large ones, with their copies."""
+    """Memory of a device with all parameters trained, or adapters. Temporaries are the few large ones, with copies."""
     model, numerics, batch, images = config.model, config.numerics, config.batch, config.images
     decoder, vision = model.decoder, model.vision
     slices, data, fsdp, context, tensor = config.mesh.shape(num_devices)
@@ -103,6 +112,10 @@ def predict_memory(config: PretrainConfig, num_devices: int) -> Memory:
         temporaries += max(of_decoder, of_crops, of_globals)
         activations += of_decoder * decoder.num_layers * (policy == "none")
         activations += (of_crops + of_globals) * vision.num_layers * (encoder_policy == "none")
-    gradients = parameters * (2 if batch.accumulation > 1 else 1)
-    parts = (parameters, 2 * parameters, in_batch, activations, gradients, temporaries)
+    trained = parameters
+    if config.adapters is not None:  # in float32
+        trained = adapter_count(model, config.adapters) * 4 / (fsdp * tensor)
+        parameters += trained
+    gradients = trained * (2 if batch.accumulation > 1 else 1)
+    parts = (parameters, 2 * trained, in_batch, activations, gradients, temporaries)
     return Memory(*(part / GIB for part in parts))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,7 +24,8 @@ from stepjax.data.loader import Loader
 from stepjax.data.packing import StreamState
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.interop import init_from
-from stepjax.models.step_vl import StepVL, abstract_model, num_parameters
+from stepjax.interop.adapters import base_digests, check_base
+from stepjax.models.step_vl import StepVL, num_parameters
 from stepjax.processing.processor import Processor
 from stepjax.progress import progress
 from stepjax.sharding import check_batch, make_mesh, rows_here, shardings, spec
@@ -42,7 +44,14 @@ from stepjax.training.run_directory import (
     publish,
     run_directory,
 )
-from stepjax.training.step import abstract_state, make_train_step, new_state
+from stepjax.training.step import (
+    TrainState,
+    abstract_state,
+    abstract_trained,
+    initial_state,
+    make_train_step,
+    whole_model,
+)
 from stepjax.training.trackers import make_trackers
 
 _log = logging.getLogger(__name__)
@@ -100,7 +109,7 @@ def pretrain(
     directory, local = run_directory(config), local_directory(config)
     mesh = make_mesh(config.mesh)
     schedule = learning_rate(config.schedule, config.tokens_per_step)
-    optimizer = make_optimizer(config.optimizer, schedule, abstract_model(config.model, config.numerics))
+    optimizer = make_optimizer(config.optimizer, schedule, abstract_trained(config))
     check_batch(config.batch, mesh)
     if not (directory / "checkpoints").exists():
         init_from.plan_start(config)
@@ -118,8 +127,10 @@ def pretrain(
 
         # Resume from the last checkpoint, or start from random parameters or from `init_from`.
         start = checkpointer.latest_step()
-        abstract, make = abstract_state(config, optimizer), partial(new_state, optimizer=optimizer)
+        abstract, make = abstract_state(config, optimizer), partial(initial_state, config=config, optimizer=optimizer)
+        abstract = abstract if start is None else dataclasses.replace(abstract, base=None)  # it is not saved
         state, data_state, starts = restore_or_init(config, checkpointer, abstract, make, mesh, start)
+        state, of_base = _with_base(state, config, mesh, checkpointer.directory)
         own_rows = rows_here(mesh, config.batch.rows)
         loader = Loader(
             config.data,
@@ -137,8 +148,9 @@ def pretrain(
         for tracker in trackers:
             stack.callback(tracker.close)
 
+        adapters = "" if state.base is None else f" on {num_parameters(state.base):,} frozen ones"
         say(
-            f"{config.name}: {num_parameters(state.model):,} parameters, {config.num_steps} steps of "
+            f"{config.name}: {num_parameters(state.model):,} parameters{adapters}, {config.num_steps} steps of "
             f"{config.tokens_per_step:,} tokens on {mesh.size} {jax.devices()[0].device_kind} device(s), in {directory}"
         )
         for line in init_from.describe(starts, config):
@@ -151,7 +163,7 @@ def pretrain(
         first_step = start or 0
         if first_step >= config.num_steps:
             say("the schedule has already ended; nothing to train")
-            return Outcome(state.model, processor, first_step, None, local)
+            return Outcome(whole_model(state, config), processor, first_step, None, local)
 
         # Train. From here on the transfer guard forbids implicit transfers: a hidden sync would stall the device.
         meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
@@ -202,7 +214,8 @@ def pretrain(
             if save:
                 watchdog.at("saving", step + 1)
                 with jax.transfer_guard("allow"):  # saving copies the state to the host on purpose
-                    checkpointer.save(step, state, loader.state(_all_streams(own_rows, batch.states)))
+                    data_state = loader.state(_all_streams(own_rows, batch.states))
+                    checkpointer.save(step, dataclasses.replace(state, base=None), data_state, about=of_base)
                 if is_remote(config) and is_first:
                     publish(directory, local)
                 saved_at = time.monotonic()
@@ -210,12 +223,14 @@ def pretrain(
             if on_evaluation is not None and every and step % every == 0 and not last and stopped_by is None:
                 watchdog.at("evaluating", step + 1)
                 with jax.transfer_guard("allow"), meter.paused():
-                    on_evaluation(state.model, processor, step)
+                    on_evaluation(whole_model(state, config), processor, step)
         checkpointer.wait()
         stopped_by = stopped_by or stop.received  # one may have arrived during the last save
         if stopped_by is not None:
             say(f"{stopped_by.name}: saved step {step} in {checkpointer.directory}. Rerun the same command to resume.")
-        return Outcome(state.model, processor, step, stopped_by.name if stopped_by else None, local)
+        with jax.transfer_guard("allow"):
+            model = whole_model(state, config)
+        return Outcome(model, processor, step, stopped_by.name if stopped_by else None, local)
 
 
 def restore_or_init(
@@ -244,6 +259,18 @@ def restore_or_init(
     check_same_run(from_json(read_meta(checkpointer.directory)["config"]), config)
     state, data_state, _ = checkpointer.restore(like, start)
     return state, data_state, []
+
+
+def _with_base(
+    state: TrainState, config: RunConfig, mesh: Mesh, checkpoints: epath.Path
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state with the frozen model of its adapters, if it trains those, and what checkpoints say of that model."""
+    if config.adapters is None:
+        return state, {}
+    if state.base is not None:
+        return state, base_digests(state.base)
+    base, _ = init_from.initial_model(config, mesh)
+    return dataclasses.replace(state, base=base), check_base(base, config, read_meta(checkpoints))
 
 
 # What may change on resume: the directory, the output, the sharding, and when to save.

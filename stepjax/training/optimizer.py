@@ -10,10 +10,7 @@ A parameter is named by its path in the model, "/"-separated: "decoder/layers/at
 one name. Frozen parameters do not count towards clipping and have no moments.
 """
 
-import difflib
 import math
-import re
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,7 +19,7 @@ import optax
 
 from stepjax.config import OptimizerConfig, ScheduleConfig
 from stepjax.errors import ConfigError
-from stepjax.sharding import is_param, named_leaves, parameter_name
+from stepjax.sharding import is_param, matching, named_leaves, parameter_name
 
 
 def learning_rate(config: ScheduleConfig, tokens_per_step: int) -> optax.Schedule:
@@ -65,7 +62,7 @@ def trained_names(config: OptimizerConfig, params_like: Any) -> frozenset[str]:
     names = parameter_names(params_like)
     frozen = set[str]()
     for pattern in config.freeze:
-        frozen.update(_matches(pattern, names, "optimizer.freeze"))
+        frozen.update(matching(pattern, names, "optimizer.freeze"))
     if frozen.issuperset(names):
         raise ConfigError(f"optimizer.freeze={config.freeze!r}: freezes every parameter; leave something to train")
     return frozenset(names) - frozen
@@ -162,35 +159,10 @@ def _scales(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
             raise ConfigError(
                 f"{field} {pattern!r}: scale {scale!r} must be positive; to freeze parameters, use optimizer.freeze"
             )
-        undecided = [name for name in _matches(pattern, names, field) if name not in scales]
+        undecided = [name for name in matching(pattern, names, field) if name not in scales]
         if not undecided:
             raise ConfigError(
                 f"{field} pattern {pattern!r} never applies: earlier ones match all its names; move it up or remove it"
             )
         scales.update(dict.fromkeys(undecided, scale))
     return {name: scales.get(name, 1.0) for name in names}
-
-
-def _matches(pattern: str, names: list[str], field: str) -> list[str]:
-    """The names that contain a match of the pattern; ConfigError if none do."""
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{field} pattern {pattern!r} is not a regular expression: {error}") from error
-    matches = [name for name in names if regex.search(name)]
-    if matches:
-        return matches
-    top_level = _unique(name.split("/")[0] for name in names)
-    parts = _unique(part for name in names for part in name.split("/"))
-    words = re.findall(r"\w+", pattern)
-    close = _unique(
-        match for word in words if word not in parts for match in difflib.get_close_matches(word, parts, n=2)
-    )
-    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-    raise ConfigError(
-        f"{field} pattern {pattern!r} matches no parameter name.{hint} Names start with {', '.join(top_level)}."
-    )
-
-
-def _unique(items: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(items))

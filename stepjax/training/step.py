@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stepjax.config import PretrainConfig
+from stepjax.config import PretrainConfig, RunConfig
+from stepjax.models import lora
 from stepjax.models.step_vl import StepVL, abstract_model
 from stepjax.training.losses import cross_entropy_sum, next_tokens
 
@@ -26,17 +27,38 @@ class TrainState:
     """All that changes from step to step except the data position. Holds no keys: they derive from (seed, step)."""
 
     step: jax.Array  # int32, steps done
-    model: StepVL
+    model: Any  # what is trained: a StepVL, or its adapters
     opt_state: Any
+    base: Any = None  # the frozen StepVL that the adapters belong to; it is not saved
 
 
-def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+def new_state(model: Any, optimizer: optax.GradientTransformation, base: Any = None) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), base)
 
 
-def abstract_state(config: PretrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(model: StepVL, config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state of a new run that starts from this model: with new adapters if the run trains those."""
+    if config.adapters is None:
+        return new_state(model, optimizer)
+    return new_state(lora.init_adapters(config.adapters, model, config.seed), optimizer, base=model)
+
+
+def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """The state with shapes instead of arrays, for restoring checkpoints and for dry runs."""
-    return jax.eval_shape(partial(new_state, optimizer=optimizer), abstract_model(config.model, config.numerics))
+    make = partial(initial_state, config=config, optimizer=optimizer)
+    return jax.eval_shape(make, abstract_model(config.model, config.numerics))
+
+
+def abstract_trained(config: RunConfig) -> Any:
+    """The parameters that `config.optimizer` is for, with shapes instead of arrays: a model, or its adapters."""
+    model = abstract_model(config.model, config.numerics)
+    adapters = config.adapters
+    return model if adapters is None else jax.eval_shape(lambda: lora.init_adapters(adapters, model, config.seed))
+
+
+def whole_model(state: TrainState, config: RunConfig) -> StepVL:
+    """A plain model for inference: the trained one, or a copy of the base with the adapters merged."""
+    return state.model if config.adapters is None else lora.merged(config.adapters, state.base, state.model)
 
 
 def forward(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,11 +116,12 @@ def make_train_step(
     not the result.
     """
 
-    def gradients(model: StepVL, batch: Batch) -> tuple[Any, Metrics]:
+    def gradients(model: Any, base: Any, batch: Batch) -> tuple[Any, Metrics]:
         total_weight = jnp.sum(batch["loss_weights_BT"])
 
         def mean_loss(model, micro_batch):
-            total, sums = loss_sum(model, micro_batch, config=config)
+            whole = model if config.adapters is None else lora.adapted(config.adapters, base, model)
+            total, sums = loss_sum(whole, micro_batch, config=config)
             return total / jnp.maximum(total_weight, 1e-6), sums
 
         gradient = jax.grad(mean_loss, has_aux=True)
@@ -120,7 +143,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model: Any = state.model  # optax's types do not know that a module is a pytree
-        grads, sums = gradients(model, batch)
+        grads, sums = gradients(model, state.base, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, model)
             new_model: Any = optax.apply_updates(model, updates)
@@ -137,6 +160,6 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, new_model, opt_state), metrics
+        return TrainState(state.step + 1, new_model, opt_state, state.base), metrics
 
     return train_step

@@ -103,6 +103,29 @@ def test_assistant_content_and_its_end_are_trained():
     assert trained(render(messages, trained="none")) == []
 
 
+def test_a_turn_says_whether_it_is_trained():
+    messages = [user("a"), assistant("one", train=False), user("b"), assistant("two", train=True), user("c")]
+    messages += [assistant("three"), assistant("four", train=False, reasoning_content="so", tool_calls=[{"name": "f"}])]
+    assert trained(render(messages)) == ["two<|im_end|>", "three<|im_end|>"]
+    assert trained(render(messages, trained="last")) == ["two<|im_end|>", "three<|im_end|>"]
+    assert trained(render(messages, trained="none")) == [], "a prompt trains nothing"
+    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    assert shown(render(messages)) == shown(render(plain)), "the model sees no flag"
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (assistant("x", train="no"), r"messages\[0\].train='no': give a bool"),
+        (assistant("x", train=0), r"messages\[0\].train=0: give a bool"),
+        ({"role": "user", "content": "x", "train": False}, r"messages\[0\].train is set, but the role is 'user'"),
+    ],
+)
+def test_a_flag_of_another_type_or_role_is_refused(message, error):
+    with pytest.raises(TokenError, match=error):
+        render([message])
+
+
 def test_last_means_every_assistant_turn_after_the_last_user_turn():
     call = {"name": "weather", "arguments": {}}
     messages = [
