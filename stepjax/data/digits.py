@@ -9,6 +9,7 @@
 | arithmetic | none                           | What is 12 + 7?                           | 19       |
 | receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | A7B5 ok  |
 | misprint   | the same with a wrong check    | Add up the receipt.                       | A7B5 bad |
+| prefer     | a receipt                      | Which is right? A (answer) B (another)    | A        |
 
 For receipts see `data.receipts`. A point is the centre of the digit's ink in hundredths of the image's width and
 height, 0..99 from the top left corner. Unconfirmed: the technical report does not state the coordinate
@@ -30,7 +31,7 @@ from PIL import Image
 
 from stepjax.config import DigitsSource, DigitsTask, Split
 from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
-from stepjax.data.receipts import PROMPT, print_check, receipt_answer
+from stepjax.data.receipts import PREFER, PROMPT, print_check, receipt_answer, rival_answers
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
@@ -43,6 +44,7 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "arithmetic": {},
     "receipt": {n: 1 / 3 for n in range(8, 11)},
     "misprint": {n: 1 / 3 for n in range(8, 11)},
+    "prefer": {n: 1 / 3 for n in range(8, 11)},
 }
 HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
@@ -112,7 +114,7 @@ class DigitsRecords:
         check = 0
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
-        elif task in ("receipt", "misprint"):
+        elif task in ("receipt", "misprint", "prefer"):
             check = int(sum(digits) + (rng.integers(1, 10) if task == "misprint" else 0)) % 10
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
@@ -123,6 +125,10 @@ class DigitsRecords:
             case "receipt" | "misprint":
                 print_check(image, check, layout)
                 return image, PROMPT, receipt_answer(digits, check), scan_ids
+            case "prefer":
+                print_check(image, check, layout)
+                first, second, text = rival_answers(rng, digits, check)
+                prompt = PREFER.format(first=first, second=second)
             case "transcribe":
                 prompt, text = "Transcribe the digits from left to right.", "".join(map(str, digits))
             case "count":

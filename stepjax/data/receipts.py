@@ -15,11 +15,13 @@ import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from stepjax.data.digits_render import Layout
 
 PROMPT = "Add up the receipt."
+PREFER = "Which is right?\nA {first}\nB {second}"  # asks a judge, who answers "A" or "B"
 
 _ANSWER = re.compile(r"((?:[A-Z]\d)+) (ok|bad)")
 _DARK, _LIGHT = (40, 40, 48), (250, 250, 250)
@@ -34,6 +36,18 @@ def receipt_answer(digits: Sequence[int], check: int) -> dict[str, str]:
         "reasoning": "".join(f"{each}{total}" for each, total in zip(labelled, sums, strict=True)),
         "text": "".join(labelled) + (" ok" if sums[-1] == check else " bad"),
     }
+
+
+def rival_answers(rng: np.random.Generator, digits: Sequence[int], check: int) -> tuple[str, str, str]:
+    """Two messages about a receipt, of which one has more of its digits right, and which that is: "A" or "B"."""
+    wrong = rng.choice(4, size=2, replace=False)
+    messages = []
+    for count in wrong:
+        read = np.array(digits)
+        places = rng.permutation(len(digits))[:count]
+        read[places] = (read[places] + rng.integers(1, 10, size=count)) % 10
+        messages.append(receipt_answer(read.tolist(), check)["text"])
+    return messages[0], messages[1], "AB"[int(wrong[1] < wrong[0])]
 
 
 def print_check(image: Image.Image, check: int, layout: Layout) -> None:

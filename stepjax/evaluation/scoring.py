@@ -22,6 +22,8 @@ def chance_level(source: DigitsSource) -> float:
     match source.task:
         case "transcribe" | "receipt" | "misprint":
             return max(probability / 10**n for n, probability in distribution.items())
+        case "prefer":
+            return 0.5
         case "count":
             return max(distribution.values())
         case "add":

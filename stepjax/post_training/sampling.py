@@ -6,6 +6,7 @@ samples the same answers.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import time
@@ -23,17 +24,22 @@ from stepjax.config import MeshConfig
 from stepjax.data.packing import MAX_SKIPPED, RowBudget
 from stepjax.data.records import Records, open_source
 from stepjax.errors import CheckpointError, ConfigError, RecordError
+from stepjax.inference import programs
+from stepjax.inference.async_engine import AsyncEngine
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.output import completions
 from stepjax.inference.request import Completion, Delta, SamplingParams
+from stepjax.interop.load import load
+from stepjax.interop.text_processor import AnyProcessor
 from stepjax.models.step_vl import StepVL
 from stepjax.post_training.advantages import is_mixed
 from stepjax.post_training.config import RLConfig
 from stepjax.post_training.episodes import Answer, Episode
 from stepjax.processing.processor import Processor
+from stepjax.rewards.config import JudgeConfig
 from stepjax.rewards.scorer import Group, Scored, Scorer
-from stepjax.rollouts.engine import rollout_of
+from stepjax.rollouts.engine import EngineSampler, rollout_of
 from stepjax.rollouts.rollout import Rollout
 from stepjax.sharding import data_parts, make_mesh, shardings
 
@@ -223,6 +229,23 @@ def _part_of(model: StepVL, part: Mesh) -> StepVL:
     return jax.tree.map(local, model)
 
 
+def _judge_engine(judge: JudgeConfig, path: str, mesh: Mesh) -> tuple[AsyncEngine, AnyProcessor]:
+    """The judge that a run or checkpoint holds, on the first device of this process.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    one = make_mesh(MeshConfig(), own[:1])
+    model, processor = load(path, mesh=one)
+    context = programs.decoder_of(model).config.max_positions
+    sequences = min(judge.max_concurrent, 64)
+    sizes = EngineConfig(
+        max_sequences=sequences, smallest_batch=sequences, max_waiting=2**31, cache_tokens=max(context, sequences * 512)
+    )
+    return AsyncEngine(Engine(model, processor, sizes, mesh=one, donate=True)), processor
+
+
 # An iteration --------------------------------------------------------------------------------------------------------
 
 
@@ -259,12 +282,16 @@ class Collector:
         self._config = config
         self.prompts = Prompts(config, processor)
         self.engines = Engines(config, processor, mesh)
-        self._scorer = Scorer(config.reward)
         self._runner = asyncio.Runner()
+        self._open, self._is_open = contextlib.AsyncExitStack(), False
+        judge_run = config.reward.judge.run
+        self._judge = None if judge_run is None else _judge_engine(config.reward.judge, judge_run, mesh)
+        sampler = None if self._judge is None else EngineSampler(*self._judge)
+        self._scorer = Scorer(config.reward, judge=sampler)
 
     def close(self) -> None:
         with self._runner:
-            self._runner.run(self._scorer.__aexit__())
+            self._runner.run(self._open.aclose())
 
     def collect(self, cursor: int) -> Collected:
         """The answers of this process's share of an iteration.
@@ -273,7 +300,15 @@ class Collector:
             RecordError: a record is malformed, or too many in succession cannot be used.
             StepjaxError: rewards are missing for too many answers.
         """
+        if not self._is_open:
+            self._runner.run(self._enter())
         return self._runner.run(self._collect(cursor))
+
+    async def _enter(self) -> None:
+        if self._judge is not None:
+            await self._open.enter_async_context(self._judge[0])
+        await self._open.enter_async_context(self._scorer)
+        self._is_open = True
 
     async def _collect(self, cursor: int) -> Collected:
         began, rollout = time.monotonic(), self._config.rollout

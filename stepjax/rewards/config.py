@@ -29,6 +29,7 @@ class JudgeConfig:
     """
 
     url: str | None = None  # an OpenAI-compatible endpoint, unless the scorer is given a sampler; key: environment
+    run: str | None = None  # instead: a run or checkpoint here, which `stepjax rl` loads and asks in its own process
     model: str | None = None  # its name there; verdicts are cached under it, so without it they are not
     rubric: str | None = None  # template of "judge"; None: rewards.judges.RUBRIC
     preference: str | None = None  # template of "preference"; None: rewards.judges.PREFERENCE
@@ -41,6 +42,7 @@ class JudgeConfig:
     max_concurrent: int = 64
 
     def __post_init__(self):
+        require("reward.judge", self, run=(self.run is None or self.url is None, "omit it, or omit reward.judge.url"))
         require_positive("reward.judge", self, "max_tokens", "seconds", "max_concurrent")
         require_not_negative("reward.judge", self, "retries", "temperature")
         require("reward.judge", self, opponents=(self.opponents >= 2, "must be at least 2"))

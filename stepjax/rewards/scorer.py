@@ -87,7 +87,8 @@ class Scorer:
         if self._judged and judge is None:
             if config.judge.url is None:
                 raise ConfigError(
-                    f"reward.judge.url=None: the term {self._judged[0]!r} needs a judge; name its endpoint"
+                    f"reward.judge.url=None: the term {self._judged[0]!r} needs a judge; name its endpoint, or its "
+                    "checkpoint as reward.judge.run"
                 )
             settings = EndpointConfig(url=config.judge.url, model=config.judge.model)
             judge = self._endpoint = EndpointSampler(settings)

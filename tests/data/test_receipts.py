@@ -134,3 +134,18 @@ def test_parse_receipt():
     assert parse_receipt(" A7B5 ok\n") == ("A7B5", True)
     assert parse_receipt("A7 bad") == ("A7", False)
     assert parse_receipt("A7B ok") is None and parse_receipt(" ok") is None and parse_receipt("A7 o") is None
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_judges_are_asked_about_answers_of_which_one_has_more_right_digits(split):
+    verdicts = Counter()
+    for index in range(60):
+        record = _records("prefer", split)[index]
+        question = record["messages"][0]["content"][1]["text"]
+        first, second = (parse_receipt(line[2:]) for line in question.splitlines()[1:])
+        truth = [load_scans().labels[scan] for scan in record["scan_ids"]]
+        assert first is not None and second is not None
+        right = [sum(a == str(b) for a, b in zip(each.digits[1::2], truth, strict=True)) for each in (first, second)]
+        assert record["answer"]["text"] == ("A" if right[0] > right[1] else "B") and right[0] != right[1]
+        verdicts[record["answer"]["text"]] += 1
+    assert min(verdicts.values()) > 15
