@@ -8,10 +8,14 @@ JOBS ?= 2
 NEWEST_PYTHON = for p in python3.13 python3.12 $$HOME/.pyenv/versions/3.13*/bin/python3.13 \
 	$$HOME/.pyenv/versions/3.12*/bin/python3.12; do if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done
 
-.PHONY: pretrain test slow parity lint compat gpu gpu-wheels benchmarks clean
+.PHONY: pretrain post-train test slow parity lint compat gpu gpu-wheels benchmarks clean
 
 pretrain: .venv/installed  ## train the demo model, evaluate it and draw the picture
 	.venv/bin/stepjax pretrain $(RECIPE) $(ARGS)
+
+post-train: .venv/installed  ## SFT, RLVR and RLHF from the demo's checkpoint, measured and drawn
+	.venv/bin/python -m pip install --quiet --editable '.[cpu,plot]'
+	.venv/bin/python benchmarks/post_train.py $(ARGS)
 
 test: .venv-test/installed  ## the test suite, in its own environment, without torch
 	.venv-test/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \

@@ -1,0 +1,156 @@
+"""The demo's post-training, from its pretrained checkpoint: SFT, RLVR and RLHF on receipts, measured after each.
+
+    make post-train           # or: python benchmarks/post_train.py [--out runs] [--images 500] [--short]
+
+    digits         the model of `make pretrain`; trained first if OUT has none
+    digits_sft     stepjax sft configs/digits/sft.py: what a receipt is and how to answer, and how to judge two answers
+    digits_rlvr    stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
+    digits_rlhf    stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
+
+Every stage resumes where it was; run the command again after an interruption. Stages measure themselves on the same
+held-out receipts (benchmarks/receipts.py: greedy, and 8 samples at temperature 1). Writes OUT/post_train.json and, with
+matplotlib, OUT/post_train.png; a whole run also writes results/post_train.json. `--short` only shows that it works.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import receipts
+
+from stepjax.data.records import open_source
+from stepjax.figures import human_time
+from stepjax.interop.load import load_run
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--logging.every", "1", "--evaluation.examples", "8", "--checkpoint.every", "2"]
+TINY_RL = ["--iterations", "2", "--rollout.prompts", "2", "--rollout.samples", "4", "--rollout.max-sequences", "8"]
+SHORT = {
+    "pretrain": ["--schedule.phases.0.tokens", "20000", "--schedule.phases.1.tokens", "2048"],
+    "sft": ["--schedule.phases.0.tokens", "12000"],
+    "rlvr": TINY_RL,
+    "rlhf": [*TINY_RL, "--reward.max-missing", "1.0"],  # a judge that has learned nothing gives no verdicts
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    name: str  # of its recipe
+    verb: str
+    run: str
+    start: str | None  # the run that it starts from
+
+
+STAGES = (
+    Stage("pretrain", "pretrain", "digits", None),
+    Stage("sft", "sft", "digits_sft", "digits"),
+    Stage("rlvr", "rl", "digits_rlvr", "digits_sft"),
+    Stage("rlhf", "rl", "digits_rlhf", "digits_rlvr"),
+)
+
+
+def train(stage: Stage, out: Path, *, short: bool) -> float:
+    """Runs or resumes a stage; returns the seconds that took."""
+    command = [sys.executable, "-m", "stepjax.cli", stage.verb, f"configs/digits/{stage.name}.py", "--out", str(out)]
+    if stage.start is not None:
+        command += ["--init-from.path", str(out / stage.start)]
+    if stage.name == "rlhf":
+        command += ["--reward.judge.run", str(out / "digits_sft")]
+    if short:
+        command += [*TINY, *SHORT[stage.name], *(["--schedule.warmup-tokens", "4000"] if stage.verb != "rl" else [])]
+    began = time.monotonic()
+    subprocess.run(command, cwd=ROOT, check=True)
+    return time.monotonic() - began
+
+
+def measure(run: Path, images: int) -> dict[str, Any]:
+    model, processor, config = load_run(run)
+    records = open_source(receipts.receipts_of(config.evaluation.sources), 1)
+    return receipts.measure(model, processor, [records[i] for i in range(images)], 8, 1)[0]
+
+
+def table(found: dict[str, Any]) -> str:
+    columns = ("greedy", "mean@8", "pass@8", "majority@8", "checked majority")
+    lines = [f"{'':12}" + "".join(f"{name:>24}" for name in columns)]
+    for name, stage in found.items():
+        cells = []
+        for column in columns:
+            accuracy, low, high = (100 * stage["receipts"][column][key] for key in ("accuracy", "low", "high"))
+            cells.append(f"{accuracy:6.1f} % ({low:.1f} to {high:.1f})")
+        lines.append(f"{name:12}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, Any], out: Path) -> Path | None:
+    """The reward while RLVR and RLHF train, and what each stage's model reads of held-out receipts."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    reward, entropy, bars = figure.subplots(1, 3)
+    for name in ("rlvr", "rlhf"):
+        path = out / f"digits_{name}" / "metrics.jsonl"
+        if not path.exists():
+            continue
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = [row["step"] for row in rows]
+        window = max(1, len(rows) // 20)
+        values = [row.get("reward", 0.0) for row in rows]
+        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+        [line] = reward.plot(steps, smooth, label=name.upper(), linewidth=1.6)
+        reward.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        entropy.plot(*zip(*((row["step"], row["entropy"]) for row in rows if "entropy" in row), strict=True))
+    reward.set(xlabel="iteration", title="reward of sampled answers")
+    entropy.set(xlabel="iteration", title="entropy, nats a token")
+    reward.legend(fontsize=8)
+    names = list(found)
+    for offset, column in ((-0.2, "greedy"), (0.2, "mean@8")):
+        cells = [found[name]["receipts"][column] for name in names]
+        values = [100 * cell["accuracy"] for cell in cells]
+        low, high = ([100 * abs(cell[key] - cell["accuracy"]) for cell in cells] for key in ("low", "high"))
+        places = [place + offset for place in range(len(names))]
+        bars.bar(places, values, 0.38, yerr=[low, high], label=column, capsize=3)
+    bars.set_xticks(range(len(names)), [name.upper() for name in names])
+    bars.set(ylim=(0, 100), title="held-out receipts right, %")
+    bars.legend(fontsize=8)
+    for axes in (reward, entropy, bars):
+        axes.grid(alpha=0.3)
+    figure.savefig(out / "post_train.png", dpi=120)
+    return out / "post_train.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--short", action="store_true", help="a few steps of each stage")
+    args = parser.parse_args()
+    out, images = args.out.resolve(), 8 if args.short else args.images
+    path = out / "post_train.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for stage in STAGES:
+        if stage.name in found or (stage.name == "pretrain" and (out / "digits" / "checkpoints").exists()):
+            continue
+        print(f"\n=== {stage.name}", flush=True)
+        seconds = train(stage, out, short=args.short)
+        if stage.name == "pretrain":
+            continue
+        found[stage.name] = {"seconds": seconds, "images": images, "receipts": measure(out / stage.run, images)}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{table(found)}\n")
+    print(", ".join(f"{name} {human_time(stage['seconds'])}" for name, stage in found.items()))
+    picture = draw(found, out)
+    print(f"curves in {picture}" if picture else "no curves: pip install matplotlib")
+    if not args.short:
+        machine.write("post_train", {"stages": found})
+
+
+if __name__ == "__main__":
+    main()
