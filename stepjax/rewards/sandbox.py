@@ -113,7 +113,8 @@ def _backend() -> Literal["bwrap", "unshare"]:
         reasons.append(f"{backend} fails: {told[-1] if told else f'status {outcome.status}'}")
     raise ConfigError(
         f"reward 'code' runs no program unconfined, and nothing here confines one: {'; '.join(reasons)}. Install "
-        "bubblewrap and util-linux, and allow user namespaces (in a container: --security-opt seccomp=unconfined)"
+        "bubblewrap and util-linux; in a container, run as root with the capability SYS_ADMIN, or as another user with "
+        "user namespaces allowed (docker: --security-opt seccomp=unconfined)"
     )
 
 

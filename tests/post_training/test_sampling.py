@@ -238,7 +238,7 @@ def test_missing_reward_is_left_out_and_counted(tmp_path):
     row = iteration_row(own, made, {"episodes": trained}, seconds=1.0)
     assert row["missing"] == 0.5 and row["reward"] == np.mean([value or 0 for value in values["a"]])
     with pytest.raises(MissingRewardsError, match="rewards are missing"):
-        collected(changed(own, reward=RewardConfig(max_missing=0.2)))
+        collected(changed(own, reward=RewardConfig(max_missing=0.2, missing_window=8)))
 
 
 def test_filter_that_never_fills_the_batch_ends_and_says_so(tmp_path):
