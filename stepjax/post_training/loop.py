@@ -112,7 +112,7 @@ def reinforce(config: RLConfig, *, on_evaluation: Callable[[StepVL, Processor, i
         if start is not None:
             say(f"resumed after iteration {start} from {checkpointer.directory}")
         trainer = Trainer(config, mesh, Programs(config, optimizers, compiler_options()), reference)
-        answers = AnswerQueue(config, collector, directory / "waiting", data_state)
+        answers = AnswerQueue(config, collector, directory, data_state)
         stack.callback(answers.close)
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(Watchdog(config.heartbeat))
@@ -125,7 +125,7 @@ def reinforce(config: RLConfig, *, on_evaluation: Callable[[StepVL, Processor, i
         while step < config.iterations and stopped_by is None:
             began = time.monotonic()
             watchdog.at("data", step + 1)
-            collected = answers.next(state.model)
+            collected = answers.next(state.model, is_last=step + 1 == config.iterations)
             watchdog.at("step", step + 1)
             state, metrics = trainer.train(state, collected, step)
             step += 1
@@ -163,16 +163,17 @@ def reinforce(config: RLConfig, *, on_evaluation: Callable[[StepVL, Processor, i
 class AnswerQueue:
     """The answers of each iteration: sampled when they are asked for or, one step off, during the iteration before."""
 
-    def __init__(self, config: RLConfig, collector: Collector, waiting: Any, state: dict[str, Any] | None):
+    def __init__(self, config: RLConfig, collector: Collector, directory: Any, state: dict[str, Any] | None):
         """
         Args:
-            waiting: directory for answers that wait for their iteration when a checkpoint is saved.
+            directory: of the run; answers that wait for their iteration when a checkpoint is saved go into waiting/.
             state: what `state` returned, from a checkpoint.
 
         Raises:
             CheckpointError: the data files have changed since, or the waiting answers are gone.
         """
-        self._collector, self._waiting, self._one_step_off = collector, waiting, config.rollout.one_step_off
+        self._collector, self._one_step_off = collector, config.rollout.one_step_off
+        self._waiting, self._checkpoints = directory / "waiting", directory / "checkpoints"
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sampling")
         self._next: concurrent.futures.Future[Collected] | None = None
         self._cursor = 0  # after the iterations trained on
@@ -195,14 +196,14 @@ class AnswerQueue:
         self._thread.submit(self._collector.close)
         self._thread.shutdown(wait=True)
 
-    def next(self, model: StepVL) -> Collected:
-        """The answers to train on now; `model` answers the following ones."""
+    def next(self, model: StepVL, *, is_last: bool) -> Collected:
+        """The answers to train on now; one step off, `model` answers the following ones."""
         if self._next is None:
             self._start(model, self._cursor)
         assert self._next is not None
         made = self._next.result()
         self._cursor, self._next = made.cursor, None
-        if self._one_step_off:
+        if self._one_step_off and not is_last:
             self._start(model, made.cursor)
         return made
 
@@ -216,6 +217,10 @@ class AnswerQueue:
             path = self._path(step)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self._collector.to_json(self._next.result())))
+            kept = {each.name for each in self._checkpoints.iterdir()}
+            for old in path.parent.iterdir():
+                if old != path and old.name.split("-")[0] not in kept:
+                    old.unlink(missing_ok=True)
         cursors = multihost_utils.process_allgather(np.array(self._cursor)).reshape(-1)
         return {
             "cursors": [int(cursor) for cursor in cursors],
@@ -236,7 +241,6 @@ class Trainer:
         self._rows = len(rows_here(mesh, config.batch.rows))  # of a call, of this process
         # Without an update between sampling and training, the old log-probabilities are those of the update itself.
         self._needs_scores = config.has_critic or config.loss.kl > 0 or config.policy.steps > 1
-        self._needs_scores |= config.rollout.one_step_off
 
     def train(self, state: RLState, collected: Collected, step: int) -> tuple[RLState, dict[str, Any]]:
         """The state after the iteration, and what `iteration_row` reports of it."""
