@@ -74,6 +74,11 @@ def reinforce(config: RLConfig, *, on_evaluation: Callable[[StepVL, Processor, i
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts}: must be divisible by {jax.process_count()} processes"
         )
+    if len(rows_here(mesh, config.batch.rows)) * jax.process_count() != config.batch.rows:
+        raise ConfigError(
+            f"mesh={config.mesh}: every process trains on its own answers, so its devices must not share rows with "
+            "those of others: keep mesh.context and mesh.tensor within a process"
+        )
     optimizers = make_optimizers(config)
     if not (directory / "checkpoints").exists():
         init_from.plan_start(config)

@@ -24,11 +24,11 @@ OPTIONS += ("--schedule.phases.0.tokens", f"{STEPS * 512}", "--schedule.warmup-t
 
 
 class Job:
-    """`stepjax pretrain` in several processes, one output file each."""
+    """`stepjax pretrain` in several processes, one output file each; or another verb with its recipe."""
 
-    def __init__(self, start, out: Path, processes: int, *arguments: str):
+    def __init__(self, start, out: Path, processes: int, *arguments: str, verb="pretrain", recipe=PRETRAIN_ONLY):
         """`start` starts one of them; it takes arguments, a log, an environment and a number of devices."""
-        self.out, self.directory = out, out / "tiny"
+        self.out, self.directory = out, out / ("tiny" if verb == "pretrain" else "tiny_rl")
         out.mkdir(exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -41,7 +41,8 @@ class Job:
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
             }
-            command = ["pretrain", str(PRETRAIN_ONLY), "--out", str(out), *OPTIONS, *arguments]
+            options = OPTIONS if verb == "pretrain" else OPTIONS[:6]
+            command = [verb, str(recipe), "--out", str(out), *options, *arguments]
             environment = place if processes > 1 else {}
             self.processes.append(start(command, out / f"log{index}", environment, DEVICES // processes))
 
@@ -112,6 +113,29 @@ def test_losses_are_those_of_one_process(quickly, tmp_path, whole, processes, ar
     job = Job(quickly, tmp_path / "job", processes, *arguments)
     assert job.end() == [0] * processes, job.output(0)
     assert_same(losses(job.directory), whole)
+
+
+@pytest.mark.slow  # minutes of compilation
+def test_reinforcement_learning_is_that_of_one_process(quickly, tmp_path):
+    """The same prompts, answers and rewards, and up to rounding the same updates."""
+    options = ("--iterations", "2", "--policy.minibatches", "1", "--critic.update.minibatches", "1")
+    options += ("--critic.warmup-iterations", "0", "--loss.kl", "0")
+    recipe = PRETRAIN_ONLY.with_name("tiny_rl.py")
+    rows = []
+    for processes in (1, 2):
+        job = Job(quickly, tmp_path / f"{processes}", processes, *options, verb="rl", recipe=recipe)
+        assert job.end() == [0] * processes, job.output(processes - 1)
+        rows.append(read_metrics(job.directory))
+    for one, two in zip(*rows, strict=True):
+        compared = [name for name in one if not re.match("seconds|tokens_per_second|sampler/p95", name)]
+        assert compared and set(one) == set(two)
+        np.testing.assert_allclose([two[name] for name in compared], [one[name] for name in compared], atol=2e-4)
+
+
+def test_a_context_axis_across_processes_is_refused(quickly, tmp_path):
+    recipe = PRETRAIN_ONLY.with_name("tiny_rl.py")
+    job = Job(quickly, tmp_path / "rl", 2, *ROWS_OVER_BOTH, verb="rl", recipe=recipe)
+    assert job.end() == [1, 1] and "must not share rows with" in job.output(0)
 
 
 def test_one_killed_the_others_say_so_and_another_number_of_processes_resumes(really, quickly, tmp_path, whole):
