@@ -4,6 +4,7 @@ The update is GRPO's without the division by the group's deviation, strictly on-
 answers to a receipt are compared with each other, and prompts whose answers are all right or all wrong teach nothing.
 """
 
+import dataclasses
 from pathlib import Path
 
 from stepjax.config import (
@@ -27,7 +28,8 @@ from stepjax.post_training.config import (
 )
 
 sft = load_recipe(Path(__file__).with_name("sft.py"), PretrainConfig)
-DEGRADATION = sft.data.sources[0].degradation
+receipts = sft.data.sources[0]
+assert isinstance(receipts, DigitsSource) and receipts.task == "receipt"
 
 config = RLConfig(
     name="digits_rlvr",
@@ -36,7 +38,7 @@ config = RLConfig(
     images=sft.images,
     tokenizer=sft.tokenizer,
     data=DataConfig(
-        sources=(DigitsSource(name="receipt", weight=1.0, task="receipt", degradation=DEGRADATION),),
+        sources=(dataclasses.replace(receipts, weight=1.0),),
     ),
     # A row holds a prompt with its image and about seven answers.
     batch=BatchConfig(rows=4, tokens=512, global_views=1, crops=24),
@@ -59,7 +61,7 @@ config = RLConfig(
     checkpoint=CheckpointConfig(every=25),
     logging=LoggingConfig(every=1),
     evaluation=EvaluationConfig(
-        sources=(DigitsSource(name="receipt", weight=1.0, task="receipt", split="held_out", degradation=DEGRADATION),),
+        sources=(dataclasses.replace(receipts, weight=1.0, split="held_out"),),
         examples=200,
         max_new_tokens=80,
     ),
