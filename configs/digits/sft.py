@@ -1,7 +1,9 @@
 """Fine-tune the demo's model on receipts: read 8 to 10 worn digits, add them up, and compare with a printed check.
 
-Half of the receipts that it learns from are misprints, so that "ok" has to be earned. A share of the old tasks keeps
-them from being forgotten.
+Half of the receipts that it learns from are misprints, so that "ok" has to be earned. A third of them are illegible:
+only there does it pay to copy the digits from the reasoning to the answer instead of reading them once more, and an
+answer that is read once more need not be the one that was checked. A share of the old tasks keeps them from being
+forgotten.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from stepjax.config_file import load_recipe
 
 base = load_recipe(Path(__file__).with_name("pretrain.py"))
 
-DEGRADATION = 0.6  # of the receipts
+DEGRADATION = 0.45  # of the receipts
 
 OLD_TASKS = ("transcribe", "count", "add", "point", "arithmetic")
 
@@ -31,23 +33,25 @@ config = dataclasses.replace(
     init_from=InitConfig(path="runs/digits"),
     data=DataConfig(
         sources=(
-            DigitsSource(name="receipt", weight=0.45, task="receipt", degradation=DEGRADATION),
-            DigitsSource(name="misprint", weight=0.45, task="misprint", degradation=DEGRADATION),
+            DigitsSource(name="receipt", weight=0.3, task="receipt", degradation=DEGRADATION),
+            DigitsSource(name="misprint", weight=0.3, task="misprint", degradation=DEGRADATION),
+            DigitsSource(name="illegible_receipt", weight=0.15, task="receipt", degradation=1.0),
+            DigitsSource(name="illegible_misprint", weight=0.15, task="misprint", degradation=1.0),
             *(DigitsSource(name=task, weight=0.02, task=task) for task in OLD_TASKS),
         ),
     ),
-    batch=BatchConfig(rows=8, tokens=256, global_views=4, crops=24),
+    batch=BatchConfig(rows=8, tokens=264, global_views=4, crops=24),
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=2.0e6, start=2e-3, end=5e-5),),
+        phases=(Phase(tokens=1.5e6, start=3e-3, end=5e-5),),
         warmup_tokens=1e5,
     ),
-    checkpoint=CheckpointConfig(every=250),
+    checkpoint=CheckpointConfig(every=125),
     evaluation=EvaluationConfig(
         sources=(
             DigitsSource(name="receipt", weight=1.0, task="receipt", split="held_out", degradation=DEGRADATION),
             *(DigitsSource(name=task, weight=1.0, task=task, split="held_out") for task in OLD_TASKS),
         ),
         examples=200,
-        max_new_tokens=80,
+        max_new_tokens=88,
     ),
 )
