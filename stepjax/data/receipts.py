@@ -34,6 +34,11 @@ def receipt_answer(digits: Sequence[int], check: int) -> dict[str, str]:
     }
 
 
+def ledger_prompt(digits: Sequence[int], check: int) -> str:
+    """A receipt in words, to learn adding and comparing without an image."""
+    return f"Add up {' '.join(map(str, digits))}, {check}."
+
+
 def print_check(image: Image.Image, check: int, layout: Layout) -> None:
     """Prints the check digit at the layout's last place."""
     image.paste(_printed(check, layout.box), layout.corners[-1])

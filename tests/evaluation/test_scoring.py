@@ -15,7 +15,7 @@ from stepjax.errors import RecordError
 from stepjax.evaluation.scoring import TaskResult, chance_level, parse_point, parse_receipt, score, summary_table
 from stepjax.figures import wilson_interval
 
-TASKS = ("transcribe", "count", "add", "point", "arithmetic", "receipt", "misprint")
+TASKS = ("transcribe", "count", "add", "point", "arithmetic", "ledger", "receipt", "misprint")
 
 
 def _source(task: Any, split: Any = "held_out") -> DigitsSource:
@@ -60,7 +60,7 @@ def test_the_point_tested_is_the_middle_of_its_cell():
     assert score(record, "(11, 30)")
 
 
-@pytest.mark.parametrize("task", ["receipt", "misprint"])
+@pytest.mark.parametrize("task", ["ledger", "receipt", "misprint"])
 @pytest.mark.parametrize(
     "text, right",
     [

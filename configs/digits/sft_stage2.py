@@ -1,6 +1,6 @@
-"""Fine-tune the demo's model on receipts: read 8 to 10 worn digits, add them up, and compare with a printed check.
+"""Fine-tune the demo's model, stage 2: read receipts of 8 to 10 worn digits, add them up, compare with the printed check.
 
-Half of the receipts that it learns from are misprints, so that "ok" has to be earned. A third of them are illegible:
+Half of the receipts that it learns from are misprints, so that "ok" has to be earned. A quarter of them are illegible:
 only there does it pay to copy the digits from the reasoning to the answer instead of reading them once more, and an
 answer that is read once more need not be the one that was checked. A share of the old tasks keeps them from being
 forgotten.
@@ -29,20 +29,21 @@ OLD_TASKS = ("transcribe", "count", "add", "point", "arithmetic")
 
 config = dataclasses.replace(
     base,
-    name="digits_sft",
-    init_from=InitConfig(path="runs/digits"),
+    name="digits_sft_stage2",
+    init_from=InitConfig(path="runs/digits_sft_stage1"),
     data=DataConfig(
         sources=(
             DigitsSource(name="receipt", weight=0.3, task="receipt", degradation=DEGRADATION),
             DigitsSource(name="misprint", weight=0.3, task="misprint", degradation=DEGRADATION),
-            DigitsSource(name="illegible_receipt", weight=0.15, task="receipt", degradation=1.0),
-            DigitsSource(name="illegible_misprint", weight=0.15, task="misprint", degradation=1.0),
+            DigitsSource(name="illegible_receipt", weight=0.1, task="receipt", degradation=1.0),
+            DigitsSource(name="illegible_misprint", weight=0.1, task="misprint", degradation=1.0),
+            DigitsSource(name="ledger", weight=0.1, task="ledger"),
             *(DigitsSource(name=task, weight=0.02, task=task) for task in OLD_TASKS),
         ),
     ),
-    batch=BatchConfig(rows=8, tokens=264, global_views=4, crops=24),
+    batch=BatchConfig(rows=8, tokens=264, global_views=3, crops=23),
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=1.5e6, start=3e-3, end=5e-5),),
+        phases=(Phase(tokens=1.0e6, start=1.2e-3, end=5e-5),),
         warmup_tokens=1e5,
     ),
     checkpoint=CheckpointConfig(every=125),
