@@ -1,12 +1,13 @@
 """Receipts: a strip of handwritten digits and a printed check digit, their sum modulo 10.
 
-    image      7 5 1 2 0 9 3 3 [0]                 the last square: a light digit on dark, in print
-    reasoning  A707B572C123D235E055F954G347H370    label, digit, sum so far, new sum; sums modulo 10
-    content    A7B5C1D2E0F9G3H3 ok                 labels and digits; "bad" if their sum is not the printed check
+    image      7 5 1 2 0 9 3 3 [0]            the last square: a light digit on dark, in print
+    reasoning  A77B52C13D25E05F94G37H30       label, digit, sum of the digits so far modulo 10
+    content    A7B5C1D2E0F9G3H3 ok            labels and digits; "bad" if their sum is not the printed check
 
 The labels are places from the left. On a "misprint" the printed check is wrong, so "bad" is the truth. A model that is
-trained on both learns to compare, and its "bad" on a true receipt reveals that it misread a digit. The sum so far is
-repeated so that the model finds both summands side by side: it then learns to add in half the steps.
+trained on both learns to compare, and its "bad" on a true receipt reveals that it misread a digit.
+
+A "ledger" is the same in words, to learn adding, copying and comparing without an image.
 """
 
 import functools
@@ -26,16 +27,16 @@ _SHARPNESS = 8  # print is drawn this much larger and then shrunk, so that it lo
 
 def receipt_answer(digits: Sequence[int], check: int) -> dict[str, str]:
     """The reasoning and the text of the answer for a receipt's digits and its printed check."""
-    sums = [total % 10 for total in itertools.accumulate(digits, initial=0)]
-    steps = list(zip(string.ascii_uppercase, digits, sums, sums[1:], strict=False))
+    sums = [total % 10 for total in itertools.accumulate(digits)]
+    labelled = [f"{label}{digit}" for label, digit in zip(string.ascii_uppercase, digits, strict=False)]
     return {
-        "reasoning": "".join(f"{label}{digit}{before}{after}" for label, digit, before, after in steps),
-        "text": "".join(f"{label}{digit}" for label, digit, _, _ in steps) + (" ok" if sums[-1] == check else " bad"),
+        "reasoning": "".join(f"{each}{total}" for each, total in zip(labelled, sums, strict=True)),
+        "text": "".join(labelled) + (" ok" if sums[-1] == check else " bad"),
     }
 
 
 def ledger_prompt(digits: Sequence[int], check: int) -> str:
-    """A receipt in words, to learn adding and comparing without an image."""
+    """The question of a ledger: the digits, and the check."""
     return f"Add up {' '.join(map(str, digits))}, {check}."
 
 

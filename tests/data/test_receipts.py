@@ -21,7 +21,7 @@ from stepjax.processing.processor import Processor
 
 KINDS = ("receipt", "misprint")
 SPLITS = ("train", "held_out")
-RECIPE = load_recipe(Path(__file__).parents[2] / "configs" / "digits" / "sft_stage2.py")
+RECIPE = load_recipe(Path(__file__).parents[2] / "configs" / "digits" / "sft.py")
 
 
 def _records(task: Any = "receipt", split: Any = "train", degradation: float = 0.6, seed: int = 0) -> DigitsRecords:
@@ -33,8 +33,8 @@ def _image(record: dict[str, Any]) -> Image.Image:
 
 
 def test_the_answer_labels_adds_up_and_compares():
-    assert receipt_answer([7, 5, 1, 9], 2) == {"reasoning": "A707B572C123D932", "text": "A7B5C1D9 ok"}
-    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A707B572C123D932", "text": "A7B5C1D9 bad"}
+    assert receipt_answer([7, 5, 1, 9], 2) == {"reasoning": "A77B52C13D92", "text": "A7B5C1D9 ok"}
+    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A77B52C13D92", "text": "A7B5C1D9 bad"}
 
 
 @pytest.mark.parametrize("split", SPLITS)
