@@ -40,10 +40,10 @@ from stepjax.rewards.verifiers import is_right
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
 
-MAX_TOKENS = 80  # a right answer to ten digits has 57
+MAX_TOKENS = 72  # a right answer to ten digits has 57
 SEQUENCES = 128
 
-_STEP = re.compile(r"([A-Z])(\d)(\d)")
+_STEP = re.compile(r"([A-Z])(\d)(\d)")  # label, digit, sum so far
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ from stepjax.post_training.config import (
 )
 
 sft = load_recipe(Path(__file__).with_name("sft.py"), PretrainConfig)
-receipts = sft.data.sources[0]
-assert isinstance(receipts, DigitsSource) and receipts.task == "receipt"
+[receipts] = (each for each in sft.data.sources if each.name == "receipt")
+assert isinstance(receipts, DigitsSource)
 
 config = RLConfig(
     name="digits_rlvr",
@@ -46,7 +46,7 @@ config = RLConfig(
     rollout=RolloutConfig(
         prompts=16,
         samples=16,
-        max_tokens=80,  # a right answer to ten digits has 57
+        max_tokens=72,  # a right answer to ten digits has 57
         max_sequences=128,
         page_size=16,
         prefill_tokens=512,
@@ -63,6 +63,6 @@ config = RLConfig(
     evaluation=EvaluationConfig(
         sources=(dataclasses.replace(receipts, weight=1.0, split="held_out"),),
         examples=200,
-        max_new_tokens=80,
+        max_new_tokens=72,
     ),
 )

@@ -7,6 +7,7 @@
 | add        | 2 or 3 digits in a strip       | Add up the digits.                        | 13       |
 | point      | 2 to 4 distinct ones scattered | Point at the digit 7.                     | (62, 30) |
 | arithmetic | none                           | What is 12 + 7?                           | 19       |
+| ledger     | none                           | Add up 7 5, 2.                            | A7B5 ok  |
 | receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | A7B5 ok  |
 | misprint   | the same with a wrong check    | Add up the receipt.                       | A7B5 bad |
 | prefer     | a receipt                      | Which is right? A (answer) B (another)    | A        |
@@ -31,7 +32,7 @@ from PIL import Image
 
 from stepjax.config import DigitsSource, DigitsTask, Split
 from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
-from stepjax.data.receipts import PREFER, PROMPT, print_check, receipt_answer, rival_answers
+from stepjax.data.receipts import PREFER, PROMPT, ledger_prompt, print_check, receipt_answer, rival_answers
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
@@ -42,6 +43,7 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "add": {2: 0.5, 3: 0.5},
     "point": {n: 1 / 3 for n in range(2, 5)},
     "arithmetic": {},
+    "ledger": {n: 1 / 7 for n in range(4, 11)},
     "receipt": {n: 1 / 3 for n in range(8, 11)},
     "misprint": {n: 1 / 3 for n in range(8, 11)},
     "prefer": {n: 1 / 3 for n in range(8, 11)},
@@ -88,6 +90,10 @@ class DigitsRecords:
             left, sign, right = problems[rng.integers(len(problems))]
             content: Any = f"What is {left} {sign} {right}?"
             answer: dict[str, Any] = {"text": str(solve((left, sign, right)))}
+        elif task == "ledger":
+            digits = rng.integers(10, size=self._draw_num_digits(rng)).tolist()
+            check = sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
+            content, answer = ledger_prompt(digits, check), receipt_answer(digits, check)
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -102,10 +108,13 @@ class DigitsRecords:
             "scan_ids": scan_ids,
         }
 
+    def _draw_num_digits(self, rng: np.random.Generator) -> int:
+        return self._num_digits[bisect.bisect_right(self._ends, rng.random())]
+
     def _picture(self, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, Any], list[int]]:
         """Returns image, prompt, answer and scans."""
         task = self.source.task
-        num_digits = self._num_digits[bisect.bisect_right(self._ends, rng.random())]
+        num_digits = self._draw_num_digits(rng)
         # Draw classes first, then a scan of each, so that classes are equally likely despite unequal scan counts.
         drawn = rng.permutation(10)[:num_digits] if task == "point" else rng.integers(10, size=num_digits)
         digits = drawn.tolist()

@@ -200,14 +200,14 @@ def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.I
 def degraded(rng: np.random.Generator, ink: Image.Image, degradation: float, cell: int) -> Image.Image:
     """Ink (0..255) that has faded in patches, and specks on the paper.
 
-    Cells of `cell` pixels differ in severity, uniform from 0 to `degradation`, so that of digits in a row some stay
-    clear and some become ambiguous.
+    Cells of `cell` pixels differ in severity, uniform from 0 to twice `degradation`, so that of digits in a row some
+    stay clear and some become ambiguous.
     """
     columns, rows = math.ceil(ink.width / cell), math.ceil(ink.height / cell)
-    whole, severity = (columns * cell, rows * cell), rng.uniform(0, degradation, (rows, columns)).astype(np.float32)
+    whole, severity = (columns * cell, rows * cell), rng.uniform(0, 2 * degradation, (rows, columns)).astype(np.float32)
     patches = Image.fromarray(rng.integers(256, size=(3 * rows, 3 * columns), dtype=np.uint8))
     fading_HW = np.asarray(patches.resize(whole, Image.Resampling.BICUBIC))[: ink.height, : ink.width] / np.float32(255)
     specks_HW = rng.random((ink.height, ink.width), np.float32) ** 2
     severity_HW = severity.repeat(cell, 0).repeat(cell, 1)[: ink.height, : ink.width]
-    worn_HW = np.asarray(ink) * (1 - severity_HW * fading_HW) + 255 * severity_HW * specks_HW
+    worn_HW = np.asarray(ink) * np.maximum(1 - severity_HW * fading_HW, 0) + 255 * severity_HW * specks_HW
     return Image.fromarray(np.rint(np.minimum(worn_HW, 255)).astype(np.uint8))

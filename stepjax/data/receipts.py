@@ -1,11 +1,13 @@
 """Receipts: a strip of handwritten digits and a printed check digit, their sum modulo 10.
 
-    image      7 5 1 2 0 9 3 3 [0]             the last square: a light digit on dark, in print
-    reasoning  A77B52C13D25E05F94G37H30        label, digit, sum of the digits so far modulo 10
-    content    A7B5C1D2E0F9G3H3 ok             labels and digits; "bad" if their sum is not the printed check
+    image      7 5 1 2 0 9 3 3 [0]            the last square: a light digit on dark, in print
+    reasoning  A77B52C13D25E05F94G37H30       label, digit, sum of the digits so far modulo 10
+    content    A7B5C1D2E0F9G3H3 ok            labels and digits; "bad" if their sum is not the printed check
 
 The labels are places from the left. On a "misprint" the printed check is wrong, so "bad" is the truth. A model that is
 trained on both learns to compare, and its "bad" on a true receipt reveals that it misread a digit.
+
+A "ledger" is the same in words, to learn adding, copying and comparing without an image.
 """
 
 import functools
@@ -48,6 +50,11 @@ def rival_answers(rng: np.random.Generator, digits: Sequence[int], check: int) -
         read[places] = (read[places] + rng.integers(1, 10, size=count)) % 10
         messages.append(receipt_answer(read.tolist(), check)["text"])
     return messages[0], messages[1], "AB"[int(wrong[1] < wrong[0])]
+
+
+def ledger_prompt(digits: Sequence[int], check: int) -> str:
+    """The question of a ledger: the digits, and the check."""
+    return f"Add up {' '.join(map(str, digits))}, {check}."
 
 
 def print_check(image: Image.Image, check: int, layout: Layout) -> None:

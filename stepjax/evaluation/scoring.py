@@ -13,14 +13,14 @@ from stepjax.figures import wilson_interval
 def chance_level(source: DigitsSource) -> float:
     """The accuracy of guessing without the image or the question, computed from the task's distribution.
 
-    - transcribe, receipt, misprint, count, add, arithmetic: the best constant guess. All strings of n digits are
+    - transcribe, count, add, arithmetic, and receipts of any kind: the best constant guess. All strings of n digits are
       equally likely, so that is 1 in 1000 for three-digit transcriptions; for sums it is the most frequent sum.
     - point: the centre of a random one of the n digits in the image: the mean of 1 / n. (This guess sees where the ink
       is but not which digit it is. Every constant point does worse.)
     """
     distribution = num_digits_distribution(source)
     match source.task:
-        case "transcribe" | "receipt" | "misprint":
+        case "transcribe" | "ledger" | "receipt" | "misprint":
             return max(probability / 10**n for n, probability in distribution.items())
         case "prefer":
             return 0.5

@@ -21,6 +21,7 @@ def text_equals(record: Record, text: str) -> float:
     return float(text.strip() in gold.answers(record))
 
 
+@reward("ledger")
 @reward("misprint")
 @reward("receipt")
 def receipt(record: Record, text: str) -> float:

@@ -1,6 +1,7 @@
 """Receipts: answers that are true of the picture, a check that is printed where it should be, and wear by degrees."""
 
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ def test_the_answer_is_true_of_the_scans_and_of_the_print(task, split):
         num_digits[len(digits)] += 1
         checks[printed] += 1
     assert set(num_digits) == {8, 9, 10} and len(checks) == 10
+
+
+def test_a_ledger_is_a_receipt_in_words():
+    verdicts, lengths = Counter(), Counter()
+    for i in range(200):
+        record = _records("ledger", degradation=0.0)[i]
+        match = re.fullmatch(r"Add up ((?:\d )*\d), (\d)\.", record["messages"][0]["content"])
+        assert match and record["scan_ids"] == []
+        digits = [int(digit) for digit in match[1].split()]
+        expected = receipt_answer(digits, int(match[2]))
+        turn = record["messages"][1]
+        assert (turn["reasoning_content"], turn["content"]) == (expected["reasoning"], expected["text"])
+        lengths[len(digits)] += 1
+        verdicts[expected["text"].split()[1]] += 1
+    assert set(lengths) == set(range(4, 11)) and 80 < verdicts["ok"] < 140
 
 
 def _shows(image_HWC: np.ndarray, check: int) -> bool:

@@ -16,7 +16,7 @@ from stepjax.evaluation.scoring import TaskResult, chance_level, summary_table
 from stepjax.figures import wilson_interval
 from stepjax.rewards.verify import is_right
 
-TASKS = ("transcribe", "count", "add", "point", "arithmetic", "receipt", "misprint", "prefer")
+TASKS = ("transcribe", "count", "add", "point", "arithmetic", "ledger", "receipt", "misprint", "prefer")
 
 
 def _source(task: Any, split: Any = "held_out") -> DigitsSource:

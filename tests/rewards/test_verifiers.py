@@ -58,6 +58,7 @@ TABLE = {
         ),
     ],
     "misprint": [({"answer": {"text": "A7 bad"}}, ["A7 ok"], ["A8 bad"])],
+    "ledger": [({"answer": {"text": "A7 ok"}}, ["A7 ok", "A7 bad"], ["A8 ok"])],
     "math": [
         ({"answer": "1331 and 1728"}, [r"\boxed{1331, 1728}", "The answer is 1728 and 1331."], ["1728", "1331"]),
         ({"answer": "1/2^{99}"}, [r"\boxed{2^{-99}}"], [r"\boxed{1/2^{98}}", "0"]),
