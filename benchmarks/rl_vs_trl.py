@@ -117,7 +117,7 @@ def run_stepjax(args: argparse.Namespace, work: Path) -> Figures:
     tokens = args.prompts * args.samples * ANSWER_TOKENS
     assert all(row["length"] == ANSWER_TOKENS and row["trained"] * row["length"] == tokens for row in rows)
     phases = {phase: [row[f"seconds/{phase}"] for row in rows] for phase in ("sample", "update")}
-    return {"seconds": [row["seconds"] for row in rows], "phases": phases}
+    return {"seconds": [row["seconds"] for row in rows], "phases": phases, "entropy": rows[0]["entropy"]}
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------
@@ -243,7 +243,8 @@ def run_trl(args: argparse.Namespace, work: Path) -> Figures:
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)][WARM_UP - 1 :]
     sampling = sampling[WARM_UP:]
     update = [whole - part for whole, part in zip(seconds, sampling, strict=True)]
-    return {"seconds": seconds, "phases": {"sample": sampling, "update": update}}
+    entropy = [row["entropy"] for row in trainer.state.log_history if "entropy" in row][WARM_UP]
+    return {"seconds": seconds, "phases": {"sample": sampling, "update": update}, "entropy": entropy}
 
 
 def run_transformers(args: argparse.Namespace, work: Path) -> Figures:
@@ -252,7 +253,7 @@ def run_transformers(args: argparse.Namespace, work: Path) -> Figures:
     parameters = list(model.parameters())
     betas = demo.optimizer.beta1, demo.optimizer.beta2
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=betas, weight_decay=0.0, fused=True)
-    answers, seconds, sampling = args.prompts * args.samples, [], []
+    answers, seconds, sampling, entropies = args.prompts * args.samples, [], [], []
     for iteration in range(WARM_UP + args.iterations):
         began = time.perf_counter()
         start = iteration * args.prompts
@@ -276,6 +277,7 @@ def run_transformers(args: argparse.Namespace, work: Path) -> Figures:
 
         model.train()
         optimizer.zero_grad(set_to_none=True)
+        entropies.append(0.0)
         for place in range(0, answers, args.micro_batch):
             part = slice(place, place + args.micro_batch)
             logits_BLV = model(whole_BT[part], logits_to_keep=ANSWER_TOKENS + 1).logits[:, :-1]
@@ -284,12 +286,13 @@ def run_transformers(args: argparse.Namespace, work: Path) -> Figures:
             ratio_BL = (log_probs_BL - log_probs_BL.detach()).exp()
             surrogate_BL = torch.minimum(ratio_BL * advantages_B1[part], ratio_BL.clamp(0.8, 1.28) * advantages_B1[part])
             (-surrogate_BL.sum() / choices_BL.numel()).backward()
+            entropies[-1] -= float(log_probs_BL.detach().sum()) / choices_BL.numel()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         seconds.append(time.perf_counter() - began)
     seconds, sampling = seconds[WARM_UP:], sampling[WARM_UP:]
     update = [whole - part for whole, part in zip(seconds, sampling, strict=True)]
-    return {"seconds": seconds, "phases": {"sample": sampling, "update": update}}
+    return {"seconds": seconds, "phases": {"sample": sampling, "update": update}, "entropy": entropies[WARM_UP]}
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------
@@ -307,6 +310,7 @@ def run_side(side: str, args: argparse.Namespace, work: Path) -> Figures:
         "seconds": seconds,
         "seconds_of_phases": {phase: statistics.median(times) for phase, times in found["phases"].items()},
         "seconds_of_iterations": found["seconds"],
+        "entropy": found["entropy"],  # of the first timed iteration: all sides start from the same weights
     }
 
 

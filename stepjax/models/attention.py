@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.flash_attention import Implementation, flash_attention
+from pallas_kernels.flash_attention import Implementation, flash_attention, reference
 from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
 from stepjax.sharding import all_gather, axis_size, spec, target_platform
@@ -54,8 +54,8 @@ def attend(
     neither sees nor is seen, and its output is zero.
 
     Segments may share a prefix, such as the prompt of several answers: a token also sees all of the segment that its
-    prefix id names. Such a row takes two calls, one over each token's own segment and one over its prefix; their
-    results are merged by log-sum-exp, so every implementation can do it.
+    prefix id names. A kernel takes two calls for such a row, one over each token's own segment and one over its prefix,
+    whose results are merged by log-sum-exp. XLA computes the scores of all pairs anyway, so there one call has both.
 
     Args:
         prefix_ids_BT: id of a segment of the same row; 0: none.
@@ -84,6 +84,8 @@ def attend(
         segments = {"q_segment_ids_BT": own_BT, "kv_segment_ids_BS": kv_ids_BS}
         if ids_BTI.shape[-1] == 1:
             return flash(causal=causal, **segments, **offset)
+        if chosen == "xla":
+            return _with_prefixes(q_BTNH, k_BSKH, v_BSKH, ids_BTI, causal, scale)
         own = flash(causal=causal, **segments, **offset, return_lse=True)
         prefix = flash(q_segment_ids_BT=ids_BTI[..., 1], kv_segment_ids_BS=kv_ids_BS, return_lse=True)
         return _merged(own, prefix)
@@ -111,6 +113,19 @@ def attend(
         of_device, in_specs=(q_spec, kv_spec, kv_spec, *ids_specs), out_specs=q_spec, check_vma=False
     )
     return sharded(q_BTNH, k_BTKH, v_BTKH, *ids, *kv_ids)
+
+
+def _with_prefixes(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT2: jax.Array, causal: bool, scale: float | None
+) -> jax.Array:
+    """Attention of whole rows over each token's own segment and its prefix, under one mask."""
+    own_BT, prefix_BT = ids_BT2[..., 0], ids_BT2[..., 1]
+    T = own_BT.shape[1]
+    sees = partial(reference.visibility, T, T, q_offset=0, kv_segment_ids_BS=own_BT)
+    own_BTT = sees(causal=causal, q_segment_ids_BT=own_BT)
+    visible_BTT = own_BTT | sees(causal=False, q_segment_ids_BT=prefix_BT)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    return reference.masked_attention(q_BTNH, k_BTKH, v_BTKH, visible_BTT, scale=scale)[0]
 
 
 def _merged(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -249,6 +249,12 @@ def test_answers_see_their_prompt_and_not_each_other():
         np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-5)
 
 
+def test_xla_computes_scores_once_for_a_token_and_its_prefix():
+    """Two products forward and four backward, as without prefixes."""
+    program = str(jax.make_jaxpr(of_tree)(*qkv(4, 2)))
+    assert program.count("dot_general") == 6
+
+
 @pytest.mark.parametrize("mesh", [None, MESHES[0], MESHES[2]], ids=["one device", "all but fsdp", "fsdp and context"])
 def test_tpu_kernel_shares_prefixes_as_xla_does(mesh):
     inputs = qkv(4, 2, rows=8)
