@@ -1,6 +1,6 @@
 """`stepjax rl` against GRPOTrainer of TRL and a plain loop of Transformers: iterations an hour, and where time goes.
 
-    python benchmarks/rl_vs_trl.py [--size demo|small] [--prompts 16] [--samples 16] [--iterations 3] [--sides ...]
+    python benchmarks/rl_vs_trl.py [--long] [--size demo|small] [--prompts 16] [--samples 16] [--iterations 3]
 
 Needs PyTorch and TRL (the extra "benchmarks"). All sides train the same text model (Qwen3, float32, the same initial
 weights) on the same prompts with the same reward. No token ends an answer, so every iteration has the same work on
@@ -9,11 +9,10 @@ AdamW, strictly on-policy (no scoring pass, no reference model, no critic). Each
 stepjax's settings of the allocator, and the micro-batch that suits it best.
 
 stepjax is the whole command: checkpoint, page of samples and metrics included. TRL has no gradient checkpointing, fused
-AdamW and a key-value cache; its generation is Transformers', because vLLM is for GPUs. The plain loop is what is left of
-TRL without its trainer (`train_plainly`). An iteration is timed from the end of the one before; medians of the
-iterations after the warm-up.
+AdamW and a key-value cache; its generation is Transformers', because vLLM is for GPUs. The plain loop does what TRL does
+here, without its trainer. An iteration is timed from the end of the one before; medians of those after the warm-up.
 
-Writes results/rl_vs_trl.json (with --size small: rl_vs_trl_small.json).
+Writes results/rl_vs_trl.json; the names of --long and --size small are added to the file's.
 """
 
 import argparse
@@ -28,8 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import machine
@@ -51,6 +49,7 @@ from stepjax.config_file import load_recipe
 from stepjax.post_training.config import AdvantageConfig, PolicyLossConfig, RLConfig, RolloutConfig, UpdateConfig
 from stepjax.training.host import num_cores, prepare
 
+ROOT = Path(__file__).parent.parent
 ANSWER_TOKENS, WARM_UP, LEARNING_RATE = 64, 2, 1e-4
 demo = load_recipe(ROOT / "configs" / "digits" / "rlvr.py", RLConfig)
 DECODERS = {
@@ -284,7 +283,9 @@ def run_transformers(args: argparse.Namespace, work: Path) -> Figures:
             targets_BL1 = choices_BL[part, :, None]
             log_probs_BL = logits_BLV.gather(-1, targets_BL1)[..., 0] - logits_BLV.logsumexp(-1)
             ratio_BL = (log_probs_BL - log_probs_BL.detach()).exp()
-            surrogate_BL = torch.minimum(ratio_BL * advantages_B1[part], ratio_BL.clamp(0.8, 1.28) * advantages_B1[part])
+            surrogate_BL = torch.minimum(
+                ratio_BL * advantages_B1[part], ratio_BL.clamp(0.8, 1.28) * advantages_B1[part]
+            )
             (-surrogate_BL.sum() / choices_BL.numel()).backward()
             entropies[-1] -= float(log_probs_BL.detach().sum()) / choices_BL.numel()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -321,15 +322,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=3, help=f"timed; {WARM_UP} more go before")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--rows", type=int, default=4, help="of a call of stepjax's trainer")
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--decode-steps", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=8, help="of a call of stepjax's trainer")
+    parser.add_argument("--row-tokens", type=int, default=256)
+    parser.add_argument("--decode-steps", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=32, help="answers of a backward pass in PyTorch")
+    parser.add_argument("--long", action="store_true", help="prompts of 251 tokens instead of 51")
     parser.add_argument("--side", choices=(*SIDES, "weights"), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.long:
+        args.rows, args.row_tokens = max(args.rows // 2, 2), 2 * args.row_tokens
     if args.side == "weights":
-        rl_task.write_prompts(args.work / "prompts.jsonl")
+        rl_task.write_prompts(args.work / "prompts.jsonl", digits=120 if args.long else 20)
         write_weights(args, args.work / "weights")
         return
     if args.side is not None:
@@ -348,11 +352,13 @@ def main() -> None:
         "peers": {package: machine.version(package) for package in ("torch", "transformers", "trl")},
         "threads": num_cores(),
         "decoder": args.size,
-        "answers": {"prompts": args.prompts, "samples": args.samples, "tokens": ANSWER_TOKENS},
+        "prompts": {"count": args.prompts, "tokens": 251 if args.long else 51},
+        "answers": {"to_a_prompt": args.samples, "tokens": ANSWER_TOKENS},
         "sides": found,
         "stepjax_is_faster_by": {side: each["seconds"] / ours for side, each in found.items() if side != "stepjax"},
     }
-    path = machine.write("rl_vs_trl" if args.size == "demo" else f"rl_vs_trl_{args.size}", figures)
+    name = "_".join(["rl_vs_trl", *([args.size] if args.size != "demo" else []), *(["long"] if args.long else [])])
+    path = machine.write(name, figures)
     for side, each in found.items():
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in each["seconds_of_phases"].items())
         print(f"  {side:<13} {each['iterations_per_hour']:7.0f} iterations an hour ({phases})")

@@ -16,6 +16,7 @@ from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
 from stepjax.sharding import all_gather, axis_size, spec, target_platform
 
+_QUERIES = 128  # of a call on XLA, where segments have prefixes
 INPUT_NAME = "attention_input"  # checkpoint name of q, k and v for rematerialisation policies
 
 
@@ -54,8 +55,9 @@ def attend(
     neither sees nor is seen, and its output is zero.
 
     Segments may share a prefix, such as the prompt of several answers: a token also sees all of the segment that its
-    prefix id names. A kernel takes two calls for such a row, one over each token's own segment and one over its prefix,
-    whose results are merged by log-sum-exp. XLA computes the scores of all pairs anyway, so there one call has both.
+    prefix id names, an earlier one. A kernel takes two calls for such a row, one over each token's own segment and one
+    over its prefix, whose results are merged by log-sum-exp. XLA, which computes masked scores as well, has both in one
+    mask.
 
     Args:
         prefix_ids_BT: id of a segment of the same row; 0: none.
@@ -85,7 +87,10 @@ def attend(
         if ids_BTI.shape[-1] == 1:
             return flash(causal=causal, **segments, **offset)
         if chosen == "xla":
-            return _with_prefixes(q_BTNH, k_BSKH, v_BSKH, ids_BTI, causal, scale)
+            # A row that the mesh shards by length stays whole: slices would be moved between devices.
+            is_split = causal and (length_axis is None or axis_size(length_axis) == 1)
+            size = _QUERIES if is_split else q_BTNH.shape[1]
+            return _with_prefixes(q_BTNH, k_BSKH, v_BSKH, ids_BTI, causal=causal, scale=scale, size=size)
         own = flash(causal=causal, **segments, **offset, return_lse=True)
         prefix = flash(q_segment_ids_BT=ids_BTI[..., 1], kv_segment_ids_BS=kv_ids_BS, return_lse=True)
         return _merged(own, prefix)
@@ -116,16 +121,29 @@ def attend(
 
 
 def _with_prefixes(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT2: jax.Array, causal: bool, scale: float | None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    ids_BT2: jax.Array,
+    *,
+    causal: bool,
+    scale: float | None,
+    size: int,
 ) -> jax.Array:
-    """Attention of whole rows over each token's own segment and its prefix, under one mask."""
-    own_BT, prefix_BT = ids_BT2[..., 0], ids_BT2[..., 1]
-    T = own_BT.shape[1]
-    sees = partial(reference.visibility, T, T, q_offset=0, kv_segment_ids_BS=own_BT)
-    own_BTT = sees(causal=causal, q_segment_ids_BT=own_BT)
-    visible_BTT = own_BTT | sees(causal=False, q_segment_ids_BT=prefix_BT)
+    """Attention over each token's own segment and its prefix, under one mask, for `size` queries at a time."""
+    T, parts = q_BTNH.shape[1], []
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-    return reference.masked_attention(q_BTNH, k_BTKH, v_BTKH, visible_BTT, scale=scale)[0]
+    for start in range(0, T, size):
+        # Prefixes come before what follows them, so causal queries need no keys after themselves.
+        stop = min(start + size, T)
+        own, keys = slice(start, stop), slice(0, stop if causal else T)
+        q_BQNH, k_BSKH, v_BSKH = q_BTNH[:, own], k_BTKH[:, keys], v_BTKH[:, keys]
+        kv_ids_BS = ids_BT2[:, keys, 0]
+        sees = partial(reference.visibility, stop - start, keys.stop, q_offset=start, kv_segment_ids_BS=kv_ids_BS)
+        visible_BQS = sees(causal=causal, q_segment_ids_BT=ids_BT2[:, own, 0])
+        visible_BQS |= sees(causal=False, q_segment_ids_BT=ids_BT2[:, own, 1])
+        parts.append(reference.masked_attention(q_BQNH, k_BSKH, v_BSKH, visible_BQS, scale=scale)[0])
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _merged(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -228,7 +228,10 @@ def of_tree(q, k, v, *, rows=1, implementation="xla"):
     return out, *pullback(jnp.cos(out))
 
 
-def test_answers_see_their_prompt_and_not_each_other():
+@pytest.mark.parametrize("queries", [128, 4, 3])
+def test_answers_see_their_prompt_and_not_each_other(queries, monkeypatch):
+    """However many queries a call has."""
+    monkeypatch.setattr(attention, "_QUERIES", queries)
     inputs = qkv(4, 2)
     visible = np.zeros((B, T, T), bool)
     for b, t, s in np.ndindex(visible.shape):
