@@ -8,15 +8,16 @@ every side: PROMPTS x SAMPLES answers of the same length, sampled at temperature
 AdamW, strictly on-policy (no scoring pass, no reference model, no critic). Each side runs by itself, with all cores,
 stepjax's settings of the allocator, and the micro-batch that suits it best.
 
-stepjax is the whole command: checkpoint, page of samples and metrics included. TRL has no gradient checkpointing, fused
-AdamW and a key-value cache; its generation is Transformers', because vLLM is for GPUs. The plain loop does what TRL does
-here, without its trainer. An iteration is timed from the end of the one before; medians of those after the warm-up.
+stepjax is the whole command, with its metrics and page of samples. TRL has no gradient checkpointing, fused AdamW and a
+key-value cache; its generation is Transformers', because vLLM is for GPUs. The plain loop does what TRL does here,
+without its trainer. An iteration is timed from the end of the one before; medians of those after the warm-up.
 
 Writes results/rl_vs_trl.json; the names of --long and --size small are added to the file's.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -102,21 +103,32 @@ def recipe(args: argparse.Namespace, work: Path) -> RLConfig:
     )
 
 
+def differences(ends: list[float]) -> list[float]:
+    """The seconds of the timed iterations, from the times at which all ended."""
+    return [after - before for before, after in itertools.pairwise(ends)][WARM_UP - 1 :]
+
+
 def run_stepjax(args: argparse.Namespace, work: Path) -> Figures:
     config = recipe(args, work)
     prepare(config, config.batch.micro_rows)
     from functools import partial
 
-    from stepjax.post_training import sampling
-    from stepjax.post_training.loop import reinforce
+    from stepjax.post_training import loop, sampling
 
+    ends, write_page = [], loop.write_page
+
+    def written(*args):  # the last that an iteration does
+        write_page(*args)
+        ends.append(time.perf_counter())
+
+    loop.write_page = written
     sampling.SamplingParams = partial(sampling.SamplingParams, ignore_eos=True)  # pyright: ignore
-    reinforce(config)
+    loop.reinforce(config)
     rows = [json.loads(line) for line in (work / config.name / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     tokens = args.prompts * args.samples * ANSWER_TOKENS
     assert all(row["length"] == ANSWER_TOKENS and row["trained"] * row["length"] == tokens for row in rows)
     phases = {phase: [row[f"seconds/{phase}"] for row in rows] for phase in ("sample", "update")}
-    return {"seconds": [row["seconds"] for row in rows], "phases": phases, "entropy": rows[0]["entropy"]}
+    return {"seconds": differences(ends), "phases": phases, "entropy": rows[0]["entropy"]}
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------
@@ -239,7 +251,7 @@ def run_trl(args: argparse.Namespace, work: Path) -> Figures:
     )
     trainer.eos_token_ids = [-1]
     trainer.train()
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)][WARM_UP - 1 :]
+    seconds = differences(ends)
     sampling = sampling[WARM_UP:]
     update = [whole - part for whole, part in zip(seconds, sampling, strict=True)]
     entropy = [row["entropy"] for row in trainer.state.log_history if "entropy" in row][WARM_UP]
