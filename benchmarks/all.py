@@ -22,6 +22,7 @@ NEEDS = {
     "decode": "llama_cpp",
     "linear_cross_entropy": "tokamax",
     "plan_vs_maxtext": "maxtext",
+    "rl_vs_trl": "trl",
     "train_step_vs_pytorch": "torch",
 }
 

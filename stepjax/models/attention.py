@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.flash_attention import Implementation, flash_attention
+from pallas_kernels.flash_attention import Implementation, flash_attention, reference
 from stepjax.config import AttentionImplementation
 from stepjax.models.context_parallel import balanced
 from stepjax.sharding import all_gather, axis_size, spec, target_platform
 
+_QUERIES = 128  # of a call on XLA, where segments have prefixes
 INPUT_NAME = "attention_input"  # checkpoint name of q, k and v for rematerialisation policies
 
 
@@ -54,8 +55,9 @@ def attend(
     neither sees nor is seen, and its output is zero.
 
     Segments may share a prefix, such as the prompt of several answers: a token also sees all of the segment that its
-    prefix id names. Such a row takes two calls, one over each token's own segment and one over its prefix; their
-    results are merged by log-sum-exp, so every implementation can do it.
+    prefix id names, an earlier one. A kernel takes two calls for such a row, one over each token's own segment and one
+    over its prefix, whose results are merged by log-sum-exp. XLA, which computes masked scores as well, has both in one
+    mask.
 
     Args:
         prefix_ids_BT: id of a segment of the same row; 0: none.
@@ -84,6 +86,11 @@ def attend(
         segments = {"q_segment_ids_BT": own_BT, "kv_segment_ids_BS": kv_ids_BS}
         if ids_BTI.shape[-1] == 1:
             return flash(causal=causal, **segments, **offset)
+        if chosen == "xla":
+            # A row that the mesh shards by length stays whole: slices would be moved between devices.
+            is_split = causal and (length_axis is None or axis_size(length_axis) == 1)
+            size = _QUERIES if is_split else q_BTNH.shape[1]
+            return _with_prefixes(q_BTNH, k_BSKH, v_BSKH, ids_BTI, causal=causal, scale=scale, size=size)
         own = flash(causal=causal, **segments, **offset, return_lse=True)
         prefix = flash(q_segment_ids_BT=ids_BTI[..., 1], kv_segment_ids_BS=kv_ids_BS, return_lse=True)
         return _merged(own, prefix)
@@ -111,6 +118,32 @@ def attend(
         of_device, in_specs=(q_spec, kv_spec, kv_spec, *ids_specs), out_specs=q_spec, check_vma=False
     )
     return sharded(q_BTNH, k_BTKH, v_BTKH, *ids, *kv_ids)
+
+
+def _with_prefixes(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    ids_BT2: jax.Array,
+    *,
+    causal: bool,
+    scale: float | None,
+    size: int,
+) -> jax.Array:
+    """Attention over each token's own segment and its prefix, under one mask, for `size` queries at a time."""
+    T, parts = q_BTNH.shape[1], []
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    for start in range(0, T, size):
+        # Prefixes come before what follows them, so causal queries need no keys after themselves.
+        stop = min(start + size, T)
+        own, keys = slice(start, stop), slice(0, stop if causal else T)
+        q_BQNH, k_BSKH, v_BSKH = q_BTNH[:, own], k_BTKH[:, keys], v_BTKH[:, keys]
+        kv_ids_BS = ids_BT2[:, keys, 0]
+        sees = partial(reference.visibility, stop - start, keys.stop, q_offset=start, kv_segment_ids_BS=kv_ids_BS)
+        visible_BQS = sees(causal=causal, q_segment_ids_BT=ids_BT2[:, own, 0])
+        visible_BQS |= sees(causal=False, q_segment_ids_BT=ids_BT2[:, own, 1])
+        parts.append(reference.masked_attention(q_BQNH, k_BSKH, v_BSKH, visible_BQS, scale=scale)[0])
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _merged(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -228,7 +228,10 @@ def of_tree(q, k, v, *, rows=1, implementation="xla"):
     return out, *pullback(jnp.cos(out))
 
 
-def test_answers_see_their_prompt_and_not_each_other():
+@pytest.mark.parametrize("queries", [128, 4, 3])
+def test_answers_see_their_prompt_and_not_each_other(queries, monkeypatch):
+    """However many queries a call has."""
+    monkeypatch.setattr(attention, "_QUERIES", queries)
     inputs = qkv(4, 2)
     visible = np.zeros((B, T, T), bool)
     for b, t, s in np.ndindex(visible.shape):
@@ -247,6 +250,12 @@ def test_answers_see_their_prompt_and_not_each_other():
     wanted, pullback = jax.vjp(textbook, *inputs)
     for mine, reference in zip(gradients, pullback(jnp.cos(out)), strict=True):
         np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-5)
+
+
+def test_xla_computes_scores_once_for_a_token_and_its_prefix():
+    """Two products forward and four backward, as without prefixes."""
+    program = str(jax.make_jaxpr(of_tree)(*qkv(4, 2)))
+    assert program.count("dot_general") == 6
 
 
 @pytest.mark.parametrize("mesh", [None, MESHES[0], MESHES[2]], ids=["one device", "all but fsdp", "fsdp and context"])
