@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from stepjax.config import MeshConfig
 from stepjax.data.packing import MAX_SKIPPED, RowBudget
@@ -41,7 +41,7 @@ from stepjax.rewards.config import JudgeConfig
 from stepjax.rewards.scorer import Group, Scored, Scorer
 from stepjax.rollouts.engine import EngineSampler, rollout_of
 from stepjax.rollouts.rollout import Rollout
-from stepjax.sharding import data_parts, make_mesh, shardings
+from stepjax.sharding import MESH_AXES, data_parts, shardings
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 
@@ -112,6 +112,40 @@ def seed_of(config: RLConfig, index: int) -> int:
 # Engines -------------------------------------------------------------------------------------------------------------
 
 
+def engines_mesh(devices: Iterable[Any], tensor: int) -> Mesh:
+    """The devices with those of an engine beside each other; `sharding.data_parts` gives the mesh of each.
+
+    Raises:
+        ConfigError: `rollout.tensor` does not divide the devices, or the devices of an engine belong to several
+            processes.
+    """
+    # By process: neighbours on the torus, which `make_mesh` would choose, may belong to several.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    if len(ordered) % tensor:
+        raise ConfigError(f"rollout.tensor={tensor}: must divide the {len(ordered)} devices")
+    shape = MeshConfig(data=-1, fsdp=1, tensor=tensor).shape(len(ordered))
+    mesh = Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    for part in data_parts(mesh):
+        owners = {device.process_index for device in part.devices.flat}
+        if len(owners) > 1:
+            raise ConfigError(f"rollout.tensor={tensor}: an engine would span processes {sorted(owners)}; lower it")
+    return mesh
+
+
+def engine_config_of(config: RLConfig) -> EngineConfig:
+    rollout = config.rollout
+    return EngineConfig(
+        max_sequences=rollout.max_sequences,
+        smallest_batch=min(rollout.max_sequences, max(1, rollout.samples)),
+        max_context=min(config.batch.tokens, config.model.decoder.max_positions),
+        page_size=rollout.page_size,
+        cache_tokens=rollout.cache_tokens,
+        prefill_tokens=rollout.prefill_tokens,
+        decode_steps=rollout.decode_steps,
+        max_waiting=2**31,
+    )
+
+
 class Engines:
     """An engine for every `rollout.tensor` devices of this process, with weights handed over from the trainer."""
 
@@ -122,17 +156,9 @@ class Engines:
                 processes.
         """
         self._config, self._processor = config, processor
-        devices, tensor = list(mesh.devices.flat), config.rollout.tensor
-        if len(devices) % tensor:
-            raise ConfigError(f"rollout.tensor={tensor}: must divide the {len(devices)} devices")
-        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
-        self._parts: list[Mesh] = []
-        for part in data_parts(self._mesh):
-            owners = {device.process_index for device in part.devices.flat}
-            if len(owners) > 1:
-                raise ConfigError(f"rollout.tensor={tensor}: an engine would span processes {sorted(owners)}; lower it")
-            if owners == {jax.process_index()}:
-                self._parts.append(part)
+        self._mesh = engines_mesh(mesh.devices.flat, config.rollout.tensor)
+        own = jax.process_index()
+        self._parts = [part for part in data_parts(self._mesh) if part.devices.flat[0].process_index == own]
         self._engines: list[Engine] = []
 
     def __len__(self) -> int:
@@ -148,18 +174,7 @@ class Engines:
             for engine, part in zip(self._engines, parts, strict=True):
                 engine.update_weights(part)
             return
-        rollout = self._config.rollout
-        context = min(self._config.batch.tokens, self._config.model.decoder.max_positions)
-        engine_config = EngineConfig(
-            max_sequences=rollout.max_sequences,
-            smallest_batch=min(rollout.max_sequences, max(1, rollout.samples)),
-            max_context=context,
-            page_size=rollout.page_size,
-            cache_tokens=rollout.cache_tokens,
-            prefill_tokens=rollout.prefill_tokens,
-            decode_steps=rollout.decode_steps,
-            max_waiting=2**31,
-        )
+        engine_config = engine_config_of(self._config)
         for part, mesh in zip(parts, self._parts, strict=True):
             self._engines.append(Engine(part, self._processor, engine_config, mesh=mesh))
 
