@@ -20,7 +20,7 @@ from stepjax.post_training.config import (
     RolloutConfig,
     UpdateConfig,
 )
-from stepjax.rewards.config import JudgeConfig, RewardConfig, RewardTerm
+from stepjax.rewards.config import RewardConfig, RewardTerm
 
 ANSWER, ROW = 24_576, 57_344
 
@@ -46,7 +46,7 @@ config = RLConfig(
         max_tokens=ANSWER,
         max_prompt_tokens=ROW - 2 * (ANSWER + 1),
         tensor=4,  # the chips of a host
-        max_sequences=96,
+        max_sequences=128,
         page_size=128,
         cache_tokens=1_310_720,
         prefill_tokens=2048,

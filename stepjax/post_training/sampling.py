@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from stepjax.config import MeshConfig
 from stepjax.data.packing import MAX_SKIPPED, RowBudget
@@ -41,7 +41,7 @@ from stepjax.rewards.config import JudgeConfig
 from stepjax.rewards.scorer import Group, Scored, Scorer
 from stepjax.rollouts.engine import EngineSampler, rollout_of
 from stepjax.rollouts.rollout import Rollout
-from stepjax.sharding import MESH_AXES, data_parts, shardings
+from stepjax.sharding import data_parts, engines_mesh, make_mesh, shardings
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 
@@ -110,26 +110,6 @@ def seed_of(config: RLConfig, index: int) -> int:
 
 
 # Engines -------------------------------------------------------------------------------------------------------------
-
-
-def engines_mesh(devices: Iterable[Any], tensor: int) -> Mesh:
-    """The devices with those of an engine beside each other; `sharding.data_parts` gives the mesh of each.
-
-    Raises:
-        ConfigError: `rollout.tensor` does not divide the devices, or the devices of an engine belong to several
-            processes.
-    """
-    # By process: neighbours on the torus, which `make_mesh` would choose, may belong to several.
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    if len(ordered) % tensor:
-        raise ConfigError(f"rollout.tensor={tensor}: must divide the {len(ordered)} devices")
-    shape = MeshConfig(data=-1, fsdp=1, tensor=tensor).shape(len(ordered))
-    mesh = Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    for part in data_parts(mesh):
-        owners = {device.process_index for device in part.devices.flat}
-        if len(owners) > 1:
-            raise ConfigError(f"rollout.tensor={tensor}: an engine would span processes {sorted(owners)}; lower it")
-    return mesh
 
 
 def engine_config_of(config: RLConfig) -> EngineConfig:
@@ -327,7 +307,7 @@ class Collector:
 
     async def _collect(self, cursor: int) -> Collected:
         began, rollout = time.monotonic(), self._config.rollout
-        wanted = rollout.prompts // jax.process_count()
+        wanted = self._config.prompts_of_process(jax.process_count())
         made = Collected([], cursor, [], 0, 0, np.zeros((len(self._config.data.sources), 4)), 0, 0.0)
         while len(made.episodes) < wanted and made.rounds < (rollout.max_rounds if rollout.keep_mixed else 1):
             made.rounds += 1
