@@ -2,15 +2,15 @@
 
 Stated by the report, and set here
     300 iterations of 512 prompts x 8 answers of at most 32k tokens; otherwise as rlvr.py. A judge compares answers in
-    pairs, reasoning included; penalties for mixed languages, fabricated citations and overconfidence.
+    pairs, and mixed languages and fabricated citations are penalised.
 
 Not resolved
     opponents  the report's judge compares an answer with a teacher's. Here an answer meets others to its prompt.
     penalties  their weights are not stated, except that a fabricated citation leaves no reward: 1 takes all that a
-               preference can give. `overconfidence` needs the record's own verifier; records without one have no such
-               penalty, so give the prompts a gold answer or drop the term.
-    judge      which model judges is not stated. Give it: --reward.judge.url URL --reward.judge.model NAME.
-    mixture    as in rlvr.py.
+               preference can give. Overconfidence is judged by a verifier, which these prompts lack: add the term
+               "overconfidence" if yours have one.
+    judge      which model judges is not stated. Name it: --reward.judge.url URL --reward.judge.model NAME.
+    prompts    placeholders for your own, as in rlvr.py.
 
 PLAN
 """
@@ -40,7 +40,6 @@ config = dataclasses.replace(
             RewardTerm("preference"),
             RewardTerm("language_mixing", 0.5),
             RewardTerm("fabricated_citations", 1.0),
-            RewardTerm("overconfidence", 0.5),
         ),
     ),
 )

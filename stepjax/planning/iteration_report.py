@@ -66,8 +66,8 @@ def to_text(plan: IterationPlan) -> str:
         f"{work.answer_tokens:,} tokens",
         f"  trainer: mesh {axes}; {config.batch.rows:,} rows of {config.batch.tokens:,} tokens a call; "
         f"remat {config.numerics.remat}",
-        f"  {topology.num_devices // rollout.tensor} engines of {rollout.tensor} device(s), {work.at_once:,} sequences at "
-        f"once in each, with {work.cached:,} tokens in the middle of their answers",
+        f"  {topology.num_devices // rollout.tensor} engines of {rollout.tensor} device(s), {work.at_once:,} sequences "
+        f"at once in each, with {work.cached:,} tokens in the middle of their answers",
         "",
         f"HBM held all the time, {sum(plan.held.values()):.2f} GiB of {plan.limit_gib:.2f} on each device",
         *(f"  {name:<20}{size:8.2f}" for name, size in plan.held.items()),
@@ -84,8 +84,8 @@ def to_text(plan: IterationPlan) -> str:
     compiled = sum(phase.step.seconds for phase in plan.phases)
     host = max((phase.step.host_gib for phase in plan.phases), default=0.0)
     lines += [
-        "not included: prefill, image encoding, rewards, handing over weights, host input, checkpoints, and that an engine",
-        "has fewer and fewer sequences at the end",
+        "not included: prefill, image encoding, rewards, handing over weights, host input, checkpoints, and that an",
+        "engine has fewer and fewer sequences at the end",
         "",
         f"compiled in {compiled:.0f} s, with at most {host:.1f} GiB of host memory",
     ]
@@ -129,7 +129,8 @@ def _shortage_lines(plan: IterationPlan) -> Iterator[str]:
         all(CACHE not in phase.beside or phase.step.shortage is None for phase in plan.phases) and None not in needed
     )
     over = max(gib for gib in (*needed, 0.0) if gib is not None) - plan.limit_gib
-    left = math.floor(tokens * (1 - over / cache))
+    page = plan.config.rollout.page_size
+    left = math.floor(tokens * (1 - over / cache) / page) * page
     if helps and left > plan.config.rollout.max_tokens + plan.config.max_prompt_tokens:
         yield f"what would help, by arithmetic: --rollout.cache-tokens {left} (now {tokens})"
     else:
