@@ -148,8 +148,7 @@ def made():
     pytest.importorskip("libtpu")
     config = changed(batch=dict(rows=4))
     devices = find("v5p-8").devices()
-    mesh, engines = make_mesh(config.mesh, devices), engines_mesh(devices, 2)
-    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, tensor=2))
+    mesh, engines = make_mesh(config.mesh, devices), engines_mesh(devices, 1)
     return config, *programs_of(config, mesh, engines, work_of(config, mesh, engines))
 
 
