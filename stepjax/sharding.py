@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -231,6 +232,26 @@ def data_parts(mesh: Mesh) -> list[Mesh]:
     rows = MESH_AXES.index("context")
     grids = mesh.devices.reshape(-1, *[1] * rows, *mesh.devices.shape[rows:])
     return [Mesh(grid, mesh.axis_names, axis_types=(AxisType.Auto,) * len(MESH_AXES)) for grid in grids]
+
+
+def engines_mesh(devices: Iterable[Any], tensor: int) -> Mesh:
+    """The devices with those of an engine beside each other; `data_parts` gives the mesh of each.
+
+    Raises:
+        ConfigError: `rollout.tensor` does not divide the devices, or the devices of an engine belong to several
+            processes.
+    """
+    # By process: neighbours on the torus, which `make_mesh` would choose, may belong to several.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    if len(ordered) % tensor:
+        raise ConfigError(f"rollout.tensor={tensor}: must divide the {len(ordered)} devices")
+    shape = MeshConfig(data=-1, fsdp=1, tensor=tensor).shape(len(ordered))
+    mesh = Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    for part in data_parts(mesh):
+        owners = {device.process_index for device in part.devices.flat}
+        if len(owners) > 1:
+            raise ConfigError(f"rollout.tensor={tensor}: an engine would span processes {sorted(owners)}; lower it")
+    return mesh
 
 
 def rows_here(mesh: Mesh, num_rows: int) -> list[int]:

@@ -16,6 +16,7 @@ from stepjax.config import (
     JsonlSource,
     LoraConfig,
     OptimizerConfig,
+    RunConfig,
     SftConfig,
 )
 from stepjax.config_file import differences, flat, from_json, load_recipe, override, to_json
@@ -24,7 +25,7 @@ from stepjax.errors import CheckpointError, ConfigError
 ROOT = Path(__file__).parent.parent
 RECIPES = [
     *(ROOT / "configs" / name for name in ("digits/pretrain.py", "step3_vl_10b/pretrain.py")),
-    *(ROOT / "configs" / "step3_vl_10b" / f"sft_stage{stage}.py" for stage in (1, 2)),
+    *(ROOT / "configs" / "step3_vl_10b" / f"{stage}.py" for stage in ("sft_stage1", "sft_stage2", "rlvr", "rlhf")),
 ]
 MIXED = dataclasses.replace(
     tiny,
@@ -48,7 +49,7 @@ SFT = SftConfig(**_FIELDS | {"init_from": InitConfig(path="runs/tiny")}, lora=Lo
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_recipes_load_under_the_name_of_their_folder_and_stage(path):
     stage = "" if path.stem == "pretrain" else f"_{path.stem}"
-    assert load_recipe(path).name == path.parent.name + stage
+    assert load_recipe(path, RunConfig).name == path.parent.name + stage
 
 
 def test_a_recipe_may_import_its_neighbours(tmp_path):

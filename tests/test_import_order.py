@@ -43,7 +43,7 @@ ALLOWED = {
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
-        *("pallas_kernels", "inference", "figures", "chips", "interop"),
+        *("pallas_kernels", "inference", "figures", "chips", "interop", "post_training"),
     },
     "rollouts": {"errors", "processing", "inference", "interop"},
     "tasks": {"errors", "processing"},

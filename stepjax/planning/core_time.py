@@ -13,6 +13,7 @@ from typing import Literal
 from stepjax.chips import DeviceFacts
 from stepjax.config import PretrainConfig
 from stepjax.planning.hlo import Array, Operation, Program, arrays
+from stepjax.post_training.config import RLConfig
 
 CostKind = Literal["cycles", "attention kernel", "kernel", "bytes", "collective", "copy", "sparsecore"]
 Pass = Literal["forward", "backward"]
@@ -64,14 +65,20 @@ def flop_per_bundle(chip: str, direction: Pass, head_dim: int, length: int) -> f
 
 
 def attention_rate(config: PretrainConfig) -> AttentionRate:
-    """The rate of this job's kernels.
-
-    The decoder's kernels take segment ids and skip pairs across segments. We assume rows full of the longest examples;
-    the kernel's stated FLOPs are for whole rows.
-    """
+    """The rate of this job's kernels: rows full of the longest examples."""
     batch = config.batch
     share = batch.attention_pairs / (batch.tokens * (batch.tokens + 1) / 2)
-    segment = batch.example_tokens or batch.tokens
+    return packed_rate(config, share, batch.example_tokens or batch.tokens)
+
+
+def packed_rate(config: PretrainConfig | RLConfig, share: float, segment: int) -> AttentionRate:
+    """The rate of decoder kernels that take segment ids and skip pairs across segments, and of the encoder's.
+
+    Args:
+        share: of the pairs in the FLOPs that the kernels state, which are for whole rows.
+        segment: length of the segments in tokens.
+    """
+    batch = config.batch
     nearest = min(range(len(_SEGMENTS)), key=lambda i: abs(math.log(_SEGMENTS[i] / segment)))
 
     def rate(chip: str, direction: Pass, head_dim: int, length: int) -> float:

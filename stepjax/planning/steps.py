@@ -76,7 +76,7 @@ def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh, weights: Weigh
     if kind == "train":
         return _train(config, mesh)
     numerics = dataclasses.replace(config.numerics, param_dtype=config.numerics.compute_dtype)
-    model = _on_mesh(abstract_model(config.model, numerics), mesh)
+    model = on_mesh(abstract_model(config.model, numerics), mesh)
     if kind != "score":
         return _of_engine(kind, config, model, mesh, weights)
     batch = abstract_batch(config, mesh, rows_at_once(kind, config))
@@ -93,7 +93,7 @@ def make_step(kind: StepKind, config: PretrainConfig, mesh: Mesh, weights: Weigh
 def _train(config: PretrainConfig, mesh: Mesh) -> Step:
     schedule = learning_rate(config.schedule, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, schedule, abstract_trained(config))
-    state = _on_mesh(abstract_state(config, optimizer), mesh)
+    state = on_mesh(abstract_state(config, optimizer), mesh)
     batch = abstract_batch(config, mesh, config.batch.rows)
     train_step = jax.jit(make_train_step(config, optimizer, schedule), donate_argnums=0)
     return Step(train_step, (state, batch), (state.model, state.base), state.opt_state, batch)
@@ -103,7 +103,7 @@ def _of_engine(kind: StepKind, config: PretrainConfig, model: Any, mesh: Mesh, w
     """An engine program, for sequences of up to a row's tokens."""
     check_heads_only(mesh)
     layout = jax.eval_shape(partial(serving_model, weights=weights), model)
-    model = _on_mesh(layout, mesh)
+    model = on_mesh(layout, mesh)
     decoder, length = config.model.decoder, config.batch.tokens
     rows, row_pages = config.batch.micro_rows, -(-length // PAGE_SIZE)
     dtype = jnp.dtype(config.numerics.compute_dtype)
@@ -135,7 +135,7 @@ def abstract_batch(config: PretrainConfig, mesh: Mesh, rows: int) -> dict[str, j
     return batch
 
 
-def _on_mesh(tree: Any, mesh: Mesh) -> Any:
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree, shardings(tree, mesh)
     )
@@ -215,28 +215,38 @@ def compile_step(
     """
     mesh = make_mesh(config.mesh, topology.devices())
     check_batch(config.batch, mesh)
-    began = time.monotonic()
-    with jax.set_mesh(mesh), _without_xla_flags():
+    with jax.set_mesh(mesh):
         step = make_step(kind, config, mesh, weights)
-        sizes = map(_num_bytes, (step.parameters, step.optimizer, step.batch))
-        found: dict[str, Any] = dict(zip(("parameter_bytes", "optimizer_bytes", "batch_bytes"), sizes, strict=True))
+    return compiled(step, mesh, topology, compiler_options)
+
+
+def compiled(step: Step, mesh: Mesh, topology: Topology, options: Mapping[str, str] | None = None) -> CompiledStep:
+    """Compile a step for devices of `topology`.
+
+    Raises:
+        ConfigError: a kernel refuses the shapes, or libtpu the program or an option.
+    """
+    began = time.monotonic()
+    sizes = map(num_bytes, (step.parameters, step.optimizer, step.batch))
+    found: dict[str, Any] = dict(zip(("parameter_bytes", "optimizer_bytes", "batch_bytes"), sizes, strict=True))
+    with jax.set_mesh(mesh), _without_xla_flags():
         try:
             lowered = step.function.lower(*step.arguments, **step.static)
         except ArgumentError as error:
             raise ConfigError(f"the step cannot be built for {topology.name}: {error}") from error
         try:
-            compiled = lowered.compile(compiler_options={**(compiler_options or {})})
+            made = lowered.compile(compiler_options={**(options or {})})
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise ConfigError(f"the step does not compile for {topology.name}: {error}") from error
             found["shortage"] = read_shortage(str(error))
         else:
-            memory: Any = compiled.memory_analysis()
+            memory: Any = made.memory_analysis()
             arguments, alias = memory.argument_size_in_bytes, memory.alias_size_in_bytes
             total = arguments + memory.output_size_in_bytes - alias + memory.temp_size_in_bytes
             peak = getattr(memory, "peak_memory_in_bytes", 0)
             found |= {"argument_bytes": arguments, "alias_bytes": alias, "total_bytes": max(peak, total)}
-            found["text"] = program_text(compiled, f"jit_{step.function.__name__}")
+            found["text"] = program_text(made, f"jit_{step.function.__name__}")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     return CompiledStep(mesh, **found, seconds=time.monotonic() - began, host_gib=usage)
 
@@ -251,7 +261,7 @@ def read_shortage(message: str) -> Shortage:
     return Shortage(None, None, message)
 
 
-def _num_bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
     """Bytes per device."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize

@@ -180,6 +180,23 @@ class RLConfig(RunConfig):
         return self.advantages.estimator == "gae"
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether log-probabilities or values are needed before the update. The old log-probabilities alone are not, if
+        nothing is updated between sampling and training: they are those of the update itself.
+        """
+        return self.has_critic or self.loss.kl > 0 or self.policy.steps > 1
+
+    def prompts_of_process(self, processes: int) -> int:
+        """Each process's share of an iteration.
+
+        Raises:
+            ConfigError: the prompts cannot be divided.
+        """
+        if self.rollout.prompts % processes:
+            raise ConfigError(f"rollout.prompts={self.rollout.prompts}: must be divisible by {processes} processes")
+        return self.rollout.prompts // processes
+
+    @property
     def max_prompt_tokens(self) -> int:
         """A prompt and one answer fit a row, whose answer repeats the prompt's last token."""
         most = self.batch.tokens - self.rollout.max_tokens

@@ -17,12 +17,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from stepjax.config import BatchConfig
 from stepjax.data.mixture import Sample
 from stepjax.data.packing import RowBudget, pack_batch
+from stepjax.errors import ConfigError
 from stepjax.processing.tokens import Example
 from stepjax.rewards.scorer import Scored
 from stepjax.rollouts.rollout import Rollout
+from stepjax.sharding import spec
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,6 +83,26 @@ class Piece(NamedTuple):
 
 
 Row = list[Piece]
+
+
+def rows_of_process(batch: BatchConfig, mesh: Mesh, process: int) -> int:
+    """How many rows of a call are of this process's answers.
+
+    Raises:
+        ConfigError: devices of several processes share a row, but each process packs its own answers.
+    """
+    layout = NamedSharding(mesh, spec("batch"))
+    owners: dict[int, set[int]] = {}
+    for device, [rows] in layout.devices_indices_map((batch.rows,)).items():
+        for row in range(*rows.indices(batch.rows)):
+            owners.setdefault(row, set()).add(device.process_index)
+    shared = next((sorted(own) for own in owners.values() if len(own) > 1), None)
+    if shared is not None:
+        raise ConfigError(
+            f"mesh={dict(mesh.shape)}: devices of processes {shared} would share a row, but each process trains on its "
+            "own answers; lower mesh.context and mesh.tensor"
+        )
+    return sum(process in own for own in owners.values())
 
 
 def pack_rows(episodes: Sequence[Episode], budget: RowBudget) -> list[Row]:

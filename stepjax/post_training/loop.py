@@ -19,18 +19,18 @@ from jax.sharding import Mesh
 
 from stepjax.config_file import to_json
 from stepjax.data.packing import RowBudget
-from stepjax.errors import CheckpointError, ConfigError, TrainingDivergedError
+from stepjax.errors import CheckpointError, TrainingDivergedError
 from stepjax.interop import init_from
 from stepjax.models.step_vl import StepVL, num_parameters
 from stepjax.post_training import advantages as to_advantages
 from stepjax.post_training.config import RLConfig, UpdateConfig
-from stepjax.post_training.episodes import Answer, Episode, Row, make_batch, pack_rows, read_back
+from stepjax.post_training.episodes import Answer, Episode, Row, make_batch, pack_rows, read_back, rows_of_process
 from stepjax.post_training.report import format_row, iteration_row, write_page
 from stepjax.post_training.sampling import Collected, Collector
 from stepjax.post_training.step import Programs, RLState, abstract_state, make_optimizers, new_state
 from stepjax.processing.processor import Processor
 from stepjax.progress import progress
-from stepjax.sharding import check_batch, make_mesh, rows_here
+from stepjax.sharding import check_batch, make_mesh
 from stepjax.training.checkpoint import Checkpointer
 from stepjax.training.host import compiler_options
 from stepjax.training.interruption import StopRequest, Watchdog
@@ -70,15 +70,8 @@ def reinforce(config: RLConfig, *, on_evaluation: Callable[[StepVL, Processor, i
     directory, local = run_directory(config), local_directory(config)
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, mesh)
-    if config.rollout.prompts % jax.process_count():
-        raise ConfigError(
-            f"rollout.prompts={config.rollout.prompts}: must be divisible by {jax.process_count()} processes"
-        )
-    if len(rows_here(mesh, config.batch.rows)) * jax.process_count() != config.batch.rows:
-        raise ConfigError(
-            f"mesh={config.mesh}: every process trains on its own answers, so its devices must not share rows with "
-            "those of others: keep mesh.context and mesh.tensor within a process"
-        )
+    rows_of_process(config.batch, mesh, jax.process_index())
+    config.prompts_of_process(jax.process_count())
     optimizers = make_optimizers(config)
     if not (directory / "checkpoints").exists():
         init_from.plan_start(config)
@@ -243,9 +236,7 @@ class Trainer:
     def __init__(self, config: RLConfig, mesh: Mesh, programs: Programs, reference: StepVL | None):
         self._config, self._mesh, self._programs, self._reference = config, mesh, programs, reference
         self._budget = RowBudget.of(config.batch, config.images, config.numerics.compute_dtype)
-        self._rows = len(rows_here(mesh, config.batch.rows))  # of a call, of this process
-        # Without an update between sampling and training, the old log-probabilities are those of the update itself.
-        self._needs_scores = config.has_critic or config.loss.kl > 0 or config.policy.steps > 1
+        self._rows = rows_of_process(config.batch, mesh, jax.process_index())  # of a call
 
     def train(self, state: RLState, collected: Collected, step: int) -> tuple[RLState, dict[str, Any]]:
         """The state after the iteration, and what `iteration_row` reports of it."""
@@ -255,7 +246,7 @@ class Trainer:
         if not _total(sum(len(episode.answers) for episode in episodes)):
             _log.warning(f"iteration {step + 1} has no answer to train on; the parameters stay as they are")
             return dataclasses.replace(state, step=state.step + 1), metrics
-        if self._needs_scores:
+        if self._config.needs_scores:
             self._score(state, episodes)
         metrics["score_seconds"] = time.monotonic() - began
         self._set_advantages(episodes)
@@ -318,10 +309,10 @@ class Trainer:
             total = programs.zeros((state.model, shared))
             for rows, batch in self._calls(part):
                 total, (sums, log_probs_BT) = programs.policy(
-                    total, state.model, shared, batch, is_first=not self._needs_scores
+                    total, state.model, shared, batch, is_first=not self._config.needs_scores
                 )
                 _collect_sums(metrics, sums)
-                if not self._needs_scores:
+                if not config.needs_scores:
                     read_back(rows, "old_L", _local(log_probs_BT))
             model, opt_state, *norms = programs.apply_policy(state.model, state.opt_state, total[0])
             state = dataclasses.replace(state, model=model, opt_state=opt_state)

@@ -41,7 +41,7 @@ from stepjax.rewards.config import JudgeConfig
 from stepjax.rewards.scorer import Group, Scored, Scorer
 from stepjax.rollouts.engine import EngineSampler, rollout_of
 from stepjax.rollouts.rollout import Rollout
-from stepjax.sharding import data_parts, make_mesh, shardings
+from stepjax.sharding import data_parts, engines_mesh, make_mesh, shardings
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 
@@ -112,6 +112,20 @@ def seed_of(config: RLConfig, index: int) -> int:
 # Engines -------------------------------------------------------------------------------------------------------------
 
 
+def engine_config_of(config: RLConfig) -> EngineConfig:
+    rollout = config.rollout
+    return EngineConfig(
+        max_sequences=rollout.max_sequences,
+        smallest_batch=min(rollout.max_sequences, max(1, rollout.samples)),
+        max_context=min(config.batch.tokens, config.model.decoder.max_positions),
+        page_size=rollout.page_size,
+        cache_tokens=rollout.cache_tokens,
+        prefill_tokens=rollout.prefill_tokens,
+        decode_steps=rollout.decode_steps,
+        max_waiting=2**31,
+    )
+
+
 class Engines:
     """An engine for every `rollout.tensor` devices of this process, with weights handed over from the trainer."""
 
@@ -122,17 +136,9 @@ class Engines:
                 processes.
         """
         self._config, self._processor = config, processor
-        devices, tensor = list(mesh.devices.flat), config.rollout.tensor
-        if len(devices) % tensor:
-            raise ConfigError(f"rollout.tensor={tensor}: must divide the {len(devices)} devices")
-        self._mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
-        self._parts: list[Mesh] = []
-        for part in data_parts(self._mesh):
-            owners = {device.process_index for device in part.devices.flat}
-            if len(owners) > 1:
-                raise ConfigError(f"rollout.tensor={tensor}: an engine would span processes {sorted(owners)}; lower it")
-            if owners == {jax.process_index()}:
-                self._parts.append(part)
+        self._mesh = engines_mesh(mesh.devices.flat, config.rollout.tensor)
+        own = jax.process_index()
+        self._parts = [part for part in data_parts(self._mesh) if part.devices.flat[0].process_index == own]
         self._engines: list[Engine] = []
 
     def __len__(self) -> int:
@@ -148,18 +154,7 @@ class Engines:
             for engine, part in zip(self._engines, parts, strict=True):
                 engine.update_weights(part)
             return
-        rollout = self._config.rollout
-        context = min(self._config.batch.tokens, self._config.model.decoder.max_positions)
-        engine_config = EngineConfig(
-            max_sequences=rollout.max_sequences,
-            smallest_batch=min(rollout.max_sequences, max(1, rollout.samples)),
-            max_context=context,
-            page_size=rollout.page_size,
-            cache_tokens=rollout.cache_tokens,
-            prefill_tokens=rollout.prefill_tokens,
-            decode_steps=rollout.decode_steps,
-            max_waiting=2**31,
-        )
+        engine_config = engine_config_of(self._config)
         for part, mesh in zip(parts, self._parts, strict=True):
             self._engines.append(Engine(part, self._processor, engine_config, mesh=mesh))
 
@@ -312,7 +307,7 @@ class Collector:
 
     async def _collect(self, cursor: int) -> Collected:
         began, rollout = time.monotonic(), self._config.rollout
-        wanted = rollout.prompts // jax.process_count()
+        wanted = self._config.prompts_of_process(jax.process_count())
         made = Collected([], cursor, [], 0, 0, np.zeros((len(self._config.data.sources), 4)), 0, 0.0)
         while len(made.episodes) < wanted and made.rounds < (rollout.max_rounds if rollout.keep_mixed else 1):
             made.rounds += 1

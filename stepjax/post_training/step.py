@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stepjax.config import OptimizerConfig
 from stepjax.models.step_vl import StepVL, abstract_model
 from stepjax.models.value_head import Critic
 from stepjax.post_training.config import RLConfig, UpdateConfig, warmed
 from stepjax.post_training.losses import policy_loss, value_loss, weighted
+from stepjax.sharding import is_param, parameter_name
 from stepjax.training.losses import token_scores
-from stepjax.training.optimizer import make_optimizer
+from stepjax.training.optimizer import make_optimizer, trained_names
 
 Batch = dict[str, jax.Array]
 
@@ -123,6 +125,7 @@ def policy_objective(model: StepVL, critic: Critic | None, batch: Batch, *, conf
         critic: None if it has a trunk of its own, or there is none.
         is_first: nothing was updated since the answers were sampled, so the old log-probabilities are these.
     """
+    model = without_frozen(model, config.optimizer)
     hidden_BTD = hidden_states(model, batch)
     log_probs_BT = log_probs(model, hidden_BTD, batch, config.rollout.temperature)
     loss_BT, sums = policy_loss(
@@ -166,6 +169,16 @@ def apply(
     return optax.apply_updates(params, updates), opt_state, optax.tree.norm(gradients), optax.tree.norm(updates)
 
 
+def without_frozen(model: StepVL, config: OptimizerConfig) -> StepVL:
+    """The model, whose frozen parameters pass on no gradient: what only they need is not computed."""
+    trained = trained_names(config, model)
+
+    def kept(path, leaf):
+        return leaf if parameter_name(path) in trained else jax.lax.stop_gradient(leaf)
+
+    return jax.tree_util.tree_map_with_path(kept, model, is_leaf=is_param)
+
+
 class Programs:
     """The compiled functions. Gradients of several calls are added up on the devices."""
 
@@ -182,7 +195,8 @@ class Programs:
             gradients, sums = jax.grad(partial(critic_objective, config=config), has_aux=True)(critic, batch)
             return jax.tree.map(jnp.add, total, gradients), sums
 
-        self.zeros = jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        # Not compiled: it would not know how to divide arrays that depend on none.
+        self.zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding))
         self.policy = jit(policy, donate_argnums=0, static_argnames="is_first")
         self.critic = jit(critic, donate_argnums=0)
         self.apply_policy = jit(partial(apply, optimizers.policy), donate_argnums=(0, 1))

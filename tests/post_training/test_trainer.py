@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,16 @@ from test_episodes import episode
 from test_sampling import changed, of_file, question
 
 from stepjax.config import BatchConfig, MeshConfig
+from stepjax.data.packing import RowBudget
 from stepjax.models.step_vl import init_model
 from stepjax.post_training.config import AdvantageConfig, CriticConfig, PolicyLossConfig, UpdateConfig
+from stepjax.post_training.episodes import make_batch, pack_rows
 from stepjax.post_training.loop import Trainer
 from stepjax.post_training.report import iteration_row
 from stepjax.post_training.sampling import Collected, Collector
-from stepjax.post_training.step import Programs, make_optimizers, new_state
+from stepjax.post_training.step import Programs, make_optimizers, new_state, policy_objective
 from stepjax.rewards.scorer import Scored
-from stepjax.sharding import make_mesh, shardings
+from stepjax.sharding import make_mesh, named_leaves, shardings
 from stepjax.training.loop import make_processor
 
 
@@ -65,6 +68,36 @@ def assert_close(found, wanted, atol=2e-5):
     assert len(leaves) > 40
     for a, b in leaves:
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def test_frozen_parameters_take_no_gradient_and_no_work():
+    run = changed(SMALL, advantages=dict(estimator="grpo"))
+    frozen = changed(run, optimizer=dict(freeze=("vision/", "projector/")))
+    budget = RowBudget.of(run.batch, run.images)
+    batch = make_batch(pack_rows(answered()[:2], budget), budget) | {"weights_BT": np.ones((1, run.batch.tokens))}
+    batch = {name: jnp.asarray(array[:1]) for name, array in batch.items()}
+    model, gradients, work = init_model(run.model, run.numerics, seed=1), [], []
+    for config in (run, frozen):
+        objective = partial(policy_objective, config=config, is_first=False)
+        gradient = jax.jit(jax.grad(lambda model, objective=objective: objective(model, None, batch)[0]))
+        work.append(gradient.lower(model).cost_analysis()["flops"])
+        gradients.append(named_leaves(gradient(model)))
+    assert any(np.any(x[...]) for name, x in gradients[0].items() if name.startswith("vision/"))
+    for name, x in gradients[1].items():
+        wanted = gradients[0][name][...] if name.startswith("decoder/") else 0.0
+        np.testing.assert_allclose(x[...], wanted, atol=1e-6, err_msg=name)
+    assert work[1] < 0.9 * work[0]
+
+
+def test_gradients_are_divided_among_the_devices_as_the_parameters_are():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        model = init_model(SMALL.model, SMALL.numerics, seed=1)
+        model = jax.device_put(model, shardings(model, mesh))
+        zeros = Programs(SMALL, make_optimizers(SMALL)).zeros((model, None))
+    for parameter, zero in zip(jax.tree.leaves(model), jax.tree.leaves(zeros), strict=True):
+        assert zero.sharding == parameter.sharding and zero.dtype == parameter.dtype and not zero.any()
+    assert not all(zero.is_fully_replicated for zero in jax.tree.leaves(zeros))
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
