@@ -193,7 +193,7 @@ def run_trl(args: argparse.Namespace, work: Path) -> Figures:
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from datasets.table import InMemoryTable  # pyright: ignore[reportMissingImports]
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
-    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
 
     answers = args.prompts * args.samples
     calls = answers // args.micro_batch

@@ -132,7 +132,7 @@ def _with_prefixes(
 ) -> jax.Array:
     """Attention over each token's own segment and its prefix, under one mask, for `size` queries at a time."""
     T, parts = q_BTNH.shape[1], []
-    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    own_scale: float = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     for start in range(0, T, size):
         # Prefixes come before what follows them, so causal queries need no keys after themselves.
         stop = min(start + size, T)
@@ -140,9 +140,11 @@ def _with_prefixes(
         q_BQNH, k_BSKH, v_BSKH = q_BTNH[:, own], k_BTKH[:, keys], v_BTKH[:, keys]
         kv_ids_BS = ids_BT2[:, keys, 0]
         sees = partial(reference.visibility, stop - start, keys.stop, q_offset=start, kv_segment_ids_BS=kv_ids_BS)
-        visible_BQS = sees(causal=causal, q_segment_ids_BT=ids_BT2[:, own, 0])
-        visible_BQS |= sees(causal=False, q_segment_ids_BT=ids_BT2[:, own, 1])
-        parts.append(reference.masked_attention(q_BQNH, k_BSKH, v_BSKH, visible_BQS, scale=scale)[0])
+        of_segment_BQS = sees(causal=causal, q_segment_ids_BT=ids_BT2[:, own, 0])
+        of_prefix_BQS = sees(causal=False, q_segment_ids_BT=ids_BT2[:, own, 1])
+        assert of_segment_BQS is not None and of_prefix_BQS is not None
+        visible_BQS = of_segment_BQS | of_prefix_BQS
+        parts.append(reference.masked_attention(q_BQNH, k_BSKH, v_BSKH, visible_BQS, scale=own_scale)[0])
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
