@@ -236,7 +236,7 @@ def run_trl(args: argparse.Namespace, work: Path) -> Figures:
             assert made["completion_mask"].sum() == answers * ANSWER_TOKENS
             return made
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
         return [rl_task.share_of_digits({}, text) for text in completions]
 
     # With a name it need not be pickled for one, which not every pyarrow allows.
