@@ -36,7 +36,7 @@ from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.interop.load import load_run
-from stepjax.rewards.verifiers import is_right
+from stepjax.rewards.verify import is_right
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
 

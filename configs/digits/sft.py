@@ -8,6 +8,7 @@ A few questions are a judge's: which of two answers to a receipt has more digits
 """
 
 from pathlib import Path
+from typing import Any
 
 from stepjax.config import (
     BatchConfig,
@@ -28,7 +29,7 @@ DEGRADATION = 0.45  # of the receipts
 
 OLD_TASKS = ("transcribe", "count", "add", "point", "arithmetic")
 
-changes = dict(
+changes: dict[str, Any] = dict(
     name="digits_sft",
     init_from=InitConfig(path="runs/digits"),
     data=DataConfig(
