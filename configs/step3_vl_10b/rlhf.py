@@ -12,7 +12,7 @@ Not resolved
     judge      which model judges is not stated. Name it: --reward.judge.url URL --reward.judge.model NAME.
     prompts    placeholders for your own, as in rlvr.py.
 
-PLAN
+The trainer's programs are those of rlvr.py. The run starts from its last checkpoint.
 """
 
 import dataclasses

@@ -1,4 +1,27 @@
-"""draft"""
+"""STEP3-VL-10B, reinforcement learning with verifiable rewards (arXiv 2601.09668, section 3.2).
+
+Stated by the report, and set here
+    600 iterations of 512 prompts x 16 answers of at most 24k tokens, sampled at temperature 1; PPO with GAE, gamma =
+    lambda = 1, a value loss of half the squared error, 4 minibatches an iteration; importance weights of the sampler
+    truncated at 8; learning rates 2e-6 of the policy and 5e-6 of the critic. The vision encoder is frozen.
+
+Not resolved
+    clipping   the report's variant "omits standard importance sampling" without saying what replaces the ratio, and
+               gives no bounds: here the clipped ratio, 0.2 and 0.28, with the dual clip at 3.
+    critic     its trunk, start and warm-up are not stated: here a copy of the policy, trained whole, alone in the first
+               ten iterations, with 4 minibatches as the policy has and its change clipped at 0.5.
+    loss       KL and entropy terms are not stated: none. Advantages are whitened, as in Open-Reasoner-Zero.
+    projector  only the decoder is updated, says the PaCoRe report; so it is frozen as well.
+    truncated  how answers without an end are treated is not stated: they are scored as they are.
+    optimizer  not restated: as in pretraining, at constant rates.
+    rewards    each record names its verifier. The report also has a model judge reasoning: add the term "judge" and
+               --reward.judge.url.
+    prompts    placeholders for your own. The report kept those that some but not all of 24 answers solve; keep_mixed
+               would do that while it trains.
+    views      how many images a prompt has is not stated; 4 global views and 32 crops a row are our guess.
+
+The run starts from the second stage of fine-tuning; --init-from.path takes another run or a Hugging Face directory.
+"""
 
 from stepjax.config import (
     ArrayRecordSource,

@@ -39,7 +39,6 @@ from stepjax.post_training.episodes import Answer, Episode, make_batch, pack_row
 from stepjax.post_training.sampling import engine_config_of
 from stepjax.post_training.step import Programs, abstract_state, make_optimizers
 from stepjax.processing.tokens import Example
-from stepjax.rewards.scorer import Scored
 from stepjax.sharding import check_batch, data_parts, engines_mesh, make_mesh, spec, target_platform
 from stepjax.training.footprint import GIB
 from stepjax.xla_flags import compiler_options
@@ -120,8 +119,8 @@ def _episode(prompt_tokens: int, samples: int, answer_tokens: int) -> Episode:
     zeros = np.zeros(prompt_tokens, np.int32)
     prompt = Example("planned", zeros, zeros.astype(np.float32), zeros - 1, nothing, nothing)
     mask_L, empty_L = np.ones(answer_tokens, bool), np.zeros(0, np.float32)
-    rollout: Any = None  # nothing reads it here
-    answers = [Answer(rollout, Scored(None, {}), mask_L, *[empty_L] * 7) for _ in range(samples)]
+    unread: Any = None
+    answers = [Answer(unread, unread, mask_L, *[empty_L] * 7) for _ in range(samples)]
     return Episode(0, 0, {}, prompt, answers)
 
 

@@ -1,6 +1,6 @@
 """The steps that can be planned, as functions of abstract arrays, and their compilation for a topology.
 
-    train     one optimizer step; an RL update costs the same
+    train     one optimizer step
     score     log-probabilities of the tokens of a batch, without gradients: reference and old policies
     prefill   one row of prompt tokens into the engine's cache, images already encoded
     decode    one more token for every sequence of a batch, each with a cache as long as a row
