@@ -5,6 +5,14 @@ cost. Half of the receipts are misprints, so that "ok" has to be earned. Two in 
 pay to copy the digits from the reasoning to the answer instead of reading them once more, and an answer that is read
 once more need not be the one that was checked. A share of the old tasks keeps them from being forgotten.
 A few questions are a judge's: which of two answers to a receipt has more digits right (see rlhf.py).
+
+`degradation` sets the difficulty. A model after 1,080 steps of an earlier schedule, on 160 held-out images:
+
+    degradation 0.45:  greedy 57 % (49 to 64)  mean@8, temperature 1: 39 % (34 to 45)  pass@8 71 %  majority@8 51 %
+
+It read 93 % of the digits (greedy; 89 % sampled) and 0.1 % of its samples were malformed, but it had not yet learned to
+add: its running sums were noise, its verdicts a coin's toss, and 65 % of its answers differed from their reasoning.
+Adding needs attention to two tokens that are two places apart, which takes a model of this size the longest.
 """
 
 from pathlib import Path
@@ -44,10 +52,10 @@ changes: dict[str, Any] = dict(
             *(DigitsSource(name=task, weight=0.01, task=task) for task in OLD_TASKS[1:]),
         ),
     ),
-    batch=BatchConfig(rows=8, tokens=256, global_views=3, crops=16),
+    batch=BatchConfig(rows=8, tokens=216, global_views=3, crops=14),  # a receipt and a ledger fill a row
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=1.0e6, start=2e-3, end=5e-5),),
-        warmup_tokens=1e5,
+        phases=(Phase(tokens=3.0e6, start=1.5e-3, end=5e-5),),
+        warmup_tokens=1.5e5,
     ),
     checkpoint=CheckpointConfig(every=125),
     evaluation=EvaluationConfig(

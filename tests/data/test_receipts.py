@@ -140,8 +140,8 @@ def test_receipts_fit_the_recipe_and_most_crops_hold_one_digit(split):
         extra[plan.num_crops - len(record["scan_ids"]) - 1] += 1
         example = processor.draft(record)
         budget = RECIPE.batch
-        assert len(example.tokens) <= budget.tokens // 2
-        assert example.num_views[0] <= budget.global_views // 2 and example.num_views[1] <= budget.crops // 2
+        assert len(example.tokens) <= budget.tokens
+        assert example.num_views[0] <= budget.global_views and example.num_views[1] <= budget.crops
         assert example.loss_weights.sum() <= RECIPE.evaluation.max_new_tokens
     assert extra[0] > 90 and set(extra) <= {0, 1}
 
