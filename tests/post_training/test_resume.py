@@ -31,10 +31,10 @@ def without_times(row: dict) -> dict:
     return {key: value for key, value in row.items() if not re.match("seconds|tokens_per_second", key)}
 
 
-@pytest.mark.parametrize("mode", ["strict", "one step off"])
+@pytest.mark.parametrize("mode", ["strict", pytest.param("one step off", marks=pytest.mark.slow)])
 def test_killed_at_any_instant_and_started_again_the_result_is_the_same(mode, forked, tmp_path):
     """Complaint 12: the same prompts, answers, metrics and parameters. One step off, answers wait in a file."""
-    options = ["--rollout.one-step-off", "True"] if mode == "one step off" else []
+    options = ["--rollout.one-step-off"] if mode == "one step off" else []
 
     def run(out, press=None):
         """Status, output and iterations saved of `stepjax rl`, in a process of its own."""

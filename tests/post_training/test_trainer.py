@@ -187,7 +187,10 @@ LETTERS, DIGITS = [chr(code) for code in range(97, 123)], list("0123456789")
     [
         {},
         dict(advantages=AdvantageConfig(estimator="grpo", whiten=False)),
-        dict(advantages=AdvantageConfig(estimator="rloo", whiten=False), loss=PolicyLossConfig(ratio="sequence")),
+        pytest.param(
+            dict(advantages=AdvantageConfig(estimator="rloo", whiten=False), loss=PolicyLossConfig(ratio="sequence")),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ppo", "grpo", "rloo"],
 )
