@@ -43,7 +43,7 @@ def decoder_logits(decoder, tokens_BT):
     x_BTD = decoder.embed(tokens_BT)
     rotary = rotary_1d(positions_BT, config)
     for layer in range(config.num_layers):
-        x_BTD, _ = layer_of(decoder.blocks, layer)(x_BTD, rotary, positions_BT, None, None, FLOAT32)
+        x_BTD, _ = layer_of(decoder.blocks, layer)(x_BTD, rotary, (None, None), None, FLOAT32)
     return decoder.logits(decoder.norm(x_BTD))
 
 
