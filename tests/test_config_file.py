@@ -24,8 +24,11 @@ from stepjax.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [
-    *(ROOT / "configs" / name for name in ("digits/pretrain.py", "step3_vl_10b/pretrain.py")),
-    *(ROOT / "configs" / "step3_vl_10b" / f"{stage}.py" for stage in ("sft_stage1", "sft_stage2", "rlvr", "rlhf")),
+    *(ROOT / "configs" / "digits" / f"{stage}.py" for stage in ("pretrain", "sft", "rlvr", "rlhf")),
+    *(
+        ROOT / "configs" / "step3_vl_10b" / f"{stage}.py"
+        for stage in ("pretrain", "sft_stage1", "sft_stage2", "rlvr", "rlhf")
+    ),
 ]
 MIXED = dataclasses.replace(
     tiny,
@@ -132,7 +135,7 @@ def test_the_options_are_those_of_the_recipes_class():
 
 
 def test_no_arguments_change_nothing():
-    for config in (tiny, MIXED, SFT, *map(load_recipe, RECIPES)):
+    for config in (tiny, MIXED, SFT, *(load_recipe(path, RunConfig) for path in RECIPES)):
         assert override(config, [], prog="stepjax") == config
 
 
@@ -158,7 +161,7 @@ def test_wrong_arguments_end_with_status_2_and_a_hint(arguments, answer, capsys)
 
 
 def test_json_gives_back_the_same_configuration():
-    for config in (tiny, MIXED, SFT, *map(load_recipe, RECIPES)):
+    for config in (tiny, MIXED, SFT, *(load_recipe(path, RunConfig) for path in RECIPES)):
         assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
