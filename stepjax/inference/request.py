@@ -112,12 +112,12 @@ class Delta:
     tokens: tuple[int, ...] = ()  # without the stop token
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, if requested
-    stop_token: TokenLogprob | None = None  # the token that ended the sample, if log-probabilities were requested
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the request's stop string or id that ended the sample
     seed: int = 0  # of the request; reusing it reproduces the samples
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens already cached when the request's first sample was admitted
+    stop_token: TokenLogprob | None = None  # the token that ended the sample, if log-probabilities were requested
 
 
 @dataclasses.dataclass(frozen=True)
