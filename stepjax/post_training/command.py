@@ -1,12 +1,12 @@
 """`stepjax rl`."""
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import tyro
 
 from stepjax.post_training.config import RLConfig
+from stepjax.training.command import run_training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,33 +28,7 @@ class Rl:
             StepjaxError: the recipe, the data or a checkpoint cannot be used, too many rewards are missing, or training
                 diverged.
         """
-        from stepjax.config_file import differences, load_recipe
+        from stepjax.config_file import load_recipe
 
-        config, preset = self.config, load_recipe(self.recipe, RLConfig)
-        from stepjax.distributed import initialize, must_supervise, supervise
-
-        if must_supervise():
-            return supervise(sys.argv[1:])
-        from stepjax.training.host import prepare
-
-        prepare(config, config.batch.micro_rows)
-        initialize(config.heartbeat.lost_after)
-        for line in differences(config, preset):
-            print(f"override  {line}")
-
-        from stepjax.evaluation.command import report
-        from stepjax.post_training.loop import reinforce
-        from stepjax.post_training.report import draw_curves
-        from stepjax.training.run_directory import local_directory
-
-        def on_evaluation(model, processor, step):
-            report(model, processor, config, local_directory(config), f"iteration {step}")
-
-        has_questions = bool(config.evaluation.sources)
-        outcome = reinforce(config, on_evaluation=on_evaluation if has_questions else None)
-        draw_curves(outcome.directory)
-        if outcome.stopped_by is not None:
-            return {"SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
-        if has_questions:
-            on_evaluation(outcome.model, outcome.processor, outcome.step)
-        return 0
+        preset = load_recipe(self.recipe, RLConfig)
+        return run_training(self.config, preset, "stepjax.post_training.loop:reinforce", unit="iteration")

@@ -25,7 +25,7 @@ from stepjax.models.step_vl import StepVL, num_parameters
 from stepjax.post_training import advantages as to_advantages
 from stepjax.post_training.config import RLConfig, UpdateConfig
 from stepjax.post_training.episodes import Answer, Episode, Row, make_batch, pack_rows, read_back, rows_of_process
-from stepjax.post_training.report import format_row, iteration_row, write_page
+from stepjax.post_training.report import draw_curves, format_row, iteration_row, write_page
 from stepjax.post_training.sampling import Collected, Collector
 from stepjax.post_training.step import Programs, RLState, abstract_state, make_optimizers, new_state
 from stepjax.processing.processor import Processor
@@ -152,6 +152,8 @@ def reinforce(config: RLConfig, *, on_evaluation: Callable[[StepVL, Processor, i
                 watchdog.at("evaluating", step + 1)
                 on_evaluation(state.model, processor, step)
         checkpointer.wait()
+        if is_first:
+            draw_curves(local)
         stopped_by = stopped_by or stop.received
         if stopped_by is not None:
             say(f"{stopped_by.name}: saved iteration {step} in {directory}. Rerun the same command to resume.")

@@ -19,6 +19,7 @@ from stepjax.post_training.config import RLConfig
 from stepjax.post_training.episodes import Answer, Episode
 from stepjax.post_training.sampling import Collected
 from stepjax.processing.image_files import open_image
+from stepjax.training.run_directory import METRICS
 
 PAGE, CURVES = "samples.html", "curves.png"
 _BOUNDS = math.log(2.0)  # the sampler's and the trainer's probabilities should not differ by more than a factor of two
@@ -279,7 +280,8 @@ def draw_curves(directory: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    path = directory / METRICS
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     panels = [
         [key for key in ("reward", "value/explained_variance") if any(key in row for row in rows)],
         ["length"],

@@ -1,12 +1,13 @@
 """`stepjax pretrain` and `stepjax sft`."""
 
 import dataclasses
+import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from stepjax.config import PretrainConfig, SftConfig
+from stepjax.config import PretrainConfig, RunConfig, SftConfig
 from stepjax.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ class Pretrain:
         Raises:
             StepjaxError: the recipe, the data or a checkpoint cannot be used, or training diverged.
         """
-        from stepjax.config_file import differences, load_recipe
+        from stepjax.config_file import load_recipe
 
         config, preset = self.config, load_recipe(self.recipe, type(self.config))
         if isinstance(config, SftConfig) and not isinstance(self, Sft):
@@ -38,31 +39,46 @@ class Pretrain:
 
             print(describe(config, preset))
             return 0
-        from stepjax.distributed import initialize, must_supervise, supervise
+        return run_training(config, preset, "stepjax.training.loop:pretrain", unit="step")
 
-        if must_supervise():
-            return supervise(sys.argv[1:])
-        from stepjax.training.host import prepare
 
-        prepare(config, config.batch.micro_rows)
-        initialize(config.heartbeat.lost_after)
-        for line in differences(config, preset):
-            print(f"override  {line}")
+def run_training(config: Any, preset: RunConfig, trainer: str, *, unit: str) -> int:
+    """The rest of every command that trains: joins the other processes, trains, and asks the held-out questions.
 
-        from stepjax.evaluation.command import report
-        from stepjax.training.loop import pretrain
-        from stepjax.training.run_directory import local_directory
+    Args:
+        trainer: module and name of the function that trains; it is imported once the CPU is prepared.
+        unit: what the trainer counts.
 
-        def on_evaluation(model, processor, step):
-            report(model, processor, config, local_directory(config), f"step {step}")
+    Returns:
+        0 at the end; 130 or 143 after a signal.
+    """
+    from stepjax.config_file import differences
+    from stepjax.distributed import initialize, must_supervise, supervise
 
-        has_questions = bool(config.evaluation.sources)
-        outcome = pretrain(config, on_evaluation=on_evaluation if has_questions else None)
-        if outcome.stopped_by is not None:
-            return {"SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
-        if has_questions:
-            on_evaluation(outcome.model, outcome.processor, outcome.step)
-        return 0
+    if must_supervise():
+        return supervise(sys.argv[1:])
+    from stepjax.training.host import prepare
+
+    prepare(config, config.batch.micro_rows)
+    initialize(config.heartbeat.lost_after)
+    for line in differences(config, preset):
+        print(f"override  {line}")
+
+    from stepjax.evaluation.command import report
+    from stepjax.training.run_directory import local_directory
+
+    def on_evaluation(model, processor, step):
+        report(model, processor, config, local_directory(config), f"{unit} {step}")
+
+    module, name = trainer.split(":")
+    train = getattr(importlib.import_module(module), name)
+    has_questions = bool(config.evaluation.sources)
+    outcome = train(config, on_evaluation=on_evaluation if has_questions else None)
+    if outcome.stopped_by is not None:
+        return {"SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
+    if has_questions:
+        on_evaluation(outcome.model, outcome.processor, outcome.step)
+    return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
