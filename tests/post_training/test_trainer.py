@@ -100,7 +100,9 @@ def test_gradients_are_divided_among_the_devices_as_the_parameters_are():
     assert not all(zero.is_fully_replicated for zero in jax.tree.leaves(zeros))
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize(
+    "aggregation", ["token", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sequence", "constant"))]
+)
 def test_gradient_depends_neither_on_micro_batches_nor_on_devices(aggregation):
     """Complaint 11. Adam divides by the gradient's size, so parameters after a step show the smallest difference."""
     run = changed(SMALL, loss=dict(aggregation=aggregation), optimizer=dict(eps=1e-3))
