@@ -42,9 +42,9 @@ changes: dict[str, Any] = dict(
     init_from=InitConfig(path="runs/digits"),
     data=DataConfig(
         sources=(
-            DigitsSource(name="ledger", weight=0.45, task="ledger"),
-            DigitsSource(name="receipt", weight=0.14, task="receipt", degradation=DEGRADATION),
-            DigitsSource(name="misprint", weight=0.14, task="misprint", degradation=DEGRADATION),
+            DigitsSource(name="ledger", weight=0.40, task="ledger"),
+            DigitsSource(name="receipt", weight=0.165, task="receipt", degradation=DEGRADATION),
+            DigitsSource(name="misprint", weight=0.165, task="misprint", degradation=DEGRADATION),
             DigitsSource(name="illegible_receipt", weight=0.09, task="receipt", degradation=1.0),
             DigitsSource(name="illegible_misprint", weight=0.09, task="misprint", degradation=1.0),
             DigitsSource(name="prefer", weight=0.05, task="prefer", degradation=DEGRADATION),
