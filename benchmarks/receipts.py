@@ -153,7 +153,7 @@ def vote(record: dict[str, Any], group: Sequence[Rollout], *, checked: bool) -> 
     receipts = [each for each in receipts if each.is_ok] * checked or receipts
     if not receipts:
         return False
-    return is_right(record, Counter(each.digits for each in receipts).most_common(1)[0][0] + " ok")
+    return is_right(record, "ok " + Counter(each.digits for each in receipts).most_common(1)[0][0])
 
 
 def digits_right(record: dict[str, Any], rollout: Rollout) -> list[bool]:

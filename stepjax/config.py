@@ -164,7 +164,9 @@ class TokenizerConfig:
     generation_starts_thinking: bool = True  # the generation prompt ends with "<think>\n". Unconfirmed for the 10B.
 
 
-DigitsTask = Literal["transcribe", "count", "add", "point", "arithmetic", "ledger", "receipt", "misprint", "prefer"]
+DigitsTask = Literal[
+    "transcribe", "count", "add", "point", "arithmetic", "ledger", "receipt", "misprint", "prefer", "synthesis"
+]
 Split = Literal["train", "held_out"]
 BadRecords = Literal["error", "skip"]
 ChangedFiles = Literal["error", "accept"]

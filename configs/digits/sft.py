@@ -42,19 +42,20 @@ changes: dict[str, Any] = dict(
     init_from=InitConfig(path="runs/digits"),
     data=DataConfig(
         sources=(
-            DigitsSource(name="ledger", weight=0.40, task="ledger"),
-            DigitsSource(name="receipt", weight=0.165, task="receipt", degradation=DEGRADATION),
-            DigitsSource(name="misprint", weight=0.165, task="misprint", degradation=DEGRADATION),
-            DigitsSource(name="illegible_receipt", weight=0.09, task="receipt", degradation=1.0),
-            DigitsSource(name="illegible_misprint", weight=0.09, task="misprint", degradation=1.0),
-            DigitsSource(name="prefer", weight=0.05, task="prefer", degradation=DEGRADATION),
-            DigitsSource(name="transcribe", weight=0.05, task="transcribe"),
-            *(DigitsSource(name=task, weight=0.01, task=task) for task in OLD_TASKS[1:]),
+            DigitsSource(name="ledger", weight=0.34, task="ledger"),
+            DigitsSource(name="receipt", weight=0.16, task="receipt", degradation=DEGRADATION),
+            DigitsSource(name="misprint", weight=0.16, task="misprint", degradation=DEGRADATION),
+            DigitsSource(name="illegible_receipt", weight=0.07, task="receipt", degradation=1.0),
+            DigitsSource(name="illegible_misprint", weight=0.07, task="misprint", degradation=1.0),
+            DigitsSource(name="synthesis", weight=0.1, task="synthesis", degradation=DEGRADATION),
+            DigitsSource(name="prefer", weight=0.04, task="prefer", degradation=DEGRADATION),
+            DigitsSource(name="transcribe", weight=0.04, task="transcribe"),
+            *(DigitsSource(name=task, weight=0.005, task=task) for task in OLD_TASKS[1:]),
         ),
     ),
-    batch=BatchConfig(rows=8, tokens=216, global_views=3, crops=14),  # a receipt and a ledger fill a row
+    batch=BatchConfig(rows=4, tokens=440, global_views=5, crops=28),  # the longest synthesis has 370 tokens
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=3.0e6, start=1.5e-3, end=5e-5),),
+        phases=(Phase(tokens=3.4e6, start=1.5e-3, end=5e-5),),
         warmup_tokens=1.5e5,
     ),
     checkpoint=CheckpointConfig(every=125),

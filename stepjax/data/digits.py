@@ -7,10 +7,11 @@
 | add        | 2 or 3 digits in a strip       | Add up the digits.                        | 13       |
 | point      | 2 to 4 distinct ones scattered | Point at the digit 7.                     | (62, 30) |
 | arithmetic | none                           | What is 12 + 7?                           | 19       |
-| ledger     | none                           | Add up 7 5, 2.                            | A7B5 ok  |
-| receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | A7B5 ok  |
-| misprint   | the same with a wrong check    | Add up the receipt.                       | A7B5 bad |
+| ledger     | none                           | Add up 7 5, 2.                            | ok A7B5  |
+| receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | ok A7B5  |
+| misprint   | the same with a wrong check    | Add up the receipt.                       | bad A7B5 |
 | prefer     | a receipt                      | Which is right? A (answer) B (another)    | A        |
+| synthesis  | a receipt                      | Add up the receipt. Ref 1 (answer) Ref 2  | ok A7B5  |
 
 For receipts see `data.receipts`. A point is the centre of the digit's ink in hundredths of the image's width and
 height, 0..99 from the top left corner. Unconfirmed: the technical report does not state the coordinate
@@ -32,7 +33,17 @@ from PIL import Image
 
 from stepjax.config import DigitsSource, DigitsTask, Split
 from stepjax.data.digits_render import Box, Layout, compose, load_scans, scatter_layout, strip_layout
-from stepjax.data.receipts import PREFER, PROMPT, ledger_prompt, print_check, receipt_answer, rival_answers
+from stepjax.data.receipts import (
+    PREFER,
+    PROMPT,
+    ledger_prompt,
+    messages_of_others,
+    print_check,
+    receipt_answer,
+    rival_answers,
+    synthesis_answer,
+)
+from stepjax.processing.synthesis import Template
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
@@ -47,9 +58,14 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "receipt": {n: 1 / 3 for n in range(8, 11)},
     "misprint": {n: 1 / 3 for n in range(8, 11)},
     "prefer": {n: 1 / 3 for n in range(8, 11)},
+    "synthesis": {n: 1 / 3 for n in range(8, 11)},
 }
+NUM_REFERENCES = 2, 8  # of a synthesis
+BLOTTED, BLOTS = 0.5, 0.4  # share of ledgers with blots; share of their digits
 HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
+
+_SYNTHESIS = Template("short")
 
 Problem = tuple[int, str, int]  # left operand, "+" or "-", right operand
 
@@ -96,7 +112,8 @@ class DigitsRecords:
             largest = 9 if rng.random() < 0.5 else rng.integers(1, 9)
             digits = rng.integers(largest + 1, size=self._draw_num_digits(rng)).tolist()
             check = sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
-            content, answer = ledger_prompt(digits, check), receipt_answer(digits, check)
+            blots = rng.random(len(digits)) < BLOTS if rng.random() < BLOTTED else ()
+            content, answer = ledger_prompt(digits, check, blots), receipt_answer(digits, check)
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -126,7 +143,7 @@ class DigitsRecords:
         check = 0
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
-        elif task in ("receipt", "misprint", "prefer"):
+        elif task in ("receipt", "misprint", "prefer", "synthesis"):
             check = int(sum(digits) + (rng.integers(1, 10) if task == "misprint" else 0)) % 10
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
@@ -141,6 +158,12 @@ class DigitsRecords:
                 print_check(image, check, layout)
                 first, second, text = rival_answers(rng, digits, check)
                 prompt = PREFER.format(first=first, second=second)
+            case "synthesis":
+                print_check(image, check, layout)
+                fewest, most = NUM_REFERENCES
+                messages = messages_of_others(rng, digits, check, int(rng.integers(fewest, most + 1)))
+                [turn] = _SYNTHESIS.conversation([{"role": "user", "content": PROMPT}], messages)
+                return image, turn["content"], synthesis_answer(digits, check, messages), scan_ids
             case "transcribe":
                 prompt, text = "Transcribe the digits from left to right.", "".join(map(str, digits))
             case "count":

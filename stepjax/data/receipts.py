@@ -1,13 +1,18 @@
 """Receipts: a strip of handwritten digits and a printed check digit, their sum modulo 10.
 
     image      7 5 1 2 0 9 3 3 [0]            the last square: a light digit on dark, in print
-    reasoning  A77B52C13D25E05F94G37H30       label, digit, sum of the digits so far modulo 10
-    content    A7B5C1D2E0F9G3H3 ok            labels and digits; "bad" if their sum is not the printed check
+    reasoning  A77B52C13D25E05F94G37H30=0     label, digit, sum of the digits so far modulo 10; the printed check
+    content    ok A7B5C1D2E0F9G3H3            "bad" if their sum is not the printed check; labels and digits
 
 The labels are places from the left. On a "misprint" the printed check is wrong, so "bad" is the truth. A model that is
-trained on both learns to compare, and its "bad" on a true receipt reveals that it misread a digit.
+trained on both learns to compare, and its "bad" on a true receipt reveals that it misread a digit. The verdict comes
+first: whoever reads the digits then knows what they are worth.
 
-A "ledger" is the same in words, to learn adding, copying and comparing without an image.
+A "ledger" is the same in words, to learn adding, copying and comparing without an image. Where it has a blot any digit
+will do in the reasoning, and the content repeats it.
+
+A "synthesis" is a receipt together with messages of others about it (PaCoRe). If one of them is right, the reasoning
+begins with "Ref " and the number of the first such one.
 """
 
 import functools
@@ -25,7 +30,7 @@ from stepjax.data.digits_render import Layout
 PROMPT = "Add up the receipt."
 PREFER = "Which is right?\nA {first}\nB {second}"  # asks a judge, who answers "A" or "B"
 
-_ANSWER = re.compile(r"((?:[A-Z]\d)+) (ok|bad)")
+_ANSWER = re.compile(r"(ok|bad) ((?:[A-Z]\d)+)")
 _DARK, _LIGHT = (40, 40, 48), (250, 250, 250)
 _SHARPNESS = 8  # print is drawn this much larger and then shrunk, so that it looks the same at every size
 
@@ -35,8 +40,8 @@ def receipt_answer(digits: Sequence[int], check: int) -> dict[str, str]:
     sums = [total % 10 for total in itertools.accumulate(digits)]
     labelled = [f"{label}{digit}" for label, digit in zip(string.ascii_uppercase, digits, strict=False)]
     return {
-        "reasoning": "".join(f"{each}{total}" for each, total in zip(labelled, sums, strict=True)),
-        "text": "".join(labelled) + (" ok" if sums[-1] == check else " bad"),
+        "reasoning": "".join(f"{each}{total}" for each, total in zip(labelled, sums, strict=True)) + f"={check}",
+        "text": ("ok " if sums[-1] == check else "bad ") + "".join(labelled),
     }
 
 
@@ -52,9 +57,34 @@ def rival_answers(rng: np.random.Generator, digits: Sequence[int], check: int) -
     return messages[0], messages[1], "AB"[int(wrong[1] < wrong[0])]
 
 
-def ledger_prompt(digits: Sequence[int], check: int) -> str:
-    """The question of a ledger: the digits, and the check."""
-    return f"Add up {' '.join(map(str, digits))}, {check}."
+def messages_of_others(rng: np.random.Generator, digits: Sequence[int], check: int, count: int) -> list[str]:
+    """Messages as a model of middling skill writes them: about half are right, and places that are hard to read are
+    hard for all of them, who often take them for the same digit. Few verdicts are false."""
+    hard = rng.random(len(digits)) < rng.uniform(0.0, 0.3)
+    error = np.where(hard, rng.uniform(0.2, 0.8, len(digits)), 0.01)
+    mistaken = (np.array(digits) + rng.integers(1, 10, len(digits))) % 10  # what a hard one is taken for
+    messages = []
+    for _ in range(count):
+        other = np.where(rng.random(len(digits)) < 0.7, mistaken, rng.integers(10, size=len(digits)))
+        read = np.where(rng.random(len(digits)) < error, other, digits)
+        believed = check if rng.random() > 0.03 else int(rng.integers(10))
+        messages.append(receipt_answer(read.tolist(), believed)["text"])
+    return messages
+
+
+def synthesis_answer(digits: Sequence[int], check: int, messages: Sequence[str]) -> dict[str, str]:
+    """The answer to a receipt whose reasoning names the first right message, if there is one."""
+    answer = receipt_answer(digits, check)
+    truth = parse_receipt(answer["text"])
+    read = [parse_receipt(message) for message in messages]
+    right = [i for i, each in enumerate(read, start=1) if truth and each and each.digits == truth.digits]
+    return {**answer, "reasoning": (f"Ref {right[0]} " if right else "") + answer["reasoning"]}
+
+
+def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] = ()) -> str:
+    """The question of a ledger: the digits, of which some are blots, and the check."""
+    shown = ["?" if blot else str(digit) for digit, blot in itertools.zip_longest(digits, blots)]
+    return f"Add up {' '.join(shown)}, {check}."
 
 
 def print_check(image: Image.Image, check: int, layout: Layout) -> None:
@@ -77,6 +107,6 @@ class Receipt(NamedTuple):
 
 
 def parse_receipt(text: str) -> Receipt | None:
-    """The parts of "A7B5C1 ok"; None if the stripped text is anything else."""
+    """The parts of "ok A7B5C1"; None if the stripped text is anything else."""
     match = _ANSWER.fullmatch(text.strip())
-    return Receipt(match[1], match[2] == "ok") if match else None
+    return Receipt(match[2], match[1] == "ok") if match else None

@@ -27,7 +27,7 @@ from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.journal import CALLS, Journal, open_journal, outcomes
 from stepjax.pacore.problems import ProblemSet, read_problems
 from stepjax.pacore.results import table
-from stepjax.pacore.template import Template
+from stepjax.processing.synthesis import Template
 from stepjax.pacore.trace import page_name, table_entry, write_table, write_trace
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.rollouts.sampler import Sampler, SamplerError
@@ -134,9 +134,9 @@ class PacoreRun:
         fields = {**dataclasses.asdict(config), "seed": config.seed}
         fields["sampling"]["seed"] = None
         del fields["limits"]
-        Template(config)  # raises if it is invalid
+        template = Template(config.template, config.images)  # raises if it is invalid
         if config.template is not None:
-            fields["template"] = hashlib.sha256(Path(config.template).expanduser().read_bytes()).hexdigest()
+            fields["template"] = hashlib.sha256(template.text.encode()).hexdigest()
         if endpoint is not None:
             sampler = {"model": endpoint.model, "body": endpoint.body, "sends_seed": endpoint.sends_seed}
         else:

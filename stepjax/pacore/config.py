@@ -116,7 +116,7 @@ class PacoreConfig:
     overflow: Literal["shorten", "drop", "fail"] = "shorten"
     answer_tokens: int = 1024  # room a prompt leaves for the answer if max_tokens is not set
     images: Literal["before", "after"] = "before"  # before or after the text of the synthesis prompt
-    template: str | None = None  # a Jinja file instead of the built-in template
+    template: str | None = None  # "short", or a Jinja file, instead of the built-in template
     fallback: bool = True  # if the final call gives no answer, answer with the plurality of the last round
     limits: Annotated[RoundLimits, tyro.conf.arg(name="")] = RoundLimits()
 

@@ -28,7 +28,7 @@ from stepjax.pacore.records import (
     TrajectoryEnded,
     ignore,
 )
-from stepjax.pacore.template import Template
+from stepjax.processing.synthesis import Template
 from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import PreparedPrompt, Sampler
 
@@ -61,7 +61,7 @@ class Coordinator:
             raise ConfigError("truncated='tail' needs a sampler with a tokenizer: set one, or use 'drop'")
         self.sampler, self.config = sampler, config
         self.matching: Matching = matching
-        self.template = Template(config)
+        self.template = Template(config.template, config.images)
 
     def begin(self, problem: Problem, **options: Any) -> "ProblemRun":
         """A problem's rounds, to solve or to draw one by one; for the options see `ProblemRun`."""
@@ -220,7 +220,7 @@ class ProblemRun:
         room = self.config.sampling.max_tokens or self.config.answer_tokens
         fitting = list(references)
         while True:
-            messages = self._template.conversation(self.problem.messages, fitting)
+            messages = self._template.conversation(self.problem.messages, [reference.text for reference in fitting])
             try:
                 prompt = self._sampler.prompt(messages, self.problem.tools, answer_tokens=room)
                 return await stack.enter_async_context(prompt), fitting

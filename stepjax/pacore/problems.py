@@ -10,7 +10,7 @@ from typing import Any
 
 from stepjax.errors import CheckpointError, RecordError
 from stepjax.pacore.records import Problem
-from stepjax.pacore.template import check_conversation
+from stepjax.processing.synthesis import check_conversation
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CONVERSATIONS = ("messages", "conversation", "problem")

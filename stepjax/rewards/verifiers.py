@@ -24,6 +24,7 @@ def text_equals(record: Record, text: str) -> float:
 @reward("ledger")
 @reward("misprint")
 @reward("receipt")
+@reward("synthesis")
 def receipt(record: Record, text: str) -> float:
     """1 if all labelled digits of a receipt (`data.receipts`) are right.
 
@@ -31,7 +32,7 @@ def receipt(record: Record, text: str) -> float:
     """
     truths = [parse_receipt(each) for each in gold.answers(record)]
     if None in truths:
-        gold.refuse(record, 'give labelled digits and a verdict, such as "A7B5 ok"')
+        gold.refuse(record, 'give labelled digits and a verdict, such as "ok A7B5"')
     found = parse_receipt(text)
     return float(found is not None and found.digits in [truth.digits for truth in truths if truth is not None])
 

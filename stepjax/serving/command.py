@@ -12,7 +12,7 @@ import tyro
 from stepjax.errors import ConfigError
 from stepjax.interop.engines import EngineArguments, load_engines
 from stepjax.pacore.config import PacoreConfig, num_calls, show
-from stepjax.pacore.template import Template
+from stepjax.processing.synthesis import Template
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.settings import LOOPBACK, PACORE, ServerSettings
 
@@ -83,7 +83,7 @@ def _prepared(server: ServerSettings, pacore: PacoreConfig, *, model_name: str |
     calls, most = num_calls(pacore.schedule), server.limits.pacore_calls
     if calls > most:
         raise ConfigError(f"--schedule {show(pacore.schedule)}: needs more calls than --limits.pacore-calls {most}")
-    Template(pacore)  # fails now rather than on the first request
+    Template(pacore.template, pacore.images)  # fails now rather than on the first request
     settings = server.completed(environment=os.environ.get(KEY_VARIABLE), model_name=model_name)
     try:
         import prometheus_client  # noqa: F401

@@ -33,8 +33,8 @@ def _image(record: dict[str, Any]) -> Image.Image:
 
 
 def test_the_answer_labels_adds_up_and_compares():
-    assert receipt_answer([7, 5, 1, 9], 2) == {"reasoning": "A77B52C13D92", "text": "A7B5C1D9 ok"}
-    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A77B52C13D92", "text": "A7B5C1D9 bad"}
+    assert receipt_answer([7, 5, 1, 9], 2) == {"reasoning": "A77B52C13D92=2", "text": "ok A7B5C1D9"}
+    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A77B52C13D92=3", "text": "bad A7B5C1D9"}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -51,26 +51,51 @@ def test_the_answer_is_true_of_the_scans_and_of_the_print(task, split):
         turn = record["messages"][1]
         assert (turn["reasoning_content"], turn["content"]) == (expected["reasoning"], expected["text"])
         assert record["answer"] == expected
-        assert (printed == sum(digits) % 10) == (task == "receipt") == expected["text"].endswith(" ok")
+        assert (printed == sum(digits) % 10) == (task == "receipt") == expected["text"].startswith("ok ")
         num_digits[len(digits)] += 1
         checks[printed] += 1
     assert set(num_digits) == {8, 9, 10} and len(checks) == 10
 
 
 def test_a_ledger_is_a_receipt_in_words():
-    verdicts, lengths = Counter(), Counter()
+    verdicts, lengths, blots = Counter(), Counter(), Counter()
     for i in range(200):
         record = _records("ledger", degradation=0.0)[i]
-        match = re.fullmatch(r"Add up ((?:\d )*\d), (\d)\.", record["messages"][0]["content"])
+        match = re.fullmatch(r"Add up ((?:[\d?] )*[\d?]), (\d)\.", record["messages"][0]["content"])
         assert match and record["scan_ids"] == []
-        digits = [int(digit) for digit in match[1].split()]
+        shown, digits = match[1].split(), [int(each) for each in record["answer"]["text"].split()[1][1::2]]
+        assert all(a in ("?", str(b)) for a, b in zip(shown, digits, strict=True))
+        blots["?" in shown] += 1
         expected = receipt_answer(digits, int(match[2]))
         turn = record["messages"][1]
         assert (turn["reasoning_content"], turn["content"]) == (expected["reasoning"], expected["text"])
         lengths[len(digits)] += 1
-        verdicts[expected["text"].split()[1]] += 1
-    assert set(lengths) == set(range(4, 11)) and 80 < verdicts["ok"] < 140
+        verdicts[expected["text"].split()[0]] += 1
+    assert set(lengths) == set(range(4, 11)) and 80 < verdicts["ok"] < 140 and 70 < blots[True] < 120
 
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(split):
+    named, right, honest, counts = Counter(), [], [], Counter()
+    for i in range(200):
+        record = _records("synthesis", split)[i]
+        problem, *lines = record["messages"][0]["content"][1]["text"].split("\n")
+        digits = [load_scans().labels[scan] for scan in record["scan_ids"]]
+        expected = receipt_answer(digits, sum(digits) % 10)
+        reasoning, text = record["answer"]["reasoning"], record["answer"]["text"]
+        assert problem == "Add up the receipt." and text == expected["text"] and reasoning.endswith(expected["reasoning"])
+        read = []
+        for number, line in enumerate(lines, start=1):
+            assert line.startswith(f"Ref {number} ")
+            read.append(parse_receipt(line.removeprefix(f"Ref {number} ")))
+        good = [each is not None and each.digits == text.split()[1] for each in read]
+        assert reasoning.startswith(f"Ref {good.index(True) + 1} ") if any(good) else reasoning.startswith("A")
+        right += good
+        honest += [each.is_ok for each, is_right in zip(read, good, strict=True) if each and is_right]
+        named[any(good)] += 1
+        counts[len(lines)] += 1
+    assert set(counts) == set(range(2, 9)) and 0.35 < np.mean(right) < 0.65 and 0.9 < np.mean(honest) < 1
+    assert named[False] > 10
 
 def _shows(image_HWC: np.ndarray, check: int) -> bool:
     """Whether the digit is printed near the right edge."""
@@ -147,9 +172,9 @@ def test_receipts_fit_the_recipe_and_most_crops_hold_one_digit(split):
 
 
 def test_parse_receipt():
-    assert parse_receipt(" A7B5 ok\n") == ("A7B5", True)
-    assert parse_receipt("A7 bad") == ("A7", False)
-    assert parse_receipt("A7B ok") is None and parse_receipt(" ok") is None and parse_receipt("A7 o") is None
+    assert parse_receipt(" ok A7B5\n") == ("A7B5", True)
+    assert parse_receipt("bad A7") == ("A7", False)
+    assert parse_receipt("ok A7B") is None and parse_receipt("ok ") is None and parse_receipt("o A7") is None
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -47,18 +47,19 @@ TABLE = {
     ],
     "receipt": [
         (
-            {"answer": {"text": "A7B5C1 ok"}},
-            ["A7B5C1 ok", "A7B5C1 bad", "A7B5C1 ok\n"],
-            ["A7B5C2 ok", "A7B5 ok", "751 ok"],
+            {"answer": {"text": "ok A7B5C1"}},
+            ["ok A7B5C1", "bad A7B5C1", "ok A7B5C1\n"],
+            ["ok A7B5C2", "ok A7B5", "751 ok"],
         ),
         (
-            {"answer": "A7 bad"},
-            ["A7 ok"],
-            ["A7", "A7 yes", "A7  ok", "a7 ok", "A77", "A7 ok A7 ok", "A7B0 ok", "B7 ok"],
+            {"answer": "bad A7"},
+            ["ok A7"],
+            ["A7", "A7 ok", "yes A7", "ok  A7", "ok a7", "ok A77", "ok A7 ok A7", "ok A7B0", "ok B7"],
         ),
     ],
-    "misprint": [({"answer": {"text": "A7 bad"}}, ["A7 ok"], ["A8 bad"])],
-    "ledger": [({"answer": {"text": "A7 ok"}}, ["A7 ok", "A7 bad"], ["A8 ok"])],
+    "misprint": [({"answer": {"text": "bad A7"}}, ["ok A7"], ["bad A8"])],
+    "synthesis": [({"answer": {"text": "ok A7B5"}}, ["ok A7B5"], ["Ref 1 ok A7B5"])],
+    "ledger": [({"answer": {"text": "ok A7"}}, ["ok A7", "bad A7"], ["ok A8"])],
     "math": [
         ({"answer": "1331 and 1728"}, [r"\boxed{1331, 1728}", "The answer is 1728 and 1331."], ["1728", "1331"]),
         ({"answer": "1/2^{99}"}, [r"\boxed{2^{-99}}"], [r"\boxed{1/2^{98}}", "0"]),

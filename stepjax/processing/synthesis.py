@@ -3,19 +3,20 @@
 The last message is replaced by a text in the published structure (report, table 6): the task; the problem; the
 references, each under a line "Reference <n>:", from 1; and the request for the model's own solution. Models trained
 with PaCoRe cite "Reference 3", so other templates should keep the labels. The wording is ours and differs for tool
-results.
+results. "short" names a template of the same parts in few tokens, for small models: the problem, then "Ref <n>" before
+each reference.
 
 Earlier messages and the last message's images are unchanged. Without references nothing changes.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stepjax.errors import ConfigError, RecordError, TokenError
-from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.records import Reference
 from stepjax.processing import templates
+
+Position = Literal["before", "after"]
 
 # White space as published: a blank line before each reference, two before the last sentence.
 TEMPLATE = """{% set is_tool = role == "tool" -%}
@@ -37,29 +38,39 @@ Drawing on the {{ "tool result" if is_tool else "problem" }} and the references 
 {{ "analysis and the next steps" if is_tool else "complete solution" }}."""
 
 
+SHORT = "{{ problem }}{% for reference in references %}\nRef {{ loop.index }} {{ reference }}{% endfor %}"
+
+
 class Template:
     """
+    Args:
+        template: "short", or a Jinja file, instead of the built-in template.
+        images: whether images go before or after the text.
+
     Raises:
         ConfigError: the file cannot be read, or is not a valid Jinja template.
     """
 
-    def __init__(self, config: PacoreConfig):
-        self._images, self._name, self._text = config.images, f"template {config.template!r}", TEMPLATE
-        if config.template is not None:
+    def __init__(self, template: str | None = None, images: Position = "before"):
+        self._images, self._name = images, f"template {template!r}"
+        self._text = {None: TEMPLATE, "short": SHORT}.get(template)
+        if self._text is None:
+            assert template is not None
             try:
-                self._text = Path(config.template).expanduser().read_text(encoding="utf-8")
+                self._text = Path(template).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{self._name} cannot be read: {error}") from error
             try:  # once, within limits: a template that loops forever fails here
                 for role in ("user", "tool"):
-                    variables = _variables(role, "problem", [Reference(0, "reference")])
-                    templates.render(self._text, variables, name=self._name)
+                    templates.render(self._text, _variables(role, "problem", ["reference"]), name=self._name)
             except TokenError as error:
                 raise ConfigError(f"{error}; it may use problem, references, role and has_tool_calls") from error
 
-    def conversation(
-        self, messages: Sequence[dict[str, Any]], references: Sequence[Reference]
-    ) -> tuple[dict[str, Any], ...]:
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def conversation(self, messages: Sequence[dict[str, Any]], references: Sequence[str]) -> tuple[dict[str, Any], ...]:
         """
         Raises:
             RecordError: the conversation does not end with a user's or a tool's message of text and images, or the
@@ -77,7 +88,7 @@ class Template:
             content = [*images, item] if self._images == "before" else [item, *images]
         return (*before, {**last, "content": content})
 
-    def _render(self, role: str, problem: str, references: Sequence[Reference]) -> str:
+    def _render(self, role: str, problem: str, references: Sequence[str]) -> str:
         try:
             template = templates.compiled(self._text)
             return template.render(**_variables(role, problem, references))
@@ -85,10 +96,9 @@ class Template:
             raise RecordError(f"{self._name} cannot render: {type(error).__name__}: {error}") from error
 
 
-def _variables(role: str, problem: str, references: Sequence[Reference]) -> dict[str, Any]:
-    texts = [reference.text for reference in references]
-    has_tool_calls = any("<tool_call>" in text for text in texts)
-    return {"problem": problem, "references": texts, "role": role, "has_tool_calls": has_tool_calls}
+def _variables(role: str, problem: str, references: Sequence[str]) -> dict[str, Any]:
+    has_tool_calls = any("<tool_call>" in text for text in references)
+    return {"problem": problem, "references": list(references), "role": role, "has_tool_calls": has_tool_calls}
 
 
 def check_conversation(messages: Sequence[dict[str, Any]]) -> None:

@@ -3,17 +3,15 @@
 import pytest
 
 from stepjax.errors import ConfigError, RecordError
-from stepjax.pacore.config import PacoreConfig
-from stepjax.pacore.records import Reference
-from stepjax.pacore.template import Template
+from stepjax.processing.synthesis import Template
 
-REFERENCES = [Reference(3, "It is 42."), Reference(0, "Six times seven\n\nmakes 42.")]
+REFERENCES = ["It is 42.", "Six times seven\n\nmakes 42."]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 def rendered(content, references=REFERENCES, role="user", before=(), **fields):
     messages = [*before, {"role": role, "content": content}]
-    return Template(PacoreConfig(**fields)).conversation(messages, references)
+    return Template(**fields).conversation(messages, references)
 
 
 def test_the_prompt_has_the_published_structure():
@@ -32,11 +30,11 @@ def test_the_prompt_has_the_published_structure():
 
 def test_without_references_nothing_is_changed():
     messages = ({"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]},)
-    assert Template(PacoreConfig()).conversation(messages, []) == messages
+    assert Template().conversation(messages, []) == messages
 
 
 def test_text_that_looks_like_a_template_stays_text():
-    [message] = rendered("{{ 7 * 6 }} {% if %}", [Reference(0, "{{ references }}")])
+    [message] = rendered("{{ 7 * 6 }} {% if %}", ["{{ references }}"])
     assert "{{ 7 * 6 }} {% if %}" in message["content"] and "{{ references }}" in message["content"]
 
 
@@ -69,15 +67,20 @@ def test_the_result_of_a_tool_is_not_called_a_problem():
 
 def test_proposed_calls_are_said_not_to_have_run():
     [without] = rendered("Weather?")
-    [proposed] = rendered("Weather?", [Reference(0, "<tool_call>\n<function=f>\n</function>\n</tool_call>")])
+    [proposed] = rendered("Weather?", ["<tool_call>\n<function=f>\n</function>\n</tool_call>"])
     assert "none of them has been run" in proposed["content"] and "has been run" not in without["content"]
 
 
 def test_a_template_of_ones_own(tmp_path):
     file = tmp_path / "t.jinja"
     file.write_text("{{ role }}: {{ problem }}{% for r in references %} [{{ loop.index }}] {{ r }}{% endfor %}")
-    [message] = rendered("why?", [Reference(0, "so"), Reference(1, "thus")], template=str(file))
+    [message] = rendered("why?", ["so", "thus"], template=str(file))
     assert message["content"] == "user: why? [1] so [2] thus"
+
+
+def test_the_short_template():
+    [message] = rendered("What is 6 x 7?", template="short")
+    assert message["content"] == "What is 6 x 7?\nRef 1 It is 42.\nRef 2 Six times seven\n\nmakes 42."
 
 
 @pytest.mark.parametrize("text", ["{{ problem", "{{ nothing }}", "{{ problem.__class__.__mro__ }}"])
@@ -85,9 +88,9 @@ def test_templates_that_cannot_be_used(tmp_path, text):
     file = tmp_path / "t.jinja"
     file.write_text(text)
     with pytest.raises(ConfigError, match="it may use problem, references"):
-        Template(PacoreConfig(template=str(file)))
+        Template(str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
-        Template(PacoreConfig(template=str(tmp_path / "nothing")))
+        Template(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("content", [None, 3, [{"type": "input_audio"}], [{"text": "no type"}]])
