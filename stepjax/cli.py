@@ -34,6 +34,7 @@ VERBS = {
     "pacore run": "stepjax.pacore.command:PacoreRun",
     "pacore serve": "stepjax.serving.command:PacoreServe",
     "pacore trace": "stepjax.pacore.command:PacoreTrace",
+    "pacore cache": "stepjax.post_training.cache:PacoreCache",
 }
 
 _EXAMPLES = """

@@ -204,7 +204,23 @@ class ArrayRecordSource:
     paths: tuple[str, ...]
 
 
-Source = DigitsSource | JsonlSource | ArrayRecordSource
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SynthesisSource:
+    """PaCoRe's training prompts: problems of a cache with some of their messages (`stepjax.data.synthesis`)."""
+
+    name: str
+    weight: float
+    path: str  # of the cache, which `stepjax pacore cache` writes
+    references: tuple[int, int] = (16, 24)  # fewest and most messages of a prompt; the number is uniform
+    template: str | None = None  # "short", or a Jinja file, instead of the built-in template
+
+    def __post_init__(self):
+        fewest, most = self.references
+        fits = 1 <= fewest <= most
+        require(f"data.sources.{self.name}", self, references=(fits, "give the fewest and the most, at least 1"))
+
+
+Source = DigitsSource | JsonlSource | ArrayRecordSource | SynthesisSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ ALLOWED = {
     },
     "post_training": {
         *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
-        *("training", "checkpoint", "interop", "inference", "rollouts", "rewards", "evaluation", "progress"),
+        *("training", "checkpoint", "interop", "inference", "rollouts", "rewards", "evaluation", "progress", "pacore"),
     },
     "pacore": {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),

@@ -81,7 +81,7 @@ def synthesis_answer(digits: Sequence[int], check: int, messages: Sequence[str])
     return {**answer, "reasoning": (f"Ref {right[0]} " if right else "") + answer["reasoning"]}
 
 
-def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] = ()) -> str:
+def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] | np.ndarray = ()) -> str:
     """The question of a ledger: the digits, of which some are blots, and the check."""
     shown = ["?" if blot else str(digit) for digit, blot in itertools.zip_longest(digits, blots)]
     return f"Add up {' '.join(shown)}, {check}."

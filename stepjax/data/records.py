@@ -22,8 +22,9 @@ from typing import Any, BinaryIO, Protocol
 import grain
 import numpy as np
 
-from stepjax.config import ArrayRecordSource, DigitsSource, JsonlSource, Source
+from stepjax.config import ArrayRecordSource, DigitsSource, JsonlSource, Source, SynthesisSource
 from stepjax.data.digits import DigitsRecords
+from stepjax.data.synthesis import SynthesisRecords
 from stepjax.errors import RecordError, TokenError
 from stepjax.processing.processor import place_images
 
@@ -62,6 +63,8 @@ def open_source(source: Source, seed: int) -> Records:
             return JsonlRecords(source.name, source.path)
         case ArrayRecordSource():
             return ArrayRecords(source.name, source.paths)
+        case SynthesisSource():
+            return SynthesisRecords(source, seed, JsonlRecords(source.name, source.path))
 
 
 class JsonlRecords:

@@ -27,8 +27,8 @@ from stepjax.pacore.coordinator import Coordinator
 from stepjax.pacore.journal import CALLS, Journal, open_journal, outcomes
 from stepjax.pacore.problems import ProblemSet, read_problems
 from stepjax.pacore.results import table
-from stepjax.processing.synthesis import Template
 from stepjax.pacore.trace import page_name, table_entry, write_table, write_trace
+from stepjax.processing.synthesis import Template
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.rollouts.sampler import Sampler, SamplerError
 

@@ -14,7 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from stepjax.config import SynthesisSource
 from stepjax.figures import human_number, human_time
+from stepjax.pacore.compaction import citations
 from stepjax.post_training.config import RLConfig
 from stepjax.post_training.episodes import Answer, Episode
 from stepjax.post_training.sampling import Collected
@@ -44,6 +46,8 @@ def iteration_row(config: RLConfig, collected: Collected, metrics: dict[str, Any
                               maximum of the difference, and the share of tokens beyond a factor of 2. (p95 of the first
                               process's answers)
     value/...                 loss, share of values that were clipped, explained variance of the returns
+    synthesis/...             of PaCoRe's prompts: the share of answers that cite a reference; the share of answers to
+                              prompts without a right message (all_wrong), and their mean reward (from_wrong)
     seconds/..., tokens_per_second/...   by phase: sample (with scoring), score (log-probabilities), update
     """
     sampled = _over_processes(collected.sampled)
@@ -66,6 +70,8 @@ def iteration_row(config: RLConfig, collected: Collected, metrics: dict[str, Any
         "trained": trained,
         "rounds": float(collected.rounds),
     }
+    if any(isinstance(source, SynthesisSource) for source in config.data.sources):
+        row |= _of_syntheses(metrics["episodes"])
     row |= _of_answers(config, answers)
     row |= _of_updates(config, metrics)
     phases = {
@@ -122,6 +128,22 @@ def _of_answers(config: RLConfig, answers: Sequence[Answer]) -> Row:
             row["value/explained_variance"] = 1 - (e2 / count - (e1 / count) ** 2) / variance
         row["value/mean"] = (r1 - e1) / count
     return row
+
+
+def _of_syntheses(episodes: Sequence[Episode]) -> Row:
+    count = cited = wrong = from_wrong = 0.0
+    for episode in episodes:
+        rewards = episode.record.get("reference_rewards") or []
+        all_wrong = bool(rewards) and not any(rewards)
+        for answer in episode.answers:
+            text = f"{answer.rollout.reasoning or ''}\n{answer.rollout.content}"
+            count += 1
+            cited += bool(citations(text, len(rewards)))
+            wrong += all_wrong
+            from_wrong += (answer.scored.value or 0.0) * all_wrong
+    count, cited, wrong, from_wrong = _over_processes(np.array([count, cited, wrong, from_wrong]))
+    row = {"synthesis/cites": cited / max(count, 1), "synthesis/all_wrong": wrong / max(count, 1)}
+    return row | ({"synthesis/from_wrong": from_wrong / wrong} if wrong else {})
 
 
 def _of_updates(config: RLConfig, metrics: dict[str, Any]) -> Row:

@@ -268,15 +268,18 @@ class Collected:
 class Collector:
     """Samples and scores answers. Its methods may run in a thread of their own, one at a time."""
 
-    def __init__(self, config: RLConfig, processor: Processor, mesh: Mesh):
+    def __init__(self, config: RLConfig, processor: Processor, mesh: Mesh, engines: Any = None):
         """
+        Args:
+            engines: what samples, with the method `Engines.sample`; by default engines on the mesh's devices.
+
         Raises:
             ConfigError: there are no sources, or the devices cannot be divided among engines.
             RecordError: a source cannot be opened.
         """
         self._config = config
         self.prompts = Prompts(config, processor)
-        self.engines = Engines(config, processor, mesh)
+        self.engines: Any = Engines(config, processor, mesh) if engines is None else engines
         self._runner = asyncio.Runner()
         self._open, self._is_open = contextlib.AsyncExitStack(), False
         judge_run = config.reward.judge.run

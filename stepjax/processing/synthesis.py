@@ -53,22 +53,17 @@ class Template:
 
     def __init__(self, template: str | None = None, images: Position = "before"):
         self._images, self._name = images, f"template {template!r}"
-        self._text = {None: TEMPLATE, "short": SHORT}.get(template)
-        if self._text is None:
-            assert template is not None
+        self.text = TEMPLATE if template is None else SHORT
+        if template not in (None, "short"):
             try:
-                self._text = Path(template).expanduser().read_text(encoding="utf-8")
+                self.text = Path(template).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{self._name} cannot be read: {error}") from error
             try:  # once, within limits: a template that loops forever fails here
                 for role in ("user", "tool"):
-                    templates.render(self._text, _variables(role, "problem", ["reference"]), name=self._name)
+                    templates.render(self.text, _variables(role, "problem", ["reference"]), name=self._name)
             except TokenError as error:
                 raise ConfigError(f"{error}; it may use problem, references, role and has_tool_calls") from error
-
-    @property
-    def text(self) -> str:
-        return self._text
 
     def conversation(self, messages: Sequence[dict[str, Any]], references: Sequence[str]) -> tuple[dict[str, Any], ...]:
         """
@@ -90,7 +85,7 @@ class Template:
 
     def _render(self, role: str, problem: str, references: Sequence[str]) -> str:
         try:
-            template = templates.compiled(self._text)
+            template = templates.compiled(self.text)
             return template.render(**_variables(role, problem, references))
         except Exception as error:
             raise RecordError(f"{self._name} cannot render: {type(error).__name__}: {error}") from error

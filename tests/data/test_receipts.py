@@ -83,7 +83,9 @@ def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(
         digits = [load_scans().labels[scan] for scan in record["scan_ids"]]
         expected = receipt_answer(digits, sum(digits) % 10)
         reasoning, text = record["answer"]["reasoning"], record["answer"]["text"]
-        assert problem == "Add up the receipt." and text == expected["text"] and reasoning.endswith(expected["reasoning"])
+        assert (
+            problem == "Add up the receipt." and text == expected["text"] and reasoning.endswith(expected["reasoning"])
+        )
         read = []
         for number, line in enumerate(lines, start=1):
             assert line.startswith(f"Ref {number} ")
@@ -96,6 +98,7 @@ def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(
         counts[len(lines)] += 1
     assert set(counts) == set(range(2, 9)) and 0.35 < np.mean(right) < 0.65 and 0.9 < np.mean(honest) < 1
     assert named[False] > 10
+
 
 def _shows(image_HWC: np.ndarray, check: int) -> bool:
     """Whether the digit is printed near the right edge."""

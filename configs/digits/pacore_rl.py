@@ -1,0 +1,33 @@
+"""PaCoRe's reinforcement learning, after rlvr.py: synthesise the messages of several answers to a receipt into one.
+
+An episode is one synthesis. Its messages come from a cache that the starting model drew once:
+
+    stepjax pacore cache configs/digits/rlvr.py --init-from.path runs/digits_rlvr --cache runs/digits_cache.jsonl \\
+        --problems 1500 --above 0 --below 0.9
+
+The filter leaves out receipts that every answer solves, or none: there the messages decide nothing.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from stepjax.config import BatchConfig, DataConfig, InitConfig, SynthesisSource
+from stepjax.config_file import load_recipe
+from stepjax.post_training.config import RLConfig
+
+rlvr = load_recipe(Path(__file__).with_name("rlvr.py"), RLConfig)
+
+config = dataclasses.replace(
+    rlvr,
+    name="digits_pacore",
+    init_from=InitConfig(path="runs/digits_rlvr"),
+    data=DataConfig(
+        sources=(
+            SynthesisSource(
+                name="synthesis", weight=1.0, path="runs/digits_cache.jsonl", references=(2, 8), template="short"
+            ),
+        ),
+    ),
+    batch=BatchConfig(rows=2, tokens=1024, global_views=1, crops=16),  # a prompt has up to 310 tokens
+    rollout=dataclasses.replace(rlvr.rollout, max_tokens=80),
+)
