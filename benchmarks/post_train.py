@@ -2,10 +2,11 @@
 
     make post-train           # or: python benchmarks/post_train.py [--out runs] [--images 500] [--short]
 
-    digits         the model of `make pretrain`; trained first if OUT has none
-    digits_sft     stepjax sft configs/digits/sft.py: what a receipt is and how to answer, and how to judge two answers
-    digits_rlvr    stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
-    digits_rlhf    stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
+    digits           the model of `make pretrain`; trained first if OUT has none
+    digits_sft_text  stepjax sft configs/digits/sft_text.py: adding, in words
+    digits_sft       stepjax sft configs/digits/sft.py: what a receipt is, how to answer, and how to judge two answers
+    digits_rlvr      stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
+    digits_rlhf      stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
 
 Every stage resumes where it was; run the command again after an interruption. Stages measure themselves on the same
 held-out receipts (benchmarks/receipts.py: greedy, and 8 samples at temperature 1). Writes OUT/post_train.json and, with
@@ -34,6 +35,7 @@ TINY = ["--logging.every", "1", "--evaluation.examples", "8", "--checkpoint.ever
 TINY_RL = ["--iterations", "2", "--rollout.prompts", "2", "--rollout.samples", "4", "--rollout.max-sequences", "8"]
 SHORT = {
     "pretrain": ["--schedule.phases.0.tokens", "20000", "--schedule.phases.1.tokens", "2048"],
+    "sft_text": ["--schedule.phases.0.tokens", "12000"],
     "sft": ["--schedule.phases.0.tokens", "12000"],
     "rlvr": TINY_RL,
     "rlhf": [*TINY_RL, "--reward.max-missing", "1.0"],  # a judge that has learned nothing gives no verdicts
@@ -50,7 +52,8 @@ class Stage:
 
 STAGES = (
     Stage("pretrain", "pretrain", "digits", None),
-    Stage("sft", "sft", "digits_sft", "digits"),
+    Stage("sft_text", "sft", "digits_sft_text", "digits"),
+    Stage("sft", "sft", "digits_sft", "digits_sft_text"),
     Stage("rlvr", "rl", "digits_rlvr", "digits_sft"),
     Stage("rlhf", "rl", "digits_rlhf", "digits_rlvr"),
 )
@@ -145,7 +148,7 @@ def main() -> None:
             continue
         print(f"\n=== {stage.name}", flush=True)
         seconds = train(stage, out, short=args.short)
-        if stage.name == "pretrain":
+        if stage.name in ("pretrain", "sft_text"):  # they have seen no receipts, or hardly any
             continue
         if args.short and stage != STAGES[-1]:
             continue

@@ -117,6 +117,8 @@ class DigitsRecords:
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+            if task in ("receipt", "misprint", "synthesis"):
+                content.reverse()  # so that messages do not come between the receipt and its answer
         turn = {"role": "assistant", "content": answer["text"]}
         if "reasoning" in answer:
             turn["reasoning_content"] = answer["reasoning"]

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ def draw(command: PacoreCache) -> dict[str, Any]:
     from stepjax.interop import init_from
     from stepjax.post_training.sampling import Collector
     from stepjax.progress import progress
-    from stepjax.sharding import check_batch, make_mesh
+    from stepjax.sharding import make_mesh
     from stepjax.training.loop import make_processor
 
     rollout = dataclasses.replace(command.config.rollout, keep_mixed=False, max_prompt_tokens=None)
@@ -84,7 +85,6 @@ def draw(command: PacoreCache) -> dict[str, Any]:
     if state.fields["answered"] >= command.problems:
         return state.fields
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     processor = make_processor(config)
     endpoint = None if command.upstream.url is None else _Endpoint(config, command.upstream)
     collector = Collector(config, processor, mesh, endpoint)
@@ -109,28 +109,30 @@ class _Endpoint:
         self._config, self._endpoint = config, endpoint
 
     async def sample(self, episodes: Sequence[Any], on_answers: Callable[[Any, list[Any]], None]) -> None:
+        """Calls that fail are tried again; those that still fail are left out."""
         from stepjax.inference.request import SamplingParams
-        from stepjax.pacore.calls import derived_seed
+        from stepjax.pacore.calls import Calls
+        from stepjax.pacore.config import PacoreConfig
+        from stepjax.pacore.records import ignore
         from stepjax.rollouts.endpoint import EndpointSampler
-        from stepjax.rollouts.sampler import Listener
 
         rollout = self._config.rollout
+        config = PacoreConfig(sampling=SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens))
         slots = asyncio.Semaphore(rollout.max_sequences)
 
         async def answer(sampler: EndpointSampler, episode: Any) -> None:
-            async def one(prompt: Any, number: int) -> Any:
-                seed = derived_seed(self._config.seed, "cache", episode.index, number)
-                params = SamplingParams(temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed)
-                async with slots:
-                    return await sampler.sample(prompt, params, Listener())
+            address = (self._config.seed, "cache", episode.index)
+            calls = Calls(sampler, config, address, begin=time.monotonic(), notify=ignore)
 
-            asked = episode.record["messages"]
-            asked = asked[:-1] if asked[-1].get("role") == "assistant" else asked
+            async def one(prompt: Any, number: int) -> Any:
+                async with slots:
+                    return await calls.call(prompt, (0, number), insists=False, tells_pieces=False)
+
+            messages = [_with_data_uris(message) for message in _asked(episode.record)]
             tools = episode.record.get("tools") or ()
-            messages = [_with_data_uris(message) for message in asked]
             async with sampler.prompt(messages, tools, answer_tokens=rollout.max_tokens) as prompt:
                 made = await asyncio.gather(*(one(prompt, number) for number in range(rollout.samples)))
-            on_answers(episode, list(made))
+            on_answers(episode, [each.rollout for each in made if each.status == "ok"])
 
         async with EndpointSampler(self._endpoint) as sampler:
             await asyncio.gather(*(answer(sampler, episode) for episode in episodes))
@@ -198,14 +200,17 @@ def _line(episode: Any, accuracy: float) -> dict[str, Any]:
     record = episode.record
     if "cached" in record:  # syntheses: the problem stays as it is
         return {**record["cached"], "synthesis_accuracy": accuracy}
-    asked = record["messages"]
-    asked = asked[:-1] if asked[-1].get("role") == "assistant" else asked
     responses = [
         {**answer.rollout.without_tokens().to_json(), "reward": answer.scored.value} for answer in episode.answers
     ]
     kept = {name: record[name] for name in _KEPT if name in record}
-    messages = [_with_data_uris(message) for message in asked]
+    messages = [_with_data_uris(message) for message in _asked(record)]
     return {**kept, "messages": messages, "responses": responses, "accuracy": accuracy}
+
+
+def _asked(record: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = record["messages"]
+    return messages[:-1] if messages[-1].get("role") == "assistant" else messages
 
 
 def _with_data_uris(message: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def _records(task: Any = "receipt", split: Any = "train", degradation: float = 0
 
 
 def _image(record: dict[str, Any]) -> Image.Image:
-    return record["messages"][0]["content"][0]["image"]
+    [image] = [item["image"] for item in record["messages"][0]["content"] if item["type"] == "image"]
+    return image
 
 
 def test_the_answer_labels_adds_up_and_compares():
@@ -79,7 +80,7 @@ def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(
     named, right, honest, counts = Counter(), [], [], Counter()
     for i in range(200):
         record = _records("synthesis", split)[i]
-        problem, *lines = record["messages"][0]["content"][1]["text"].split("\n")
+        problem, *lines = record["messages"][0]["content"][0]["text"].split("\n")
         digits = [load_scans().labels[scan] for scan in record["scan_ids"]]
         expected = receipt_answer(digits, sum(digits) % 10)
         reasoning, text = record["answer"]["reasoning"], record["answer"]["text"]

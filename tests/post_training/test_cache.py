@@ -1,0 +1,125 @@
+"""`stepjax pacore cache`: whole after an interruption, filtered, from an engine or a server; and training on it."""
+
+import dataclasses
+import json
+
+import pytest
+from test_sampling import MESH, changed, collected, of_file, question
+from tiny_rl import config
+from upstream import Upstream, serving
+
+from stepjax.config import DataConfig, InitConfig, SynthesisSource
+from stepjax.data.records import open_source
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.post_training import cache as module
+from stepjax.post_training.cache import PacoreCache, draw
+from stepjax.post_training.report import iteration_row
+from stepjax.rollouts.endpoint import EndpointConfig
+from stepjax.rollouts.rollout import Rollout
+
+TRUTH = r"It is \boxed{42}."
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr("stepjax.sharding.make_mesh", lambda config: MESH)
+
+
+def command(run, path, **options):
+    run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, prompts=2, samples=3))
+    return PacoreCache(recipe="r.py", config=run, cache=path, **options)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Six questions, of which the server knows the answer to every other one."""
+    questions = [question(f"question {i}", id=str(i), answer=TRUTH if i % 2 else "7", task="text") for i in range(6)]
+    return of_file(tmp_path / "asked.jsonl", questions)
+
+
+def test_a_server_draws_the_cache_and_the_filter_keeps_what_it_says(asked, tmp_path):
+    with serving(Upstream()) as upstream:
+        endpoint = EndpointConfig(url=upstream.url, model="fake")
+        found = draw(command(asked, tmp_path / "all.jsonl", problems=6, upstream=endpoint))
+        solved = draw(command(asked, tmp_path / "some.jsonl", problems=6, upstream=endpoint, above=0.5))
+    lines = lines_of(tmp_path / "all.jsonl")
+    assert found["answered"] == found["kept"] == len(lines) == 6 and found["answers"] == 18
+    assert found["reward"] == 9 and solved["kept"] == 3
+    assert {line["id"] for line in lines_of(tmp_path / "some.jsonl")} == {"1", "3", "5"}
+    for line in lines:
+        responses = [Rollout.from_json({k: v for k, v in each.items() if k != "reward"}) for each in line["responses"]]
+        assert [each.content.strip() for each in responses] == [TRUTH] * 3 and len(
+            {each.seed for each in responses}
+        ) == 3
+        assert line["accuracy"] == float(int(line["id"]) % 2) and line["messages"][0]["role"] == "user"
+
+
+def test_interrupted_and_started_again_it_is_the_same(asked, tmp_path, monkeypatch):
+    def without_times(path):
+        lines = lines_of(path)
+        for line in lines:
+            for each in line["responses"]:
+                for name in ("start", "seconds"):
+                    each.pop(name, None)
+        return lines
+
+    with serving(Upstream()) as upstream:
+        endpoint = EndpointConfig(url=upstream.url, model="fake")
+        whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+        draw(command(asked, whole, problems=6, upstream=endpoint))
+        saved = 0
+
+        def replace(source, target):
+            nonlocal saved
+            saved += 1
+            if saved == 2:  # killed after the lines were written and before the state was
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        rename = module.os.replace
+        monkeypatch.setattr(module.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            draw(command(asked, broken, problems=6, upstream=endpoint))
+        assert len(lines_of(broken)) == 4
+        draw(command(asked, broken, problems=6, upstream=endpoint))
+        assert without_times(broken) == without_times(whole)
+        calls = len(upstream.bodies)
+        assert draw(command(asked, broken, problems=6, upstream=endpoint))["answered"] == 6
+        assert len(upstream.bodies) == calls  # nothing was left to draw
+        with pytest.raises(CheckpointError, match="drawn with another rollout"):
+            draw(command(changed(asked, rollout=dict(max_tokens=5)), broken, problems=6, upstream=endpoint))
+    (tmp_path / "broken.jsonl.state").unlink()
+    with pytest.raises(CheckpointError, match=r"exists, but not .*\.state: name another --cache"):
+        draw(command(asked, broken, problems=6, upstream=endpoint))
+    with pytest.raises(ConfigError, match="--problems 0"):
+        command(asked, broken, problems=0).run()
+
+
+def test_an_engine_draws_pictures_and_training_reads_them(tmp_path):
+    run = dataclasses.replace(config, init_from=InitConfig())
+    path = tmp_path / "cache.jsonl"
+    found = draw(command(run, path, problems=4))
+    assert found["answered"] == found["kept"] == 4
+    source = SynthesisSource(name="syntheses", weight=1.0, path=str(path), references=(1, 3), template="short")
+    # The model is random: give each problem messages that can be read, one of them right.
+    lines = lines_of(path)
+    assert any("data:image/png" in json.dumps(line["messages"]) for line in lines)
+    for line in lines:
+        line["responses"] = [{"content": "8", "reward": 0.0}, {"content": "Ref 1 is right", "reward": 1.0}, "9"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    synthesis = changed(run, data=DataConfig(sources=(source,)), batch=dict(tokens=256))
+    assert "\nRef 1 " in json.dumps(open_source(source, 0)[0]["messages"]).replace("\\n", "\n")
+    _, made = collected(synthesis)
+    assert all(episode.record["reference_rewards"] for episode in made.episodes)
+    row = iteration_row(synthesis, made, {"episodes": made.episodes}, seconds=1.0)
+    assert row["synthesis/cites"] == 0.0 and 0 <= row["synthesis/all_wrong"] <= 1
+    # The second filter: how often the syntheses are right decides which problems stay, with the messages they had.
+    kept = tmp_path / "kept.jsonl"
+    found = draw(command(synthesis, kept, problems=2))
+    assert found["kept"] == 2
+    for line in lines_of(kept):
+        assert line["responses"] == lines[0]["responses"] and 0 <= line["synthesis_accuracy"] <= 1
