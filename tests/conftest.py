@@ -73,12 +73,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path, len(rank)))  # stable: all else stays in its order
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """What one of the suite's processes has compiled, the others load."""
+    """What one of the suite's processes has compiled, the others load, and the same process for another test."""
     top = tmp_path_factory.getbasetemp()
     path = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "compilation_cache"
     path.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return path
 
 

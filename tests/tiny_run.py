@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from run_files import RECIPE
 
 import stepjax.training.loop as loop
@@ -45,40 +44,26 @@ _train_steps: dict[tuple, Callable] = {}
 
 
 @contextlib.contextmanager
-def _quick_runs(cache: Path) -> Iterator[None]:
-    """Runs use the first of the eight devices, and compile the same program once."""
-    options = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
+def _quick_runs() -> Iterator[None]:
+    """Runs use the first of the eight devices, and trace the same step once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         patch.setattr(loop, "make_train_step", _train_step)
-        for name, value in options.items():
-            jax.config.update(name, value)
-        reset_cache()
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            reset_cache()
+        yield
 
 
 @pytest.fixture
-def quick_runs(compilation_cache) -> Iterator[None]:
-    with _quick_runs(compilation_cache):
+def quick_runs() -> Iterator[None]:
+    with _quick_runs():
         yield
 
 
 @pytest.fixture(scope="session")
-def finished_run(compilation_cache, tmp_path_factory) -> FinishedRun:
+def finished_run(tmp_path_factory) -> FinishedRun:
     """The tiny recipe, trained and evaluated by the command line. Leave it as it is: all tests share it."""
     out = tmp_path_factory.mktemp("runs")
     stdout, stderr = io.StringIO(), io.StringIO()
-    with _quick_runs(compilation_cache), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with _quick_runs(), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         status = main(["pretrain", str(RECIPE), "--out", str(out)])
     assert status == 0, stderr.getvalue()
     return FinishedRun(out, out / "tiny", stdout.getvalue(), stderr.getvalue())

@@ -111,7 +111,7 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_devices(aggregation):
     start = init_model(run.model, run.numerics, seed=1)
     moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(wanted[0]), jax.tree.leaves(start), strict=True))
     assert moved > 2e-4
-    cases = [(1, 1), (8, 8)] if aggregation != "token" else [(1, 1), (2, 2), (8, 8)]
+    cases = [(2, 2), (8, 8)] if aggregation == "token" else [(1, 1), (8, 8)]
     for rows, devices in cases:
         mesh = make_mesh(MeshConfig(data=devices, fsdp=1), jax.devices()[:devices])
         found, _ = after_one_iteration(changed(run, batch=dict(rows=rows)), mesh)
@@ -188,7 +188,7 @@ LETTERS, DIGITS = [chr(code) for code in range(97, 123)], list("0123456789")
     "changes",
     [
         {},
-        dict(advantages=AdvantageConfig(estimator="grpo", whiten=False)),
+        pytest.param(dict(advantages=AdvantageConfig(estimator="grpo", whiten=False)), marks=pytest.mark.slow),
         pytest.param(
             dict(advantages=AdvantageConfig(estimator="rloo", whiten=False), loss=PolicyLossConfig(ratio="sequence")),
             marks=pytest.mark.slow,
@@ -219,5 +219,5 @@ def test_twenty_iterations_leave_no_memory_behind():
         gc.collect()
         alive.append(sum(array.nbytes for array in jax.live_arrays()))
 
-    iterate(changed(loss=dict(kl=0.0)), 20, count)
+    iterate(changed(loss=dict(kl=0.0), rollout=dict(prompts=2, samples=2)), 20, count)
     assert len(alive) == 20 and max(alive[3:]) - min(alive[3:]) < 1000, alive

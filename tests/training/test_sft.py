@@ -146,12 +146,12 @@ def test_fine_tuning_is_the_loop_of_pretraining_from_a_models_parameters(
 
 
 @pytest.fixture(scope="module")
-def lora_run(finished_run, tmp_path_factory, compilation_cache):
+def lora_run(finished_run, tmp_path_factory):
     """A run with adapters, unbroken: its configuration and outcome."""
     from tiny_run import _quick_runs
 
     config = started_from(finished_run, tmp_path_factory.mktemp("lora"), lora=LORA)
-    with _quick_runs(compilation_cache):
+    with _quick_runs():
         return config, pretrain(config)
 
 
