@@ -165,7 +165,17 @@ class TokenizerConfig:
 
 
 DigitsTask = Literal[
-    "transcribe", "count", "add", "point", "arithmetic", "ledger", "receipt", "misprint", "prefer", "synthesis"
+    "transcribe",
+    "count",
+    "add",
+    "point",
+    "arithmetic",
+    "ledger",
+    "receipt",
+    "misprint",
+    "printed",
+    "prefer",
+    "synthesis",
 ]
 Split = Literal["train", "held_out"]
 BadRecords = Literal["error", "skip"]

@@ -36,11 +36,12 @@ changes: dict[str, Any] = dict(
     init_from=InitConfig(path="runs/digits_sft_text"),
     data=DataConfig(
         sources=(
-            DigitsSource(name="ledger", weight=0.2, task="ledger"),
+            DigitsSource(name="ledger", weight=0.14, task="ledger"),
             DigitsSource(name="receipt", weight=0.2, task="receipt", degradation=DEGRADATION),
             DigitsSource(name="misprint", weight=0.2, task="misprint", degradation=DEGRADATION),
-            DigitsSource(name="illegible_receipt", weight=0.08, task="receipt", degradation=1.0),
-            DigitsSource(name="illegible_misprint", weight=0.08, task="misprint", degradation=1.0),
+            DigitsSource(name="printed", weight=0.1, task="printed"),
+            DigitsSource(name="illegible_receipt", weight=0.07, task="receipt", degradation=1.0),
+            DigitsSource(name="illegible_misprint", weight=0.07, task="misprint", degradation=1.0),
             DigitsSource(name="synthesis", weight=0.14, task="synthesis", degradation=DEGRADATION),
             DigitsSource(name="prefer", weight=0.04, task="prefer", degradation=DEGRADATION),
             DigitsSource(name="transcribe", weight=0.04, task="transcribe"),

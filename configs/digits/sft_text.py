@@ -28,7 +28,7 @@ config = dataclasses.replace(
     data=DataConfig(
         sources=(
             DigitsSource(name="ledger", weight=0.9, task="ledger"),
-            DigitsSource(name="receipt", weight=0.05, task="receipt"),
+            DigitsSource(name="printed", weight=0.05, task="printed"),
             DigitsSource(name="transcribe", weight=0.05, task="transcribe"),
         ),
     ),

@@ -10,6 +10,7 @@
 | ledger     | none                           | Add up 7 5, 2.                            | ok A7B5  |
 | receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | ok A7B5  |
 | misprint   | the same with a wrong check    | Add up the receipt.                       | bad A7B5 |
+| printed    | the same with printed digits   | Add up the receipt.                       | ok A7B5  |
 | prefer     | a receipt                      | Which is right? A (answer) B (another)    | A        |
 | synthesis  | a receipt                      | Add up the receipt. Ref 1 (answer) Ref 2  | ok A7B5  |
 
@@ -38,7 +39,7 @@ from stepjax.data.receipts import (
     PROMPT,
     ledger_prompt,
     messages_of_others,
-    print_check,
+    print_digit,
     receipt_answer,
     rival_answers,
     synthesis_answer,
@@ -57,6 +58,7 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "ledger": {n: 1 / 7 for n in range(4, 11)},
     "receipt": {n: 1 / 3 for n in range(8, 11)},
     "misprint": {n: 1 / 3 for n in range(8, 11)},
+    "printed": {n: 1 / 3 for n in range(8, 11)},
     "prefer": {n: 1 / 3 for n in range(8, 11)},
     "synthesis": {n: 1 / 3 for n in range(8, 11)},
 }
@@ -117,7 +119,7 @@ class DigitsRecords:
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
-            if task in ("receipt", "misprint", "synthesis"):
+            if task in ("receipt", "misprint", "printed", "synthesis"):
                 content.reverse()  # so that messages do not come between the receipt and its answer
         turn = {"role": "assistant", "content": answer["text"]}
         if "reasoning" in answer:
@@ -145,23 +147,26 @@ class DigitsRecords:
         check = 0
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
-        elif task in ("receipt", "misprint", "prefer", "synthesis"):
-            check = int(sum(digits) + (rng.integers(1, 10) if task == "misprint" else 0)) % 10
+        elif task in ("receipt", "misprint", "printed", "prefer", "synthesis"):
+            is_wrong = task == "misprint" or (task == "printed" and rng.random() < 0.5)
+            check = int(sum(digits) + (rng.integers(1, 10) if is_wrong else 0)) % 10
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
         is_train, degradation = self.source.split == "train", self.source.degradation
         image, placed = compose(rng, scan_ids, layout, augment=is_train, degradation=degradation)
         match task:
-            case "receipt" | "misprint":
-                print_check(image, check, layout)
+            case "receipt" | "misprint" | "printed":
+                for place, digit in enumerate(digits if task == "printed" else ()):
+                    print_digit(image, digit, layout, place)
+                print_digit(image, check, layout)
                 return image, PROMPT, receipt_answer(digits, check), scan_ids
             case "prefer":
-                print_check(image, check, layout)
+                print_digit(image, check, layout)
                 first, second, text = rival_answers(rng, digits, check)
                 prompt = PREFER.format(first=first, second=second)
             case "synthesis":
-                print_check(image, check, layout)
+                print_digit(image, check, layout)
                 fewest, most = NUM_REFERENCES
                 messages = messages_of_others(rng, digits, check, int(rng.integers(fewest, most + 1)))
                 [turn] = _SYNTHESIS.conversation([{"role": "user", "content": PROMPT}], messages)

@@ -11,6 +11,8 @@ first: whoever reads the digits then knows what they are worth.
 A "ledger" is the same in words, to learn adding, copying and comparing without an image. Where it has a blot any digit
 will do in the reasoning, and the content repeats it.
 
+A "printed" receipt has no handwriting, to learn to read print: of a receipt that is one digit in ten.
+
 A "synthesis" is a receipt together with messages of others about it (PaCoRe). If one of them is right, the reasoning
 begins with "Ref " and the number of the first such one.
 """
@@ -87,9 +89,9 @@ def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] | np.
     return f"Add up {' '.join(shown)}, {check}."
 
 
-def print_check(image: Image.Image, check: int, layout: Layout) -> None:
-    """Prints the check digit at the layout's last place."""
-    image.paste(_printed(check, layout.box), layout.corners[-1])
+def print_digit(image: Image.Image, digit: int, layout: Layout, place: int = -1) -> None:
+    """Prints a digit at a place of the layout; the check's is the last."""
+    image.paste(_printed(digit, layout.box), layout.corners[place])
 
 
 @functools.cache

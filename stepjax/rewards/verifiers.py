@@ -23,6 +23,7 @@ def text_equals(record: Record, text: str) -> float:
 
 @reward("ledger")
 @reward("misprint")
+@reward("printed")
 @reward("receipt")
 @reward("synthesis")
 def receipt(record: Record, text: str) -> float:

@@ -58,6 +58,7 @@ TABLE = {
         ),
     ],
     "misprint": [({"answer": {"text": "bad A7"}}, ["ok A7"], ["bad A8"])],
+    "printed": [({"answer": {"text": "bad A7"}}, ["ok A7"], ["bad A8"])],
     "synthesis": [({"answer": {"text": "ok A7B5"}}, ["ok A7B5"], ["Ref 1 ok A7B5"])],
     "ledger": [({"answer": {"text": "ok A7"}}, ["ok A7", "bad A7"], ["ok A8"])],
     "math": [
