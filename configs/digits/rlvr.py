@@ -42,7 +42,7 @@ config = RLConfig(
     ),
     # A row holds a prompt with its image and about seven answers.
     batch=BatchConfig(rows=4, tokens=512, global_views=1, crops=24),
-    iterations=100,
+    iterations=80,
     rollout=RolloutConfig(
         prompts=32,
         samples=16,
