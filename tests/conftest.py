@@ -60,6 +60,8 @@ LONGEST = (
     "training/test_loop.py",
     "inference/test_engine.py",
     "training/test_resume.py",
+    "post_training/test_trainer.py",
+    "post_training/test_rl_resume.py",
     "pallas_kernels/sampling/test_sampling_values.py",
     "pallas_kernels/shared_prefix_attention/test_shared_prefix_values.py",
     "test_sharding.py",

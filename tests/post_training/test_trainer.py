@@ -101,23 +101,28 @@ def test_gradients_are_divided_among_the_devices_as_the_parameters_are():
 
 
 @pytest.mark.parametrize(
-    "aggregation", ["token", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sequence", "constant"))]
+    "aggregation, rows, devices",
+    [
+        ("token", 8, 8),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("token", 1, 1), ("token", 2, 2))),
+        *(pytest.param(x, 1, 1, marks=pytest.mark.slow) for x in ("sequence", "constant")),
+        *(pytest.param(x, 8, 8, marks=pytest.mark.slow) for x in ("sequence", "constant")),
+    ],
 )
-def test_gradient_depends_neither_on_micro_batches_nor_on_devices(aggregation):
+def test_gradient_depends_neither_on_micro_batches_nor_on_devices(aggregation, rows, devices):
     """Complaint 11. Adam divides by the gradient's size, so parameters after a step show the smallest difference."""
     run = changed(SMALL, loss=dict(aggregation=aggregation), optimizer=dict(eps=1e-3))
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    wanted, _ = after_one_iteration(changed(run, batch=dict(rows=8)), one)
+    wanted, _ = after_one_iteration(changed(run, batch=dict(rows=8 if rows < 8 else 2)), one)
     start = init_model(run.model, run.numerics, seed=1)
     moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(wanted[0]), jax.tree.leaves(start), strict=True))
     assert moved > 2e-4
-    cases = [(2, 2), (8, 8)] if aggregation == "token" else [(1, 1), (8, 8)]
-    for rows, devices in cases:
-        mesh = make_mesh(MeshConfig(data=devices, fsdp=1), jax.devices()[:devices])
-        found, _ = after_one_iteration(changed(run, batch=dict(rows=rows)), mesh)
-        assert_close(found, wanted)
+    mesh = make_mesh(MeshConfig(data=devices, fsdp=1), jax.devices()[:devices])
+    found, _ = after_one_iteration(changed(run, batch=dict(rows=rows)), mesh)
+    assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_get_the_same_update():
     one, eight = make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=2, tensor=1, context=2))
     run = changed(SMALL, optimizer=dict(eps=1e-3), batch=dict(rows=4))
@@ -212,12 +217,15 @@ def test_bandit_with_two_questions_reaches_its_optimum(tmp_path, changes):
 
 
 def test_twenty_iterations_leave_no_memory_behind():
-    """Complaint 16: arrays on the device, counted after each iteration."""
-    alive = []
+    """Complaint 16: arrays on the device, counted after the fourth iteration and after the last ones."""
+    alive, done = [], 0
 
     def count(_):
-        gc.collect()
-        alive.append(sum(array.nbytes for array in jax.live_arrays()))
+        nonlocal done
+        done += 1
+        if done in (4, 19, 20):  # the collector looks at every object of the process: no more often than needed
+            gc.collect()
+            alive.append(sum(array.nbytes for array in jax.live_arrays()))
 
     iterate(changed(loss=dict(kl=0.0), rollout=dict(prompts=2, samples=2)), 20, count)
-    assert len(alive) == 20 and max(alive[3:]) - min(alive[3:]) < 1000, alive
+    assert len(alive) == 3 and max(alive) - min(alive) < 1000, alive
