@@ -6,7 +6,12 @@ answer instead of reading them once more, and an answer that is read once more n
 Syntheses teach what a list of other answers is (see pacore_rl.py), and a few questions are a judge's: which of two
 answers has more digits right (see rlhf.py). A share of the old tasks keeps them from being forgotten.
 
-`degradation` sets the difficulty.
+`degradation` sets the difficulty. Held-out receipts, 500 images (benchmarks/receipts.py):
+
+    greedy 47 % (43 to 52)   mean@8, temperature 1: 36 % (32 to 39)   pass@8 64 %   majority@8 44 %
+
+The model reads 91 % of the digits and every printed check, adds up (0.7 % of the answers have a wrong sum) and copies
+(0.2 % differ from their reasoning). It has not learned to compare: its verdicts are a coin's toss.
 """
 
 from pathlib import Path
