@@ -5,7 +5,7 @@
     content    ok A7B5C1D2E0F9G3H3            "bad" if their sum is not the printed check; labels and digits
 
 The labels are places from the left. On a "misprint" the printed check is wrong, so "bad" is the truth. A model that is
-trained on both learns to compare, and its "bad" on a true receipt reveals that it misread a digit. The verdict comes
+trained on both has reason to compare, and an earned "bad" on a true receipt reveals a misread digit. The verdict comes
 first: whoever reads the digits then knows what they are worth.
 
 A "ledger" is the same in words, to learn adding, copying and comparing without an image. Where it has a blot any digit

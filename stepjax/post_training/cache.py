@@ -77,7 +77,7 @@ def draw(command: PacoreCache) -> dict[str, Any]:
     from stepjax.sharding import make_mesh
     from stepjax.training.loop import make_processor
 
-    rollout = dataclasses.replace(command.config.rollout, keep_mixed=False, max_prompt_tokens=None)
+    rollout = dataclasses.replace(command.config.rollout, keep_mixed=False)  # `above` and `below` filter
     config = dataclasses.replace(command.config, rollout=rollout)
     if jax.process_count() > 1:
         raise ConfigError("stepjax pacore cache runs in one process; serve the model and use --upstream.url on a pod")
@@ -95,7 +95,10 @@ def draw(command: PacoreCache) -> dict[str, Any]:
         with jax.set_mesh(mesh), progress(command.problems, unit="problem", description="cache", done=done) as bar:
             while (done := state.fields["answered"]) < command.problems:
                 made = collector.collect(state.fields["cursor"])
-                state.add(made.episodes[: command.problems - done], made.cursor, command)
+                wanted = made.episodes[: command.problems - done]
+                # With more --problems later, the prompts that are left over now come next.
+                cursor = made.cursor if len(wanted) == len(made.episodes) else wanted[-1].index + 1
+                state.add(wanted, cursor, command)
                 bar.update(state.fields["answered"] - done, f"{state.fields['kept']} kept")
     finally:
         collector.close()
@@ -154,7 +157,11 @@ class _State:
         settings = {
             name: fields[name] for name in ("model", "init_from", "tokenizer", "images", "data", "reward", "seed")
         }
-        settings |= {"rollout": {name: fields["rollout"][name] for name in ("samples", "temperature", "max_tokens")}}
+        settings |= {
+            "rollout": {
+                name: fields["rollout"][name] for name in ("samples", "temperature", "max_tokens", "max_prompt_tokens")
+            }
+        }
         settings |= {"above": command.above, "below": command.below, "upstream": command.upstream.model}
         self.fields = {"cursor": 0, "answered": 0, "kept": 0, "answers": 0, "reward": 0.0, "bytes": 0}
         self.fields["settings"] = settings

@@ -47,7 +47,8 @@ def iteration_row(config: RLConfig, collected: Collected, metrics: dict[str, Any
                               process's answers)
     value/...                 loss, share of values that were clipped, explained variance of the returns
     synthesis/...             of PaCoRe's prompts: the share of answers that cite a reference; the share of answers to
-                              prompts without a right message (all_wrong), and their mean reward (from_wrong)
+                              prompts whose messages are all known to be wrong (all_wrong), and their mean reward
+                              (from_wrong)
     seconds/..., tokens_per_second/...   by phase: sample (with scoring), score (log-probabilities), update
     """
     sampled = _over_processes(collected.sampled)
@@ -134,7 +135,7 @@ def _of_syntheses(episodes: Sequence[Episode]) -> Row:
     count = cited = wrong = from_wrong = 0.0
     for episode in episodes:
         rewards = episode.record.get("reference_rewards") or []
-        all_wrong = bool(rewards) and not any(rewards)
+        all_wrong = bool(rewards) and all(reward is not None and reward <= 0 for reward in rewards)
         for answer in episode.answers:
             text = f"{answer.rollout.reasoning or ''}\n{answer.rollout.content}"
             count += 1

@@ -87,9 +87,14 @@ def test_interrupted_and_started_again_it_is_the_same(asked, tmp_path, monkeypat
         assert len(lines_of(broken)) == 4
         draw(command(asked, broken, problems=6, upstream=endpoint))
         assert without_times(broken) == without_times(whole)
-        calls = len(upstream.bodies)
         assert draw(command(asked, broken, problems=6, upstream=endpoint))["answered"] == 6
-        assert len(upstream.bodies) == calls  # nothing was left to draw
+        grown = tmp_path / "grown.jsonl"
+        for problems in (1, 3, 6):  # fewer than a round, which has two
+            draw(command(asked, grown, problems=problems, upstream=endpoint))
+        assert without_times(grown) == without_times(whole)
+        upstream.bodies.clear()
+        draw(command(asked, broken, problems=6, upstream=endpoint))
+        assert not upstream.bodies  # nothing was left to draw
         with pytest.raises(CheckpointError, match="drawn with another rollout"):
             draw(command(changed(asked, rollout=dict(max_tokens=5)), broken, problems=6, upstream=endpoint))
     (tmp_path / "broken.jsonl.state").unlink()
@@ -116,7 +121,10 @@ def test_an_engine_draws_pictures_and_training_reads_them(tmp_path):
     _, made = collected(synthesis)
     assert all(episode.record["reference_rewards"] for episode in made.episodes)
     row = iteration_row(synthesis, made, {"episodes": made.episodes}, seconds=1.0)
-    assert row["synthesis/cites"] == 0.0 and 0 <= row["synthesis/all_wrong"] <= 1
+    # A message without a reward is not known to be wrong.
+    wrong = [len(each.answers) for each in made.episodes if set(each.record["reference_rewards"]) == {0.0}]
+    assert row["synthesis/cites"] == 0.0
+    assert row["synthesis/all_wrong"] == sum(wrong) / sum(len(each.answers) for each in made.episodes)
     # The second filter: how often the syntheses are right decides which problems stay, with the messages they had.
     kept = tmp_path / "kept.jsonl"
     found = draw(command(synthesis, kept, problems=2))
