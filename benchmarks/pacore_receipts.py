@@ -45,6 +45,7 @@ from stepjax.rollouts.engine import EngineSampler
 
 POOL, SEQUENCES, CONTEXT = 37, 64, 1408
 SAMPLING = SamplingParams(max_tokens=receipts.MAX_TOKENS + 8, seed=1)
+SCHEDULES = [(8,), (8, 2), (16,), (32, 4)]
 
 
 async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -90,7 +91,7 @@ async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) ->
         }
         tokens = np.array([[each.rollout.num_tokens for each in pool] for pool in pools])
         spent = {"single": float(tokens.mean())} | {
-            f"majority@{n}": float(tokens[:, :n].sum(1).mean()) for n in (9, 17, 37)
+            f"{vote}majority@{n}": float(tokens[:, :n].sum(1).mean()) for n in (9, 17, 37) for vote in ("", "checked ")
         }
         notes: dict[str, Any] = {}
         for schedule in schedules:
@@ -157,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--schedules", nargs="+", type=parse_schedule, default=[(8,), (8, 2), (16,), (32, 4)])
+    parser.add_argument("--schedules", nargs="+", type=parse_schedule, default=SCHEDULES)
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     found = {}

@@ -1,4 +1,4 @@
-"""The demo's post-training, from its pretrained checkpoint: SFT, RLVR and RLHF on receipts, measured after each.
+"""The demo's post-training, from its pretrained checkpoint: SFT, RLVR, RLHF and PaCoRe on receipts, measured.
 
     make post-train           # or: python benchmarks/post_train.py [--out runs] [--images 500] [--short]
 
@@ -7,13 +7,16 @@
     digits_sft       stepjax sft configs/digits/sft.py: what a receipt is, how to answer, and how to judge two answers
     digits_rlvr      stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
     digits_rlhf      stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
+    digits_pacore    stepjax pacore cache, then stepjax rl configs/digits/pacore_rl.py: 1 for a right synthesis
 
-Every stage resumes where it was; run the command again after an interruption. Stages measure themselves on the same
-held-out receipts (benchmarks/receipts.py: greedy, and 8 samples at temperature 1). Writes OUT/post_train.json and, with
-matplotlib, OUT/post_train.png; a whole run also writes results/post_train.json. `--short` only shows that it works.
+Every stage resumes where it was; run the command again after an interruption. All are measured on the same held-out
+receipts: the first ones by benchmarks/receipts.py (greedy, and 8 samples at temperature 1), PaCoRe before and after its
+training by benchmarks/pacore_receipts.py. Writes OUT/post_train.json and, with matplotlib, OUT/post_train.png and
+OUT/pacore.png; a whole run also writes results/post_train.json. `--short` only shows that it works.
 """
 
 import argparse
+import asyncio
 import dataclasses
 import json
 import os
@@ -24,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import numpy as np
+import pacore_receipts
 import receipts
 
 from stepjax.data.records import open_source
@@ -38,6 +43,7 @@ SHORT = {
     "sft_text": ["--schedule.phases.0.tokens", "12000"],
     "sft": ["--schedule.phases.0.tokens", "12000"],
     "rlvr": TINY_RL,
+    "pacore_rl": TINY_RL,
     "rlhf": [*TINY_RL, "--reward.max-missing", "1.0"],  # a judge that has learned nothing gives no verdicts
 }
 
@@ -56,25 +62,38 @@ STAGES = (
     Stage("sft", "sft", "digits_sft", "digits_sft_text"),
     Stage("rlvr", "rl", "digits_rlvr", "digits_sft"),
     Stage("rlhf", "rl", "digits_rlhf", "digits_rlvr"),
+    Stage("pacore_rl", "rl", "digits_pacore", "digits_rlhf"),
 )
+MEASURED = "sft", "rlvr", "rlhf"  # by receipts.py; the ones before have seen hardly any receipts
+PACORE_RUNS = "digits_sft", "digits_rlhf", "digits_pacore"
+PROBLEMS = 1000  # of the cache, before its filter
 
 
 def train(stage: Stage, out: Path, *, short: bool) -> float:
     """Runs or resumes a stage; returns the seconds that took."""
-    command = [sys.executable, "-m", "stepjax.cli", stage.verb, f"configs/digits/{stage.name}.py", "--out", str(out)]
-    if stage.start is not None:
-        command += ["--init-from.path", str(out / stage.start)]
+    began = time.monotonic()
+    start = ["--init-from.path", str(out / stage.start)] if stage.start is not None else []
+    command = [stage.verb, f"configs/digits/{stage.name}.py", "--out", str(out), *start]
+    if stage.name == "pacore_rl":
+        cache = ["--cache", str(out / "digits_cache.jsonl"), "--problems", str(4 if short else PROBLEMS)]
+        # A problem that all answers solve, or none, teaches nothing. Those of a model that has learned nothing do too.
+        cache += [] if short else ["--above", "0", "--below", "0.9"]
+        stepjax(["pacore", "cache", "configs/digits/rlvr.py", *start, *cache, *(TINY_RL if short else [])], out, short)
+        command += ["--data.sources.0.path", cache[1]]
     if stage.name == "rlhf":
         command += ["--reward.judge.run", str(out / "digits_sft")]
     if short:
         command += [*TINY, *SHORT[stage.name], *(["--schedule.warmup-tokens", "4000"] if stage.verb != "rl" else [])]
+    stepjax(command, out, short)
+    return time.monotonic() - began
+
+
+def stepjax(arguments: list[str], out: Path, short: bool) -> None:
     environment = dict(os.environ)
     if short:  # compilation takes nearly all of the time
         environment |= {"JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
         environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    began = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True, env=environment)
-    return time.monotonic() - began
+    subprocess.run([sys.executable, "-m", "stepjax.cli", *arguments], cwd=ROOT, check=True, env=environment)
 
 
 def measure(run: Path, images: int) -> dict[str, Any]:
@@ -134,6 +153,43 @@ def draw(found: dict[str, Any], out: Path) -> Path | None:
     return out / "post_train.png"
 
 
+def draw_pacore(found: dict[str, Any], out: Path) -> Path | None:
+    """Accuracy against the tokens that it takes, before and after PaCoRe's training."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    before, after = (found[name]["methods"] for name in PACORE_RUNS[1:])
+    kinds = (("majority", "majority vote", "o"), ("checked majority", "majority of those that pass", "s"))
+    for methods, style, color, when in ((before, "--", "C7", "before"), (after, "-", "C0", "after")):
+        rising = [methods["single"], *(each for name, each in methods.items() if name.startswith("PaCoRe"))]
+        rising.sort(key=lambda each: each["tokens"])
+        errors = [
+            [each["accuracy"] - each["low"] for each in rising],
+            [each["high"] - each["accuracy"] for each in rising],
+        ]
+        axes.errorbar(
+            [each["tokens"] for each in rising], [100 * each["accuracy"] for each in rising],
+            yerr=100 * np.abs(errors), label=f"PaCoRe {when} its training",
+            linestyle=style, color=color, marker="D", capsize=2,
+        )  # fmt: skip
+    for name, label, marker in kinds:
+        votes = [each for key, each in after.items() if key.startswith(f"{name}@")]
+        axes.plot(
+            [each["tokens"] for each in votes], [100 * each["accuracy"] for each in votes],
+            label=label, linestyle=":", marker=marker, color="C1" if marker == "o" else "C2",
+        )  # fmt: skip
+    axes.axhline(100 * after["greedy"]["accuracy"], color="C3", linewidth=0.8, label="greedy")
+    axes.set_xscale("log")
+    axes.set(xlabel="tokens sampled for an image", ylabel="held-out receipts right, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(out / "pacore.png", dpi=120)
+    return out / "pacore.png"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs"))
@@ -142,24 +198,34 @@ def main() -> None:
     args = parser.parse_args()
     out, images = args.out.resolve(), 8 if args.short else args.images
     path = out / "post_train.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stages": {}, "pacore": {}}
+
+    def save() -> None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+    stages, pacore = found["stages"], found["pacore"]
     for stage in STAGES:
-        if stage.name in found or (stage.name == "pretrain" and (out / "digits" / "checkpoints").exists()):
+        if stage.name in stages or (stage.name == "pretrain" and (out / "digits" / "checkpoints").exists()):
             continue
         print(f"\n=== {stage.name}", flush=True)
-        seconds = train(stage, out, short=args.short)
-        if stage.name in ("pretrain", "sft_text"):  # they have seen no receipts, or hardly any
-            continue
-        if args.short and stage != STAGES[-1]:
-            continue
-        found[stage.name] = {"seconds": seconds, "images": images, "receipts": measure(out / stage.run, images)}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{table(found)}\n")
-    print(", ".join(f"{name} {human_time(stage['seconds'])}" for name, stage in found.items()))
-    picture = draw(found, out)
-    print(f"curves in {picture}" if picture else "no curves: pip install matplotlib")
+        stages[stage.name] = {"seconds": train(stage, out, short=args.short)}
+        save()
+    shown = MEASURED[-1:] if args.short else MEASURED
+    for stage in STAGES:
+        if stage.name in shown and "receipts" not in stages[stage.name]:
+            stages[stage.name] |= {"images": images, "receipts": measure(out / stage.run, images)}
+            save()
+    for run in PACORE_RUNS[-1:] if args.short else PACORE_RUNS:
+        if run not in pacore:
+            schedules = [(2,)] if args.short else pacore_receipts.SCHEDULES
+            pacore[run] = asyncio.run(pacore_receipts.measure(str(out / run), images, schedules))
+            save()
+    print(f"\n{table({name: stages[name] for name in shown})}\n\n{pacore_receipts.table(pacore)}\n")
+    print(", ".join(f"{name} {human_time(stage['seconds'])}" for name, stage in stages.items()))
     if not args.short:
-        machine.write("post_train", {"stages": found})
+        pictures = draw({name: stages[name] for name in shown}, out), draw_pacore(pacore, out)
+        print("curves in {} and {}".format(*pictures) if all(pictures) else "no curves: pip install matplotlib")
+        machine.write("post_train", found)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ evaluation (same degradation), under another seed than the evaluation's.
     honest ok, honest bad  share of right samples that say "ok", and of wrong ones that say "bad"
     malformed, cut         samples that are no receipt; samples that ran into the limit of tokens
     sums, copies           well-formed samples whose running sums, or whose copy of the digits, have a mistake
+    rereads, mended        samples with a second reading; those of them that are right
     entropy                nats per sample and per token, estimated as the mean of -log p of the samples
 """
 
@@ -40,10 +41,10 @@ from stepjax.rewards.verify import is_right
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
 
-MAX_TOKENS = 72  # a right answer to ten digits has 57
+MAX_TOKENS = 104  # two readings of ten digits have 97
 SEQUENCES = 128
 
-_STEP = re.compile(r"([A-Z])(\d)(\d)")  # label, digit, sum so far
+_STEP = re.compile(r"([A-Z=])(\d)(\d)")  # label, digit, sum so far
 
 
 def main() -> None:
@@ -95,6 +96,7 @@ def measure(
     well = [(record, each, receipt) for record, each, receipt in parsed if receipt]
     said = Counter((is_right(record, each.content), receipt.is_ok) for record, each, receipt in well)
     nats = [-sum(each.logprobs) for _, each in pairs]
+    reread = [(record, each) for record, each in pairs if len(readings(each)) > 1]
     figures = {
         "images": len(records),
         "samples": samples,
@@ -116,6 +118,8 @@ def measure(
         "copies": statistics.fmean(digits_thought(each) != receipt.digits for _, each, receipt in well)
         if well
         else None,
+        "rereads": len(reread) / len(pairs),
+        "mended": statistics.fmean(is_right(record, each.content) for record, each in reread) if reread else None,
         "entropy": {
             "sample": statistics.fmean(nats),
             "token": sum(nats) / sum(len(each.logprobs) for _, each in pairs),
@@ -164,14 +168,22 @@ def digits_right(record: dict[str, Any], rollout: Rollout) -> list[bool]:
     return [expected.digits[i : i + 2] in pieces for i in range(0, len(expected.digits), 2)]
 
 
+def readings(rollout: Rollout) -> list[list[tuple[str, str, str]]]:
+    """Label, digit and running sum at each place, the check's last, in each of the reasoning's readings."""
+    return [_STEP.findall(reading) for reading in (rollout.reasoning or "").split("/")]
+
+
 def digits_thought(rollout: Rollout) -> str:
-    return "".join(label + digit for label, digit, _ in _STEP.findall(rollout.reasoning or ""))
+    """As the last reading has them."""
+    return "".join(label + digit for label, digit, _ in readings(rollout)[-1][:-1])
 
 
 def sums_are_right(rollout: Rollout) -> bool:
-    steps = _STEP.findall(rollout.reasoning or "")
-    totals = itertools.accumulate(int(digit) for _, digit, _ in steps)
-    return all(total % 10 == int(written) for total, (_, _, written) in zip(totals, steps, strict=True))
+    return all(
+        total % 10 == int(written)
+        for steps in readings(rollout)
+        for total, (_, _, written) in zip(itertools.accumulate(int(digit) for _, digit, _ in steps), steps, strict=True)
+    )
 
 
 if __name__ == "__main__":

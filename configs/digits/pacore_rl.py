@@ -1,9 +1,9 @@
-"""PaCoRe's reinforcement learning, after rlvr.py: synthesise the messages of several answers to a receipt into one.
+"""PaCoRe's reinforcement learning, after rlhf.py: synthesise the messages of several answers to a receipt into one.
 
 An episode is one synthesis. Its messages come from a cache that the starting model drew once:
 
-    stepjax pacore cache configs/digits/rlvr.py --init-from.path runs/digits_rlvr --cache runs/digits_cache.jsonl \\
-        --problems 1500 --above 0 --below 0.9
+    stepjax pacore cache configs/digits/rlvr.py --init-from.path runs/digits_rlhf --cache runs/digits_cache.jsonl \\
+        --problems 1000 --above 0 --below 0.9
 
 The filter leaves out receipts that every answer solves, or none: there the messages decide nothing.
 """
@@ -20,7 +20,8 @@ rlvr = load_recipe(Path(__file__).with_name("rlvr.py"), RLConfig)
 config = dataclasses.replace(
     rlvr,
     name="digits_pacore",
-    init_from=InitConfig(path="runs/digits_rlvr"),
+    iterations=40,
+    init_from=InitConfig(path="runs/digits_rlhf"),
     data=DataConfig(
         sources=(
             SynthesisSource(
@@ -29,5 +30,5 @@ config = dataclasses.replace(
         ),
     ),
     batch=BatchConfig(rows=2, tokens=1024, global_views=1, crops=16),  # a prompt has up to 310 tokens
-    rollout=dataclasses.replace(rlvr.rollout, max_tokens=80),
+    rollout=dataclasses.replace(rlvr.rollout, max_tokens=112),
 )

@@ -49,7 +49,7 @@ config = RLConfig(
     rollout=RolloutConfig(
         prompts=32,
         samples=16,
-        max_tokens=72,  # a right answer to ten digits has 57
+        max_tokens=104,  # two readings of ten digits have 97
         max_sequences=128,
         page_size=16,
         prefill_tokens=512,
@@ -58,7 +58,7 @@ config = RLConfig(
     advantages=AdvantageConfig(estimator="grpo", divide_by_std=False, whiten=False),
     loss=PolicyLossConfig(aggregation="token"),
     # The noise of a batch's gradient is as large as the gradient at 1,500 answers: larger steps walk at random.
-    policy=UpdateConfig(learning_rate=1e-4, warmup=5),
+    policy=UpdateConfig(learning_rate=1e-4, warmup=5, decay="cosine"),
     optimizer=OptimizerConfig(weight_decay=0.0, beta2=0.99),
     numerics=sft.numerics,
     mesh=sft.mesh,
@@ -67,6 +67,6 @@ config = RLConfig(
     evaluation=EvaluationConfig(
         sources=(dataclasses.replace(receipts, weight=1.0, split="held_out"),),
         examples=200,
-        max_new_tokens=72,
+        max_new_tokens=104,
     ),
 )

@@ -65,7 +65,7 @@ changes: dict[str, Any] = dict(
             *(DigitsSource(name=task, weight=1.0, task=task, split="held_out") for task in OLD_TASKS),
         ),
         examples=200,
-        max_new_tokens=72,
+        max_new_tokens=104,
     ),
 )
 

@@ -27,6 +27,7 @@ import hashlib
 import itertools
 import operator
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from stepjax.data.receipts import (
     PROMPT,
     ledger_prompt,
     messages_of_others,
+    misreading,
     print_digit,
     receipt_answer,
     rival_answers,
@@ -63,6 +65,7 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "synthesis": {n: 1 / 3 for n in range(8, 11)},
 }
 NUM_REFERENCES = 2, 8  # of a synthesis
+REREAD = 0.2  # share of receipts, ledgers and misprints whose reasoning has a mistake in a first reading
 BLOTTED, BLOTS = 0.5, 0.4  # share of ledgers with blots; share of their digits
 HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
@@ -113,9 +116,10 @@ class DigitsRecords:
             # If the digits are small, a sum is likely to be near the one before; from there it learns the rest.
             largest = 9 if rng.random() < 0.5 else rng.integers(1, 9)
             digits = rng.integers(largest + 1, size=self._draw_num_digits(rng)).tolist()
-            check = sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
-            blots = rng.random(len(digits)) < BLOTS if rng.random() < BLOTTED else ()
-            content, answer = ledger_prompt(digits, check, blots), receipt_answer(digits, check)
+            check = -sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
+            blots = rng.random(len(digits)) < BLOTS if rng.random() < BLOTTED else np.zeros(len(digits), bool)
+            content = ledger_prompt(digits, check, blots)
+            answer = _reasoned(rng, digits, check, np.flatnonzero(blots))
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -144,12 +148,13 @@ class DigitsRecords:
         digits = drawn.tolist()
         by_class = load_scans().by_class[self.source.split]
         scan_ids = [by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits]
-        check = 0
+        check, answer = 0, {}
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
         elif task in ("receipt", "misprint", "printed", "prefer", "synthesis"):
             is_wrong = task == "misprint" or (task == "printed" and rng.random() < 0.5)
-            check = int(sum(digits) + (rng.integers(1, 10) if is_wrong else 0)) % 10
+            check = int((rng.integers(1, 10) if is_wrong else 0) - sum(digits)) % 10
+            answer = _reasoned(rng, digits, check)
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
@@ -160,7 +165,7 @@ class DigitsRecords:
                 for place, digit in enumerate(digits if task == "printed" else ()):
                     print_digit(image, digit, layout, place)
                 print_digit(image, check, layout)
-                return image, PROMPT, receipt_answer(digits, check), scan_ids
+                return image, PROMPT, answer, scan_ids
             case "prefer":
                 print_digit(image, check, layout)
                 first, second, text = rival_answers(rng, digits, check)
@@ -191,6 +196,16 @@ def num_digits_distribution(source: DigitsSource) -> dict[int, float]:
 def arithmetic_problems(split: Split) -> tuple[Problem, ...]:
     """Problems of a split: sums and non-negative differences of 0..20. About a fifth are held out."""
     return _PROBLEMS[split]
+
+
+def _reasoned(
+    rng: np.random.Generator, digits: list[int], check: int, hard: Sequence[int] | np.ndarray = ()
+) -> dict[str, str]:
+    """The answer to a receipt; its reasoning may have misread it at first, at a `hard` place if there are any."""
+    if rng.random() >= REREAD:
+        return receipt_answer(digits, check)
+    places = hard if len(hard) else range(len(digits))
+    return receipt_answer(digits, check, misreading(rng, digits, check, places))
 
 
 def solve(problem: Problem) -> int:

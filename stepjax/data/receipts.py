@@ -1,14 +1,17 @@
-"""Receipts: a strip of handwritten digits and a printed check digit, their sum modulo 10.
+"""Receipts: a strip of handwritten digits and a printed check digit, which makes their sum a multiple of ten.
 
-    image      7 5 1 2 0 9 3 3 [0]            the last square: a light digit on dark, in print
-    reasoning  A77B52C13D25E05F94G37H30=0     label, digit, sum of the digits so far modulo 10; the printed check
-    content    ok A7B5C1D2E0F9G3H3            "bad" if their sum is not the printed check; labels and digits
+    image      7 5 1 2 0 9 3 4 [9]            the last square: a light digit on dark, in print
+    reasoning  A77B52C13D25E05F94G37H41=90    label, digit, last digit of the sum so far; the check and the sum with it
+    content    ok A7B5C1D2E0F9G3H4            "bad" if that sum is not 0; labels and digits
 
 The labels are places from the left. On a "misprint" the printed check is wrong, so "bad" is the truth. A model that is
-trained on both has reason to compare, and an earned "bad" on a true receipt reveals a misread digit. The verdict comes
+trained on both has reason to look, and an earned "bad" on a true receipt reveals a misread digit. The verdict comes
 first: whoever reads the digits then knows what they are worth.
 
-A "ledger" is the same in words, to learn adding, copying and comparing without an image. Where it has a blot any digit
+If the sum is not 0, the reasoning may go on with a second reading, after a "/". Some examples do so: a digit of their
+first reading is wrong. When that is worth the tokens is left to reinforcement learning.
+
+A "ledger" is the same in words, to learn adding, copying and checking without an image. Where it has a blot any digit
 will do in the reasoning, and the content repeats it.
 
 A "printed" receipt has no handwriting, to learn to read print: of a receipt that is one digit in ten.
@@ -37,14 +40,30 @@ _DARK, _LIGHT = (40, 40, 48), (250, 250, 250)
 _SHARPNESS = 8  # print is drawn this much larger and then shrunk, so that it looks the same at every size
 
 
-def receipt_answer(digits: Sequence[int], check: int) -> dict[str, str]:
-    """The reasoning and the text of the answer for a receipt's digits and its printed check."""
-    sums = [total % 10 for total in itertools.accumulate(digits)]
-    labelled = [f"{label}{digit}" for label, digit in zip(string.ascii_uppercase, digits, strict=False)]
-    return {
-        "reasoning": "".join(f"{each}{total}" for each, total in zip(labelled, sums, strict=True)) + f"={check}",
-        "text": ("ok " if sums[-1] == check else "bad ") + "".join(labelled),
-    }
+def receipt_answer(digits: Sequence[int], check: int, first: Sequence[int] = ()) -> dict[str, str]:
+    """The reasoning and the text of the answer for a receipt's digits and its printed check; `first`: of the digits as
+    they were read before, if they were.
+    """
+    readings = [_reading(each, check) for each in (first, digits) if each]
+    labelled = "".join(f"{label}{digit}" for label, digit in zip(string.ascii_uppercase, digits, strict=False))
+    return {"reasoning": "/".join(readings), "text": ("ok " if readings[-1][-1] == "0" else "bad ") + labelled}
+
+
+def _reading(digits: Sequence[int], check: int) -> str:
+    labels = [*string.ascii_uppercase[: len(digits)], "="]
+    shown = [*digits, check]
+    sums = itertools.accumulate(shown)
+    return "".join(f"{label}{digit}{total % 10}" for label, digit, total in zip(labels, shown, sums, strict=True))
+
+
+def misreading(rng: np.random.Generator, digits: Sequence[int], check: int, places: Sequence[int]) -> list[int]:
+    """The digits with a mistake at one of the places, and so that the sum shows it."""
+    read = list(digits)
+    # The mistake must not be what is missing of the sum: that reading would seem right.
+    wrong = [error for error in range(1, 10) if (sum(digits) + check + error) % 10]
+    place = int(rng.choice(places))
+    read[place] = (read[place] + int(rng.choice(wrong))) % 10
+    return read
 
 
 def rival_answers(rng: np.random.Generator, digits: Sequence[int], check: int) -> tuple[str, str, str]:
@@ -83,9 +102,9 @@ def synthesis_answer(digits: Sequence[int], check: int, messages: Sequence[str])
     return {**answer, "reasoning": (f"Ref {right[0]} " if right else "") + answer["reasoning"]}
 
 
-def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] | np.ndarray = ()) -> str:
+def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] | np.ndarray) -> str:
     """The question of a ledger: the digits, of which some are blots, and the check."""
-    shown = ["?" if blot else str(digit) for digit, blot in itertools.zip_longest(digits, blots)]
+    shown = ["?" if blot else str(digit) for digit, blot in zip(digits, blots, strict=True)]
     return f"Add up {' '.join(shown)}, {check}."
 
 

@@ -3,6 +3,7 @@
 import pickle
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stepjax.config import DigitsSource
 from stepjax.config_file import load_recipe
 from stepjax.data.digits import DigitsRecords
 from stepjax.data.digits_render import degraded, load_scans, strip_layout
-from stepjax.data.receipts import parse_receipt, print_digit, receipt_answer
+from stepjax.data.receipts import misreading, parse_receipt, print_digit, receipt_answer
 from stepjax.errors import ConfigError
 from stepjax.processing.images import plan_views
 from stepjax.processing.processor import Processor
@@ -33,36 +34,63 @@ def _image(record: dict[str, Any]) -> Image.Image:
     return image
 
 
-def test_the_answer_labels_adds_up_and_compares():
-    assert receipt_answer([7, 5, 1, 9], 2) == {"reasoning": "A77B52C13D92=2", "text": "ok A7B5C1D9"}
-    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A77B52C13D92=3", "text": "bad A7B5C1D9"}
+def test_the_answer_labels_adds_up_and_checks():
+    assert receipt_answer([7, 5, 1, 9], 8) == {"reasoning": "A77B52C13D92=80", "text": "ok A7B5C1D9"}
+    assert receipt_answer([7, 5, 1, 9], 3) == {"reasoning": "A77B52C13D92=35", "text": "bad A7B5C1D9"}
+
+
+def test_a_second_reading_follows_the_first_and_is_the_answer():
+    answer = receipt_answer([7, 5, 1, 9], 8, first=[7, 6, 1, 9])
+    assert answer == {"reasoning": "A77B63C14D93=81/A77B52C13D92=80", "text": "ok A7B5C1D9"}
+
+
+def test_a_misreading_changes_one_digit_and_its_sum_shows_it():
+    rng = np.random.default_rng(0)
+    for check in range(10):
+        for _ in range(20):
+            read = misreading(rng, [7, 5, 1, 9], check, [1, 3])
+            assert [a == b for a, b in zip(read, [7, 5, 1, 9], strict=True)] in ([1, 0, 1, 1], [1, 1, 1, 0])
+            assert all(0 <= digit <= 9 for digit in read) and (sum(read) + check) % 10 != 0
+
+
+def _checked(record: dict[str, Any], digits: list[int], check: int, blots: Sequence[int] = ()) -> tuple[bool, bool]:
+    """Asserts that the record's answer is true, for one reading or two; whether there are two, and it is "ok"."""
+    turn = record["messages"][1]
+    assert record["answer"] == {"reasoning": turn["reasoning_content"], "text": turn["content"]}
+    *before, reasoning = turn["reasoning_content"].split("/")
+    assert {"reasoning": reasoning, "text": turn["content"]} == receipt_answer(digits, check)
+    if before:
+        [first] = before
+        read = [int(digit) for digit in first[1:-3:3]]
+        assert first == receipt_answer(read, check)["reasoning"] and first[-1] != "0"
+        [mistake] = [place for place, digit in enumerate(digits) if read[place] != digit]
+        assert mistake in blots or not blots
+    return bool(before), turn["content"].startswith("ok ")
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", KINDS)
 def test_the_answer_is_true_of_the_scans_and_of_the_print(task, split):
     labels = load_scans().labels
-    num_digits, checks, verdicts = Counter(), Counter(), Counter()
+    num_digits, checks, verdicts, readings = Counter(), Counter(), Counter(), Counter()
     for i in range(60):
         record = _records(task, split)[i]
         digits = [labels[scan] for scan in record["scan_ids"]]
         image = np.asarray(_image(record))
         [printed] = [check for check in range(10) if _shows(image, check)]
-        expected = receipt_answer(digits, printed)
-        turn = record["messages"][1]
-        assert (turn["reasoning_content"], turn["content"]) == (expected["reasoning"], expected["text"])
-        assert record["answer"] == expected
-        is_ok = expected["text"].startswith("ok ")
-        assert (printed == sum(digits) % 10) == is_ok and (task == "printed" or is_ok == (task == "receipt"))
+        is_reread, is_ok = _checked(record, digits, printed)
+        assert ((sum(digits) + printed) % 10 == 0) == is_ok and (task == "printed" or is_ok == (task == "receipt"))
         verdicts[is_ok] += 1
+        readings[is_reread] += 1
         num_digits[len(digits)] += 1
         checks[printed] += 1
     assert set(num_digits) == {8, 9, 10} and len(checks) == 10
     assert task != "printed" or 15 < verdicts[True] < 45
+    assert 3 < readings[True] < 24  # a fifth
 
 
 def test_a_ledger_is_a_receipt_in_words():
-    verdicts, lengths, blots = Counter(), Counter(), Counter()
+    verdicts, lengths, blots, readings = Counter(), Counter(), Counter(), Counter()
     for i in range(200):
         record = _records("ledger", degradation=0.0)[i]
         match = re.fullmatch(r"Add up ((?:[\d?] )*[\d?]), (\d)\.", record["messages"][0]["content"])
@@ -70,12 +98,13 @@ def test_a_ledger_is_a_receipt_in_words():
         shown, digits = match[1].split(), [int(each) for each in record["answer"]["text"].split()[1][1::2]]
         assert all(a in ("?", str(b)) for a, b in zip(shown, digits, strict=True))
         blots["?" in shown] += 1
-        expected = receipt_answer(digits, int(match[2]))
-        turn = record["messages"][1]
-        assert (turn["reasoning_content"], turn["content"]) == (expected["reasoning"], expected["text"])
+        blotted = [place for place, each in enumerate(shown) if each == "?"]
+        is_reread, is_ok = _checked(record, digits, int(match[2]), blotted)
+        readings[is_reread] += 1
         lengths[len(digits)] += 1
-        verdicts[expected["text"].split()[0]] += 1
-    assert set(lengths) == set(range(4, 11)) and 80 < verdicts["ok"] < 140 and 70 < blots[True] < 120
+        verdicts[is_ok] += 1
+    assert set(lengths) == set(range(4, 11)) and 80 < verdicts[True] < 140 and 70 < blots[True] < 120
+    assert 20 < readings[True] < 65
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -85,7 +114,7 @@ def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(
         record = _records("synthesis", split)[i]
         problem, *lines = record["messages"][0]["content"][0]["text"].split("\n")
         digits = [load_scans().labels[scan] for scan in record["scan_ids"]]
-        expected = receipt_answer(digits, sum(digits) % 10)
+        expected = receipt_answer(digits, -sum(digits) % 10)
         reasoning, text = record["answer"]["reasoning"], record["answer"]["text"]
         assert (
             problem == "Add up the receipt." and text == expected["text"] and reasoning.endswith(expected["reasoning"])
