@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import machine
 import numpy as np
 import pacore_receipts
@@ -90,10 +91,18 @@ def train(stage: Stage, out: Path, *, short: bool) -> float:
 
 def stepjax(arguments: list[str], out: Path, short: bool) -> None:
     environment = dict(os.environ)
-    if short:  # compilation takes nearly all of the time
-        environment |= {"JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    if short:
+        environment |= {name.upper(): str(value) for name, value in hurried(out).items()} | {"JAX_NUM_CPU_DEVICES": "1"}
     subprocess.run([sys.executable, "-m", "stepjax.cli", *arguments], cwd=ROOT, check=True, env=environment)
+
+
+def hurried(out: Path) -> dict[str, Any]:
+    """Settings of JAX's for a short run, nearly all of which is compilation."""
+    return {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(out / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
 
 
 def measure(run: Path, images: int) -> dict[str, Any]:
@@ -197,6 +206,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     args = parser.parse_args()
     out, images = args.out.resolve(), 8 if args.short else args.images
+    for name, value in hurried(out).items() if args.short else ():
+        jax.config.update(name, value)
     path = out / "post_train.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stages": {}, "pacore": {}}
 

@@ -41,7 +41,7 @@ from stepjax.rewards.verify import is_right
 from stepjax.rollouts.engine import rollout_of
 from stepjax.rollouts.rollout import Rollout
 
-MAX_TOKENS = 104  # two readings of ten digits have 97
+MAX_TOKENS = 136  # three readings of ten digits have 131
 SEQUENCES = 128
 
 _STEP = re.compile(r"([A-Z=])(\d)(\d)")  # label, digit, sum so far

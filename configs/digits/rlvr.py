@@ -45,11 +45,11 @@ config = RLConfig(
     ),
     # A row holds a prompt with its image and about seven answers.
     batch=BatchConfig(rows=4, tokens=512, global_views=1, crops=24),
-    iterations=80,
+    iterations=60,
     rollout=RolloutConfig(
         prompts=32,
         samples=16,
-        max_tokens=104,  # two readings of ten digits have 97
+        max_tokens=136,  # three readings of ten digits have 131
         max_sequences=128,
         page_size=16,
         prefill_tokens=512,
@@ -67,6 +67,6 @@ config = RLConfig(
     evaluation=EvaluationConfig(
         sources=(dataclasses.replace(receipts, weight=1.0, split="held_out"),),
         examples=200,
-        max_new_tokens=104,
+        max_new_tokens=136,
     ),
 )

@@ -64,8 +64,8 @@ changes: dict[str, Any] = dict(
             DigitsSource(name="receipt", weight=1.0, task="receipt", split="held_out", degradation=DEGRADATION),
             *(DigitsSource(name=task, weight=1.0, task=task, split="held_out") for task in OLD_TASKS),
         ),
-        examples=200,
-        max_new_tokens=104,
+        examples=100,
+        max_new_tokens=136,
     ),
 )
 

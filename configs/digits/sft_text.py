@@ -37,6 +37,6 @@ config = dataclasses.replace(
     evaluation=EvaluationConfig(
         sources=(DigitsSource(name="ledger", weight=1.0, task="ledger", split="held_out"),),
         examples=200,
-        max_new_tokens=104,
+        max_new_tokens=136,
     ),
 )

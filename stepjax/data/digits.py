@@ -27,7 +27,6 @@ import hashlib
 import itertools
 import operator
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,7 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "synthesis": {n: 1 / 3 for n in range(8, 11)},
 }
 NUM_REFERENCES = 2, 8  # of a synthesis
-REREAD = 0.2  # share of receipts, ledgers and misprints whose reasoning has a mistake in a first reading
+REREAD = 0.3  # share of receipts and ledgers with a true check whose reasoning mends a mistake of a first reading
 BLOTTED, BLOTS = 0.5, 0.4  # share of ledgers with blots; share of their digits
 HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
@@ -119,7 +118,7 @@ class DigitsRecords:
             check = -sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
             blots = rng.random(len(digits)) < BLOTS if rng.random() < BLOTTED else np.zeros(len(digits), bool)
             content = ledger_prompt(digits, check, blots)
-            answer = _reasoned(rng, digits, check, np.flatnonzero(blots))
+            answer = _reasoned(rng, digits, check, blots)
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -148,13 +147,12 @@ class DigitsRecords:
         digits = drawn.tolist()
         by_class = load_scans().by_class[self.source.split]
         scan_ids = [by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits]
-        check, answer = 0, {}
+        check = 0
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
         elif task in ("receipt", "misprint", "printed", "prefer", "synthesis"):
             is_wrong = task == "misprint" or (task == "printed" and rng.random() < 0.5)
             check = int((rng.integers(1, 10) if is_wrong else 0) - sum(digits)) % 10
-            answer = _reasoned(rng, digits, check)
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
             layout = scatter_layout(rng, num_digits, capacity=max(NUM_DIGITS[task]))
@@ -165,6 +163,8 @@ class DigitsRecords:
                 for place, digit in enumerate(digits if task == "printed" else ()):
                     print_digit(image, digit, layout, place)
                 print_digit(image, check, layout)
+                # A high power: mistakes are made where the digits are worst.
+                answer = _reasoned(rng, digits, check, np.array([each.wear for each in placed]) ** 6)
                 return image, PROMPT, answer, scan_ids
             case "prefer":
                 print_digit(image, check, layout)
@@ -198,14 +198,12 @@ def arithmetic_problems(split: Split) -> tuple[Problem, ...]:
     return _PROBLEMS[split]
 
 
-def _reasoned(
-    rng: np.random.Generator, digits: list[int], check: int, hard: Sequence[int] | np.ndarray = ()
-) -> dict[str, str]:
-    """The answer to a receipt; its reasoning may have misread it at first, at a `hard` place if there are any."""
-    if rng.random() >= REREAD:
+def _reasoned(rng: np.random.Generator, digits: list[int], check: int, hardness: np.ndarray) -> dict[str, str]:
+    """The answer to a receipt or ledger; its reasoning may have misread a hard digit at first."""
+    if (sum(digits) + check) % 10 or rng.random() >= REREAD:
         return receipt_answer(digits, check)
-    places = hard if len(hard) else range(len(digits))
-    return receipt_answer(digits, check, misreading(rng, digits, check, places))
+    weights = hardness if hardness.any() else np.ones(len(digits))
+    return receipt_answer(digits, check, misreading(rng, digits, weights))
 
 
 def solve(problem: Problem) -> int:

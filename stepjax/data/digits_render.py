@@ -129,10 +129,16 @@ def _grids(box: int, capacity: int) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Digit:
-    """A digit in an image: its ink as 0..255, and its place's top left corner."""
+    """A digit in an image: its ink as 0..255, its place's top left corner, and by how much its place has changed."""
 
     ink: Image.Image
     corner: tuple[int, int]
+    wear: float = 0.0  # mean change of its pixels, 0..255
+
+    def square(self) -> tuple[slice, slice]:
+        """Rows and columns of its place in the image."""
+        left, top = self.corner
+        return slice(top, top + self.ink.height), slice(left, left + self.ink.width)
 
     def box(self) -> Box:
         """The box of its ink in the image."""
@@ -180,7 +186,9 @@ def compose(
         inks.paste(255, corner, mask=digit)
         digits.append(Digit(digit, corner))
     if degradation:
-        inks = degraded(rng, inks, degradation, layout.box)
+        clear_HW, inks = np.asarray(inks, np.float32), degraded(rng, inks, degradation, layout.box)
+        change_HW = np.abs(np.asarray(inks) - clear_HW)
+        digits = [dataclasses.replace(each, wear=float(change_HW[each.square()].mean())) for each in digits]
 
     # A palette maps ink to colour: only 256 colours to mix, for any image size.
     palette = _PAPER_SHARE * paper + _INK_SHARE * ink

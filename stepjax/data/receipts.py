@@ -8,8 +8,9 @@ The labels are places from the left. On a "misprint" the printed check is wrong,
 trained on both has reason to look, and an earned "bad" on a true receipt reveals a misread digit. The verdict comes
 first: whoever reads the digits then knows what they are worth.
 
-If the sum is not 0, the reasoning may go on with a second reading, after a "/". Some examples do so: a digit of their
-first reading is wrong. When that is worth the tokens is left to reinforcement learning.
+If the sum is not 0, the reasoning may go on with a second reading, after a "/". Some examples do so: one digit of their
+first reading is wrong, likely a worn one, and in the second the sum comes out. What was missing of it and which digits
+are worn tell what to mend. When to read again is left to reinforcement learning.
 
 A "ledger" is the same in words, to learn adding, copying and checking without an image. Where it has a blot any digit
 will do in the reasoning, and the content repeats it.
@@ -56,13 +57,11 @@ def _reading(digits: Sequence[int], check: int) -> str:
     return "".join(f"{label}{digit}{total % 10}" for label, digit, total in zip(labels, shown, sums, strict=True))
 
 
-def misreading(rng: np.random.Generator, digits: Sequence[int], check: int, places: Sequence[int]) -> list[int]:
-    """The digits with a mistake at one of the places, and so that the sum shows it."""
-    read = list(digits)
-    # The mistake must not be what is missing of the sum: that reading would seem right.
-    wrong = [error for error in range(1, 10) if (sum(digits) + check + error) % 10]
-    place = int(rng.choice(places))
-    read[place] = (read[place] + int(rng.choice(wrong))) % 10
+def misreading(rng: np.random.Generator, digits: Sequence[int], weights: Sequence[float] | np.ndarray) -> list[int]:
+    """The digits with a mistake at one place, which is drawn by the places' weights."""
+    read, chances = list(digits), np.asarray(weights, np.float64)
+    place = int(rng.choice(len(read), p=chances / chances.sum()))
+    read[place] = (read[place] + int(rng.integers(1, 10))) % 10
     return read
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from stepjax.config import DigitsSource
 from stepjax.config_file import load_recipe
+from stepjax.data import digits as digits_module
 from stepjax.data.digits import DigitsRecords
 from stepjax.data.digits_render import degraded, load_scans, strip_layout
 from stepjax.data.receipts import misreading, parse_receipt, print_digit, receipt_answer
@@ -44,13 +45,24 @@ def test_a_second_reading_follows_the_first_and_is_the_answer():
     assert answer == {"reasoning": "A77B63C14D93=81/A77B52C13D92=80", "text": "ok A7B5C1D9"}
 
 
-def test_a_misreading_changes_one_digit_and_its_sum_shows_it():
-    rng = np.random.default_rng(0)
-    for check in range(10):
-        for _ in range(20):
-            read = misreading(rng, [7, 5, 1, 9], check, [1, 3])
-            assert [a == b for a, b in zip(read, [7, 5, 1, 9], strict=True)] in ([1, 0, 1, 1], [1, 1, 1, 0])
-            assert all(0 <= digit <= 9 for digit in read) and (sum(read) + check) % 10 != 0
+def test_a_misreading_changes_one_digit_where_the_weights_are():
+    rng, places = np.random.default_rng(0), Counter()
+    for _ in range(100):
+        read = misreading(rng, [7, 5, 1, 9], [0, 3, 0, 1])
+        [place] = [i for i, (a, b) in enumerate(zip(read, [7, 5, 1, 9], strict=True)) if a != b]
+        assert all(0 <= digit <= 9 for digit in read)
+        places[place] += 1
+    assert set(places) == {1, 3} and places[1] > 60
+
+
+def test_mistakes_are_made_where_a_receipt_is_worn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(digits_module, "REREAD", 1.0)
+    monkeypatch.setattr(digits_module, "misreading", lambda rng, digits, weights: seen.append(weights) or [0] * 10)
+    record = _records("receipt")[0]
+    _records("receipt", degradation=0.0)[0]
+    worn, clear = seen
+    assert len(worn) == len(record["scan_ids"]) and worn.max() > 5 * np.median(worn) > 0 and (clear == 1).all()
 
 
 def _checked(record: dict[str, Any], digits: list[int], check: int, blots: Sequence[int] = ()) -> tuple[bool, bool]:
@@ -63,6 +75,7 @@ def _checked(record: dict[str, Any], digits: list[int], check: int, blots: Seque
         [first] = before
         read = [int(digit) for digit in first[1:-3:3]]
         assert first == receipt_answer(read, check)["reasoning"] and first[-1] != "0"
+        assert (sum(digits) + check) % 10 == 0  # the second reading explains the sum
         [mistake] = [place for place, digit in enumerate(digits) if read[place] != digit]
         assert mistake in blots or not blots
     return bool(before), turn["content"].startswith("ok ")
@@ -86,7 +99,7 @@ def test_the_answer_is_true_of_the_scans_and_of_the_print(task, split):
         checks[printed] += 1
     assert set(num_digits) == {8, 9, 10} and len(checks) == 10
     assert task != "printed" or 15 < verdicts[True] < 45
-    assert 3 < readings[True] < 24  # a fifth
+    assert {"misprint": 0, "printed": 2, "receipt": 8}[task] <= readings[True] <= {"misprint": 0}.get(task, 30)
 
 
 def test_a_ledger_is_a_receipt_in_words():
@@ -104,7 +117,7 @@ def test_a_ledger_is_a_receipt_in_words():
         lengths[len(digits)] += 1
         verdicts[is_ok] += 1
     assert set(lengths) == set(range(4, 11)) and 80 < verdicts[True] < 140 and 70 < blots[True] < 120
-    assert 20 < readings[True] < 65
+    assert 15 < readings[True] < 50
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -168,7 +181,7 @@ def test_degradation_changes_the_ink_and_nothing_else():
     """So that accuracy at two levels is compared on the same receipts."""
     worn, clear = _records(degradation=0.6), _records(degradation=0.0)
     for i in range(10):
-        assert worn[i]["answer"] == clear[i]["answer"] and worn[i]["scan_ids"] == clear[i]["scan_ids"]
+        assert worn[i]["answer"]["text"] == clear[i]["answer"]["text"] and worn[i]["scan_ids"] == clear[i]["scan_ids"]
         assert _image(worn[i]).size == _image(clear[i]).size
         assert _image(worn[i]).tobytes() != _image(clear[i]).tobytes()
 

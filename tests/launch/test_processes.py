@@ -149,8 +149,8 @@ def test_one_killed_the_others_say_so_and_another_number_of_processes_resumes(re
 
     resumed_from = max(steps_saved(job.directory))
     assert 4 <= resumed_from < STEPS
-    again = Job(quickly, tmp_path / "job", 4)
-    assert again.end() == [0] * 4, again.output(0)
+    again = Job(quickly, tmp_path / "job", 1)  # it has compiled already
+    assert again.end() == [0], again.output(0)
     assert f"resumed at step {resumed_from}" in again.output(0)
     assert_same(losses(job.directory), whole)
 
