@@ -53,7 +53,7 @@ async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) ->
     records = open_source(receipts.receipts_of(config.evaluation.sources), 1)
     records = [records[i] for i in range(count)]
     sizes = EngineConfig(
-        max_sequences=SEQUENCES, smallest_batch=SEQUENCES, max_context=CONTEXT, page_size=16, prefill_tokens=512,
+        max_sequences=SEQUENCES, smallest_batch=SEQUENCES, max_context=CONTEXT, page_size=32, prefill_tokens=512,
         cache_tokens=SEQUENCES * 768, max_waiting=1_000_000,
     )  # fmt: skip
     async with AsyncEngine(Engine(model, processor, sizes)) as engine:

@@ -51,7 +51,7 @@ config = RLConfig(
         samples=16,
         max_tokens=136,  # three readings of ten digits have 131
         max_sequences=128,
-        page_size=16,
+        page_size=32,
         prefill_tokens=512,
         decode_steps=4,
     ),

@@ -321,6 +321,7 @@ def draw_curves(directory: Path) -> Path | None:
                 axes.plot(*zip(*points, strict=True), label=key, linewidth=1.3)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.savefig(directory / CURVES, dpi=110)
     return directory / CURVES
