@@ -61,7 +61,9 @@ async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) ->
         problems = [Problem(id=record["id"], messages=tuple(record["messages"][:-1])) for record in records]
 
         def coordinator(schedule: tuple[int, ...], sampling: SamplingParams = SAMPLING) -> Coordinator:
-            return Coordinator(sampler, PacoreConfig(schedule=schedule, sampling=sampling, template="short"))
+            return Coordinator(
+                sampler, PacoreConfig(schedule=schedule, sampling=sampling, template="short", images="after")
+            )
 
         async def pool_of(problem: Problem, width: int, sampling: SamplingParams) -> tuple[Trajectory, ...]:
             try:

@@ -2,7 +2,7 @@
 
     python benchmarks/plan_rl.py [--cache FOLDER]
 
-For both recipes, with all answers the longest and with answers of 4,096 tokens. Compiling takes an hour or two on two
+For the three recipes, with all answers the longest and with answers of 4,096 tokens. Compiling takes hours on two
 cores and up to 6 GiB. FOLDER keeps every program with its memory report, so an interrupted run resumes, and a changed
 estimator rereads the same programs. Empty it when the model, the recipes or libtpu change.
 Writes results/plan_rl.json.
@@ -29,7 +29,7 @@ from stepjax.post_training.config import RLConfig
 from stepjax.xla_flags import compiler_options
 
 TOPOLOGY = "v5p-128"
-RECIPES = ("configs/step3_vl_10b/rlvr.py", "configs/step3_vl_10b/rlhf.py")
+RECIPES = tuple(f"configs/step3_vl_10b/{name}.py" for name in ("rlvr", "rlhf", "pacore_rl"))
 ANSWER_TOKENS = (None, 4096)
 
 
@@ -60,8 +60,9 @@ def main() -> None:
         for length in ANSWER_TOKENS:
 
             def compile_program(name: str, program: Program, config=config, length=length) -> CompiledStep:
-                # The trainer's programs depend on neither the length of answers nor on which of the recipes it is.
-                stem = f"{config.name}_{length or 'longest'}_{name}" if name == "decoding" else f"trainer_{name}"
+                # The trainer's programs depend on the length of its rows, and not on that of answers or on the recipe.
+                is_engine, rows = name == "decoding", config.batch.tokens
+                stem = f"{config.name}_{length or 'longest'}_{name}" if is_engine else f"trainer_{rows}_{name}"
                 return kept(options.cache / stem.replace(" ", "_"), program, topology)
 
             made = plan_iteration(config, topology, answer_tokens=length, compile_program=compile_program)

@@ -223,6 +223,7 @@ class SynthesisSource:
     path: str  # of the cache, which `stepjax pacore cache` writes
     references: tuple[int, int] = (16, 24)  # fewest and most messages of a prompt; the number is uniform
     template: str | None = None  # "short", or a Jinja file, instead of the built-in template
+    images: Literal["before", "after"] = "before"  # the text
 
     def __post_init__(self):
         fewest, most = self.references

@@ -25,7 +25,12 @@ config = dataclasses.replace(
     data=DataConfig(
         sources=(
             SynthesisSource(
-                name="synthesis", weight=1.0, path="runs/digits_cache.jsonl", references=(2, 8), template="short"
+                name="synthesis",
+                weight=1.0,
+                path="runs/digits_cache.jsonl",
+                references=(2, 8),
+                template="short",
+                images="after",  # as in the examples of sft.py
             ),
         ),
     ),

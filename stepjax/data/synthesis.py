@@ -28,7 +28,10 @@ def messages_of(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
         raise RecordError(f"record {record['id']!r} has no responses: draw them with `stepjax pacore cache`")
     found = []
     for place, each in enumerate(responses):
-        text, reward = (each.get("content"), each.get("reward")) if isinstance(each, dict) else (each, None)
+        text, reward = each, None
+        if isinstance(each, dict):
+            nothing = "" if "version" in each else None  # a rollout that was cut off within its reasoning
+            text, reward = each.get("content", nothing), each.get("reward")
         if not isinstance(text, str) or not isinstance(reward, (int, float, type(None))):
             raise RecordError(
                 f"record {record['id']!r}: responses[{place}] is {each!r:.100}; give a text, or a rollout with content "
@@ -49,7 +52,7 @@ class SynthesisRecords:
 
     def __init__(self, source: SynthesisSource, seed: int, problems: Any):
         self._source, self._seed, self._problems = source, seed, problems
-        self._template = Template(source.template)
+        self._template = Template(source.template, source.images)
         self._key = int.from_bytes(hashlib.blake2b(source.name.encode(), digest_size=8).digest(), "little")
 
     def __len__(self) -> int:

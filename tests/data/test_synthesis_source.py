@@ -1,14 +1,20 @@
 """Synthesis prompts: a random subset of a problem's messages, the same for an index, and what a cache must hold."""
 
+import dataclasses
 import json
 import pickle
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from stepjax.config import SynthesisSource
+from stepjax.config import SftConfig, SynthesisSource
+from stepjax.config_file import load_recipe
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
+from stepjax.post_training.config import RLConfig
+from stepjax.rollouts.rollout import Rollout
 
 IMAGE = {"type": "image", "image": "data:image/png;base64,AAAA"}
 RESPONSES = [{"content": f"answer {i}", "reasoning": "hm", "reward": float(i == 3)} for i in range(5)]
@@ -55,7 +61,9 @@ def test_record_i_is_the_same_every_time(tmp_path):
 
 
 def test_only_conclusions_are_shown(tmp_path):
-    responses = ["<think>\n5\n</think>\n\nsix", {"content": "", "reasoning": "cut off"}, {"content": "seven"}]
+    cut_off = Rollout(content="", reasoning="hm", finish_reason="length").to_json()
+    assert "content" not in cut_off
+    responses = ["<think>\n5\n</think>\n\nsix", cut_off, {"content": "", "reasoning": "hm"}, {"content": "seven"}]
     [message] = records(tmp_path, problem(responses=responses), references=(2, 2))[0]["messages"]
     [text] = [item["text"] for item in message["content"] if item["type"] == "text"]
     assert sorted(line[6:] for line in text.split("\n")[1:]) == ["seven", "six"]
@@ -66,6 +74,7 @@ def test_only_conclusions_are_shown(tmp_path):
     [
         ({}, "has no responses: draw them"),
         ({"responses": ["one"]}, "has 1 usable responses, fewer than"),
+        ({"responses": ["one", {"reasoning": "hm"}]}, r"responses\[1\] is .* give a text"),
         ({"responses": ["one", 2]}, r"responses\[1\] is 2; give a text"),
         ({"responses": [{"content": "a", "reward": "good"}, "b"]}, r"responses\[0\] is .* give a text"),
     ],
@@ -79,3 +88,24 @@ def test_caches_that_cannot_be_used(tmp_path, fields, message):
 def test_ranges_that_cannot_be(references):
     with pytest.raises(ConfigError, match=r"data.sources.own.references=.*give the fewest and the most"):
         SynthesisSource(name="own", weight=1.0, path="a", references=references)
+
+
+def test_the_digits_recipes_train_on_prompts_of_one_form(tmp_path):
+    """What fine-tuning shows a model of syntheses is what reinforcement learning and PaCoRe ask it."""
+    recipes = Path(__file__).parents[2] / "configs" / "digits"
+    [source] = load_recipe(recipes / "pacore_rl.py", RLConfig).data.sources
+    digits = load_recipe(recipes / "sft.py", SftConfig).data.sources
+    [synthesis] = (each for each in digits if each.name == "synthesis")
+    [receipt] = (each for each in digits if each.name == "receipt")
+    shown = open_source(synthesis, 0)[0]["messages"][0]["content"]
+
+    asked = {"id": "a", "messages": open_source(receipt, 0)[0]["messages"][:-1], "responses": ["ok A1B2", "bad A1B3"]}
+    for item in asked["messages"][0]["content"]:
+        if item["type"] == "image":
+            item["image"] = IMAGE["image"]
+    path = tmp_path / "cache.jsonl"
+    path.write_text(json.dumps(asked) + "\n")
+    content = open_source(dataclasses.replace(source, path=str(path)), 0)[0]["messages"][0]["content"]
+    assert [item["type"] for item in content] == [item["type"] for item in shown]
+    form = r"Add up the receipt\.(\nRef \d (ok|bad) ([A-J]\d)+)+"
+    assert all(re.fullmatch(form, item["text"]) for item in (*content, *shown) if item["type"] == "text")
