@@ -1,18 +1,19 @@
-"""The demo's post-training, from its pretrained checkpoint: SFT, RLVR, RLHF and PaCoRe on receipts, measured.
+"""The demo's post-training, from its pretrained checkpoint: SFT, RLVR and RLHF on receipts, measured.
 
-    make post-train           # or: python benchmarks/post_train.py [--out runs] [--images 500] [--short]
+    make post-train           # or: python benchmarks/post_train.py [--out runs] [--images 500] [--pacore] [--short]
 
     digits           the model of `make pretrain`; trained first if OUT has none
     digits_sft_text  stepjax sft configs/digits/sft_text.py: adding, in words
     digits_sft       stepjax sft configs/digits/sft.py: what a receipt is, how to answer, and how to judge two answers
     digits_rlvr      stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
     digits_rlhf      stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
-    digits_pacore    stepjax pacore cache, then stepjax rl configs/digits/pacore_rl.py: 1 for a right synthesis
+    digits_pacore    with --pacore: stepjax pacore cache, then stepjax rl configs/digits/pacore_rl.py: 1 for a right
+                     synthesis; then PaCoRe against voting, before and after it (benchmarks/pacore_receipts.py)
 
 Every stage resumes where it was; run the command again after an interruption. All are measured on the same held-out
-receipts: the first ones by benchmarks/receipts.py (greedy, and 8 samples at temperature 1), PaCoRe before and after its
-training by benchmarks/pacore_receipts.py. Writes OUT/post_train.json and, with matplotlib, OUT/post_train.png and
-OUT/pacore.png; a whole run also writes results/post_train.json. `--short` only shows that it works.
+receipts (benchmarks/receipts.py: greedy, and 8 samples at temperature 1). Writes OUT/post_train.json and, with
+matplotlib, OUT/post_train.png and OUT/pacore.png; a whole run also writes results/post_train.json. `--short` only shows
+that it works.
 """
 
 import argparse
@@ -93,7 +94,9 @@ def stepjax(arguments: list[str], out: Path, short: bool) -> None:
     environment = dict(os.environ)
     if short:
         environment |= {name.upper(): str(value) for name, value in hurried(out).items()} | {"JAX_NUM_CPU_DEVICES": "1"}
-    subprocess.run([sys.executable, "-m", "stepjax.cli", *arguments], cwd=ROOT, check=True, env=environment)
+    status = subprocess.run([sys.executable, "-m", "stepjax.cli", *arguments], cwd=ROOT, env=environment).returncode
+    if status:
+        sys.exit(f"stepjax {' '.join(arguments)} ended with status {status}; to go on, run this command again")
 
 
 def hurried(out: Path) -> dict[str, Any]:
@@ -203,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--pacore", action="store_true", help="train and measure PaCoRe, too")
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     args = parser.parse_args()
     out, images = args.out.resolve(), 8 if args.short else args.images
@@ -215,7 +219,7 @@ def main() -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
     stages, pacore = found["stages"], found["pacore"]
-    for stage in STAGES:
+    for stage in STAGES if args.pacore else STAGES[:-1]:
         if stage.name in stages or (stage.name == "pretrain" and (out / "digits" / "checkpoints").exists()):
             continue
         print(f"\n=== {stage.name}", flush=True)
@@ -227,15 +231,17 @@ def main() -> None:
             stages[stage.name] |= {"images": images, "receipts": measure(out / stage.run, images)}
             save()
     for run in PACORE_RUNS[-1:] if args.short else PACORE_RUNS:
-        if run not in pacore:
+        if run not in pacore and args.pacore:
             schedules = [(2,)] if args.short else pacore_receipts.SCHEDULES
             pacore[run] = asyncio.run(pacore_receipts.measure(str(out / run), images, schedules))
             save()
-    print(f"\n{table({name: stages[name] for name in shown})}\n\n{pacore_receipts.table(pacore)}\n")
+    print(f"\n{table({name: stages[name] for name in shown})}\n")
+    if pacore:
+        print(f"{pacore_receipts.table(pacore)}\n")
     print(", ".join(f"{name} {human_time(stage['seconds'])}" for name, stage in stages.items()))
     if not args.short:
-        pictures = draw({name: stages[name] for name in shown}, out), draw_pacore(pacore, out)
-        print("curves in {} and {}".format(*pictures) if all(pictures) else "no curves: pip install matplotlib")
+        pictures = [draw({name: stages[name] for name in shown}, out), *([draw_pacore(pacore, out)] if pacore else [])]
+        print(f"curves in {' and '.join(map(str, pictures))}" if all(pictures) else "no curves: pip install matplotlib")
         machine.write("post_train", found)
 
 

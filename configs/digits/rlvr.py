@@ -45,7 +45,7 @@ config = RLConfig(
     ),
     # A row holds a prompt with its image and about seven answers.
     batch=BatchConfig(rows=4, tokens=512, global_views=1, crops=24),
-    iterations=60,
+    iterations=80,
     rollout=RolloutConfig(
         prompts=32,
         samples=16,
