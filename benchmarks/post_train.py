@@ -127,28 +127,26 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], out: Path) -> Path | None:
-    """The reward while RLVR and RLHF train, and what each stage's model reads of held-out receipts."""
+    """The reward while RLVR trains, and what each stage's model reads of held-out receipts. That of RLHF is a share of
+    comparisons among a group's own answers, and so a half on average, whatever it learns.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     reward, entropy, bars = figure.subplots(1, 3)
-    for name in ("rlvr", "rlhf"):
-        path = out / f"digits_{name}" / "metrics.jsonl"
-        if not path.exists():
-            continue
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [row["step"] for row in rows]
-        window = max(1, len(rows) // 20)
-        values = [row.get("reward", 0.0) for row in rows]
+    rows = [json.loads(line) for line in (out / "digits_rlvr" / "metrics.jsonl").read_text().splitlines()]
+    steps, window = [row["step"] for row in rows], max(1, len(rows) // 10)
+    for axes, name, title in (
+        (reward, "reward", "reward of sampled answers"),
+        (entropy, "entropy", "entropy, nats a token"),
+    ):
+        values = [row.get(name, 0.0) for row in rows]
         smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
-        [line] = reward.plot(steps, smooth, label=name.upper(), linewidth=1.6)
-        reward.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
-        entropy.plot(*zip(*((row["step"], row["entropy"]) for row in rows if "entropy" in row), strict=True))
-    reward.set(xlabel="iteration", title="reward of sampled answers")
-    entropy.set(xlabel="iteration", title="entropy, nats a token")
-    reward.legend(fontsize=8)
+        axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color="C0", linewidth=1.6)
+        axes.set(xlabel="iteration of RLVR", title=title)
     names = list(found)
     for offset, column in ((-0.2, "greedy"), (0.2, "mean@8")):
         cells = [found[name]["receipts"][column] for name in names]

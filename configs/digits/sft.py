@@ -8,10 +8,10 @@ answers has more digits right (see rlhf.py). A share of the old tasks keeps them
 
 `degradation` sets the difficulty. Held-out receipts, 500 images (benchmarks/receipts.py):
 
-    greedy 47 % (43 to 52)   mean@8, temperature 1: 36 % (32 to 39)   pass@8 64 %   majority@8 44 %
+    greedy 45 % (41 to 49)   mean@8, temperature 1: 33 % (29 to 36)   pass@8 60 %   majority@8 46 %
 
-The model reads 91 % of the digits and every printed check, adds up (0.7 % of the answers have a wrong sum) and copies
-(0.2 % differ from their reasoning). It has not learned to compare: its verdicts are a coin's toss.
+The model reads 91 % of the digits at temperature 0 and 86 % at temperature 1, and its verdicts are true: 98 % of the
+right answers say "ok", 92 % of the wrong ones "bad". 13 % read twice, and then hardly ever better.
 """
 
 from pathlib import Path
