@@ -1,4 +1,4 @@
-"""Fine-tune on receipts, after sft_text.py: read 8 to 10 worn digits, add them up, compare with the printed check.
+"""Fine-tune on receipts, after sft_text.py: read 8 to 10 worn digits, add them up, and add the printed check.
 
 The second of two stages, of which the first is mostly text, as in the report. Half of the receipts are misprints, so
 that "ok" has to be earned. Some are illegible: only there does it pay to copy the digits from the reasoning to the

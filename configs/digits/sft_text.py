@@ -1,4 +1,4 @@
-"""Fine-tune the demo's model on ledgers, receipts in words: adding, copying and comparing, at a third of the cost.
+"""Fine-tune the demo's model on ledgers, receipts in words: adding, copying and checking, at a third of the cost.
 
 The first of two stages: nine examples of text to one with an image; sft.py is the second. Adding is the hardest part: a
 sum modulo 10 of two digits tells nothing of either alone, so it takes a while until attention finds both.
