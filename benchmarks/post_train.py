@@ -78,7 +78,7 @@ def train(stage: Stage, out: Path, *, short: bool) -> float:
     command = [stage.verb, f"configs/digits/{stage.name}.py", "--out", str(out), *start]
     if stage.name == "pacore_rl":
         cache = ["--cache", str(out / "digits_cache.jsonl"), "--problems", str(4 if short else PROBLEMS)]
-        # A problem that all answers solve, or none, teaches nothing. Those of a model that has learned nothing do too.
+        # What nearly all answers solve, or none, teaches nothing. A short run solves nothing and keeps them all.
         cache += [] if short else ["--above", "0", "--below", "0.9"]
         stepjax(["pacore", "cache", "configs/digits/rlvr.py", *start, *cache, *(TINY_RL if short else [])], out, short)
         command += ["--data.sources.0.path", cache[1]]
@@ -127,8 +127,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], out: Path) -> Path | None:
-    """The reward while RLVR trains, and what each stage's model reads of held-out receipts. That of RLHF is a share of
-    comparisons among a group's own answers, and so a half on average, whatever it learns.
+    """RLVR's reward and entropy, and how many held-out receipts each stage's model gets right.
+
+    RLHF's reward is not drawn: answers are compared within their group, so its mean is a half whatever is learned.
     """
     try:
         from matplotlib.figure import Figure
@@ -216,6 +217,8 @@ def main() -> None:
     def save() -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
+    if "stages" not in found:
+        sys.exit(f"{path} was written by an older version of this script: remove it, or name another --out")
     stages, pacore = found["stages"], found["pacore"]
     for stage in STAGES if args.pacore else STAGES[:-1]:
         if stage.name in stages or (stage.name == "pretrain" and (out / "digits" / "checkpoints").exists()):

@@ -87,7 +87,7 @@ def recipe(args: argparse.Namespace, work: Path) -> RLConfig:
             samples=args.samples,
             max_tokens=ANSWER_TOKENS,
             max_sequences=128,
-            page_size=32,
+            page_size=16,
             prefill_tokens=512,
             decode_steps=args.decode_steps,
         ),

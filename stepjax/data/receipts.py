@@ -9,8 +9,8 @@ trained on both has reason to look, and an earned "bad" on a true receipt reveal
 first: whoever reads the digits then knows what they are worth.
 
 If the sum is not 0, the reasoning may go on with a second reading, after a "/". Some examples do so: one digit of their
-first reading is wrong, likely a worn one, and in the second the sum comes out. What was missing of it and which digits
-are worn tell what to mend. When to read again is left to reinforcement learning.
+first reading is wrong, usually a worn one, and the second reading corrects it. The first sum tells by how much it is
+off. When to read again is left to reinforcement learning.
 
 A "ledger" is the same in words, to learn adding, copying and checking without an image. Where it has a blot any digit
 will do in the reasoning, and the content repeats it.
@@ -42,8 +42,10 @@ _SHARPNESS = 8  # print is drawn this much larger and then shrunk, so that it lo
 
 
 def receipt_answer(digits: Sequence[int], check: int, first: Sequence[int] = ()) -> dict[str, str]:
-    """The reasoning and the text of the answer for a receipt's digits and its printed check; `first`: of the digits as
-    they were read before, if they were.
+    """The reasoning and the text of the answer for a receipt's digits and its printed check.
+
+    Args:
+        first: the digits of an earlier reading, which the reasoning shows before that of `digits`.
     """
     readings = [_reading(each, check) for each in (first, digits) if each]
     labelled = "".join(f"{label}{digit}" for label, digit in zip(string.ascii_uppercase, digits, strict=False))
