@@ -1,17 +1,18 @@
 """Learned synthesis against voting, on held-out receipts: PaCoRe's schedules and the baselines, for several runs.
 
-    python benchmarks/pacore_receipts.py RUN [RUN ...] [--images 500] [--schedules 8 8,2 16 32,4]
+    python benchmarks/pacore_receipts.py RUN [RUN ...] [--problems 500] [--schedules 8 8,2 16 32,4] [--task smudged]
 
 Give the runs in the order of their training, such as digits_rlvr (which learned the format of synthesis from SFT only)
-and digits_pacore. Every run samples a pool of 37 answers to each image at temperature 1, and all of its methods use the
-first ones of that pool. A receipt is right if all its digits are.
+and digits_pacore. Every run samples a pool of 37 answers to each problem at temperature 1, and all of its methods use
+the first ones of that pool. An answer is right if all its digits are. The task "smudged" has no images: ledgers, which
+are receipts in words (stepjax.data.receipts).
 
     greedy, single, pass@8     temperature 0; the mean of the pool; any of the first 8
     majority@9                 the most frequent message of 9: as many calls as [8]
     checked majority@9         the most frequent of those that say "ok", if there are any: a rule made for this task
     PaCoRe [8], [8,2] ...      by stepjax.pacore, with the short template
 
-"gain" is the difference to another method with its interval, by a bootstrap over images. "from wrong" counts the right
+"gain" is the difference to another method with its interval, by a bootstrap over problems. "from wrong" counts the right
 answers of [8] where all 8 messages are wrong; "cites" is the share of its reasonings that name a reference.
 Writes results/pacore_receipts.json.
 """
@@ -48,9 +49,10 @@ SAMPLING = SamplingParams(max_tokens=receipts.MAX_TOKENS + 8, seed=1)
 SCHEDULES = [(8,), (8, 2), (16,), (32, 4)]
 
 
-async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], task: str = "receipt") -> dict[str, Any]:
     model, processor, config = load_run(run)
-    records = open_source(receipts.receipts_of(config.evaluation.sources), 1)
+    source = dataclasses.replace(receipts.receipts_of(config.evaluation.sources), task=task)
+    records = open_source(source, 1)
     records = [records[i] for i in range(count)]
     sizes = EngineConfig(
         max_sequences=SEQUENCES, smallest_batch=SEQUENCES, max_context=CONTEXT, page_size=32, prefill_tokens=512,
@@ -117,7 +119,7 @@ async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) ->
                 saved = [ok for (ok, _, _), all_wrong in zip(ended, wrong, strict=True) if all_wrong]
                 notes["from wrong"] = {"right": sum(saved), "of": len(saved)}
                 notes["cites"] = statistics.fmean(bool(citations(text, 8)) for _, _, text in ended)
-            print(f"  {run} {name}: {100 * np.mean(methods[name]):.1f} %", flush=True)
+            print(f"  {run} {task} {name}: {100 * np.mean(methods[name]):.1f} %", flush=True)
     found: dict[str, dict[str, Any]] = {
         name: figures(np.asarray(values, np.float64)) for name, values in methods.items()
     }
@@ -126,7 +128,7 @@ async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]]) ->
         if name.startswith("PaCoRe"):
             for other in ("single", "majority@9", "greedy", "checked majority@9"):
                 found[name][f"gain over {other}"] = gain(np.asarray(values, np.float64), np.asarray(methods[other]))
-    return {"images": count, "methods": found, **notes}
+    return {"task": task, "problems": count, "methods": found, **notes}
 
 
 def figures(values: np.ndarray) -> dict[str, float]:
@@ -159,13 +161,14 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--task", choices=("receipt", "smudged"), default="receipt")
     parser.add_argument("--schedules", nargs="+", type=parse_schedule, default=SCHEDULES)
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     found = {}
     for run in options.runs:
-        found[run] = asyncio.run(measure(run, options.images, options.schedules))
+        found[run] = asyncio.run(measure(run, options.problems, options.schedules, options.task))
         print(json.dumps(found[run], indent=1), flush=True)
     print(table(found))
     if not options.dry:

@@ -8,7 +8,8 @@
     digits_rlvr      stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
     digits_rlhf      stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
     digits_pacore    with --pacore: stepjax pacore cache, then stepjax rl configs/digits/pacore_rl.py: 1 for a right
-                     synthesis; then PaCoRe against voting, before and after it (benchmarks/pacore_receipts.py)
+                     synthesis; then PaCoRe against voting, before and after it, on receipts and on smudged ledgers
+                     (benchmarks/pacore_receipts.py)
 
 Every stage resumes where it was; run the command again after an interruption. All are measured on the same held-out
 receipts (benchmarks/receipts.py: greedy, and 8 samples at temperature 1). Writes OUT/post_train.json and, with
@@ -19,6 +20,7 @@ that it works.
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -68,6 +70,7 @@ STAGES = (
 )
 MEASURED = "sft", "rlvr", "rlhf"  # by receipts.py; the ones before have seen hardly any receipts
 PACORE_RUNS = "digits_sft", "digits_rlhf", "digits_pacore"
+PACORE_TASKS = {"receipt": "receipts", "smudged": "smudged ledgers, no images"}
 PROBLEMS = 1000  # of the cache, before its filter
 
 
@@ -78,9 +81,10 @@ def train(stage: Stage, out: Path, *, short: bool) -> float:
     command = [stage.verb, f"configs/digits/{stage.name}.py", "--out", str(out), *start]
     if stage.name == "pacore_rl":
         cache = ["--cache", str(out / "digits_cache.jsonl"), "--problems", str(4 if short else PROBLEMS)]
-        # What nearly all answers solve, or none, teaches nothing. A short run solves nothing and keeps them all.
-        cache += [] if short else ["--above", "0", "--below", "0.9"]
-        stepjax(["pacore", "cache", "configs/digits/rlvr.py", *start, *cache, *(TINY_RL if short else [])], out, short)
+        # What nearly all answers solve, or none, teaches nothing. A short run solves nothing and keeps them all; of its
+        # sixteen answers, most are cut off before they have a message.
+        cache += [*TINY_RL, "--rollout.samples", "16"] if short else ["--above", "0", "--below", "0.9"]
+        stepjax(["pacore", "cache", "configs/digits/rlvr.py", *start, *cache], out, short)
         command += ["--data.sources.0.path", cache[1]]
     if stage.name == "rlhf":
         command += ["--reward.judge.run", str(out / "digits_sft")]
@@ -165,38 +169,36 @@ def draw(found: dict[str, Any], out: Path) -> Path | None:
 
 
 def draw_pacore(found: dict[str, Any], out: Path) -> Path | None:
-    """Accuracy against the tokens that it takes, before and after PaCoRe's training."""
+    """Accuracy against the tokens that it takes, before and after PaCoRe's training, for each task."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    before, after = (found[name]["methods"] for name in PACORE_RUNS[1:])
-    kinds = (("majority", "majority vote", "o"), ("checked majority", "majority of those that pass", "s"))
-    for methods, style, color, when in ((before, "--", "C7", "before"), (after, "-", "C0", "after")):
-        rising = [methods["single"], *(each for name, each in methods.items() if name.startswith("PaCoRe"))]
-        rising.sort(key=lambda each: each["tokens"])
-        errors = [
-            [each["accuracy"] - each["low"] for each in rising],
-            [each["high"] - each["accuracy"] for each in rising],
-        ]
-        axes.errorbar(
-            [each["tokens"] for each in rising], [100 * each["accuracy"] for each in rising],
-            yerr=100 * np.abs(errors), label=f"PaCoRe {when} its training",
-            linestyle=style, color=color, marker="D", capsize=2,
-        )  # fmt: skip
-    for name, label, marker in kinds:
-        votes = [each for key, each in after.items() if key.startswith(f"{name}@")]
-        axes.plot(
-            [each["tokens"] for each in votes], [100 * each["accuracy"] for each in votes],
-            label=label, linestyle=":", marker=marker, color="C1" if marker == "o" else "C2",
-        )  # fmt: skip
-    axes.axhline(100 * after["greedy"]["accuracy"], color="C3", linewidth=0.8, label="greedy")
-    axes.set_xscale("log")
-    axes.set(xlabel="tokens sampled for an image", ylabel="held-out receipts right, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (task, title) in zip(figure.subplots(1, len(PACORE_TASKS)), PACORE_TASKS.items(), strict=True):
+        before, after = (found[task][name]["methods"] for name in PACORE_RUNS[1:])
+        for methods, style, color, when in ((before, "--", "C7", "before"), (after, "-", "C0", "after")):
+            rising = [methods["single"], *(each for name, each in methods.items() if name.startswith("PaCoRe"))]
+            rising.sort(key=lambda each: each["tokens"])
+            values, low, high = (
+                100 * np.array([each[key] for each in rising]) for key in ("accuracy", "low", "high")
+            )
+            axes.errorbar(
+                [each["tokens"] for each in rising], values, yerr=[values - low, high - values],
+                label=f"PaCoRe {when} its training", linestyle=style, color=color, marker="D", capsize=2,
+            )  # fmt: skip
+        votes = ("majority", "majority vote", "o", "C1"), ("checked majority", "of those that say ok", "s", "C2")
+        for name, label, marker, color in votes:
+            points = [each for key, each in after.items() if key.startswith(f"{name}@")]
+            axes.plot(
+                [each["tokens"] for each in points], [100 * each["accuracy"] for each in points],
+                label=label, linestyle=":", marker=marker, color=color,
+            )  # fmt: skip
+        axes.axhline(100 * after["greedy"]["accuracy"], color="C3", linewidth=0.8, label="greedy")
+        axes.set_xscale("log")
+        axes.set(xlabel="tokens sampled for a problem", ylabel="right, %", title=title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(out / "pacore.png", dpi=120)
     return out / "pacore.png"
 
@@ -231,14 +233,14 @@ def main() -> None:
         if stage.name in shown and "receipts" not in stages[stage.name]:
             stages[stage.name] |= {"images": images, "receipts": measure(out / stage.run, images)}
             save()
-    for run in PACORE_RUNS[-1:] if args.short else PACORE_RUNS:
-        if run not in pacore and args.pacore:
+    for task, run in itertools.product(PACORE_TASKS, PACORE_RUNS[-1:] if args.short else PACORE_RUNS):
+        if args.pacore and run not in pacore.setdefault(task, {}):
             schedules = [(2,)] if args.short else pacore_receipts.SCHEDULES
-            pacore[run] = asyncio.run(pacore_receipts.measure(str(out / run), images, schedules))
+            pacore[task][run] = asyncio.run(pacore_receipts.measure(str(out / run), images, schedules, task))
             save()
     print(f"\n{table({name: stages[name] for name in shown})}\n")
-    if pacore:
-        print(f"{pacore_receipts.table(pacore)}\n")
+    for task, runs in pacore.items():
+        print(f"{PACORE_TASKS[task]}\n{pacore_receipts.table(runs)}\n")
     print(", ".join(f"{name} {human_time(stage['seconds'])}" for name, stage in stages.items()))
     if not args.short:
         pictures = [draw({name: stages[name] for name in shown}, out), *([draw_pacore(pacore, out)] if pacore else [])]

@@ -171,11 +171,13 @@ DigitsTask = Literal[
     "point",
     "arithmetic",
     "ledger",
+    "smudged",
     "receipt",
     "misprint",
     "printed",
     "prefer",
     "synthesis",
+    "ledger_synthesis",
 ]
 Split = Literal["train", "held_out"]
 BadRecords = Literal["error", "skip"]

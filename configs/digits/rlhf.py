@@ -7,7 +7,7 @@ right digits. It is asked in both orders, and an answer's reward is the share of
 import dataclasses
 from pathlib import Path
 
-from stepjax.config import InitConfig
+from stepjax.config import DataConfig, InitConfig
 from stepjax.config_file import load_recipe
 from stepjax.data.receipts import PREFER
 from stepjax.post_training.config import RLConfig
@@ -20,8 +20,9 @@ config = dataclasses.replace(
     name="digits_rlhf",
     init_from=InitConfig(path="runs/digits_rlvr"),
     iterations=20,
+    data=DataConfig(sources=rlvr.data.sources[:1]),  # the judge knows receipts only
     reward=RewardConfig(
-        terms=(RewardTerm("preference"),),
+        terms=(RewardTerm("preference"), RewardTerm("receipt_verdict", weight=0.5)),
         judge=JudgeConfig(run="runs/digits_sft", preference=PREFER, max_tokens=4, opponents=4),
     ),
     rollout=dataclasses.replace(rlvr.rollout, prompts=8, samples=8),

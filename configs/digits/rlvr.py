@@ -30,10 +30,12 @@ from stepjax.post_training.config import (
     RolloutConfig,
     UpdateConfig,
 )
+from stepjax.rewards.config import RewardConfig, RewardTerm
 
 sft = load_recipe(Path(__file__).with_name("sft.py"), PretrainConfig)
 [receipts] = (each for each in sft.data.sources if each.name == "receipt")
 assert isinstance(receipts, DigitsSource)
+ledgers = DigitsSource(name="smudged", weight=0.2, task="smudged")
 
 config = RLConfig(
     name="digits_rlvr",
@@ -41,14 +43,12 @@ config = RLConfig(
     init_from=InitConfig(path="runs/digits_sft"),
     images=sft.images,
     tokenizer=sft.tokenizer,
-    data=DataConfig(
-        sources=(dataclasses.replace(receipts, weight=1.0),),
-    ),
+    data=DataConfig(sources=(dataclasses.replace(receipts, weight=0.8), ledgers)),
     # A row holds a prompt with its image and about seven answers.
     batch=BatchConfig(rows=4, tokens=512, global_views=1, crops=24),
-    iterations=80,
+    iterations=64,
     rollout=RolloutConfig(
-        prompts=32,
+        prompts=40,
         samples=16,
         max_tokens=136,  # three readings of ten digits have 131
         max_sequences=128,
@@ -56,6 +56,8 @@ config = RLConfig(
         prefill_tokens=512,
         decode_steps=4,
     ),
+    # Without the second term "bad" dies out: whatever a wrong answer says would earn nothing.
+    reward=RewardConfig(terms=(RewardTerm("verifier"), RewardTerm("receipt_verdict", weight=0.5))),
     advantages=AdvantageConfig(estimator="grpo", divide_by_std=False, whiten=False),
     loss=PolicyLossConfig(aggregation="token"),
     # The noise of a batch's gradient is as large as the gradient at 1,500 answers: larger steps walk at random.
@@ -66,7 +68,7 @@ config = RLConfig(
     checkpoint=CheckpointConfig(every=25),
     logging=LoggingConfig(every=1),
     evaluation=EvaluationConfig(
-        sources=(dataclasses.replace(receipts, weight=1.0, split="held_out"),),
+        sources=tuple(dataclasses.replace(each, weight=1.0, split="held_out") for each in (receipts, ledgers)),
         examples=200,
         max_new_tokens=136,
     ),

@@ -10,7 +10,7 @@ Not resolved
     views      as in rlvr.py.
 
 The caches come from `stepjax pacore cache` with the recipe rlvr.py and the model after rlhf.py: 24 answers a problem,
-and the problems that fewer than 9 of 24 solve, but some (mathematics), or fewer than 15 (code).
+and the problems that fewer than 9 of 24 solve, but some (mathematics), or fewer than 15 (code); --messages 16.
 """
 
 import dataclasses

@@ -7,12 +7,15 @@
 | add        | 2 or 3 digits in a strip       | Add up the digits.                        | 13       |
 | point      | 2 to 4 distinct ones scattered | Point at the digit 7.                     | (62, 30) |
 | arithmetic | none                           | What is 12 + 7?                           | 19       |
-| ledger     | none                           | Add up 7 5, 2.                            | ok A7B5  |
+| ledger     | none                           | Add up 7 5, 8.                            | ok A7B5  |
+| smudged    | none                           | Add up 2|7 5, 8.                          | ok A7B5  |
 | receipt    | 8 to 10 in a strip, a check    | Add up the receipt.                       | ok A7B5  |
 | misprint   | the same with a wrong check    | Add up the receipt.                       | bad A7B5 |
 | printed    | the same with printed digits   | Add up the receipt.                       | ok A7B5  |
 | prefer     | a receipt                      | Which is right? A (answer) B (another)    | A        |
 | synthesis  | a receipt                      | Add up the receipt. Ref 1 (answer) Ref 2  | ok A7B5  |
+
+A "ledger_synthesis" is the last one with a smudged ledger.
 
 For receipts see `data.receipts`. A point is the centre of the digit's ink in hundredths of the image's width and
 height, 0..99 from the top left corner. Unconfirmed: the technical report does not state the coordinate
@@ -40,9 +43,11 @@ from stepjax.data.receipts import (
     ledger_prompt,
     messages_of_others,
     misreading,
+    only_one_is_right,
     print_digit,
     receipt_answer,
     rival_answers,
+    smudge,
     synthesis_answer,
 )
 from stepjax.processing.synthesis import Template
@@ -57,15 +62,18 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "point": {n: 1 / 3 for n in range(2, 5)},
     "arithmetic": {},
     "ledger": {n: 1 / 7 for n in range(4, 11)},
+    "smudged": {n: 1 / 3 for n in range(8, 11)},
     "receipt": {n: 1 / 3 for n in range(8, 11)},
     "misprint": {n: 1 / 3 for n in range(8, 11)},
     "printed": {n: 1 / 3 for n in range(8, 11)},
     "prefer": {n: 1 / 3 for n in range(8, 11)},
     "synthesis": {n: 1 / 3 for n in range(8, 11)},
+    "ledger_synthesis": {n: 1 / 3 for n in range(8, 11)},
 }
 NUM_REFERENCES = 2, 8  # of a synthesis
 REREAD = 0.3  # share of receipts and ledgers with a true check whose reasoning mends a mistake of a first reading
-BLOTTED, BLOTS = 0.5, 0.4  # share of ledgers with blots; share of their digits
+SMUDGED, SMUDGES = 0.5, 0.4  # share of ledgers with smudges; share of their digits
+NUM_SMUDGES = 2, 4  # of the task "smudged"
 HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
 MAX_OPERAND = 20
 
@@ -110,15 +118,8 @@ class DigitsRecords:
             left, sign, right = problems[rng.integers(len(problems))]
             content: Any = f"What is {left} {sign} {right}?"
             answer: dict[str, Any] = {"text": str(solve((left, sign, right)))}
-        elif task == "ledger":
-            # A sum of unrelated digits modulo 10 tells nothing of either, so nothing leads a model to look at both.
-            # If the digits are small, a sum is likely to be near the one before; from there it learns the rest.
-            largest = 9 if rng.random() < 0.5 else rng.integers(1, 9)
-            digits = rng.integers(largest + 1, size=self._draw_num_digits(rng)).tolist()
-            check = -sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
-            blots = rng.random(len(digits)) < BLOTS if rng.random() < BLOTTED else np.zeros(len(digits), bool)
-            content = ledger_prompt(digits, check, blots)
-            answer = _reasoned(rng, digits, check, blots)
+        elif task in ("ledger", "smudged", "ledger_synthesis"):
+            content, answer = self._ledger(rng)
         else:
             image, prompt, answer, scan_ids = self._picture(rng)
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -137,6 +138,32 @@ class DigitsRecords:
 
     def _draw_num_digits(self, rng: np.random.Generator) -> int:
         return self._num_digits[bisect.bisect_right(self._ends, rng.random())]
+
+    def _ledger(self, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+        """Returns prompt and answer."""
+        task, num_digits = self.source.task, self._draw_num_digits(rng)
+        if task == "ledger":
+            # A sum of unrelated digits modulo 10 tells nothing of either, so nothing leads a model to look at both.
+            # If the digits are small, a sum is likely to be near the one before; from there it learns the rest.
+            largest = 9 if rng.random() < 0.5 else rng.integers(1, 9)
+            digits = rng.integers(largest + 1, size=num_digits).tolist()
+            check = -sum(digits) % 10 if rng.random() < 0.5 else int(rng.integers(10))
+            is_smudged = (rng.random(num_digits) < SMUDGES) & (rng.random() < SMUDGED)
+            smudges = smudge(rng, digits, np.flatnonzero(is_smudged).tolist())
+            first = list(digits)
+            for place in rng.permutation(list(smudges))[:1].tolist():
+                first[place] = smudges[place]
+            return ledger_prompt(digits, check, smudges), _reasoned(rng, digits, check, first)
+        digits = rng.integers(10, size=num_digits).tolist()
+        check, [fewest, most] = -sum(digits) % 10, NUM_SMUDGES
+        places = rng.permutation(num_digits)[: rng.integers(fewest, most + 1)].tolist()
+        while not only_one_is_right(digits, smudges := smudge(rng, digits, places)):
+            pass
+        prompt = ledger_prompt(digits, check, smudges)
+        if task == "smudged":
+            return prompt, receipt_answer(digits, check)
+        messages = messages_of_others(rng, digits, check, _draw_references(rng), smudges)
+        return _with_messages(prompt, messages), synthesis_answer(digits, check, messages)
 
     def _picture(self, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, Any], list[int]]:
         """Returns image, prompt, answer and scans."""
@@ -163,19 +190,16 @@ class DigitsRecords:
                 for place, digit in enumerate(digits if task == "printed" else ()):
                     print_digit(image, digit, layout, place)
                 print_digit(image, check, layout)
-                # A high power: mistakes are made where the digits are worst.
-                answer = _reasoned(rng, digits, check, np.array([each.wear for each in placed]) ** 6)
-                return image, PROMPT, answer, scan_ids
+                first = misreading(rng, digits, [each.wear for each in placed])
+                return image, PROMPT, _reasoned(rng, digits, check, first), scan_ids
             case "prefer":
                 print_digit(image, check, layout)
                 first, second, text = rival_answers(rng, digits, check)
                 prompt = PREFER.format(first=first, second=second)
             case "synthesis":
                 print_digit(image, check, layout)
-                fewest, most = NUM_REFERENCES
-                messages = messages_of_others(rng, digits, check, int(rng.integers(fewest, most + 1)))
-                [turn] = _SYNTHESIS.conversation([{"role": "user", "content": PROMPT}], messages)
-                return image, turn["content"], synthesis_answer(digits, check, messages), scan_ids
+                messages = messages_of_others(rng, digits, check, _draw_references(rng))
+                return image, _with_messages(PROMPT, messages), synthesis_answer(digits, check, messages), scan_ids
             case "transcribe":
                 prompt, text = "Transcribe the digits from left to right.", "".join(map(str, digits))
             case "count":
@@ -198,12 +222,21 @@ def arithmetic_problems(split: Split) -> tuple[Problem, ...]:
     return _PROBLEMS[split]
 
 
-def _reasoned(rng: np.random.Generator, digits: list[int], check: int, hardness: np.ndarray) -> dict[str, str]:
-    """The answer to a receipt or ledger; its reasoning may have misread a hard digit at first."""
-    if (sum(digits) + check) % 10 or rng.random() >= REREAD:
+def _reasoned(rng: np.random.Generator, digits: list[int], check: int, first: list[int]) -> dict[str, str]:
+    """The answer to a receipt or ledger; its reasoning may have read it otherwise at first."""
+    if (sum(digits) + check) % 10 or rng.random() >= REREAD or first == digits:
         return receipt_answer(digits, check)
-    weights = hardness if hardness.any() else np.ones(len(digits))
-    return receipt_answer(digits, check, misreading(rng, digits, weights))
+    return receipt_answer(digits, check, first)
+
+
+def _draw_references(rng: np.random.Generator) -> int:
+    fewest, most = NUM_REFERENCES
+    return int(rng.integers(fewest, most + 1))
+
+
+def _with_messages(prompt: str, messages: list[str]) -> str:
+    [turn] = _SYNTHESIS.conversation([{"role": "user", "content": prompt}], messages)
+    return turn["content"]
 
 
 def solve(problem: Problem) -> int:

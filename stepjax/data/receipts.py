@@ -12,20 +12,26 @@ If the sum is not 0, the reasoning may go on with a second reading, after a "/".
 first reading is wrong, usually a worn one, and the second reading corrects it. The first sum tells by how much it is
 off. When to read again is left to reinforcement learning.
 
-A "ledger" is the same in words, to learn adding, copying and checking without an image. Where it has a blot any digit
-will do in the reasoning, and the content repeats it.
+A "ledger" is the same in words, to learn adding, copying and checking without an image:
+
+    prompt     Add up 7 5 1|6 2 0 9 3 4, 9.    a smudged place may be either of two digits
+    reasoning  A77B52C68D20E00F99G32H46=95/A77B52C13D25E05F94G37H41=90
+
+Either digit will do at a smudge, and the content repeats what was chosen. If the sum is not 0, a second reading may
+choose otherwise. A "smudged" ledger has two to four smudges and a single choice whose sum is 0, which is the answer:
+reading from left to right, one has to guess, and knows afterwards.
 
 A "printed" receipt has no handwriting, to learn to read print: of a receipt that is one digit in ten.
 
-A "synthesis" is a receipt together with messages of others about it (PaCoRe). If one of them is right, the reasoning
-begins with "Ref " and the number of the first such one.
+A "synthesis" is a receipt together with messages of others about it (PaCoRe), a "ledger_synthesis" the same for a
+smudged ledger. If one of them is right, the reasoning begins with "Ref " and the number of the first such one.
 """
 
 import functools
 import itertools
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,10 +65,11 @@ def _reading(digits: Sequence[int], check: int) -> str:
     return "".join(f"{label}{digit}{total % 10}" for label, digit, total in zip(labels, shown, sums, strict=True))
 
 
-def misreading(rng: np.random.Generator, digits: Sequence[int], weights: Sequence[float] | np.ndarray) -> list[int]:
-    """The digits with a mistake at one place, which is drawn by the places' weights."""
-    read, chances = list(digits), np.asarray(weights, np.float64)
-    place = int(rng.choice(len(read), p=chances / chances.sum()))
+def misreading(rng: np.random.Generator, digits: Sequence[int], wear: Sequence[float]) -> list[int]:
+    """The digits with a mistake at one place, probably where they are the most worn."""
+    weights = np.array(wear) ** 6 if any(wear) else np.ones(len(digits))
+    read = list(digits)
+    place = int(rng.choice(len(read), p=weights / weights.sum()))
     read[place] = (read[place] + int(rng.integers(1, 10))) % 10
     return read
 
@@ -79,16 +86,28 @@ def rival_answers(rng: np.random.Generator, digits: Sequence[int], check: int) -
     return messages[0], messages[1], "AB"[int(wrong[1] < wrong[0])]
 
 
-def messages_of_others(rng: np.random.Generator, digits: Sequence[int], check: int, count: int) -> list[str]:
-    """Messages as a model of middling skill writes them: about half are right, and places that are hard to read are
-    hard for all of them, who often take them for the same digit. Few verdicts are false."""
-    hard = rng.random(len(digits)) < rng.uniform(0.0, 0.3)
-    error = np.where(hard, rng.uniform(0.2, 0.8, len(digits)), 0.01)
-    mistaken = (np.array(digits) + rng.integers(1, 10, len(digits))) % 10  # what a hard one is taken for
+def messages_of_others(
+    rng: np.random.Generator, digits: Sequence[int], check: int, count: int, smudges: Mapping[int, int] | None = None
+) -> list[str]:
+    """Messages as a model of middling skill writes them; few verdicts are false.
+
+    Of a receipt about half are right, and places that are hard to read are hard for all of them, who often take them
+    for the same digit. At the smudges of a ledger they guess.
+    """
+    truth, size = np.array(digits), len(digits)
+    if smudges is None:
+        hard = rng.random(size) < rng.uniform(0.0, 0.3)
+        error = np.where(hard, rng.uniform(0.2, 0.8, size), 0.01)
+        mistaken = (truth + rng.integers(1, 10, size)) % 10  # what a hard one is taken for
+    else:
+        mistaken = np.array([smudges.get(place, digit) for place, digit in enumerate(digits)])
+        error = np.full(size, 0.5)
     messages = []
     for _ in range(count):
-        other = np.where(rng.random(len(digits)) < 0.7, mistaken, rng.integers(10, size=len(digits)))
-        read = np.where(rng.random(len(digits)) < error, other, digits)
+        other = mistaken
+        if smudges is None:
+            other = np.where(rng.random(size) < 0.7, mistaken, rng.integers(10, size=size))
+        read = np.where(rng.random(size) < error, other, truth)
         believed = check if rng.random() > 0.03 else int(rng.integers(10))
         messages.append(receipt_answer(read.tolist(), believed)["text"])
     return messages
@@ -103,10 +122,22 @@ def synthesis_answer(digits: Sequence[int], check: int, messages: Sequence[str])
     return {**answer, "reasoning": (f"Ref {right[0]} " if right else "") + answer["reasoning"]}
 
 
-def ledger_prompt(digits: Sequence[int], check: int, blots: Sequence[bool] | np.ndarray) -> str:
-    """The question of a ledger: the digits, of which some are blots, and the check."""
-    shown = ["?" if blot else str(digit) for digit, blot in zip(digits, blots, strict=True)]
+def ledger_prompt(digits: Sequence[int], check: int, smudges: Mapping[int, int]) -> str:
+    """The question of a ledger: the digits, with what else a smudged place may be, and the check."""
+    shown = ["|".join(map(str, sorted({digit, smudges.get(i, digit)}))) for i, digit in enumerate(digits)]
     return f"Add up {' '.join(shown)}, {check}."
+
+
+def smudge(rng: np.random.Generator, digits: Sequence[int], places: Sequence[int]) -> dict[int, int]:
+    """Another digit that each of these places may be."""
+    return {int(place): int(digits[place] + rng.integers(1, 10)) % 10 for place in places}
+
+
+def only_one_is_right(digits: Sequence[int], smudges: Mapping[int, int]) -> bool:
+    """Whether any other choice at the smudges has another sum modulo 10."""
+    changes = [other - digits[place] for place, other in smudges.items()]
+    others = (itertools.combinations(changes, size) for size in range(1, len(changes) + 1))
+    return all(sum(chosen) % 10 for chosen in itertools.chain.from_iterable(others))
 
 
 def print_digit(image: Image.Image, digit: int, layout: Layout, place: int = -1) -> None:

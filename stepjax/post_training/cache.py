@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from stepjax.data.synthesis import messages_of
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.figures import human_number
 from stepjax.post_training.config import RLConfig
@@ -34,6 +35,8 @@ class PacoreCache:
 
     With a cache as the recipe's source, the answers are syntheses of its messages. A problem whose syntheses pass the
     filter is kept with the messages it had, and with `synthesis_accuracy`.
+
+    Answers that were cut off within their reasoning have no message. Problems with too few messages are left out.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # such as configs/digits/rlvr.py
@@ -42,6 +45,7 @@ class PacoreCache:
     problems: int = 1000  # prompts to answer
     above: float = -1.0  # keep problems whose mean reward is above this ...
     below: float = 2.0  # ... and below this; 0 and 1 keep those that some but not all answers solve
+    messages: int = 2  # keep problems with at least so many; not below `references` of the recipe that trains on them
     upstream: EndpointConfig = EndpointConfig()  # an OpenAI-compatible endpoint instead of `init_from`
 
     def run(self) -> int:
@@ -52,12 +56,14 @@ class PacoreCache:
         """
         from stepjax.training.host import prepare
 
-        if self.problems < 1:
-            raise ConfigError(f"--problems {self.problems}: must be at least 1")
+        for name, least in (("problems", 1), ("messages", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be at least {least}")
         prepare(self.config, self.config.batch.micro_rows)
         found = draw(self)
+        short = f" ({human_number(n)} had too few messages)" if (n := found["short of messages"]) else ""
         print(
-            f"{found['kept']} of {found['answered']} problems kept in {self.cache}; mean reward "
+            f"{found['kept']} of {found['answered']} problems kept in {self.cache}{short}; mean reward "
             f"{found['reward'] / max(1, found['answers']):.3f} of {human_number(found['answers'])} answers"
         )
         return 0
@@ -162,8 +168,10 @@ class _State:
                 name: fields["rollout"][name] for name in ("samples", "temperature", "max_tokens", "max_prompt_tokens")
             }
         }
-        settings |= {"above": command.above, "below": command.below, "upstream": command.upstream.model}
+        settings |= {"above": command.above, "below": command.below, "messages": command.messages}
+        settings |= {"upstream": command.upstream.model}
         self.fields = {"cursor": 0, "answered": 0, "kept": 0, "answers": 0, "reward": 0.0, "bytes": 0}
+        self.fields["short of messages"] = 0
         self.fields["settings"] = settings
         if not self._state.exists():
             if self._path.exists():
@@ -191,9 +199,14 @@ class _State:
                 fields["answered"] += 1
                 fields["answers"] += len(rewards)
                 fields["reward"] += sum(rewards)
-                if rewards and command.above < sum(rewards) / len(rewards) < command.below:
-                    fields["kept"] += 1
-                    file.write(json.dumps(_line(episode, sum(rewards) / len(rewards))).encode() + b"\n")
+                if not rewards or not command.above < sum(rewards) / len(rewards) < command.below:
+                    continue
+                line = _line(episode, sum(rewards) / len(rewards))
+                if len(messages_of(line)) < command.messages:
+                    fields["short of messages"] += 1
+                    continue
+                fields["kept"] += 1
+                file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
             fields["bytes"] = file.tell()

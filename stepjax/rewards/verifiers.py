@@ -22,20 +22,32 @@ def text_equals(record: Record, text: str) -> float:
 
 
 @reward("ledger")
+@reward("ledger_synthesis")
 @reward("misprint")
 @reward("printed")
 @reward("receipt")
+@reward("smudged")
 @reward("synthesis")
 def receipt(record: Record, text: str) -> float:
     """1 if all labelled digits of a receipt (`data.receipts`) are right.
 
-    What it says of the check does not count: a reward for that would teach to say "ok" always.
+    What it says of the check does not count; for that there is `receipt_verdict`.
     """
     truths = [parse_receipt(each) for each in gold.answers(record)]
     if None in truths:
         gold.refuse(record, 'give labelled digits and a verdict, such as "ok A7B5"')
     found = parse_receipt(text)
     return float(found is not None and found.digits in [truth.digits for truth in truths if truth is not None])
+
+
+@reward("receipt_verdict", kind="follow-up")
+def receipt_verdict(record: Record, text: str, verdict: float) -> float:
+    """-1 if a receipt's answer says "ok" and is wrong, or "bad" and is right, else 0.
+
+    Wrong answers earn nothing, whatever they say, so without this penalty "bad" dies out in reinforcement learning.
+    """
+    found = parse_receipt(text)
+    return -1.0 if found is not None and found.is_ok != (verdict >= 1) else 0.0
 
 
 @reward("math")

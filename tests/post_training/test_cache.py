@@ -6,7 +6,7 @@ import json
 import pytest
 from test_sampling import MESH, changed, collected, of_file, question
 from tiny_rl import config
-from upstream import Upstream, serving
+from upstream import Upstream, honest, serving, text_of
 
 from stepjax.config import DataConfig, InitConfig, SynthesisSource
 from stepjax.data.records import open_source
@@ -46,9 +46,11 @@ def test_a_server_draws_the_cache_and_the_filter_keeps_what_it_says(asked, tmp_p
         endpoint = EndpointConfig(url=upstream.url, model="fake")
         found = draw(command(asked, tmp_path / "all.jsonl", problems=6, upstream=endpoint))
         solved = draw(command(asked, tmp_path / "some.jsonl", problems=6, upstream=endpoint, above=0.5))
+        short = draw(command(asked, tmp_path / "none.jsonl", problems=6, upstream=endpoint, messages=4))
     lines = lines_of(tmp_path / "all.jsonl")
     assert found["answered"] == found["kept"] == len(lines) == 6 and found["answers"] == 18
     assert found["reward"] == 9 and solved["kept"] == 3
+    assert short["kept"] == 0 and short["short of messages"] == 6 and found["short of messages"] == 0
     assert {line["id"] for line in lines_of(tmp_path / "some.jsonl")} == {"1", "3", "5"}
     for line in lines:
         responses = [Rollout.from_json({k: v for k, v in each.items() if k != "reward"}) for each in line["responses"]]
@@ -100,14 +102,33 @@ def test_interrupted_and_started_again_it_is_the_same(asked, tmp_path, monkeypat
     (tmp_path / "broken.jsonl.state").unlink()
     with pytest.raises(CheckpointError, match=r"exists, but not .*\.state: name another --cache"):
         draw(command(asked, broken, problems=6, upstream=endpoint))
-    with pytest.raises(ConfigError, match="--problems 0"):
-        command(asked, broken, problems=0).run()
+    for name, value in (("problems", 0), ("messages", -1)):
+        with pytest.raises(ConfigError, match=f"--{name} {value}"):
+            command(asked, broken, **{name: value}).run()
+
+
+def test_a_problem_with_too_few_messages_is_left_out(asked, tmp_path):
+    """Such as those of a model that seldom finishes its reasoning; training on the cache would refuse them."""
+
+    def cut_off(body):
+        if text_of(body["messages"]) == "question 0":
+            return {"content": None, "reasoning": "so long a thought that", "finish_reason": "length"}
+        return honest(body)
+
+    path = tmp_path / "cache.jsonl"
+    with serving(Upstream(cut_off)) as upstream:
+        endpoint = EndpointConfig(url=upstream.url, model="fake")
+        found = draw(command(asked, path, problems=6, upstream=endpoint))
+        everything = draw(command(asked, tmp_path / "all.jsonl", problems=6, upstream=endpoint, messages=0))
+    assert (found["kept"], found["short of messages"]) == (5, 1) and everything["kept"] == 6
+    records = open_source(SynthesisSource(name="s", weight=1.0, path=str(path), references=(2, 3)), 0)
+    assert len({records[i]["id"].split("#")[0] for i in range(5)}) == 5
 
 
 def test_an_engine_draws_pictures_and_training_reads_them(tmp_path):
     run = dataclasses.replace(config, init_from=InitConfig())
     path = tmp_path / "cache.jsonl"
-    found = draw(command(run, path, problems=4))
+    found = draw(command(run, path, problems=4, messages=0))
     assert found["answered"] == found["kept"] == 4
     source = SynthesisSource(name="syntheses", weight=1.0, path=str(path), references=(1, 3), template="short")
     # The model is random: give each problem messages that can be read, one of them right.

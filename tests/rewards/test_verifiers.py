@@ -9,6 +9,7 @@ from stepjax.errors import RecordError
 from stepjax.rewards import scorer  # noqa: F401 (registers all functions)
 from stepjax.rewards.registry import REWARDS
 from stepjax.rewards.verify import is_right, verifier_of
+from stepjax.rewards.verifiers import receipt_verdict
 
 HOSTILE = [
     "",
@@ -61,6 +62,8 @@ TABLE = {
     "printed": [({"answer": {"text": "bad A7"}}, ["ok A7"], ["bad A8"])],
     "synthesis": [({"answer": {"text": "ok A7B5"}}, ["ok A7B5"], ["Ref 1 ok A7B5"])],
     "ledger": [({"answer": {"text": "ok A7"}}, ["ok A7", "bad A7"], ["ok A8"])],
+    "smudged": [({"answer": {"text": "ok A7"}}, ["ok A7", "bad A7"], ["ok A8"])],
+    "ledger_synthesis": [({"answer": {"text": "ok A7B5"}}, ["ok A7B5"], ["Ref 1 ok A7B5"])],
     "math": [
         ({"answer": "1331 and 1728"}, [r"\boxed{1331, 1728}", "The answer is 1728 and 1331."], ["1728", "1331"]),
         ({"answer": "1/2^{99}"}, [r"\boxed{2^{-99}}"], [r"\boxed{1/2^{98}}", "0"]),
@@ -200,3 +203,17 @@ def test_every_function_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
     own = [name for name, each in REWARDS.items() if each.function.__module__.startswith("stepjax.")]
     assert len(own) > 10 and [name for name in own if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize(
+    "text, verdict, value",
+    [
+        ("ok A7B5", 1.0, 0),
+        ("bad A7B5", 1.0, -1),
+        ("ok A7B4", 0.0, -1),
+        ("bad A7B4", 0.0, 0),
+        ("A7B4", 0.0, 0),  # no receipt, so no verdict
+    ],
+)
+def test_a_false_verdict_of_a_receipt_costs(text, verdict, value):
+    assert receipt_verdict({}, text, verdict) == value
