@@ -27,14 +27,14 @@ config = dataclasses.replace(
     init_from=InitConfig(path="runs/digits"),
     data=DataConfig(
         sources=(
-            DigitsSource(name="ledger", weight=0.68, task="ledger"),
-            DigitsSource(name="ledger_synthesis", weight=0.22, task="ledger_synthesis"),
+            DigitsSource(name="ledger", weight=0.5, task="ledger"),
+            DigitsSource(name="ledger_synthesis", weight=0.4, task="ledger_synthesis"),
             DigitsSource(name="printed", weight=0.05, task="printed"),
             DigitsSource(name="transcribe", weight=0.05, task="transcribe"),
         ),
     ),
     batch=BatchConfig(rows=4, tokens=440, global_views=3, crops=18),
-    schedule=ScheduleConfig(phases=(Phase(tokens=1.6e6, start=1.5e-3, end=8e-4),), warmup_tokens=5e4),
+    schedule=ScheduleConfig(phases=(Phase(tokens=2.6e6, start=1.5e-3, end=8e-4),), warmup_tokens=5e4),
     evaluation=EvaluationConfig(
         sources=(DigitsSource(name="ledger", weight=1.0, task="ledger", split="held_out"),),
         examples=200,

@@ -68,13 +68,15 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "printed": {n: 1 / 3 for n in range(8, 11)},
     "prefer": {n: 1 / 3 for n in range(8, 11)},
     "synthesis": {n: 1 / 3 for n in range(8, 11)},
-    "ledger_synthesis": {n: 1 / 3 for n in range(8, 11)},
+    "ledger_synthesis": {n: 1 / 9 for n in range(2, 11)},  # short ones first teach what a reference is
 }
 NUM_REFERENCES = 2, 8  # of a synthesis
 REREAD = 0.3  # share of receipts and ledgers with a true check whose reasoning mends a mistake of a first reading
 SMUDGED, SMUDGES = 0.5, 0.4  # share of ledgers with smudges; share of their digits
 NUM_SMUDGES = 2, 4  # of the task "smudged"
-HELD_OUT_TRANSCRIBE = 3  # digits in every held-out transcription, so that accuracy is one number
+# So that accuracy on the held-out ones means the same everywhere.
+HELD_OUT: dict[DigitsTask, dict[int, float]] = {"transcribe": {3: 1.0}, "ledger_synthesis": NUM_DIGITS["smudged"]}
+UNSOLVABLE = 0.3  # share of syntheses whose check is wrong, so that the sum has to be looked at there as well
 MAX_OPERAND = 20
 
 _SYNTHESIS = Template("short")
@@ -136,6 +138,11 @@ class DigitsRecords:
             "scan_ids": scan_ids,
         }
 
+    def _is_misprint(self, rng: np.random.Generator) -> bool:
+        """Whether a synthesis has no right answer. Held-out ones have one."""
+        is_synthesis = self.source.task in ("synthesis", "ledger_synthesis")
+        return is_synthesis and self.source.split == "train" and rng.random() < UNSOLVABLE
+
     def _draw_num_digits(self, rng: np.random.Generator) -> int:
         return self._num_digits[bisect.bisect_right(self._ends, rng.random())]
 
@@ -159,9 +166,12 @@ class DigitsRecords:
         places = rng.permutation(num_digits)[: rng.integers(fewest, most + 1)].tolist()
         while not only_one_is_right(digits, smudges := smudge(rng, digits, places)):
             pass
-        prompt = ledger_prompt(digits, check, smudges)
         if task == "smudged":
-            return prompt, receipt_answer(digits, check)
+            return ledger_prompt(digits, check, smudges), receipt_answer(digits, check)
+        if self._is_misprint(rng):
+            choices = itertools.product(*({digit, smudges.get(i, digit)} for i, digit in enumerate(digits)))
+            check = int(rng.choice(sorted(set(range(10)) - {-sum(each) % 10 for each in choices}) or [check]))
+        prompt = ledger_prompt(digits, check, smudges)
         messages = messages_of_others(rng, digits, check, _draw_references(rng), smudges)
         return _with_messages(prompt, messages), synthesis_answer(digits, check, messages)
 
@@ -178,7 +188,7 @@ class DigitsRecords:
         if task in ("transcribe", "add"):
             layout = strip_layout(rng, num_digits)
         elif task in ("receipt", "misprint", "printed", "prefer", "synthesis"):
-            is_wrong = task == "misprint" or (task == "printed" and rng.random() < 0.5)
+            is_wrong = task == "misprint" or (task == "printed" and rng.random() < 0.5) or self._is_misprint(rng)
             check = int((rng.integers(1, 10) if is_wrong else 0) - sum(digits)) % 10
             layout = strip_layout(rng, num_digits + 1)  # the last place is the check's
         else:
@@ -213,8 +223,7 @@ class DigitsRecords:
 
 def num_digits_distribution(source: DigitsSource) -> dict[int, float]:
     """Probability of each digit count in a source's images; empty for arithmetic."""
-    is_fixed = source.task == "transcribe" and source.split == "held_out"
-    return {HELD_OUT_TRANSCRIBE: 1.0} if is_fixed else NUM_DIGITS[source.task]
+    return (HELD_OUT if source.split == "held_out" else NUM_DIGITS).get(source.task, NUM_DIGITS[source.task])
 
 
 def arithmetic_problems(split: Split) -> tuple[Problem, ...]:

@@ -24,7 +24,8 @@ reading from left to right, one has to guess, and knows afterwards.
 A "printed" receipt has no handwriting, to learn to read print: of a receipt that is one digit in ten.
 
 A "synthesis" is a receipt together with messages of others about it (PaCoRe), a "ledger_synthesis" the same for a
-smudged ledger. If one of them is right, the reasoning begins with "Ref " and the number of the first such one.
+smudged ledger. If one of them is right, the reasoning begins with "Ref " and the number of the first such one. Some
+have a wrong check; else the check would tell nothing, and a model would learn to write what it should be.
 """
 
 import functools
@@ -114,11 +115,12 @@ def messages_of_others(
 
 
 def synthesis_answer(digits: Sequence[int], check: int, messages: Sequence[str]) -> dict[str, str]:
-    """The answer to a receipt whose reasoning names the first right message, if there is one."""
+    """The answer to a receipt whose reasoning names the first right message, if there is one and the check is true."""
     answer = receipt_answer(digits, check)
     truth = parse_receipt(answer["text"])
+    assert truth
     read = [parse_receipt(message) for message in messages]
-    right = [i for i, each in enumerate(read, start=1) if truth and each and each.digits == truth.digits]
+    right = [i for i, each in enumerate(read, start=1) if truth.is_ok and each and each.digits == truth.digits]
     return {**answer, "reasoning": (f"Ref {right[0]} " if right else "") + answer["reasoning"]}
 
 

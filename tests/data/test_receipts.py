@@ -1,7 +1,7 @@
 """Receipts: answers that are true of the picture, a check that is printed where it should be, and wear by degrees."""
 
-import pickle
 import itertools
+import pickle
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -147,7 +147,7 @@ def test_only_one_is_right_looks_at_every_choice():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", ["synthesis", "ledger_synthesis"])
 def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(task, split):
-    named, right, honest, counts = Counter(), [], [], Counter()
+    named, right, honest, counts, solvable = Counter(), [], [], Counter(), Counter()
     for i in range(200):
         record = _records(task, split)[i]
         content = record["messages"][0]["content"]
@@ -155,27 +155,32 @@ def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(
         reasoning, text = record["answer"]["reasoning"], record["answer"]["text"]
         if task == "synthesis":
             assert problem == "Add up the receipt."
-            digits = [load_scans().labels[scan] for scan in record["scan_ids"]]
+            digits, image = [load_scans().labels[scan] for scan in record["scan_ids"]], np.asarray(_image(record))
+            [check] = [check for check in range(10) if _shows(image, check)]
+            solutions = [digits] if (sum(digits) + check) % 10 == 0 else []
         else:
             shown, check = _ledger(problem)
             digits = [int(each) for each in text.split()[1][1::2]]
-            assert (sum(digits) + check) % 10 == 0
             assert all(digit in place for digit, place in zip(digits, shown, strict=True))
-        expected = receipt_answer(digits, -sum(digits) % 10)
+            solutions = [list(each) for each in itertools.product(*shown) if (sum(each) + check) % 10 == 0]
+        assert solutions in ([], [digits])
+        solvable[bool(solutions)] += 1
+        expected = receipt_answer(digits, check)
         assert text == expected["text"] and reasoning.endswith(expected["reasoning"])
         read = []
         for number, line in enumerate(lines, start=1):
             assert line.startswith(f"Ref {number} ")
             read.append(parse_receipt(line.removeprefix(f"Ref {number} ")))
-        good = [each is not None and each.digits == text.split()[1] for each in read]
+        good = [bool(solutions) and each is not None and each.digits == text.split()[1] for each in read]
         assert reasoning.startswith(f"Ref {good.index(True) + 1} ") if any(good) else reasoning.startswith("A")
-        right += good
-        honest += [each.is_ok for each, is_right in zip(read, good, strict=True) if each and is_right]
-        named[any(good)] += 1
+        if solutions:
+            right += good
+            honest += [each.is_ok for each, is_right in zip(read, good, strict=True) if each and is_right]
+            named[any(good)] += 1
         counts[len(lines)] += 1
-    least, most = (0.35, 0.65) if task == "synthesis" else (0.1, 0.25)
+    least, most = (0.35, 0.65) if task == "synthesis" else (0.1, 0.45)
     assert set(counts) == set(range(2, 9)) and least < np.mean(right) < most and 0.9 < np.mean(honest) < 1
-    assert named[False] > 10
+    assert named[False] > 10 and (120 < solvable[True] < 160 if split == "train" else solvable[True] == 200)
 
 
 def _shows(image_HWC: np.ndarray, check: int) -> bool:
