@@ -12,8 +12,8 @@ are receipts in words (stepjax.data.receipts).
     checked majority@9         the most frequent of those that say "ok", if there are any: a rule made for this task
     PaCoRe [8], [8,2] ...      by stepjax.pacore, with the short template
 
-"gain" is the difference to another method with its interval, by a bootstrap over problems. "from wrong" counts the right
-answers of [8] where all 8 messages are wrong; "cites" is the share of its reasonings that name a reference.
+"gain" is the difference to another method with its interval, by a bootstrap over problems. "from wrong" counts the
+right answers of [8] where all 8 messages are wrong; "cites" is the share of its reasonings that name a reference.
 Writes results/pacore_receipts.json.
 """
 

@@ -37,5 +37,5 @@ config = dataclasses.replace(
         ),
     ),
     batch=BatchConfig(rows=2, tokens=1024, global_views=1, crops=16),  # a prompt has up to 310 tokens
-    rollout=dataclasses.replace(rlvr.rollout, max_tokens=144),
+    rollout=dataclasses.replace(rlvr.rollout, prompts=32, max_tokens=144),
 )

@@ -35,6 +35,8 @@ def iteration_row(config: RLConfig, collected: Collected, metrics: dict[str, Any
     """The metrics of an iteration, over all processes.
 
     reward, reward/SOURCE     mean over the sampled answers that have a reward; missing: share of those without
+    term/NAME                 mean of a term of the reward, without its weight, over the answers trained on; if it has
+                              several
     truncated                 share of the answers that were cut off
     length                    mean tokens of an answer; tokens of the prompts do not count
     dropped, skipped          prompts that the filter left out, and that could not be used
@@ -73,6 +75,7 @@ def iteration_row(config: RLConfig, collected: Collected, metrics: dict[str, Any
     }
     if any(isinstance(source, SynthesisSource) for source in config.data.sources):
         row |= _of_syntheses(metrics["episodes"])
+    row |= _of_terms(config, answers)
     row |= _of_answers(config, answers)
     row |= _of_updates(config, metrics)
     phases = {
@@ -86,6 +89,16 @@ def iteration_row(config: RLConfig, collected: Collected, metrics: dict[str, Any
             row[f"tokens_per_second/{phase}"] = (tokens if phase == "sample" else trained_tokens) / taken
     row["seconds"] = seconds
     return row
+
+
+def _of_terms(config: RLConfig, answers: Sequence[Answer]) -> Row:
+    names = [term.name for term in config.reward.terms]
+    if len(names) == 1:
+        return {}
+    parts = [[each.scored.parts.get(name) for each in answers] for name in names]
+    known = [[value for value in values if value is not None] for values in parts]
+    sums = _over_processes(np.array([[len(values), math.fsum(values)] for values in known]))
+    return {f"term/{name}": total / count for name, (count, total) in zip(names, sums, strict=True) if count}
 
 
 def _num_tokens(answers: Sequence[Answer]) -> int:

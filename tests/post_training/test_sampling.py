@@ -19,8 +19,8 @@ from stepjax.post_training.report import iteration_row
 from stepjax.post_training.sampling import Collector, Engines, Prompts
 from stepjax.post_training.step import Programs, make_optimizers, new_state
 from stepjax.processing.processor import Processor
-from stepjax.rewards.config import RewardConfig
-from stepjax.rewards.scorer import MissingRewardsError
+from stepjax.rewards.config import RewardConfig, RewardTerm
+from stepjax.rewards.scorer import MissingRewardsError, Scored
 from stepjax.sharding import make_mesh
 
 PROCESSOR = Processor.from_config(config.images, config.tokenizer)
@@ -289,3 +289,15 @@ def test_mismatch_is_reported_by_its_tail(monkeypatch):
     tokens = sum(len(answer.mask_L) for answer in answers)
     assert row["sampler/max"] == pytest.approx(5.0, abs=1e-5) and row["sampler/difference"] == pytest.approx(5 / tokens)
     assert row["sampler/outside"] == 1 / tokens and row["sampler/p95"] == 0
+
+
+def test_terms_of_a_reward_are_reported_apart():
+    _, made = collected(config)
+    answers = [answer for episode in made.episodes for answer in episode.answers]
+    for place, answer in enumerate(answers):
+        answer.scored = Scored(0.0, {"verifier": float(place == 0), "language_mixing": None if place else -1.0}, ())
+    row = iteration_row(config, made, {"episodes": made.episodes}, seconds=1.0)
+    assert not any(name.startswith("term/") for name in row)
+    terms = RewardTerm("verifier"), RewardTerm("language_mixing", 0.5)
+    row = iteration_row(changed(reward=RewardConfig(terms=terms)), made, {"episodes": made.episodes}, seconds=1.0)
+    assert row["term/verifier"] == 1 / len(answers) and row["term/language_mixing"] == -1.0

@@ -8,8 +8,8 @@ import pytest
 from stepjax.errors import RecordError
 from stepjax.rewards import scorer  # noqa: F401 (registers all functions)
 from stepjax.rewards.registry import REWARDS
-from stepjax.rewards.verify import is_right, verifier_of
 from stepjax.rewards.verifiers import receipt_verdict
+from stepjax.rewards.verify import is_right, verifier_of
 
 HOSTILE = [
     "",
