@@ -41,8 +41,8 @@ changes: dict[str, Any] = dict(
     init_from=InitConfig(path="runs/digits_sft_text"),
     data=DataConfig(
         sources=(
-            DigitsSource(name="ledger", weight=0.1, task="ledger"),
-            DigitsSource(name="ledger_synthesis", weight=0.05, task="ledger_synthesis"),
+            DigitsSource(name="ledger", weight=0.07, task="ledger"),
+            DigitsSource(name="ledger_synthesis", weight=0.1, task="ledger_synthesis"),
             DigitsSource(name="receipt", weight=0.2, task="receipt", degradation=DEGRADATION),
             DigitsSource(name="misprint", weight=0.2, task="misprint", degradation=DEGRADATION),
             DigitsSource(name="printed", weight=0.1, task="printed"),
