@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from stepjax.errors import CheckpointError
 from stepjax.tofc.range_coder import TOTAL, FrequencyTables
@@ -166,7 +166,7 @@ class Tables:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         metadata = {"format": FORMAT, "origin": self.origin, "sha256": self.sha256}
-        save_file({name: np.ascontiguousarray(array) for name, array in self.arrays.items()}, path, metadata)
+        Path(path).write_bytes(save({name: np.ascontiguousarray(a) for name, a in self.arrays.items()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tables":

@@ -11,7 +11,7 @@ from stepjax.tofc.config import TofcConfig
 from stepjax.tofc.hyperprior import Hyperprior, freeze
 
 CONFIG = TofcConfig(width=32, experts=4, hidden=32, latents=4)
-STEPS = 300
+STEPS = 200
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def sample_features():
 
 @pytest.fixture(scope="session")
 def trained(sample_features):
-    """The `Hyperprior` after a few hundred steps on squared error + lambda * bits + balance."""
+    """The `Hyperprior` after 200 steps on squared error + lambda * bits + balance."""
     model = Hyperprior(CONFIG, rngs=nnx.Rngs(0))
     model.calibrate(jnp.asarray(sample_features(2000)))
     optimizer = optax.adam(3e-3)
@@ -50,7 +50,7 @@ def trained(sample_features):
     state = optimizer.init(model)
     x_NC = sample_features(STEPS * 128, seed=1).reshape(STEPS, 128, -1)
     for index in range(STEPS):
-        model, state = step(model, state, x_NC[index], 0.99**index + 0.02)
+        model, state = step(model, state, x_NC[index], 0.98**index + 0.02)
     return model
 
 

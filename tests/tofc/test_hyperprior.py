@@ -76,13 +76,14 @@ def test_every_expert_is_used_and_the_soft_rate_is_near_the_hard_one(trained, sa
 
 def test_a_mixture_is_the_weighted_sum(trained, sample_features):
     x_NC = jnp.asarray(sample_features(20, seed=5))
-    rate = trained(x_NC, temperature=3.0)
+    rate = jax.jit(lambda x: trained(x, temperature=3.0))(x_NC)
     standard_NC = (x_NC - trained.offset[...]) / trained.spread[...]
     scores_NE = trained.router(jnp.clip(jnp.round(standard_NC * UNIT), -LIMIT, LIMIT)) / UNIT
     weights_NE = jax.nn.softmax(scores_NE / 3.0)
     features_NC, bits_N = 0.0, 2.0
+    alone = jax.jit(lambda expert, x: expert(x))
     for e in range(4):
-        own_NC, own_N = jax.tree.map(lambda x, e=e: x[e], trained.experts)(standard_NC)
+        own_NC, own_N = alone(jax.tree.map(lambda x, e=e: x[e], trained.experts), standard_NC)
         features_NC, bits_N = features_NC + weights_NE[:, e : e + 1] * own_NC, bits_N + weights_NE[:, e] * own_N
     np.testing.assert_allclose(rate.bits_N, bits_N, rtol=1e-5)
     expected = trained.offset[...] + trained.spread[...] * features_NC
@@ -125,8 +126,7 @@ def test_products_in_bfloat16_give_the_same_integers(trained):
     np.testing.assert_array_equal(low + bias_H, x_NI @ weights_IH + bias_H)
 
 
-@pytest.mark.parametrize("noisy", [False, True], ids=["rounded", "noisy"])
-@pytest.mark.parametrize("bottleneck", [None, 16])
+@pytest.mark.parametrize("bottleneck, noisy", [(None, False), (16, True)], ids=str)
 def test_gradients_are_finite_and_reach_everything_that_is_trained(bottleneck, noisy):
     config = TofcConfig(width=24, bottleneck=bottleneck, experts=3, hidden=16, latents=4)
     model = Tofc(config, rngs=nnx.Rngs(1))
@@ -151,8 +151,8 @@ def test_gradients_are_finite_and_reach_everything_that_is_trained(bottleneck, n
 
 def test_features_that_do_not_exist_cost_nothing(trained, sample_features):
     x_NC, mask_N = sample_features(12, seed=9), np.arange(12) < 7
-    whole = trained(jnp.asarray(x_NC[:7]))
-    part = trained(jnp.asarray(np.where(mask_N[:, None], x_NC, np.nan)), mask_N=jnp.asarray(mask_N))
+    whole = jax.jit(trained)(x_NC[:7])
+    part = jax.jit(lambda x, mask: trained(x, mask_N=mask))(np.where(mask_N[:, None], x_NC, np.nan), mask_N)
     np.testing.assert_allclose(part.bits_N, np.append(whole.bits_N, np.zeros(5)), rtol=1e-5)
     np.testing.assert_allclose(part.balance, whole.balance, rtol=1e-5)
     assert not np.asarray(part.features_NC[7:]).any()

@@ -7,6 +7,7 @@ reaches the decoder, it may decode to other features; nothing else may happen.
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -17,10 +18,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from stepjax.errors import BitstreamError, CheckpointError, ConfigError, CorruptStreamError
-from stepjax.errors import StreamLimitError, UnknownModelError
+from stepjax.errors import (
+    BitstreamError,
+    CheckpointError,
+    ConfigError,
+    CorruptStreamError,
+    StreamLimitError,
+    UnknownModelError,
+)
 from stepjax.tofc import codec
 from stepjax.tofc.codec import Limits, decode, encode, parse
 from stepjax.tofc.range_coder import varint
@@ -260,7 +267,7 @@ def test_hostile_payloads_under_right_checksums(tables, frame):
     """They may decode to features, of the number that the header says, and within the limits of time and memory."""
     rng, refused, began = np.random.default_rng(16), 0, time.process_time()
     whole = parse(frame)
-    for _ in range(1500):
+    for _ in range(600):
         tile = int(rng.integers(3))
         payload, features = bytearray(whole.payloads[tile]), whole.features[tile]
         match rng.integers(4):
@@ -277,8 +284,8 @@ def test_hostile_payloads_under_right_checksums(tables, frame):
             assert found.shape == (features, tables.channels) and np.isfinite(found).all()
         except CorruptStreamError:
             refused += 1
-    assert refused > 1000
-    assert time.process_time() - began < 60  # 40 ms each: a bound for hangs
+    assert refused > 400
+    assert time.process_time() - began < 60  # 100 ms each: a bound for hangs
 
 
 def test_hostile_lengths_allocate_next_to_nothing(tables):
@@ -331,9 +338,10 @@ def test_a_recorded_frame_decodes_to_the_bit():
     assert digest(decode(tables, frame)) == expected
 
 
-@pytest.mark.parametrize("core", ["Prescott", "Haswell", "SkylakeX"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
+@pytest.mark.parametrize("core", ["Prescott", "Nehalem", "Haswell"])
 def test_other_matrix_kernels_give_the_same_bytes(tables, sample_features, tmp_path, core):
-    """OpenBLAS sums in another order for each; where NumPy has another library, the variable does nothing."""
+    """OpenBLAS has some for each processor, which add up in other orders; other libraries ignore the variable."""
     tables.save(tmp_path / "tables.safetensors")
     x_NC = sample_features(64, seed=17)
     save_file({"x": x_NC}, tmp_path / "x.safetensors")
@@ -346,4 +354,3 @@ def test_other_matrix_kernels_give_the_same_bytes(tables, sample_features, tmp_p
     env = {**os.environ, "OPENBLAS_CORETYPE": core}
     found = subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout
     assert bytes.fromhex(found) == encode(tables, [x_NC[:40], x_NC[40:]])
-    assert load_file(tmp_path / "x.safetensors")["x"].dtype == np.float32
