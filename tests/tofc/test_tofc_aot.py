@@ -9,8 +9,7 @@ from tests.pallas_kernels.aot import compile_for, needs_libtpu
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("tokens, count", [(169, 32), (81, 16)])
+@pytest.mark.parametrize("chip, tokens, count", [("v5e", 169, 32), ("v6e", 169, 16), ("v5e", 81, 16)])
 def test_merging_compiles_for_tpus(chip, tokens, count):
     """Within a larger function, with its gradient."""
 
