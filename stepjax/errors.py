@@ -4,6 +4,8 @@ All are `ValueError`s, so callers may catch either. The command line prints the 
 of our own code are plain `assert`s instead. The last functions are the checks that all configurations share.
 """
 
+from collections.abc import Sequence
+
 
 class StepjaxError(ValueError):
     """Unusable user input; the message says what to change."""
@@ -59,6 +61,30 @@ class ContextLengthError(RequestError):
 
 class BusyError(RequestError):
     """Too many requests are waiting; retry later."""
+
+
+class BitstreamError(StepjaxError):
+    """Coded features cannot be read. The subclasses say why, and so whether sending them again may help."""
+
+
+class CorruptStreamError(BitstreamError):
+    """Coded features are truncated or damaged: send them again."""
+
+
+class StreamLimitError(BitstreamError):
+    """Coded features would be larger than the receiver allows."""
+
+
+class UnknownModelError(BitstreamError):
+    """Coded features were made with another entropy model, or another version of the format.
+
+    Attributes:
+        accepted: the identities, in hexadecimal, of the models that the receiver has.
+    """
+
+    def __init__(self, message: str, *, accepted: Sequence[str] = ()):
+        super().__init__(message)
+        self.accepted = tuple(accepted)
 
 
 def require(section: str, config: object, **checks: tuple[bool, str]) -> None:

@@ -60,6 +60,7 @@ ALLOWED = {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
         *("web", "tasks"),
     },
+    "tofc": {"errors", "config", "sharding", "models"},
     "serving": {
         *("rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore", "web"),
     },
