@@ -12,7 +12,7 @@ SHAPES_CHECKED = tuple(
     f"stepjax.{name}"
     for name in (
         *("models.attention", "models.layers", "models.perception_encoder", "models.projector", "models.qwen3"),
-        *("models.step_vl", "processing.images", "training.losses"),
+        *("models.step_vl", "processing.images", "tofc.hyperprior", "tofc.merge", "training.losses"),
     )
 )
 

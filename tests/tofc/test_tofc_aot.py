@@ -9,7 +9,10 @@ from tests.pallas_kernels.aot import compile_for, needs_libtpu
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip, tokens, count", [("v5e", 169, 32), ("v6e", 169, 16), ("v5e", 81, 16)])
+@pytest.mark.parametrize(
+    "chip, tokens, count",
+    [("v5e", 169, 32), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("v6e", 169, 16), ("v5e", 81, 16)))],
+)
 def test_merging_compiles_for_tpus(chip, tokens, count):
     """Within a larger function, with its gradient."""
 
