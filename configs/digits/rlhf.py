@@ -1,7 +1,8 @@
 """Reinforcement learning from preferences, after rlvr.py: a judge compares the answers to a receipt, two at a time.
 
-The judge is a model of ours, the one that the run starts from: sft.py taught it to tell which of two answers has more
-right digits. It is asked in both orders, and an answer's reward is the share of its comparisons that it wins.
+The judge is the model of sft.py, which learned to tell which of two answers has more right digits. It is asked in both
+orders, and an answer's reward is the share of its comparisons that it wins, less half a point if its verdict is false,
+as in rlvr.py.
 """
 
 import dataclasses

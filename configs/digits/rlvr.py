@@ -1,11 +1,13 @@
-"""Reinforcement learning with verifiable rewards, after sft.py: a receipt whose digits are all right earns 1, else 0.
+"""Reinforcement learning with verifiable rewards, after sft.py, on receipts and, a fifth, smudged ledgers.
+
+An answer whose digits are all right earns 1, else 0; half a point is lost by saying "ok" of a wrong answer or "bad" of
+a right one. Without that, "bad" dies out: 92 % of the wrong answers said so before and 52 % after 80 iterations.
 
 The update is GRPO's without the division by the group's deviation, strictly on-policy, with DAPO's bounds: sixteen
 answers to a receipt are compared with each other, and prompts whose answers are all right or all wrong teach nothing.
 
-From the model of sft.py it raises mean@8 at temperature 1 from 33 to 42 % on 500 held-out images; greedy answers stay
-where they were (45 %). Most of that is gained in the first 20 iterations. Verdicts earn nothing, and lose their worth:
-of the wrong answers 92 % say "bad" at the start and 52 % at the end.
+From the model of sft.py it raises mean@8 at temperature 1 from 28 to 40 % on 500 held-out receipts; greedy answers stay
+where they were (47 and 46 %). Most of that is gained in the first 25 iterations.
 """
 
 import dataclasses
@@ -56,7 +58,6 @@ config = RLConfig(
         prefill_tokens=512,
         decode_steps=4,
     ),
-    # Without the second term "bad" dies out: whatever a wrong answer says would earn nothing.
     reward=RewardConfig(terms=(RewardTerm("verifier"), RewardTerm("receipt_verdict", weight=0.5))),
     advantages=AdvantageConfig(estimator="grpo", divide_by_std=False, whiten=False),
     loss=PolicyLossConfig(aggregation="token"),

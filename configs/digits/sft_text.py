@@ -1,7 +1,8 @@
-"""Fine-tune the demo's model on ledgers, receipts in words: adding, copying and checking, at a third of the cost.
+"""Fine-tune the demo's model on ledgers, receipts in words: adding, copying, checking, and what messages of others are.
 
 The first of two stages: nine examples of text to one with an image; sft.py is the second. Adding is the hardest part: a
-sum modulo 10 of two digits tells nothing of either alone, so it takes a while until attention finds both.
+sum modulo 10 of two digits tells nothing of either alone, so it takes a while until attention finds both. The next
+hardest is to find the message that says "ok" among several; short ledgers teach it first.
 """
 
 import dataclasses
