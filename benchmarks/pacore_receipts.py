@@ -49,7 +49,12 @@ SAMPLING = SamplingParams(max_tokens=receipts.MAX_TOKENS + 8, seed=1)
 SCHEDULES = [(8,), (8, 2), (16,), (32, 4)]
 
 
-async def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], task: str = "receipt") -> dict[str, Any]:
+def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], task: str = "receipt") -> dict[str, Any]:
+    """The figures of a run's model on the first `count` held-out problems."""
+    return asyncio.run(_measure(run, count, schedules, task))
+
+
+async def _measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], task: str) -> dict[str, Any]:
     model, processor, config = load_run(run)
     source = dataclasses.replace(receipts.receipts_of(config.evaluation.sources), task=task)
     records = open_source(source, 1)
@@ -168,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {}
     for run in options.runs:
-        found[run] = asyncio.run(measure(run, options.problems, options.schedules, options.task))
+        found[run] = measure(run, options.problems, options.schedules, options.task)
         print(json.dumps(found[run], indent=1), flush=True)
     print(table(found))
     if not options.dry:

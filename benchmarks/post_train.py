@@ -21,14 +21,16 @@ of it works.
 """
 
 import argparse
-import asyncio
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ import receipts
 from stepjax.data.records import open_source
 from stepjax.figures import human_time
 from stepjax.interop.load import load_run
+from stepjax.training.host import num_cores
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--logging.every", "1", "--evaluation.examples", "8", "--checkpoint.every", "2"]
@@ -127,6 +130,20 @@ def measure(run: Path, images: int) -> dict[str, Any]:
     model, processor, config = load_run(run)
     records = open_source(receipts.receipts_of(config.evaluation.sources), 1)
     return receipts.measure(model, processor, [records[i] for i in range(images)], 8, 1)[0]
+
+
+def in_parallel(jobs: dict[Any, Any], settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The results of functions with their arguments, one a core; an engine of a model this small fills no more."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_cores(), context, initializer=configure, initargs=(settings,)) as pool:
+        futures = {pool.submit(*job): key for key, job in jobs.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -222,8 +239,6 @@ def main() -> None:
     sizes.add_argument("--short", action="store_true", help="a few steps of each stage")
     args = parser.parse_args()
     out, images = args.out.resolve(), 8 if args.short else args.images
-    for name, value in hurried(out).items() if args.short else ():
-        jax.config.update(name, value)
     path = out / "post_train.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stages": {}, "pacore": {}}
 
@@ -240,18 +255,25 @@ def main() -> None:
         stages[stage.name] = {"seconds": train(stage, out, short=args.short, long=args.long)}
         save()
     shown = MEASURED[-1:] if args.short else MEASURED
+    jobs: dict[tuple[str, str], tuple[Callable[..., Any], *tuple[Any, ...]]] = {}
     for stage in STAGES:
         if stage.name in shown and "receipts" not in stages[stage.name]:
-            stages[stage.name] |= {"images": images, "receipts": measure(out / stage.run, images)}
-            save()
+            jobs["receipts", stage.name] = measure, out / stage.run, images
     for task, run in itertools.product(PACORE_TASKS, PACORE_RUNS[-1:] if args.short else PACORE_RUNS):
         if args.pacore and run not in pacore.setdefault(task, {}):
             schedules = [(2,)] if args.short else pacore_receipts.SCHEDULES
-            pacore[task][run] = asyncio.run(pacore_receipts.measure(str(out / run), images, schedules, task))
-            save()
+            jobs[task, run] = pacore_receipts.measure, str(out / run), images, schedules, task
+    for (what, name), figures in in_parallel(jobs, hurried(out) if args.short else {}):
+        if what == "receipts":
+            stages[name] |= {"images": images, "receipts": figures}
+        else:
+            pacore[what][name] = figures
+        save()
     print(f"\n{table({name: stages[name] for name in shown})}\n")
     for task, runs in pacore.items():
-        print(f"{PACORE_TASKS[task]}\n{pacore_receipts.table(runs)}\n")
+        print(
+            f"{PACORE_TASKS[task]}\n{pacore_receipts.table({run: runs[run] for run in PACORE_RUNS if run in runs})}\n"
+        )
     print(", ".join(f"{name} {human_time(stage['seconds'])}" for name, stage in stages.items()))
     if not args.short:
         pictures = [draw({name: stages[name] for name in shown}, out), *([draw_pacore(pacore, out)] if pacore else [])]
