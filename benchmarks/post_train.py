@@ -197,32 +197,35 @@ def draw(found: dict[str, Any], out: Path) -> Path | None:
 
 
 def draw_pacore(found: dict[str, Any], out: Path) -> Path | None:
-    """Accuracy against the tokens that it takes, before and after PaCoRe's training, for each task."""
+    """Accuracy against the tokens that it takes, after each stage that was measured, for each task."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, (task, title) in zip(figure.subplots(1, len(PACORE_TASKS)), PACORE_TASKS.items(), strict=True):
-        before, after = (found[task][name]["methods"] for name in PACORE_RUNS[1:])
-        for methods, style, color, when in ((before, "--", "C7", "before"), (after, "-", "C0", "after")):
-            rising = [methods["single"], *(each for name, each in methods.items() if name.startswith("PaCoRe"))]
+    figure = Figure(figsize=(6 * len(found), 4.2), layout="constrained")
+    for axes, (task, runs) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+        names = [name for name in PACORE_RUNS if name in runs]
+        styles = ("--", "C7", "v"), ("-.", "C4", "^"), ("-", "C0", "D")
+        for name, (style, color, marker) in zip(names, styles[-len(names) :], strict=True):
+            methods = runs[name]["methods"]
+            rising = [methods["single"], *(each for key, each in methods.items() if key.startswith("PaCoRe"))]
             rising.sort(key=lambda each: each["tokens"])
             values, low, high = (100 * np.array([each[key] for each in rising]) for key in ("accuracy", "low", "high"))
             axes.errorbar(
                 [each["tokens"] for each in rising], values, yerr=[values - low, high - values],
-                label=f"PaCoRe {when} its training", linestyle=style, color=color, marker="D", capsize=2,
+                label=f"PaCoRe, {name}", linestyle=style, color=color, marker=marker, capsize=2,
             )  # fmt: skip
+        last = runs[names[-1]]["methods"]
         votes = ("majority", "majority vote", "o", "C1"), ("checked majority", "of those that say ok", "s", "C2")
         for name, label, marker, color in votes:
-            points = [each for key, each in after.items() if key.startswith(f"{name}@")]
+            points = [each for key, each in last.items() if key.startswith(f"{name}@")]
             axes.plot(
                 [each["tokens"] for each in points], [100 * each["accuracy"] for each in points],
-                label=label, linestyle=":", marker=marker, color=color,
+                label=f"{label}, {names[-1]}", linestyle=":", marker=marker, color=color,
             )  # fmt: skip
-        axes.axhline(100 * after["greedy"]["accuracy"], color="C3", linewidth=0.8, label="greedy")
+        axes.axhline(100 * last["greedy"]["accuracy"], color="C3", linewidth=0.8, label=f"greedy, {names[-1]}")
         axes.set_xscale("log")
-        axes.set(xlabel="tokens sampled for a problem", ylabel="right, %", title=title)
+        axes.set(xlabel="tokens sampled for a problem", ylabel="right, %", title=PACORE_TASKS[task])
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(out / "pacore.png", dpi=120)

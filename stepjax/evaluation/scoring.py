@@ -20,7 +20,9 @@ def chance_level(source: DigitsSource) -> float:
     """
     distribution = num_digits_distribution(source)
     match source.task:
-        case "transcribe" | "ledger" | "receipt" | "misprint" | "printed" | "synthesis":
+        case (
+            "transcribe" | "ledger" | "smudged" | "receipt" | "misprint" | "printed" | "synthesis" | "ledger_synthesis"
+        ):
             return max(probability / 10**n for n, probability in distribution.items())
         case "prefer":
             return 0.5

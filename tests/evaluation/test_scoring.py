@@ -3,20 +3,20 @@
 import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepjax.config import DigitsSource
+from stepjax.config import DigitsSource, DigitsTask
 from stepjax.data.digits import DigitsRecords
 from stepjax.errors import RecordError
 from stepjax.evaluation.scoring import TaskResult, chance_level, summary_table
 from stepjax.figures import wilson_interval
 from stepjax.rewards.verify import is_right
 
-TASKS = ("transcribe", "count", "add", "point", "arithmetic", "ledger", "receipt", "misprint", "prefer")
+TASKS = get_args(DigitsTask)
 
 
 def _source(task: Any, split: Any = "held_out") -> DigitsSource:
@@ -73,6 +73,11 @@ def test_no_text_makes_scoring_fail(text):
 def test_a_record_without_what_scoring_needs_is_refused(answer):
     with pytest.raises(RecordError, match=re.escape("record 'a' has answer=") + ".*'box'"):
         is_right({"id": "a", "task": "point", "answer": answer}, "(1, 2)")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_chance_level(task):
+    assert 0 < chance_level(_source(task)) <= 1 / 2
 
 
 def test_chance_levels_that_can_be_computed_by_hand():
