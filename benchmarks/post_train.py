@@ -3,9 +3,10 @@
     make post-train      # or: python benchmarks/post_train.py [--out runs] [--images 500] [--pacore] [--long | --short]
 
     digits           the model of `make pretrain`; trained first if OUT has none
-    digits_sft_text  stepjax sft configs/digits/sft_text.py: adding, in words
+    digits_sft_text  stepjax sft configs/digits/sft_text.py: adding, and using messages of others, in words
     digits_sft       stepjax sft configs/digits/sft.py: what a receipt is, how to answer, and how to judge two answers
-    digits_rlvr      stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right
+    digits_rlvr      stepjax rl configs/digits/rlvr.py: 1 for an answer whose digits are all right; half a point is
+                     lost by a false verdict
     digits_rlhf      stepjax rl configs/digits/rlhf.py: preferences of digits_sft, for a few iterations
     digits_pacore    with --pacore: stepjax pacore cache, then stepjax rl configs/digits/pacore_rl.py: 1 for a right
                      synthesis; then PaCoRe against voting, before and after it, on receipts and on smudged ledgers
