@@ -32,12 +32,12 @@ config = dataclasses.replace(
                 name="synthesis",
                 weight=1.0,
                 path="runs/digits_cache.jsonl",
-                references=(2, 8),
+                references=(2, 16),
                 template="short",
                 images="after",  # as in the examples of sft.py
             ),
         ),
     ),
-    batch=BatchConfig(rows=2, tokens=1024, global_views=1, crops=16),  # a prompt has up to 310 tokens
+    batch=BatchConfig(rows=2, tokens=1152, global_views=1, crops=16),  # a prompt has up to 540 tokens
     rollout=dataclasses.replace(rlvr.rollout, prompts=32, max_tokens=144),
 )

@@ -54,9 +54,9 @@ changes: dict[str, Any] = dict(
             *(DigitsSource(name=task, weight=0.005, task=task) for task in OLD_TASKS[1:]),
         ),
     ),
-    batch=BatchConfig(rows=4, tokens=440, global_views=5, crops=28),  # the longest synthesis has 370 tokens
+    batch=BatchConfig(rows=2, tokens=1152, global_views=12, crops=68),  # the longest synthesis has 1,110 tokens
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=2.6e6, start=1.2e-3, end=5e-5),),
+        phases=(Phase(tokens=3.3e6, start=1.2e-3, end=5e-5),),
         warmup_tokens=1e5,
     ),
     checkpoint=CheckpointConfig(every=125),

@@ -34,8 +34,8 @@ config = dataclasses.replace(
             DigitsSource(name="transcribe", weight=0.05, task="transcribe"),
         ),
     ),
-    batch=BatchConfig(rows=4, tokens=440, global_views=3, crops=18),
-    schedule=ScheduleConfig(phases=(Phase(tokens=2.6e6, start=1.5e-3, end=8e-4),), warmup_tokens=5e4),
+    batch=BatchConfig(rows=2, tokens=1152, global_views=6, crops=36),
+    schedule=ScheduleConfig(phases=(Phase(tokens=3.8e6, start=1.5e-3, end=8e-4),), warmup_tokens=5e4),
     evaluation=EvaluationConfig(
         sources=(DigitsSource(name="ledger", weight=1.0, task="ledger", split="held_out"),),
         examples=200,

@@ -70,7 +70,7 @@ NUM_DIGITS: dict[DigitsTask, dict[int, float]] = {
     "synthesis": {n: 1 / 3 for n in range(8, 11)},
     "ledger_synthesis": {n: 1 / 9 for n in range(2, 11)},  # short ones first teach what a reference is
 }
-NUM_REFERENCES = 2, 8  # of a synthesis
+NUM_REFERENCES = 2, 32  # of a synthesis; small numbers are likelier
 REREAD = 0.3  # share of receipts and ledgers with a true check whose reasoning mends a mistake of a first reading
 SMUDGED, SMUDGES = 0.5, 0.4  # share of ledgers with smudges; share of their digits
 NUM_SMUDGES = 2, 4  # of the task "smudged"
@@ -240,7 +240,7 @@ def _reasoned(rng: np.random.Generator, digits: list[int], check: int, first: li
 
 def _draw_references(rng: np.random.Generator) -> int:
     fewest, most = NUM_REFERENCES
-    return int(rng.integers(fewest, most + 1))
+    return round(fewest * (most / fewest) ** rng.random())  # each doubling is equally likely
 
 
 def _with_messages(prompt: str, messages: list[str]) -> str:
