@@ -11,6 +11,8 @@ are receipts in words (stepjax.data.receipts).
     majority@9                 the most frequent message of 9: as many calls as [8]
     checked majority@9         the most frequent of those that say "ok", if there are any: a rule made for this task
     PaCoRe [8], [8,2] ...      by stepjax.pacore, with the short template
+    sequential@8, RSA          its baselines: eight rounds of one answer, and a last; three populations of eight, of
+                               which each answer sees four of the one before, and a vote of the last
 
 "gain" is the difference to another method with its interval, by a bootstrap over problems. "from wrong" counts the
 right answers of [8] where all 8 messages are wrong; "cites" is the share of its reasonings that name a reference.
@@ -37,6 +39,7 @@ from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.interop.load import load_run
+from stepjax.pacore.baselines import Method, answer
 from stepjax.pacore.compaction import citations
 from stepjax.pacore.config import PacoreConfig, parse_schedule
 from stepjax.pacore.coordinator import Coordinator, RoundFailedError
@@ -47,6 +50,7 @@ from stepjax.rollouts.engine import EngineSampler
 POOL, SEQUENCES, CONTEXT = 37, 64, 1408
 SAMPLING = SamplingParams(max_tokens=receipts.MAX_TOKENS + 8, seed=1)
 SCHEDULES = [(8,), (8, 2), (16,), (32, 4)]
+BASELINES = Method(name="sequential", width=8), Method(name="rsa", width=8, references=4, loops=3)
 
 
 def measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], task: str = "receipt") -> dict[str, Any]:
@@ -67,14 +71,13 @@ async def _measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], t
         sampler = EngineSampler(engine, processor)
         problems = [Problem(id=record["id"], messages=tuple(record["messages"][:-1])) for record in records]
 
-        def coordinator(schedule: tuple[int, ...], sampling: SamplingParams = SAMPLING) -> Coordinator:
-            return Coordinator(
-                sampler, PacoreConfig(schedule=schedule, sampling=sampling, template="short", images="after")
-            )
+        def config_of(schedule: tuple[int, ...], sampling: SamplingParams = SAMPLING) -> PacoreConfig:
+            return PacoreConfig(schedule=schedule, sampling=sampling, template="short", images="after")
 
         async def pool_of(problem: Problem, width: int, sampling: SamplingParams) -> tuple[Trajectory, ...]:
             try:
-                return (await coordinator((width,), sampling).begin(problem).round(width)).trajectories
+                run = Coordinator(sampler, config_of((width,), sampling)).begin(problem)
+                return (await run.round(width)).trajectories
             except RoundFailedError as error:
                 return error.rounds[-1].trajectories
 
@@ -103,14 +106,18 @@ async def _measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], t
             f"{vote}majority@{n}": float(tokens[:, :n].sum(1).mean()) for n in (9, 17, 37) for vote in ("", "checked ")
         }
         notes: dict[str, Any] = {}
-        for schedule in schedules:
-            solver, name = coordinator(schedule), f"PaCoRe [{','.join(map(str, schedule))}]"
+        runs: dict[str, tuple[Method, PacoreConfig]] = {
+            f"PaCoRe [{','.join(map(str, schedule))}]": (Method(), config_of(schedule)) for schedule in schedules
+        }
+        runs |= {each.label(config_of(())): (each, each.configured(config_of(()))) for each in BASELINES}
+        for name, (method, settings) in runs.items():
+            solver, width = Coordinator(sampler, settings), settings.schedule[0] if settings.schedule else method.width
 
             async def solve(
-                place: int, solver: Coordinator = solver, width: int = schedule[0]
+                place: int, solver: Coordinator = solver, method: Method = method, width: int = width
             ) -> tuple[bool, int, str]:
                 try:
-                    outcome = await solver.solve(problems[place], done=pools[place][:width])
+                    outcome = await answer(solver, problems[place], method, done=pools[place][:width])
                 except RoundFailedError:
                     return False, 0, ""
                 reasoning = outcome.rollout.reasoning or ""
@@ -119,7 +126,7 @@ async def _measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], t
             ended = await asyncio.gather(*map(solve, range(count)))
             methods[name] = [each[0] for each in ended]
             spent[name] = statistics.fmean(each[1] for each in ended)
-            if schedule == (8,):
+            if name == "PaCoRe [8]":
                 wrong = [not any(each[:8]) for each in right]
                 saved = [ok for (ok, _, _), all_wrong in zip(ended, wrong, strict=True) if all_wrong]
                 notes["from wrong"] = {"right": sum(saved), "of": len(saved)}

@@ -217,6 +217,11 @@ def draw_pacore(found: dict[str, Any], out: Path) -> Path | None:
                 label=f"PaCoRe, {name}", linestyle=style, color=color, marker=marker, capsize=2,
             )  # fmt: skip
         last = runs[names[-1]]["methods"]
+        for key, marker in ("sequential@8", "P"), ("RSA N=8 K=4 T=3", "*"):
+            if key in last:
+                axes.plot(
+                    last[key]["tokens"], 100 * last[key]["accuracy"], marker, color="C5", label=f"{key}, {names[-1]}"
+                )
         votes = ("majority", "majority vote", "o", "C1"), ("checked majority", "of those that say ok", "s", "C2")
         for name, label, marker, color in votes:
             points = [each for key, each in last.items() if key.startswith(f"{name}@")]

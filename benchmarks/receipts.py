@@ -24,6 +24,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -72,7 +73,10 @@ def main() -> None:
 
 def receipts_of(sources: Iterable[Any]) -> DigitsSource:
     """The first source of receipts."""
-    return next(source for source in sources if isinstance(source, DigitsSource) and source.task == "receipt")
+    found = [each for each in sources if isinstance(each, DigitsSource) and each.task == "receipt"]
+    if not found:
+        sys.exit("the run evaluates no receipts: give a run of configs/digits/sft.py, or one that began with it")
+    return found[0]
 
 
 def measure(
