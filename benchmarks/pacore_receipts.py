@@ -15,7 +15,8 @@ are receipts in words (stepjax.data.receipts).
                                which each answer sees four of the one before, and a vote of the last
 
 "gain" is the difference to another method with its interval, by a bootstrap over problems. "from wrong" counts the
-right answers of [8] where all 8 messages are wrong; "cites" is the share of its reasonings that name a reference.
+right answers of [8] where all 8 messages are wrong, beside the share of the rest of the pool that is right there;
+"cites" is the share of its reasonings that name a reference.
 Writes results/pacore_receipts.json.
 """
 
@@ -129,7 +130,8 @@ async def _measure(run: str, count: int, schedules: Sequence[tuple[int, ...]], t
             if name == "PaCoRe [8]":
                 wrong = [not any(each[:8]) for each in right]
                 saved = [ok for (ok, _, _), all_wrong in zip(ended, wrong, strict=True) if all_wrong]
-                notes["from wrong"] = {"right": sum(saved), "of": len(saved)}
+                fresh = float(right[wrong, 8:].mean()) if any(wrong) else None
+                notes["from wrong"] = {"right": sum(saved), "of": len(saved), "one more sample": fresh}
                 notes["cites"] = statistics.fmean(bool(citations(text, 8)) for _, _, text in ended)
             print(f"  {run} {task} {name}: {100 * np.mean(methods[name]):.1f} %", flush=True)
     found: dict[str, dict[str, Any]] = {
