@@ -82,7 +82,11 @@ STAGES = (
     Stage("pacore_rl", "rl", "digits_pacore", "digits_rlhf"),
 )
 MEASURED = "sft", "rlvr", "rlhf"  # by receipts.py; the ones before have seen hardly any receipts
-PACORE_RUNS = "digits_sft", "digits_rlhf", "digits_pacore"
+PACORE_RUNS = {
+    "digits_sft": "after SFT",
+    "digits_rlhf": "after RLVR and RLHF",
+    "digits_pacore": "after PaCoRe's training",
+}
 PACORE_TASKS = {"receipt": "receipts", "smudged": "smudged ledgers, no images"}
 PROBLEMS = 1000  # of the cache, before its filter
 
@@ -203,37 +207,39 @@ def draw_pacore(found: dict[str, Any], out: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(6 * len(found), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(found) + 2, 4.4), layout="constrained")
     for axes, (task, runs) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
         names = [name for name in PACORE_RUNS if name in runs]
         styles = ("--", "C7", "v"), ("-.", "C4", "^"), ("-", "C0", "D")
         for name, (style, color, marker) in zip(names, styles[-len(names) :], strict=True):
             methods = runs[name]["methods"]
-            rising = [methods["single"], *(each for key, each in methods.items() if key.startswith("PaCoRe"))]
-            rising.sort(key=lambda each: each["tokens"])
+            schedules = {key.removeprefix("PaCoRe "): each for key, each in methods.items() if key.startswith("PaCoRe")}
+            schedules = dict(sorted(schedules.items(), key=lambda item: item[1]["tokens"]))
+            rising = [methods["single"], *schedules.values()]
             values, low, high = (100 * np.array([each[key] for each in rising]) for key in ("accuracy", "low", "high"))
             axes.errorbar(
                 [each["tokens"] for each in rising], values, yerr=[values - low, high - values],
-                label=f"PaCoRe, {name}", linestyle=style, color=color, marker=marker, capsize=2,
+                label=f"PaCoRe, {PACORE_RUNS[name]}", linestyle=style, color=color, marker=marker, capsize=2,
             )  # fmt: skip
+        for key, each in schedules.items():
+            place = each["tokens"], 100 * each["accuracy"]
+            axes.annotate(key, place, xytext=(4, -11), textcoords="offset points", fontsize=8, color=color)
+        # The rest is of the last run.
         last = runs[names[-1]]["methods"]
         for key, marker in ("sequential@8", "P"), ("RSA N=8 K=4 T=3", "*"):
-            if key in last:
-                axes.plot(
-                    last[key]["tokens"], 100 * last[key]["accuracy"], marker, color="C5", label=f"{key}, {names[-1]}"
-                )
-        votes = ("majority", "majority vote", "o", "C1"), ("checked majority", "of those that say ok", "s", "C2")
+            axes.plot(last[key]["tokens"], 100 * last[key]["accuracy"], marker, color="C5", markersize=9, label=key)
+        votes = ("majority", "majority vote", "o", "C1"), ("checked majority", 'of those that say "ok"', "s", "C2")
         for name, label, marker, color in votes:
             points = [each for key, each in last.items() if key.startswith(f"{name}@")]
             axes.plot(
                 [each["tokens"] for each in points], [100 * each["accuracy"] for each in points],
-                label=f"{label}, {names[-1]}", linestyle=":", marker=marker, color=color,
+                label=label, linestyle=":", marker=marker, color=color,
             )  # fmt: skip
-        axes.axhline(100 * last["greedy"]["accuracy"], color="C3", linewidth=0.8, label=f"greedy, {names[-1]}")
+        axes.axhline(100 * last["greedy"]["accuracy"], color="C3", linewidth=0.8, label="greedy")
         axes.set_xscale("log")
         axes.set(xlabel="tokens sampled for a problem", ylabel="right, %", title=PACORE_TASKS[task])
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(out / "pacore.png", dpi=120)
     return out / "pacore.png"
 
@@ -268,7 +274,7 @@ def main() -> None:
     for stage in STAGES:
         if stage.name in shown and "receipts" not in stages[stage.name]:
             jobs["receipts", stage.name] = measure, out / stage.run, images
-    for task, run in itertools.product(PACORE_TASKS, PACORE_RUNS[-1:] if args.short else PACORE_RUNS):
+    for task, run in itertools.product(PACORE_TASKS, [*PACORE_RUNS][-1:] if args.short else PACORE_RUNS):
         if args.pacore and run not in pacore.setdefault(task, {}):
             schedules = [(2,)] if args.short else pacore_receipts.SCHEDULES
             jobs[task, run] = pacore_receipts.measure, str(out / run), images, schedules, task
