@@ -10,7 +10,7 @@ answers has more digits right (see rlhf.py). A share of the old tasks keeps them
 
     greedy 49 % (44 to 53)   mean@8, temperature 1: 33 % (30 to 36)   pass@8 65 %   majority@8 46 %
 
-The model reads 92 % of the digits at temperature 0 and 87 % at temperature 1, and most of its verdicts are true: 99 % of
+The model reads 92 % of the digits at temperature 0 and 87 % at temperature 1. Most of its verdicts are true: 99 % of
 the right answers say "ok", 77 % of the wrong ones "bad".
 """
 

@@ -179,7 +179,8 @@ def test_a_synthesis_lists_messages_and_its_reasoning_names_the_first_right_one(
             named[any(good)] += 1
         counts[len(lines)] += 1
     least, most = (0.35, 0.65) if task == "synthesis" else (0.1, 0.45)
-    assert set(counts) == set(range(2, 9)) and least < np.mean(right) < most and 0.9 < np.mean(honest) < 1
+    assert min(counts) == 2 and 28 < max(counts) <= 32 and 0.4 < sum(counts[n] for n in range(9)) / 200 < 0.65
+    assert least < np.mean(right) < most and 0.9 < np.mean(honest) < 1
     assert named[False] > 10 and (120 < solvable[True] < 160 if split == "train" else solvable[True] == 200)
 
 
