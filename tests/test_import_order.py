@@ -13,6 +13,8 @@ KERNELS = PACKAGE.parent / "pallas_kernels"
 
 # Checkpoints are a room of their own, below: interop reads them, and training starts from what interop reads.
 CHECKPOINT = {("training", "checkpoint"), ("training", "digests")}
+# So are the layers that the model's parts share: the codec is made of them, and the model has a codec.
+LAYERS = {("models", "layers"), ("models", "lora")}
 
 # Room -> the rooms it may import. Files directly in the package are rooms of their own name.
 ALLOWED = {
@@ -30,7 +32,9 @@ ALLOWED = {
     "web": set(),
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
-    "models": {"errors", "config", "sharding", "pallas_kernels"},
+    "layers": {"errors", "config", "sharding"},
+    "tofc": {"errors", "config", "processing", "layers"},
+    "models": {"errors", "config", "sharding", "layers", "tofc", "pallas_kernels"},
     "checkpoint": {"errors", "sharding"},
     "interop": {
         *("errors", "figures", "config", "config_file", "sharding", "models", "processing", "checkpoint", "inference"),
@@ -60,7 +64,6 @@ ALLOWED = {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
         *("web", "tasks"),
     },
-    "tofc": {"errors", "config", "sharding", "models"},
     "serving": {
         *("rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore", "web"),
     },
@@ -92,7 +95,8 @@ def rooms_imported(path: Path) -> set[str]:
 def room_named(parts: Sequence[str]) -> str:
     if parts[-1].endswith("command"):  # commands stand at the top, whichever room's they are
         return "cli"
-    return "checkpoint" if tuple(parts[:2]) in CHECKPOINT else parts[0]
+    special = {"checkpoint": CHECKPOINT, "layers": LAYERS}
+    return next((room for room, files in special.items() if tuple(parts[:2]) in files), parts[0])
 
 
 def room_of(path: Path) -> str:
