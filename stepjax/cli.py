@@ -34,6 +34,10 @@ VERBS = {
     "pacore run": "stepjax.pacore.command:PacoreRun",
     "pacore serve": "stepjax.serving.command:PacoreServe",
     "pacore trace": "stepjax.pacore.command:PacoreTrace",
+    "tofc train": "stepjax.tofc.command:TofcTrain",
+    "tofc encode": "stepjax.tofc.command:TofcEncode",
+    "tofc decode": "stepjax.tofc.command:TofcDecode",
+    "tofc evaluate": "stepjax.tofc.command:TofcEvaluate",
     "pacore cache": "stepjax.post_training.cache:PacoreCache",
 }
 
@@ -90,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # a Python caller's, or a second Ctrl-C during a clean shutdown
         print(f"stepjax {verb}: stopped by SIGINT", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "stepjax").partition(".")[0] in ("stepjax", "pallas_kernels"):
+            raise
+        problem = f"{error.name} is not installed: a device's installation only encodes; pip install 'stepjax[cpu]'"
     except Exception as error:
         import traceback
 

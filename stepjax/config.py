@@ -601,6 +601,8 @@ class SftConfig(PretrainConfig):
         super().__post_init__()
         if not any(self.init_from.sources.values()):
             raise ConfigError("init_from.path=None: name the run or model to fine-tune, with --init-from.path PATH")
+        if self.lora.rank and self.model.tofc is not None:
+            raise ConfigError(f"lora.rank={self.lora.rank}: adapters alone do not train the codec (model.tofc); use 0")
 
     @property
     def adapters(self) -> LoraConfig | None:

@@ -38,12 +38,12 @@ ALLOWED = {
     "checkpoint": {"errors", "sharding"},
     "interop": {
         *("errors", "figures", "config", "config_file", "sharding", "models", "processing", "checkpoint", "inference"),
-        *("progress", "directory_lock"),
+        *("progress", "directory_lock", "tofc"),
     },
     "inference": {"errors", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "figures", "chips", "config", "config_file", "sharding", "distributed", "models", "data"),
-        *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock", "progress"),
+        *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock", "progress", "tofc"),
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
@@ -54,7 +54,7 @@ ALLOWED = {
     "rewards": {"errors", "data", "processing", "inference", "rollouts", "tasks"},
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
-        *("progress", "rollouts", "tasks", "rewards"),
+        *("progress", "rollouts", "tasks", "rewards", "tofc"),
     },
     "post_training": {
         *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),

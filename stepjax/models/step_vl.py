@@ -58,7 +58,7 @@ class StepVL(nnx.Module):
         return self._received(rate.features_NC.reshape(x_BFZ.shape))
 
     def merged_views(self, views_MHWC: Float[Array, "M H H 3"]) -> Float[Array, "M Q Z"]:
-        """The device's part of a model with a codec: pixels [M, side, side, 3] to float32 features [M, Q, Z] to code."""
+        """The device's part of a model with a codec: pixels [M, side, side, 3] to float32 features [M, Q, Z]."""
         with jax.named_scope("encoder"):
             x_MPE = self.vision(views_MHWC)
         return self._merged(x_MPE).astype(jnp.float32)

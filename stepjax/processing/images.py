@@ -95,6 +95,41 @@ class UncutImage:
             write_views(crops_NHWC, _resize(self.image, self.plan.resized_size), window, self.plan.columns, self.config)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodedImage:
+    """An image of which only the features arrived: it takes its place in a prompt. Q features of a view, Z channels."""
+
+    global_view_QZ: np.ndarray
+    crops_NQZ: np.ndarray
+    plan: ViewPlan  # only the grid of crops is known
+
+    @classmethod
+    def of(cls, tiles: list[np.ndarray], columns: int, config: ImageConfig) -> "CodedImage":
+        """
+        Args:
+            tiles: float32 features [Q, Z] of the crops, row by row, and of the global view.
+            columns: of the grid of crops; 0 without crops.
+
+        Raises:
+            ImageError: no image has such views.
+        """
+        *crops, global_view_QZ = tiles
+        rows, rest = divmod(len(crops), columns) if columns else (0, len(crops))
+        counts = {"crop": {len(tile) for tile in crops} - {config.crop_tokens}}
+        counts["global view"] = {len(global_view_QZ)} - {config.global_tokens}
+        if rest or (columns and not rows) or any(counts.values()):
+            sizes = ", ".join(str(len(tile)) for tile in tiles[:8])
+            raise ImageError(
+                f"coded image: {len(crops)} crops in {columns} columns and a global view, of {sizes} features; this "
+                f"model's crops have {config.crop_tokens} and global views {config.global_tokens}"
+            )
+        if config.max_crops is not None and len(crops) > config.max_crops:
+            raise ImageError(f"coded image: {len(crops)} crops, over images.max_crops={config.max_crops}")
+        empty = np.zeros((0, config.crop_tokens, global_view_QZ.shape[1]), np.float32)
+        plan = ViewPlan((0, 0), (0, 0), (0, 0), (0, 0), window=0, columns=columns, rows=rows)
+        return cls(global_view_QZ, np.stack(crops) if crops else empty, plan)
+
+
 def plan_views(width: int, height: int, config: ImageConfig) -> ViewPlan:
     """Decides the views of an image of `width` x `height` pixels.
 

@@ -10,7 +10,8 @@ these its synthesis gives a mean and a scale for every channel. Sent are the exp
 The mean is a multiple of 1/16, an integer like the scale's index (see `stepjax.tofc.tables`): receivers agree on x' to
 the bit. The same features give the same bytes on every machine and in every batch, too.
 
-    frame    0xF1: magic and version | 4 bytes of the model's SHA-256 | tiles | for each: features, bytes | the tiles
+    frame    0xF1: magic and version | 4 bytes of the model's SHA-256 | tiles | columns | for each tile: features, bytes
+             | the tiles
     tile     experts, digits of one integer | length, latents | length, escapes | residuals | CRC-32
 
 Numbers are varints. A tile's CRC continues that of the tile before, the first's that of the header: a tile or a
@@ -50,12 +51,16 @@ class Frame(NamedTuple):
     """A frame whose header and checksums hold."""
 
     model: str  # `Tables.id`
+    columns: int  # of the grid of crops, which are tiles row by row; 0 without a grid
     features: tuple[int, ...]  # of every tile
     payloads: tuple[bytes, ...]
 
 
-def encode(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray) -> bytes:
+def encode(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray, *, columns: int = 0) -> bytes:
     """A frame of tiles [N, C], which may differ in N; an array [tiles, N, C] is a sequence of them.
+
+    Args:
+        columns: see `Frame`.
 
     Raises:
         BitstreamError: a tile has another shape, or a value that is not finite or too far from the others.
@@ -72,7 +77,8 @@ def encode(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray) -> bytes:
     codes = [np.split(part, ends[:-1]) for part in analyse(tables, np.concatenate(tiles))]
     payloads = [_encode_tile(tables, *(part[tile] for part in codes)) for tile in range(len(tiles))]
     lengths = [varint(len(tile)) + varint(len(payload)) for tile, payload in zip(tiles, payloads, strict=True)]
-    header = bytes([MAGIC | VERSION]) + bytes.fromhex(tables.id) + varint(len(tiles)) + b"".join(lengths)
+    header = bytes([MAGIC | VERSION]) + bytes.fromhex(tables.id) + varint(len(tiles)) + varint(columns)
+    header += b"".join(lengths)
     frame, crc = bytearray(header), zlib.crc32(header)
     for payload in payloads:
         crc = zlib.crc32(payload, crc)
@@ -97,6 +103,7 @@ def parse(data: bytes, *, limits: Limits | None = None) -> Frame:
         raise UnknownModelError(f"frame of version {data[0] & 15}: this receiver reads version {VERSION}")
     num_tiles, position = read_varint(data, 1 + _HASH_BYTES)
     _check_limit("tiles", num_tiles, limits.tiles)
+    columns, position = read_varint(data, position)
     features, lengths = [], []
     for _ in range(num_tiles):
         count, position = read_varint(data, position)
@@ -114,7 +121,7 @@ def parse(data: bytes, *, limits: Limits | None = None) -> Frame:
             raise CorruptStreamError(f"tile {tile}: its checksum does not match; send it again")
         position, crc = position + length + _CRC_BYTES, sent
         payloads.append(payload)
-    return Frame(bytes(data[1 : 1 + _HASH_BYTES]).hex(), tuple(features), tuple(payloads))
+    return Frame(bytes(data[1 : 1 + _HASH_BYTES]).hex(), columns, tuple(features), tuple(payloads))
 
 
 def decode(tables: Tables | Sequence[Tables], data: bytes, *, limits: Limits | None = None) -> list[np.ndarray]:

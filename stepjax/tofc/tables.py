@@ -166,7 +166,8 @@ class Tables:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         metadata = {"format": FORMAT, "origin": self.origin, "sha256": self.sha256}
-        Path(path).write_bytes(save({name: np.ascontiguousarray(a) for name, a in self.arrays.items()}, metadata))
+        file = Path(path) if isinstance(path, str) else path
+        file.write_bytes(save({name: np.ascontiguousarray(a) for name, a in self.arrays.items()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tables":

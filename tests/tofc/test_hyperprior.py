@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from stepjax.config import TofcConfig
 from stepjax.errors import ConfigError
 from stepjax.tofc import codec
-from stepjax.config import TofcConfig
 from stepjax.tofc.hyperprior import Hyperprior, Tofc, balance_sum, freeze, histogram_bits, laplace_bits
 from stepjax.tofc.tables import LIMIT, MAX_LATENT, SCALES, UNIT
 

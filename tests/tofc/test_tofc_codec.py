@@ -74,7 +74,7 @@ def test_what_is_decoded_is_what_was_coded(tables, frame, decoded, sample_featur
 
 def test_the_header_is_a_few_bytes(tables, frame):
     payloads = parse(frame).payloads
-    assert len(frame) - sum(map(len, payloads)) == 1 + 4 + 1 + sum(1 + len(varint(len(p))) + 4 for p in payloads)
+    assert len(frame) - sum(map(len, payloads)) == 1 + 4 + 1 + 1 + sum(1 + len(varint(len(p))) + 4 for p in payloads)
 
 
 def test_a_tiles_bytes_do_not_depend_on_its_batch(tables, sample_features):
@@ -255,7 +255,7 @@ def test_limits_are_the_receivers(tables, frame):
 def sealed(model, tiles, count=None):
     """A frame with right checksums around any payloads; tiles are pairs of the features said and the payload."""
     lengths = b"".join(varint(features) + varint(len(payload)) for features, payload in tiles)
-    header = bytes([0xF1]) + bytes.fromhex(model) + varint(len(tiles) if count is None else count) + lengths
+    header = bytes([0xF1]) + bytes.fromhex(model) + varint(len(tiles) if count is None else count) + b"\0" + lengths
     frame, crc = header, zlib.crc32(header)
     for _, payload in tiles:
         crc = zlib.crc32(payload, crc)
