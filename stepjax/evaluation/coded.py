@@ -46,7 +46,7 @@ def evaluate_coded(
         frames.append(len(made.frame))
         payloads.append(sum(map(len, codec.parse(made.frame).payloads)))
         times.append((made.encoder, made.coder))
-        features.extend(device.features(pixels)[0])
+        features.extend(made.tiles)
         return decode_image(device.tables, made.frame, processor.image_config)
 
     report = evaluate(model, processor, config, seed=seed, open_image=coded)

@@ -69,7 +69,7 @@ class TofcEncode:
         for path, name in zip(self.images, names, strict=True):
             image = open_image(path, name=path)
             device.features(image)  # compiles, where that is not done yet
-            frame, encoder, coder = device.encode(image)
+            frame, _, encoder, coder = device.encode(image)
             target = self.out if len(names) == 1 else self.out / f"{name}.tofc"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(frame)

@@ -39,6 +39,7 @@ class Encoded(NamedTuple):
     """A frame, and the milliseconds that it took."""
 
     frame: bytes
+    tiles: list[np.ndarray]  # the features that were coded
     encoder: float  # views cut, encoded and merged
     coder: float  # features to bytes
 
@@ -125,7 +126,7 @@ class Device:
         tiles, columns = self.features(image)
         encoded = time.perf_counter()
         frame = codec.encode(self.tables, tiles, columns=columns)
-        return Encoded(frame, 1e3 * (encoded - began), 1e3 * (time.perf_counter() - encoded))
+        return Encoded(frame, tiles, 1e3 * (encoded - began), 1e3 * (time.perf_counter() - encoded))
 
     def _run(self, kind: str, views_MSSC: np.ndarray) -> list[np.ndarray]:
         tiles = []
