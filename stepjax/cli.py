@@ -94,15 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # a Python caller's, or a second Ctrl-C during a clean shutdown
         print(f"stepjax {verb}: stopped by SIGINT", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        if (error.name or "stepjax").partition(".")[0] in ("stepjax", "pallas_kernels"):
-            raise
-        problem = f"{error.name} is not installed: a device's installation only encodes; pip install 'stepjax[cpu]'"
     except Exception as error:
-        import traceback
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing not in ("", "stepjax", "pallas_kernels"):
+            problem = f"{missing} is not installed: pip install 'stepjax[cpu]', or with tpu, cuda13 or serve in its place"
+        else:
+            import traceback
 
-        traceback.print_exc()
-        problem = f"internal error, please report it: {type(error).__name__}: {error}"
+            traceback.print_exc()
+            problem = f"internal error, please report it: {type(error).__name__}: {error}"
     print(f"stepjax {verb}: {printable(problem)}", file=sys.stderr)  # it may quote untrusted text
     return 1
 
