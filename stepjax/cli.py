@@ -97,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if missing not in ("", "stepjax", "pallas_kernels"):
-            problem = f"{missing} is not installed: pip install 'stepjax[cpu]', or with tpu, cuda13 or serve in its place"
+            problem = (
+                f"{missing} is not installed: pip install 'stepjax[cpu]', or with tpu, cuda13 or serve in its place"
+            )
         else:
             import traceback
 

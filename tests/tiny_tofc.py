@@ -6,6 +6,7 @@ from tiny_recipe import config as tiny
 
 from stepjax.config import (
     BatchConfig,
+    EvaluationConfig,
     ImageConfig,
     InitConfig,
     LoggingConfig,
@@ -36,5 +37,6 @@ config = SftConfig(
         "batch": batch,
         "schedule": ScheduleConfig(phases=(Phase(tokens=STEPS * batch.rows * batch.tokens, start=3e-3, end=3e-4),)),
         "logging": LoggingConfig(every=2),
+        "evaluation": EvaluationConfig(),
     }
 )

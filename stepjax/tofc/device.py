@@ -11,6 +11,7 @@ A run leaves two files for its device, in RUN/tofc, which can be copied there al
 
 import json
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +71,15 @@ def pack(
     """
     arrays = {_PARAMETER + name: np.ascontiguousarray(array) for name, array in parameters.items()}
     arrays |= {_PROGRAM + name: np.frombuffer(program, np.uint8) for name, program in programs.items()}
-    return save(arrays, {"format": FORMAT, "codec": tables.sha256, "images": json.dumps(images)})
+    checksum = str(_checksum(arrays))
+    return save(arrays, {"format": FORMAT, "codec": tables.sha256, "images": json.dumps(images), "crc32": checksum})
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
+    return crc
 
 
 class Device:
@@ -92,6 +101,8 @@ class Device:
             raise CheckpointError(f"{path}: cannot be read: {error}; copy it again") from None
         if metadata.get("format") != FORMAT or metadata.get("codec") != self.tables.sha256:
             raise CheckpointError(f"{path}: does not go with {CODEC} beside it; copy both from one run again")
+        if metadata.get("crc32") != str(_checksum(arrays)):
+            raise CheckpointError(f"{path}: its checksum is not that of its contents; copy it again")
         self.images = ImageConfig(**{name: _hashable(value) for name, value in json.loads(metadata["images"]).items()})
         self._parameters = {
             name.removeprefix(_PARAMETER): jax.device_put(array)

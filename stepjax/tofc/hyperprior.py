@@ -196,7 +196,8 @@ class Hyperprior(nnx.Module):
         mean_C, deviation_C = jnp.mean(x_NC, axis=0, where=where_N1), jnp.std(x_NC, axis=0, where=where_N1)
         # A channel that hardly varies must not have steps so small that noise is worth bits.
         smallest = jnp.maximum(1e-2 * jnp.sqrt(jnp.mean(jnp.square(deviation_C))), 1e-6)
-        self.offset[...], self.spread[...] = mean_C, jnp.maximum(deviation_C, smallest)
+        self.offset[...] = mean_C.astype(self.offset.dtype)
+        self.spread[...] = jnp.maximum(deviation_C, smallest).astype(self.spread.dtype)
 
     def __call__(
         self,
@@ -288,6 +289,7 @@ class Tofc(nnx.Module):
                 x_NF = jnp.where(views_M[:, None, None], x_MNF.astype(jnp.float32), 0.0).reshape(-1, x_MNF.shape[-1])
                 products_FF += jnp.matmul(x_NF.T, x_NF, precision=jax.lax.Precision.HIGHEST)
             basis_FC = jnp.linalg.eigh(products_FF)[1][:, ::-1][:, : self.config.channels]
+            basis_FC = basis_FC.astype(self.down.dtype)
             self.down[...], self.up[...] = basis_FC, basis_FC.T
         parts = [(self.merged(x_MNF, count), views_M) for x_MNF, count, views_M in kinds]
         x_NC = jnp.concatenate([x_MKC.reshape(-1, self.config.channels) for x_MKC, _ in parts])

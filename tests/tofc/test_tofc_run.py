@@ -82,7 +82,7 @@ def run(finished_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     start = ["--init-from.decoder", str(finished_run.directory)]
     with _quick_runs():
-        status = main(["tofc", "train", str(RECIPE), "--out", str(out), *start, "--evaluation.sources"])
+        status = main(["tofc", "train", str(RECIPE), "--out", str(out), *start])
     assert status == 0
     return out / "tiny_tofc"
 
@@ -344,6 +344,10 @@ def test_runs_that_cannot_be_used_are_refused(run, finished_run, tmp_path, capsy
     with pytest.raises(CheckpointError, match=r"is not that of .*/checkpoints/8"):
         load_codec(OrbaxDirectory(copy))
     tensors = load_file(copy / "tofc/device.safetensors")
+    data = (copy / "tofc/device.safetensors").read_bytes()
+    (copy / "tofc/device.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its checksum is not that of its contents"):
+        Device(copy)
     (copy / "tofc/device.safetensors").write_bytes((copy / "tofc/codec.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="does not go with codec.safetensors beside it"):
         Device(copy)
