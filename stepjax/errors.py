@@ -68,7 +68,15 @@ class BitstreamError(StepjaxError):
 
 
 class CorruptStreamError(BitstreamError):
-    """Coded features are truncated or damaged: send them again."""
+    """Coded features are truncated or damaged: send them again.
+
+    Attributes:
+        tile: the first damaged tile, where the damage is within one.
+    """
+
+    def __init__(self, message: str, *, tile: int | None = None):
+        super().__init__(message)
+        self.tile = tile
 
 
 class StreamLimitError(BitstreamError):

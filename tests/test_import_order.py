@@ -66,6 +66,7 @@ ALLOWED = {
     },
     "serving": {
         *("rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore", "web"),
+        "tofc",
     },
     "cli": None,  # the top: may import all
 }

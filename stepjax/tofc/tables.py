@@ -124,6 +124,11 @@ class Tables:
         return self.sha256[:8]
 
     @property
+    def features_id(self) -> str:
+        """The first four bytes of the origin's SHA-256, in hexadecimal: what a frame of raw features carries."""
+        return hashlib.sha256(self.origin.encode()).hexdigest()[:8]
+
+    @property
     def channels(self) -> int:
         return len(self.arrays["offset"])
 
