@@ -95,6 +95,26 @@ class UnknownModelError(BitstreamError):
         self.accepted = tuple(accepted)
 
 
+class AnswerError(StepjaxError):
+    """A server has not answered a device.
+
+    Attributes:
+        attempts: what was tried (`stepjax.tofc.client.Attempt`), in order.
+    """
+
+    def __init__(self, message: str, attempts: Sequence[object] = ()):
+        super().__init__(message)
+        self.attempts = tuple(attempts)
+
+
+class RefusedError(AnswerError):
+    """The server refuses the question, or every form of its image."""
+
+
+class UnreachableError(AnswerError):
+    """The server does not answer, is too busy, or fails; it may answer later."""
+
+
 def require(section: str, config: object, **checks: tuple[bool, str]) -> None:
     """Raises ConfigError for the first field whose check fails.
 

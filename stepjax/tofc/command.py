@@ -1,6 +1,7 @@
 """`stepjax tofc ...`: train a codec, encode images as a device, decode and answer as a server, measure both."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -12,7 +13,10 @@ from stepjax.errors import ConfigError
 from stepjax.evaluation.command import Eval, show
 from stepjax.figures import printable
 from stepjax.inference.request import SamplingParams
+from stepjax.tofc.client import Policy
 from stepjax.training.command import Sft
+
+KEY_VARIABLE = "STEPJAX_API_KEY"
 
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -193,5 +197,51 @@ class TofcEvaluate(Eval):
             f"{sizes['pictures']} pictures: {sizes['bytes']:.1f} bytes on average, 95th percentile "
             f"{sizes['bytes_95']:.0f}; {sizes['payload']:.1f} without headers and checksums, where training estimates "
             f"{sizes['estimate']:.1f}; {sizes['encoder_ms']:.1f} + {sizes['coder_ms']:.1f} ms (encoder, coder)"
+        )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TofcAsk:
+    """Ask a server about an image as a device does: encode it, send the frame, print the answer, bytes and times.
+
+    If the server cannot read the frame, the image follows as int8 features, then as JPEG. STEPJAX_API_KEY is sent as
+    the key. It needs what `stepjax tofc encode` needs.
+    """
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]  # such as http://192.168.0.7:8000/v1
+    directory: Run  # a run, or a copy of its directory `tofc`
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]  # an image file
+    prompt: str  # the question
+    max_tokens: int = 64  # of the answer
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0
+    thinking: bool | None = None  # start with reasoning, or skip it; None: the server's default
+    policy: Annotated[Policy, tyro.conf.arg(name="")] = Policy()
+
+    def run(self) -> int:
+        """
+        Raises:
+            AnswerError: the server refuses, or does not answer; see its subclasses.
+            StepjaxError: the run, the image or the URL cannot be used.
+        """
+        from stepjax.processing.image_files import open_image
+        from stepjax.tofc.client import ask
+        from stepjax.tofc.device import Device
+
+        device, image = Device(self.directory), open_image(self.image, name=self.image)
+        device.features(image)  # compiles, where that is not done yet
+        fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
+        if self.thinking is not None:
+            fields["chat_template_kwargs"] = {"enable_thinking": self.thinking}
+        key = (os.environ.get(KEY_VARIABLE) or "").partition(",")[0].strip() or None
+        answer = ask(self.url, device, image, self.prompt, policy=self.policy, api_key=key, **fields)
+        print(printable(answer.text) if sys.stdout.isatty() else answer.text)
+        for attempt in answer.attempts[:-1]:
+            print(f"{attempt.kind}: {attempt.sent:,} bytes, {printable(attempt.reason)}", file=sys.stderr)
+        print(
+            f"{answer.kind}: {answer.attempts[-1].sent:,} bytes sent; encoded in {answer.encode_ms:.1f} ms, sent in "
+            f"{answer.send_ms:.1f} ms, answered in {answer.answer_ms:.1f} ms",
+            file=sys.stderr,
         )
         return 0
