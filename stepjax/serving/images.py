@@ -17,7 +17,7 @@ from stepjax.errors import ImageError, ImageSizeError, LimitError
 from stepjax.interop.text_processor import AnyProcessor, TextProcessor
 from stepjax.processing import bounded
 from stepjax.processing.image_files import decode_base64, pixels_of, size_of, split_data_uri
-from stepjax.processing.images import CodedImage, ViewPlan, make_views, plan_views
+from stepjax.processing.images import ViewPlan, make_views, plan_views
 from stepjax.serving.errors import ApiError, invalid
 from stepjax.serving.schemas import ChatRequest, Features, FeaturesPart, ImagePart, ViewsRequest
 from stepjax.serving.settings import Limits
@@ -125,12 +125,10 @@ def plan_of(data: bytes, config: ImageConfig, limits: Limits, where: str, frame:
         raise invalid(f"{where}: {error}", where, "invalid_image") from None
 
 
-def opener(limits: Limits) -> Callable[..., Image.Image | CodedImage]:
-    """`image_files.open_image` with the limits on requests. Coded images are open already."""
+def opener(limits: Limits) -> Callable[..., Image.Image]:
+    """`image_files.open_image` with the limits on requests."""
 
-    def open_image(source: bytes | CodedImage, *, name: str, frame: int | None = None) -> Image.Image | CodedImage:
-        if isinstance(source, CodedImage):
-            return source
+    def open_image(source: bytes, *, name: str, frame: int | None = None) -> Image.Image:
         size, pixels = _bounded(pixels_of, source, limits, name, frame)
         return Image.frombytes("RGB", size, pixels)
 

@@ -116,18 +116,19 @@ class PromptMaker:
 
     def _chat(self, request: ChatRequest, files: dict[images.Place, bytes]) -> Example:
         coded = images.coded_images(request)
-        opened = {place: self._receiver.image(files[place], images.name_of_coded(place)) for place in coded} or files
+        opened = {place: self._receiver.image(files[place], images.name_of_coded(place)) for place in coded}
+        open_image = (lambda image, **_: image) if coded else images.opener(self._limits)
         options = request.chat_template_kwargs
         # This server ignores `strict`.
         tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in request.tools or ()]
         try:
             return self._processor.process_prompt(
-                [_message(message, index, opened) for index, message in enumerate(request.messages)],
+                [_message(message, index, opened or files) for index, message in enumerate(request.messages)],
                 tools=tools if request.uses_tools else None,
                 enable_thinking=options.enable_thinking if options else None,
                 max_tokens=self._max_tokens,
                 name="messages",
-                **({"open_image": images.opener(self._limits)} if files else {}),
+                **({"open_image": open_image} if files else {}),
             )
         except RecordError as error:
             if isinstance(error.__cause__, ImageError):
