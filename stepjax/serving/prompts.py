@@ -80,7 +80,7 @@ class PromptMaker:
             raise TooLongError(str(error), param=where, excess=error.excess) from None
 
     async def _files(self, request: ChatRequest, fetched: dict[str, bytes]) -> dict[images.Place, bytes]:
-        files = {}
+        files, coded = {}, images.coded_images(request)
         for place, url in images.image_urls(request, self._limits, allow_remote=self._fetcher is not None).items():
             if images.is_data_uri(url):
                 files[place] = await self._threads.run(images.data_uri_bytes, url, self._limits, images.name_of(place))
@@ -93,7 +93,7 @@ class PromptMaker:
                     where = images.name_of(place)
                     raise ApiError(error.status, f"{where}: {error}", param=where, code=error.code) from error
             files[place] = fetched[url]
-        for place, features in images.coded_images(request).items():
+        for place, features in coded.items():
             where = images.name_of_coded(place)
             files[place] = await self._threads.run(self._receiver.data, features, where)
         return files

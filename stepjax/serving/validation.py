@@ -60,7 +60,7 @@ def parse_with_streams(body: bytes, max_values: int) -> dict[str, Any]:
             if not isinstance(features, dict) or "bytes" not in features:
                 continue
             where, size = f"messages[{i}].content[{j}].features.bytes", features.pop("bytes")
-            if not isinstance(size, int) or not 0 <= size <= len(rest) - position or "data" in features:
+            if type(size) is not int or not 0 <= size <= len(rest) - position or "data" in features:
                 left = len(rest) - position
                 raise invalid(f"{where}={_SHORT.repr(size)}: give the stream's size; {left} bytes are left", where)
             features["data"] = rest[position : position + size]

@@ -72,6 +72,8 @@ class Attempt(NamedTuple):
 class Answer(NamedTuple):
     """
     Attributes:
+        text: without reasoning.
+        finish_reason: "length" if it is cut off by `max_tokens`, perhaps within its reasoning.
         kind: what the server read.
         attempts: all requests, in order; the last one is the answer's.
         encode_ms: on the device, of all kinds that were sent.
@@ -80,6 +82,7 @@ class Answer(NamedTuple):
     """
 
     text: str
+    finish_reason: str
     kind: Kind
     attempts: tuple[Attempt, ...]
     encode_ms: float
@@ -119,8 +122,8 @@ def ask(
             if kind != "jpeg" and features is None:
                 features = device.features(image)
             media_type, body = _body(kind, device.tables, features, image, prompt, fields, policy.jpeg_quality)
-        except BitstreamError as error:
-            reason = str(error)
+        except BitstreamError as unfit:
+            reason = str(unfit)
             attempts.append(Attempt(kind, 0, None, reason))
             continue
         finally:
@@ -129,8 +132,8 @@ def ask(
             reply = server.post(media_type, body, end - time.monotonic())
             if reply.status == 200:
                 attempts.append(Attempt(kind, len(body), 200, ""))
-                text = _text(reply.fields, attempts)
-                return Answer(text, kind, tuple(attempts), encode_ms, reply.send_ms, reply.answer_ms)
+                text, finish = _text(reply.fields, attempts)
+                return Answer(text, finish, kind, tuple(attempts), encode_ms, reply.send_ms, reply.answer_ms)
             error = reply.error
             reason = str(error.get("message") or f"status {reply.status}")
             attempts.append(Attempt(kind, len(body), reply.status, str(error.get("code") or reason)))
@@ -183,9 +186,11 @@ def _body(
     return ("application/octet-stream", line + b"\n" + stream) if stream else ("application/json", line)
 
 
-def _text(fields: dict[str, Any], attempts: list[Attempt]) -> str:
+def _text(fields: dict[str, Any], attempts: list[Attempt]) -> tuple[str, str]:
+    """The answer, and why it ends."""
     try:
-        return str(fields["choices"][0]["message"]["content"] or "")
+        choice = fields["choices"][0]
+        return str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
     except (KeyError, IndexError, TypeError):
         raise RefusedError("the reply is not a chat completion", tuple(attempts)) from None
 
@@ -229,7 +234,8 @@ class _Server:
             return _failed("the time is up")
         connection = self._connect(seconds)
         # A socket's timeout is of one operation: a server that trickles would take for ever.
-        timer = threading.Timer(seconds, _shut, [connection])
+        is_over = threading.Event()
+        timer = threading.Timer(seconds, _shut, [connection, is_over])
         timer.daemon = True
         timer.start()
         began = time.perf_counter()
@@ -246,6 +252,8 @@ class _Server:
             ended = time.perf_counter()
             if len(data) > _MAX_REPLY:
                 return _failed(f"the reply is larger than {_MAX_REPLY} bytes")
+            if is_over.is_set() or response.length:
+                return _failed("the time is up" if is_over.is_set() else "the reply ends early")
             after = response.headers.get("retry-after", "")
         except (OSError, http.client.HTTPException, ValueError) as error:
             return _failed(str(error) or type(error).__name__)
@@ -255,6 +263,8 @@ class _Server:
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
+            if response.status == 200:
+                return _failed("the reply is not JSON")
             fields = None
         fields = fields if isinstance(fields, dict) else {}
         pause = float(after) if after.isdecimal() else 0.0
@@ -265,7 +275,8 @@ def _failed(reason: str) -> _Reply:
     return _Reply(None, {"error": {"message": reason}})
 
 
-def _shut(connection: http.client.HTTPConnection) -> None:
+def _shut(connection: http.client.HTTPConnection, is_over: threading.Event) -> None:
+    is_over.set()
     sock = connection.sock
     if sock is not None:
         try:

@@ -237,6 +237,8 @@ class TofcAsk:
         key = (os.environ.get(KEY_VARIABLE) or "").partition(",")[0].strip() or None
         answer = ask(self.url, device, image, self.prompt, policy=self.policy, api_key=key, **fields)
         print(printable(answer.text) if sys.stdout.isatty() else answer.text)
+        if answer.finish_reason == "length":
+            print(f"(cut off after --max-tokens {self.max_tokens})", file=sys.stderr)
         for attempt in answer.attempts[:-1]:
             print(f"{attempt.kind}: {attempt.sent:,} bytes, {printable(attempt.reason)}", file=sys.stderr)
         print(
