@@ -223,11 +223,11 @@ def test_a_tile_of_another_frame_does_not_fit(tables, sample_features):
     frames = {}
     for tile in x_NC:
         data = encode(tables, [tile, x_NC[0]])
-        frames.setdefault(data[:10], []).append(data)
+        frames.setdefault(data[:11], []).append(data)
     one, other = next(same for same in frames.values() if len(same) > 1)[:2]
     length = len(parse(one).payloads[0]) + 4
     with pytest.raises(CorruptStreamError, match="tile 1: its checksum"):
-        decode(tables, one[:10] + other[10 : 10 + length] + one[10 + length :])
+        decode(tables, one[:11] + other[11 : 11 + length] + one[11 + length :])
 
 
 def test_an_unknown_model_is_named_with_those_that_are_known(tables, frame):
