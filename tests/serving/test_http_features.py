@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import http.server
 import json
+import re
 import threading
 import time
 import zlib
@@ -21,12 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from running_server import chat_body, picture, running
 from tiny_tofc import config as tiny
 
+from stepjax.cli import main
 from stepjax.config import NumericsConfig, TokenizerConfig
 from stepjax.errors import RefusedError, UnreachableError
 from stepjax.inference.async_engine import AsyncEngine
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
+from stepjax.interop.codec_files import _OF_DEVICE, device_programs
 from stepjax.interop.text_processor import TextProcessor
 from stepjax.models.step_vl import abstract_model
 from stepjax.processing.images import make_views
@@ -36,8 +39,11 @@ from stepjax.serving import features
 from stepjax.serving.errors import ApiError
 from stepjax.serving.schemas import Features
 from stepjax.serving.settings import Limits
+from stepjax.sharding import named_leaves
 from stepjax.tofc import client, codec
+from stepjax.tofc import device as files
 from stepjax.tofc.client import Policy, ask
+from stepjax.tofc.device import CODEC, DEVICE, pack
 from stepjax.tofc.hyperprior import freeze
 from stepjax.tofc.range_coder import varint
 from stepjax.tofc.server import decode_image
@@ -524,3 +530,22 @@ def test_addresses_and_policies_that_cannot_be_used(device):
     with pytest.raises(UnreachableError) as failed:
         ask("http://127.0.0.1:9/v1", broken, photo(0), "What?", policy=Policy(resends=0))
     assert [each.kind for each in failed.value.attempts] == ["stream", "int8", "jpeg"]
+
+
+def test_the_command_asks_and_says_what_it_cost(edge, model, device, tmp_path, capsys):
+    """With a device's own files; its program gives the features that the model does."""
+    images = dataclasses.asdict(tiny.images)
+    del images["most_tokens"]
+    parameters = {name: np.asarray(leaf[...]) for name, leaf in named_leaves(model).items() if _OF_DEVICE.match(name)}
+    programs = device_programs(dataclasses.replace(tiny, model=model.config))
+    device.tables.save(tmp_path / CODEC)
+    (tmp_path / DEVICE).write_bytes(pack(parameters, programs, images, device.tables))
+    photo(5).save(tmp_path / "a.png")
+    for ours, theirs in zip(files.Device(tmp_path).features(photo(5))[0], device.features(photo(5))[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    words = ["tofc", "ask", f"{edge.url}/v1", str(tmp_path), str(tmp_path / "a.png"), "--prompt", "What is it?"]
+    assert main([*words, "--max-tokens", "6", "--thinking", "False"]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() and re.search(r"stream: \d+ bytes sent; encoded in [\d.]+ ms, sent in", told.err), told
+    assert main([*words, "--kinds", "jpeg", "--jpeg-quality", "20", "--max-tokens", "999"]) == 1
+    assert "999" in capsys.readouterr().err

@@ -37,11 +37,13 @@ from stepjax.models.step_vl import init_model
 from stepjax.processing.image_files import open_image
 from stepjax.processing.images import make_views
 from stepjax.processing.processor import Processor
+from stepjax.serving.command import _codec
 from stepjax.sharding import make_mesh, named_leaves, shardings
 from stepjax.tofc import codec
 from stepjax.tofc.codec import Limits
 from stepjax.tofc.device import Device
 from stepjax.tofc.server import decode_image
+from stepjax.tofc.tables import Tables
 from stepjax.training.loop import pretrain
 from stepjax.training.step import calibrated, forward, make_train_step, new_state
 
@@ -376,3 +378,9 @@ def test_encoding_loads_neither_training_nor_decoder_nor_server(run, pictures, t
     frame = (tmp_path / "x").read_bytes()
     assert codec.parse(frame).model == device.tables.id
     assert decode_image(device.tables, frame, TINY.images, limits=Limits(frame_bytes=1000)).plan.num_crops == 0
+
+
+def test_a_server_of_the_run_reads_its_streams_once_it_has_ended(run, tmp_path, caplog):
+    assert _codec(str(run)).id == Tables.load(run / "tofc" / "codec.safetensors").id
+    shutil.copytree(run, tmp_path / "going_on", ignore=shutil.ignore_patterns("tofc"))
+    assert _codec(str(tmp_path / "going_on")) is None and "features of devices are refused" in caplog.text
