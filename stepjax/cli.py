@@ -34,6 +34,11 @@ VERBS = {
     "pacore run": "stepjax.pacore.command:PacoreRun",
     "pacore serve": "stepjax.serving.command:PacoreServe",
     "pacore trace": "stepjax.pacore.command:PacoreTrace",
+    "tofc train": "stepjax.tofc.command:TofcTrain",
+    "tofc encode": "stepjax.tofc.command:TofcEncode",
+    "tofc decode": "stepjax.tofc.command:TofcDecode",
+    "tofc evaluate": "stepjax.tofc.command:TofcEvaluate",
+    "tofc ask": "stepjax.tofc.command:TofcAsk",
     "pacore cache": "stepjax.post_training.cache:PacoreCache",
 }
 
@@ -91,10 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stepjax {verb}: stopped by SIGINT", file=sys.stderr)
         return 130
     except Exception as error:
-        import traceback
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing not in ("", "stepjax", "pallas_kernels"):
+            problem = (
+                f"{missing} is not installed: pip install 'stepjax[cpu]', or with tpu, cuda13 or serve in its place"
+            )
+        else:
+            import traceback
 
-        traceback.print_exc()
-        problem = f"internal error, please report it: {type(error).__name__}: {error}"
+            traceback.print_exc()
+            problem = f"internal error, please report it: {type(error).__name__}: {error}"
     print(f"stepjax {verb}: {printable(problem)}", file=sys.stderr)  # it may quote untrusted text
     return 1
 

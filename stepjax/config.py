@@ -19,6 +19,9 @@ RematPolicy = Literal["none", "full", "dots", "attention", "qkv"]
 AttentionImplementation = Literal["auto", "xla", "tpu", "gpu"]
 Activation = Literal["quick_gelu", "gelu"]
 Resize = Literal["bilinear", "bicubic"]
+Merging = Literal["density", "uniform"]
+
+MAX_HIDDEN = 512  # the widest layer of an entropy model whose sums of 8-bit products are sure to be exact in float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,50 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TofcConfig:
+    """Which features of a view a device sends, how many, and how they are coded (stepjax.tofc).
+
+    The paper's abstract gives the stages; the widths, the temperatures and both weights are our own (unconfirmed).
+    """
+
+    width: int = 6144  # channels of the features that the encoder's down-samplers give: 4 x vision.width
+    bottleneck: int | None = None  # channels that are merged and coded, by a learned map; None: all, without a map
+    merging: Merging = "density"  # density peaks, or the means of equal rectangles of the grid
+    neighbours: int = 5  # of a feature, itself included, whose distances make its density
+    global_clusters: int = 32  # features sent of a global view, if it has more
+    crop_clusters: int = 16  # of a crop
+    experts: int = 16
+    hidden: int = 128  # width of the hidden layers of the router and of the experts
+    latents: int | None = None  # values of side information a feature; None: a sixteenth of its channels
+    initial_step: float = 0.5  # quantisation step at the start, in standard deviations of the channel
+    temperature: float = 1.0  # of the router's softmax at the start; it falls to the last one by half of the run
+    last_temperature: float = 0.02
+    rate_weight: float = 1e-3  # lambda: loss in nats a bit per channel
+    balance_weight: float = 1e-2
+
+    def __post_init__(self):
+        require_positive("tofc", self, "width", "neighbours", "global_clusters", "crop_clusters", "hidden")
+        require_positive("tofc", self, "initial_step", "temperature", "last_temperature")
+        require_not_negative("tofc", self, "rate_weight", "balance_weight")
+        if self.bottleneck is not None:
+            require("tofc", self, bottleneck=(0 < self.bottleneck <= self.width, f"must be 1 to width {self.width}"))
+        require("tofc", self, experts=(1 <= self.experts <= 256, "must be 1 to 256"))
+        is_exact = self.hidden <= MAX_HIDDEN
+        require("tofc", self, hidden=(is_exact, f"must be at most {MAX_HIDDEN}: sums would not be exact"))
+        if self.latents is not None:
+            require("tofc", self, latents=(1 <= self.latents <= 4096, "must be 1 to 4096"))
+
+    @property
+    def channels(self) -> int:
+        """Channels of a coded feature."""
+        return self.width if self.bottleneck is None else self.bottleneck
+
+    @property
+    def num_latents(self) -> int:
+        return max(self.channels // 16, 1) if self.latents is None else self.latents
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Encoder, projector and decoder. The defaults are STEP3-VL-10B: 10,171,750,144 parameters."""
 
@@ -86,6 +133,12 @@ class ModelConfig:
     decoder: DecoderConfig = DecoderConfig()
     projector_bias: bool = False
     init_range: float = 0.02  # standard deviation of the embeddings; matrices use 1 / sqrt(fan_in)
+    tofc: TofcConfig | None = None  # merges and codes the features of views, before the projector's matrix
+
+    def __post_init__(self):
+        if self.tofc is not None:
+            fits, width = self.tofc.width == 4 * self.vision.width, 4 * self.vision.width
+            require("model.tofc", self.tofc, width=(fits, f"must be 4 x model.vision.width = {width}"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +176,8 @@ class ImageConfig:
     max_crops: int | None = 128  # refuse images that need more crops; None: no limit
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    # The most tokens of a global view and of a crop, where the model merges them; set by `merged_for`.
+    most_tokens: tuple[int, int] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
         require_positive("images", self, "global_size", "crop_size", "patch_size", "max_side")
@@ -142,13 +197,22 @@ class ImageConfig:
 
     @property
     def global_tokens(self) -> int:
-        """Tokens of a global view after the two stride-2 convolutions (169 at 728 pixels)."""
-        return down_sampled(self.global_grid) ** 2
+        """Tokens of a global view after the two stride-2 convolutions (169 at 728 pixels), and after merging."""
+        tokens = down_sampled(self.global_grid) ** 2
+        return tokens if self.most_tokens is None else min(tokens, self.most_tokens[0])
 
     @property
     def crop_tokens(self) -> int:
         """Tokens of a crop (81 at 504 pixels)."""
-        return down_sampled(self.crop_grid) ** 2
+        tokens = down_sampled(self.crop_grid) ** 2
+        return tokens if self.most_tokens is None else min(tokens, self.most_tokens[1])
+
+    def merged_for(self, model: ModelConfig) -> "ImageConfig":
+        """The same views with as many tokens as this model makes of them. A run's images are always so."""
+        tofc, images = model.tofc, dataclasses.replace(self)
+        most = None if tofc is None else (tofc.global_clusters, tofc.crop_clusters)
+        object.__setattr__(images, "most_tokens", most)
+        return images
 
 
 def down_sampled(grid: int) -> int:
@@ -498,6 +562,11 @@ class RunConfig:
         covers = vision.position_grid == images.global_grid
         remedy = f"must equal the {images.global_grid} patches along a global view"
         require("model.vision", vision, position_grid=(covers, remedy))
+        images = images.merged_for(self.model)
+        if images.most_tokens is not None and images.crop_grid == images.global_grid:
+            is_same, remedy = len(set(images.most_tokens)) == 1, "must equal global_clusters: views have one size"
+            require("model.tofc", self.model.tofc, crop_clusters=(is_same, remedy))
+        object.__setattr__(self, "images", images)
 
     @property
     def adapters(self) -> LoraConfig | None:
@@ -532,6 +601,8 @@ class SftConfig(PretrainConfig):
         super().__post_init__()
         if not any(self.init_from.sources.values()):
             raise ConfigError("init_from.path=None: name the run or model to fine-tune, with --init-from.path PATH")
+        if self.lora.rank and self.model.tofc is not None:
+            raise ConfigError(f"lora.rank={self.lora.rank}: adapters alone do not train the codec (model.tofc); use 0")
 
     @property
     def adapters(self) -> LoraConfig | None:

@@ -68,7 +68,15 @@ class BitstreamError(StepjaxError):
 
 
 class CorruptStreamError(BitstreamError):
-    """Coded features are truncated or damaged: send them again."""
+    """Coded features are truncated or damaged: send them again.
+
+    Attributes:
+        tile: the first damaged tile, where the damage is within one.
+    """
+
+    def __init__(self, message: str, *, tile: int | None = None):
+        super().__init__(message)
+        self.tile = tile
 
 
 class StreamLimitError(BitstreamError):
@@ -85,6 +93,26 @@ class UnknownModelError(BitstreamError):
     def __init__(self, message: str, *, accepted: Sequence[str] = ()):
         super().__init__(message)
         self.accepted = tuple(accepted)
+
+
+class AnswerError(StepjaxError):
+    """A server has not answered a device.
+
+    Attributes:
+        attempts: what was tried (`stepjax.tofc.client.Attempt`), in order.
+    """
+
+    def __init__(self, message: str, attempts: Sequence[object] = ()):
+        super().__init__(message)
+        self.attempts = tuple(attempts)
+
+
+class RefusedError(AnswerError):
+    """The server refuses the question, or every form of its image."""
+
+
+class UnreachableError(AnswerError):
+    """The server does not answer, is too busy, or fails; it may answer later."""
 
 
 def require(section: str, config: object, **checks: tuple[bool, str]) -> None:

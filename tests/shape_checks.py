@@ -38,14 +38,20 @@ def check_shapes(function: Callable) -> Callable:
 
 def _check(value: Any, annotation: Any, name: str) -> None:
     if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = [each for each in get_args(annotation) if each is not type(None)][:1]
-        if value is None:
+        kinds = [each for each in get_args(annotation) if each is not type(None)]
+        if value is None or (len(kinds) > 1 and any(_is_array(value, each) for each in kinds)):
             return
+        annotation = kinds[0]
     if get_origin(annotation) is tuple:
         for each, its in zip(value, get_args(annotation), strict=False):
             _check(each, its, name)
     elif isinstance(annotation, type) and issubclass(annotation, AbstractArray):
-        if not isinstance(value, annotation.dtype[Any, annotation.dim_str]):
+        if not _is_array(value, annotation):
             raise TypeError(
                 f"{name} is {getattr(value, 'dtype', type(value))}{getattr(value, 'shape', '')}: {annotation}"
             )
+
+
+def _is_array(value: Any, annotation: Any) -> bool:
+    is_kind = isinstance(annotation, type) and issubclass(annotation, AbstractArray)
+    return is_kind and isinstance(value, annotation.dtype[Any, annotation.dim_str])

@@ -13,6 +13,8 @@ KERNELS = PACKAGE.parent / "pallas_kernels"
 
 # Checkpoints are a room of their own, below: interop reads them, and training starts from what interop reads.
 CHECKPOINT = {("training", "checkpoint"), ("training", "digests")}
+# So are the layers that the model's parts share: the codec is made of them, and the model has a codec.
+LAYERS = {("models", "layers"), ("models", "lora")}
 
 # Room -> the rooms it may import. Files directly in the package are rooms of their own name.
 ALLOWED = {
@@ -30,16 +32,18 @@ ALLOWED = {
     "web": set(),
     "processing": {"errors", "config"},
     "data": {"errors", "config", "processing"},
-    "models": {"errors", "config", "sharding", "pallas_kernels"},
+    "layers": {"errors", "config", "sharding"},
+    "tofc": {"errors", "config", "processing", "layers"},
+    "models": {"errors", "config", "sharding", "layers", "tofc", "pallas_kernels"},
     "checkpoint": {"errors", "sharding"},
     "interop": {
         *("errors", "figures", "config", "config_file", "sharding", "models", "processing", "checkpoint", "inference"),
-        *("progress", "directory_lock"),
+        *("progress", "directory_lock", "tofc"),
     },
     "inference": {"errors", "config", "sharding", "models", "processing", "pallas_kernels"},
     "training": {
         *("errors", "figures", "chips", "config", "config_file", "sharding", "distributed", "models", "data"),
-        *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock", "progress"),
+        *("processing", "pallas_kernels", "checkpoint", "interop", "directory_lock", "progress", "tofc"),
     },
     "planning": {
         *("errors", "config", "config_file", "sharding", "models", "data", "processing", "training", "xla_flags"),
@@ -50,7 +54,7 @@ ALLOWED = {
     "rewards": {"errors", "data", "processing", "inference", "rollouts", "tasks"},
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
-        *("progress", "rollouts", "tasks", "rewards"),
+        *("progress", "rollouts", "tasks", "rewards", "tofc"),
     },
     "post_training": {
         *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),
@@ -60,9 +64,9 @@ ALLOWED = {
         *("rollouts", "errors", "figures", "directory_lock", "processing", "inference", "interop", "progress"),
         *("web", "tasks"),
     },
-    "tofc": {"errors", "config", "sharding", "models"},
     "serving": {
         *("rollouts", "errors", "figures", "config", "sharding", "processing", "inference", "interop", "pacore", "web"),
+        "tofc",
     },
     "cli": None,  # the top: may import all
 }
@@ -92,7 +96,8 @@ def rooms_imported(path: Path) -> set[str]:
 def room_named(parts: Sequence[str]) -> str:
     if parts[-1].endswith("command"):  # commands stand at the top, whichever room's they are
         return "cli"
-    return "checkpoint" if tuple(parts[:2]) in CHECKPOINT else parts[0]
+    special = {"checkpoint": CHECKPOINT, "layers": LAYERS}
+    return next((room for room, files in special.items() if tuple(parts[:2]) in files), parts[0])
 
 
 def room_of(path: Path) -> str:

@@ -32,6 +32,8 @@ def _train_step(config: PretrainConfig, optimizer, schedule):
         config.schedule,
         config.optimizer,
         config.loss,
+        config.model.tofc,
+        config.images,
         config.numerics,
         len(config.data.sources),
         config.adapters,

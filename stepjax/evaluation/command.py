@@ -3,13 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from stepjax.config import DigitsSource, JsonlSource, RunConfig, Split
 from stepjax.errors import ConfigError
 from stepjax.figures import printable
+
+if TYPE_CHECKING:
+    from stepjax.evaluation.evaluate import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +32,17 @@ class Eval:
         Raises:
             StepjaxError: the run or the data cannot be used, or an option does not apply to them.
         """
-        if self.examples is not None and self.examples < 1:
-            raise ConfigError(f"--examples {self.examples}: must be at least 1")
         from stepjax.interop.load import load_run
 
         model, processor, config = load_run(self.directory)
+        config, title = self.chosen(config)
+        report(model, processor, config, self.place(config), title)
+        return 0
+
+    def chosen(self, config: RunConfig) -> tuple[RunConfig, str]:
+        """The run's configuration with the questions that the options choose, and what they are."""
+        if self.examples is not None and self.examples < 1:
+            raise ConfigError(f"--examples {self.examples}: must be at least 1")
         evaluation = config.evaluation
         sources = evaluation.sources
         if self.data:
@@ -44,25 +53,39 @@ class Eval:
                 raise ConfigError(f"--split {self.split}: {', '.join(other)} has no splits; omit the option")
             sources = tuple(dataclasses.replace(source, split=self.split) for source in sources)
         evaluation = dataclasses.replace(evaluation, sources=sources, examples=self.examples or evaluation.examples)
-        config = dataclasses.replace(config, evaluation=evaluation)
-        out = Path("runs") / config.name if "://" in self.directory else Path(self.directory)
-        report(model, processor, config, out, ", ".join(self.data) or f"{self.split or 'held_out'} data")
-        return 0
+        title = ", ".join(self.data) or f"{self.split or 'held_out'} data"
+        return dataclasses.replace(config, evaluation=evaluation), title
+
+    def place(self, config: RunConfig) -> Path:
+        """Where results go."""
+        return Path("runs") / config.name if "://" in self.directory else Path(self.directory)
 
 
 def report(model, processor, config: RunConfig, directory: Path, title: str) -> None:
     """Evaluate, print the table, and write it and the contact sheet to the directory."""
     import jax
 
-    from stepjax.evaluation.contact_sheet import contact_sheet, pick_items
     from stepjax.evaluation.evaluate import evaluate
-    from stepjax.evaluation.scoring import summary_table
 
     evaluated = evaluate(model, processor, config.evaluation, seed=config.seed)
-    if jax.process_index() > 0:  # every process holds part of the model, so all evaluate; the first reports
-        return
+    if jax.process_index() == 0:  # every process holds part of the model, so all evaluate; the first reports
+        show(evaluated, config, directory, title)
+
+
+def show(
+    evaluated: "Report", config: RunConfig, directory: Path, title: str, *, prefix: str = "", **more: object
+) -> None:
+    """Print the table, and write it and the contact sheet to the directory.
+
+    Args:
+        prefix: of the files' names.
+        more: fields of the table's file.
+    """
+    from stepjax.evaluation.contact_sheet import contact_sheet, pick_items
+    from stepjax.evaluation.scoring import summary_table
+
     print(f"\n{config.name}, {title}\n{printable(summary_table(evaluated.results))}\n")
-    picture, table = directory / "contact_sheet.png", directory / "evaluation.json"
+    picture, table = directory / f"{prefix}contact_sheet.png", directory / f"{prefix}evaluation.json"
     if evaluated.items:
         heading = f"{config.name}, {title}: questions and the model's answers"
         contact_sheet(pick_items(evaluated.items, 20), picture, title=heading)
@@ -70,5 +93,5 @@ def report(model, processor, config: RunConfig, directory: Path, title: str) -> 
         dataclasses.asdict(result) | {"accuracy": result.accuracy if result.total else None}  # JSON has no NaN
         for result in evaluated.results
     ]
-    table.write_text(json.dumps({"title": title, "results": rows}, indent=1) + "\n")
+    table.write_text(json.dumps({"title": title, **more, "results": rows}, indent=1) + "\n")
     print(f"answers in {picture}, results in {table}" if evaluated.items else f"results in {table}")

@@ -23,6 +23,7 @@ from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
 from stepjax.models.step_vl import StepVL
 from stepjax.processing.image_files import open_image
+from stepjax.processing.images import CodedImage
 from stepjax.processing.processor import Processor
 from stepjax.processing.tokens import Example
 from stepjax.progress import progress
@@ -43,10 +44,20 @@ class Report:
     items: tuple[Item, ...]  # every question with its answer
 
 
-def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, seed: int) -> Report:
+def evaluate(
+    model: StepVL,
+    processor: Processor,
+    config: EvaluationConfig,
+    *,
+    seed: int,
+    open_image: Callable[..., Image.Image | CodedImage] = open_image,
+) -> Report:
     """Greedy answers to the first `config.examples` records of every source; see `rewards.verify` for what is right.
 
     Records that ask nothing (documents, and conversations that the user ends) count by their loss, as in training.
+
+    Args:
+        open_image: of questions; see `Processor.process_prompt`.
 
     Raises:
         ConfigError: there are no sources.
@@ -76,7 +87,7 @@ def evaluate(model: StepVL, processor: Processor, config: EvaluationConfig, *, s
             records = [all_records[i] for i in range(count)]
             questions = [record for record in records if is_question(record)]
             documents = [record for record in records if not is_question(record)]
-            rollouts = _rollouts(engine, processor, questions, params)
+            rollouts = _rollouts(engine, processor, questions, params, open_image)
             correct = 0
             for record, rollout in zip(questions, rollouts, strict=True):
                 right = is_right(record, rollout.content)
@@ -104,14 +115,19 @@ def _one_device(model: StepVL) -> Mesh | None:
 
 
 def _rollouts(
-    engine: Engine, processor: Processor, questions: Iterable[dict[str, Any]], params: SamplingParams
+    engine: Engine,
+    processor: Processor,
+    questions: Iterable[dict[str, Any]],
+    params: SamplingParams,
+    open_image: Callable[..., Image.Image | CodedImage],
 ) -> list[Rollout]:
     """The model's answers, one a question. A prompt is made when the engine has room for it."""
     prompt_ids = []
 
     def prompts():
         for record in questions:
-            prompt = processor.process_prompt(record["messages"][:-1], tools=record.get("tools"), name=record["id"])
+            messages, tools, name = record["messages"][:-1], record.get("tools"), record["id"]
+            prompt = processor.process_prompt(messages, tools=tools, name=name, open_image=open_image)
             prompt_ids.append(prompt.tokens)
             yield prompt
 

@@ -216,10 +216,10 @@ class Engine:
                     f"{name} has {self._store.size_of(example)} tokens of images; the feature store holds "
                     f"{self._store.num_rows}: raise engine.feature_cache_tokens"
                 )
-            images = self._store.images
-            for views, side in ((example.crops, images.crop_size), (example.global_views, images.global_size)):
-                if len(views) and views.shape[1:] != (side, side, 3):
-                    raise RequestError(f"{name} has views of shape {views.shape[1:]}; the model reads {side} x {side}")
+            for kind, views in (("crop", example.crops), ("global", example.global_views)):
+                shapes = [shape.shape for each, shape in self._runner.view_shapes.items() if each.endswith(kind)]
+                if len(views) and views.shape[1:] not in shapes:
+                    raise RequestError(f"{name} has {kind} views of shape {views.shape[1:]}; the model reads {shapes}")
             if example.feature_index[-1] >= 0:
                 raise RequestError(f"{name} ends within an image: add text after it")
         return limit

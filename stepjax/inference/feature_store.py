@@ -1,6 +1,6 @@
 """Image features on the device, encoded once per view and looked up by the view's pixels.
 
-Legend: E views of a call, Q features of a view, R rows of the store.
+Legend: E views of a call, Q features of a view, R rows of the store, X any dimensions of a view.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from stepjax.inference.config import EngineConfig
 from stepjax.models.flops import decoder_flops, view_flops
 from stepjax.processing.tokens import Example
 
-ViewKind = Literal["crop", "global"]
-VIEW_KINDS: tuple[ViewKind, ...] = ("crop", "global")
+ViewKind = Literal["crop", "global", "coded crop", "coded global"]  # pixels, or features that were decoded
+VIEW_KINDS: tuple[ViewKind, ...] = ("crop", "global", "coded crop", "coded global")
 
 
 class ViewFeatures:
@@ -52,7 +52,7 @@ def view_digests(example: Example) -> list[bytes]:
 class ViewShape:
     """The encoder calls for one kind of view."""
 
-    side: int  # pixels
+    shape: tuple[int, ...]  # of a view: its pixels, or features and channels
     features: int  # of a view
     batch_sizes: list[int]
     cost: float  # of a view, in prompt tokens of equal FLOPs
@@ -60,25 +60,30 @@ class ViewShape:
     @classmethod
     def of(cls, kind: ViewKind, model: ModelConfig, images: ImageConfig, config: EngineConfig) -> "ViewShape":
         """A full batch costs about as much as prefilling `prefill_tokens`, unless a single view costs more."""
-        crop = kind == "crop"
+        crop = kind.endswith("crop")
         grid, features = (images.crop_grid, images.crop_tokens) if crop else (images.global_grid, images.global_tokens)
         cost = view_flops(model.vision, model.decoder.width, grid) / decoder_flops(model.decoder, 1, 0)
         most = config.view_batch or 2 ** max(round(math.log2(config.prefill_tokens / cost)), 0)
         most = max(min(most, config.feature_cache_tokens // features), 1)  # more views never wait at a time
         side = images.crop_size if crop else images.global_size
-        return cls(side, features, sizes(1 if most <= 4 else 4, most, 4), cost)
+        batch_sizes = sizes(1 if most <= 4 else 4, most, 4)
+        if kind.startswith("coded"):
+            assert model.tofc is not None
+            cost = 2 * features * model.tofc.width * model.decoder.width / decoder_flops(model.decoder, 1, 0)
+            return cls((features, model.tofc.channels), features, batch_sizes, cost)
+        return cls((side, side, 3), features, batch_sizes, cost)
 
     def empty(self, size: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [E, side, side, 3] of a call without views, and the rows [E, Q] for their features, out of range."""
-        pixels_EHWC = np.zeros((size, self.side, self.side, 3), np.float32)
-        return pixels_EHWC, np.full((size, self.features), num_rows, np.int32)
+        """Views [E, ...] of a call without any, and the rows [E, Q] for their features, out of range."""
+        views_EX = np.zeros((size, *self.shape), np.float32)
+        return views_EX, np.full((size, self.features), num_rows, np.int32)
 
     def batch(self, views: list[tuple[ViewFeatures, np.ndarray]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The same with these views; `num_rows` is the size of the store."""
-        pixels_EHWC, rows_EQ = self.empty(bucket(len(views), self.batch_sizes), num_rows)
-        for i, (view, pixels_HWC) in enumerate(views):
-            pixels_EHWC[i], rows_EQ[i] = pixels_HWC, view.rows_Q
-        return pixels_EHWC, rows_EQ
+        views_EX, rows_EQ = self.empty(bucket(len(views), self.batch_sizes), num_rows)
+        for i, (view, view_X) in enumerate(views):
+            views_EX[i], rows_EQ[i] = view_X, view.rows_Q
+        return views_EX, rows_EQ
 
 
 class FeatureStore:
@@ -101,9 +106,11 @@ class FeatureStore:
         """Allocates a prompt's views, held until `release`; those not `encoded` yet will be in a `next_batch`.
         Returns None if there is no room now.
         """
-        sizes: dict[ViewKind, int] = {"crop": self.images.crop_tokens, "global": self.images.global_tokens}
-        views: list[tuple[ViewKind, np.ndarray]] = [("crop", view) for view in example.crops]
-        views.extend(("global", view) for view in example.global_views)
+        coded = example.global_views.ndim == 3
+        crop, whole = VIEW_KINDS[2 * coded : 2 * coded + 2]
+        sizes: dict[ViewKind, int] = {crop: self.images.crop_tokens, whole: self.images.global_tokens}
+        views: list[tuple[ViewKind, np.ndarray]] = [(crop, view) for view in example.crops]
+        views.extend((whole, view) for view in example.global_views)
         wanted = dict(zip(digests, views, strict=True))
         missing = {digest: view for digest, view in wanted.items() if digest not in self._views}
         needed = sum(sizes[kind] for kind, _ in missing.values())
@@ -115,10 +122,10 @@ class FeatureStore:
                 break
             self._free += self._views.pop(digest).rows_Q.tolist()
         self.num_found += len(wanted) - len(missing)
-        for digest, (kind, view_HWC) in missing.items():
+        for digest, (kind, view_X) in missing.items():
             rows_Q = np.array([self._free.pop() for _ in range(sizes[kind])], np.int32)
             self._views[digest] = ViewFeatures(rows_Q)
-            self._pending[digest] = kind, self._views[digest], view_HWC
+            self._pending[digest] = kind, self._views[digest], view_X
         for digest in wanted:
             self._views[digest].holders += 1
             self._views.move_to_end(digest)

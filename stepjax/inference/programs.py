@@ -84,9 +84,9 @@ def decoder_of(model: StepVL | Qwen3) -> Qwen3:
 
 
 @partial(jax.jit, donate_argnames="store_RD")
-def encode(model: Packed | StepVL, store_RD: jax.Array, views_EHWC: jax.Array, rows_EQ: jax.Array) -> jax.Array:
+def encode(model: Packed | StepVL, store_RD: jax.Array, views_EX: jax.Array, rows_EQ: jax.Array) -> jax.Array:
     """Returns the store with the views' features in `rows_EQ`; out-of-range rows are dropped (padding)."""
-    features_QD = unpacked(model).encode_views(views_EHWC[None])[0]
+    features_QD = unpacked(model).encode_views(views_EX[None])[0]
     return store_RD.at[rows_EQ.reshape(-1)].set(features_QD.astype(store_RD.dtype), mode="drop")
 
 

@@ -58,7 +58,7 @@ class Runner:
         self.view_shapes: dict[ViewKind, ViewShape] = {}
         if images is not None:
             assert isinstance(model, StepVL)
-            for kind in VIEW_KINDS:
+            for kind in VIEW_KINDS[: 2 if model.config.tofc is None else 4]:
                 self.view_shapes[kind] = ViewShape.of(kind, model.config, images, config)
         with self._scope():
             platform = target_platform()
@@ -104,16 +104,16 @@ class Runner:
         return {kind: shape.batch_sizes[-1] for kind, shape in self.view_shapes.items()}
 
     def encode(self, kind: ViewKind, views: list[tuple[ViewFeatures, np.ndarray]]) -> float:
-        """Encodes up to `most_views` views of one kind from their pixels; returns the cost, padding included, in prompt
-        tokens of equal FLOPs.
+        """Encodes up to `most_views` views of one kind; returns the cost, padding included, in prompt tokens of equal
+        FLOPs.
         """
-        views_EHWC, rows_EQ = self.view_shapes[kind].batch(views, self.feature_rows)
-        self._encode(views_EHWC, rows_EQ)
-        return len(views_EHWC) * self.view_shapes[kind].cost
+        views_EX, rows_EQ = self.view_shapes[kind].batch(views, self.feature_rows)
+        self._encode(views_EX, rows_EQ)
+        return len(views_EX) * self.view_shapes[kind].cost
 
-    def _encode(self, views_EHWC: np.ndarray, rows_EQ: np.ndarray) -> None:
+    def _encode(self, views_EX: np.ndarray, rows_EQ: np.ndarray) -> None:
         with self._scope():
-            self.features_RD = programs.encode(self._weights, self.features_RD, views_EHWC, rows_EQ)
+            self.features_RD = programs.encode(self._weights, self.features_RD, views_EX, rows_EQ)
 
     def decode(self, sequences: list[Sequence]) -> programs.Drawn:
         """The next tokens of all sequences, on the host; row i belongs to sequence i.

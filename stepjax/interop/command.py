@@ -56,6 +56,8 @@ class Convert:
             written = to_orbax(source, destination, dtype=self.dtype, part=self.part, overwrite=self.overwrite)
             print(f"{destination}: an Orbax checkpoint of {written}; `stepjax.load` reads it")
             return 0
+        if source.run is not None and source.run.model.tofc is not None:
+            raise CheckpointError(f"{self.source} has a codec (model.tofc), which the public layout has no place for")
         if source.run is None:
             self._refuse_side_files("the checkpoint kept its original ones")
         with contextlib.ExitStack() as stack:

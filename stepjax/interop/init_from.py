@@ -127,6 +127,14 @@ def plan_start(config: RunConfig, *, must_exist: bool = True) -> list[PartStart]
             opened[path] = _open(path, field, config.model.vision, must_exist)
         start = PartStart(part, path, opened[path], shapes)
         starts.append(start if start.source is None else _fitted(start, start.source, config, f"{field}={path!r}"))
+    if config.model.tofc is not None:
+        shapes = {name: shape for name, shape in all_shapes.items() if name.startswith("tofc/")}
+        source = opened.get(config.init_from.path)
+        if source is None or "tofc" not in source.stored:
+            starts.append(PartStart("tofc", None, None, shapes))
+        else:
+            start = PartStart("tofc", config.init_from.path, source, shapes)
+            starts.append(_fitted(start, source, config, f"init_from.path={config.init_from.path!r}"))
     return starts
 
 
@@ -181,7 +189,7 @@ def _fitted(start: PartStart, source: Source, config: RunConfig, place: str) -> 
             f"{place}: {source.path} ({source.kind}) has no weights for {part}, only for {', '.join(source.stored)}; "
             f"name another source, or None to start from random values"
         )
-    model, stored, made = config.model, dict(start.shapes), source.configs[part]
+    model, stored, made = config.model, dict(start.shapes), source.configs.get(part)
     if part == "vision":
         grid = made.position_grid
         stored[POSITIONS] = (grid, grid, model.vision.width)

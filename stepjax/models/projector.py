@@ -50,11 +50,17 @@ class Projector(nnx.Module):
 
     def __call__(self, x_MPE: Float[Array, "M P E"]) -> Float[Array, "M Q D"]:
         """Encoder features [M, grid^2, E] to decoder embeddings [M, Q, D], both row-major."""
+        return constrain(self.projected(self.downsampled(x_MPE)), "views", None, "act_embed")
+
+    def downsampled(self, x_MPE: Float[Array, "M P E"]) -> Float[Array, "M Q O"]:
+        """The convolutions: [M, grid^2, E] to [M, Q, 4 E]."""
         num_views, patches, width = x_MPE.shape
         grid = int(patches**0.5)
         assert grid * grid == patches, patches
         x = self.down2(self.down1(x_MPE.reshape(num_views, grid, grid, width)))
-        x_MQO = x.reshape(num_views, down_sampled(grid) ** 2, 4 * width)
+        return x.reshape(num_views, down_sampled(grid) ** 2, 4 * width)
+
+    def projected(self, x_MQO: Float[Array, "M Q O"]) -> Float[Array, "M Q D"]:
+        """The linear layer: [M, Q, 4 E] to [M, Q, D]."""
         y_MQD = project("MQO,OD->MQD", x_MQO, self.kernel.astype(x_MQO.dtype))
-        y_MQD = y_MQD if self.bias is None else y_MQD + self.bias.astype(y_MQD.dtype)
-        return constrain(y_MQD, "views", None, "act_embed")
+        return y_MQD if self.bias is None else y_MQD + self.bias.astype(y_MQD.dtype)

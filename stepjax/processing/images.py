@@ -8,6 +8,7 @@ H, W: pixels down and across. C: the 3 colours. N: crops. Sizes are (width, heig
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -93,6 +94,54 @@ class UncutImage:
         if self.plan.num_crops:
             window = self.plan.window, self.plan.window
             write_views(crops_NHWC, _resize(self.image, self.plan.resized_size), window, self.plan.columns, self.config)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodedImage:
+    """An image of which only the features arrived: it takes its place in a prompt. Q features of a view, Z channels."""
+
+    global_view_QZ: np.ndarray
+    crops_NQZ: np.ndarray
+    plan: ViewPlan  # only the grid of crops is known
+
+    @classmethod
+    def of(cls, tiles: list[np.ndarray], columns: int, config: ImageConfig) -> "CodedImage":
+        """
+        Args:
+            tiles: float32 features [Q, Z] of the crops, row by row, and of the global view.
+            columns: of the grid of crops; 0 without crops.
+
+        Raises:
+            ImageError: no image has such views.
+        """
+        plan = coded_plan([len(tile) for tile in tiles], columns, config)
+        *crops, global_view_QZ = tiles
+        empty = np.zeros((0, config.crop_tokens, global_view_QZ.shape[1]), np.float32)
+        return cls(global_view_QZ, np.stack(crops) if crops else empty, plan)
+
+
+def coded_plan(features: Sequence[int], columns: int, config: ImageConfig) -> ViewPlan:
+    """The views of a coded image, of which only the grid of crops is known.
+
+    Args:
+        features: of the crops, row by row, and of the global view.
+        columns: of the grid of crops; 0 without crops.
+
+    Raises:
+        ImageError: no image has such views.
+    """
+    num_crops = len(features) - 1
+    rows, rest = divmod(num_crops, columns) if columns else (0, num_crops)
+    is_known = {*features[:-1]} <= {config.crop_tokens} and features[-1] == config.global_tokens
+    if rest or (columns and not rows) or not is_known:
+        raise ImageError(
+            f"coded image: {num_crops} crops in {columns} columns and a global view, of "
+            f"{', '.join(map(str, features[:8]))} features; this model's crops have {config.crop_tokens} and global "
+            f"views {config.global_tokens}"
+        )
+    if config.max_crops is not None and num_crops > config.max_crops:
+        raise ImageError(f"coded image: {num_crops} crops, over images.max_crops={config.max_crops}")
+    return ViewPlan((0, 0), (0, 0), (0, 0), (0, 0), window=0, columns=columns, rows=rows)
 
 
 def plan_views(width: int, height: int, config: ImageConfig) -> ViewPlan:

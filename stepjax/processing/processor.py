@@ -10,7 +10,7 @@ from stepjax.errors import ImageError, RecordError, TokenError
 from stepjax.processing import chat_template
 from stepjax.processing.chat_template import ImageSegment, Segment, SpecialSegment, TextSegment, TrainedTurns
 from stepjax.processing.image_files import open_image
-from stepjax.processing.images import UncutImage, uncut
+from stepjax.processing.images import CodedImage, UncutImage, uncut
 from stepjax.processing.tokenizer import Tokenizer, load_tokenizer
 from stepjax.processing.tokens import Draft, Example, TextSpan, check_length, lay_out, least_tokens
 
@@ -95,7 +95,7 @@ class Processor:
         enable_thinking: bool | None = None,
         max_tokens: int | None = None,
         name: str = "prompt",
-        open_image: Callable[..., Image.Image] = open_image,
+        open_image: Callable[..., Image.Image | CodedImage] = open_image,
     ) -> Example:
         """Makes the prompt for the assistant's next turn. All loss weights are zero.
 
@@ -106,7 +106,7 @@ class Processor:
                 `chat_template.generation_prompt`.
             max_tokens: limit for the prompt. Fails early if the text alone exceeds it.
             name: names the conversation in error messages.
-            open_image: like `image_files.open_image`.
+            open_image: like `image_files.open_image`, or gives coded images.
 
         Raises:
             ContextLengthError: the prompt is longer than `max_tokens`.
@@ -160,16 +160,17 @@ class Processor:
         return [*document, SpecialSegment("<|endoftext|>", trained=True)]
 
     def _lay_out(
-        self, name: str, segments: Sequence[Segment], open_image: Callable[..., Image.Image] = open_image
+        self, name: str, segments: Sequence[Segment], open_image: Callable[..., Image.Image | CodedImage] = open_image
     ) -> Draft:
-        spans: list[TextSpan | UncutImage] = []
+        spans: list[TextSpan | UncutImage | CodedImage] = []
         ids: list[int] = []  # of the open span: as long as the weight is the same
         trained = False
         num_images = 0
         for segment in segments:
             if isinstance(segment, ImageSegment):
                 image = open_image(segment.image, name=f"image {num_images}, {segment.where}", frame=segment.frame)
-                spans += TextSpan(ids, float(trained)), uncut(image, self.image_config)
+                views = image if isinstance(image, CodedImage) else uncut(image, self.image_config)
+                spans += TextSpan(ids, float(trained)), views
                 ids = []
                 num_images += 1
                 continue

@@ -118,7 +118,7 @@ def _text_and_images(content: Any) -> tuple[str, list[dict[str, Any]]]:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "text":
             texts.append(str(item["text"]))
-        elif kind in ("image", "image_url"):
+        elif kind in ("image", "image_url", "features"):
             images.append(item)
         else:
             raise RecordError(f"the last message's content has {item!r:.120}: give a text, or items of text and images")

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from stepjax.config import ImageConfig
-from stepjax.errors import ContextLengthError
-from stepjax.processing.images import ImageViews, UncutImage, ViewPlan
+from stepjax.errors import ContextLengthError, ImageError
+from stepjax.processing.images import CodedImage, ImageViews, UncutImage, ViewPlan
 from stepjax.processing.tokenizer import SpecialTokens
 
-Image = ImageViews | UncutImage
+Image = ImageViews | UncutImage | CodedImage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +41,8 @@ class Example:
         loss_weights: float32[T], weight of predicting this token (not its successor). Zero for the first token, which
             nothing predicts, and for image tokens.
         feature_index: int32[T], row of the feature table, or -1 where the token itself is embedded.
-        global_views: float32[G, S, S, 3], normalised.
-        crops: float32[N, C, C, 3], normalised, all images in order.
+        global_views: float32[G, S, S, 3], normalised; of coded images the features [G, Q, Z] (see `CodedImage`).
+        crops: float32[N, C, C, 3], normalised, all images in order; or features [N, Q, Z].
     """
 
     name: str
@@ -79,16 +79,28 @@ class Draft:
     def write_views(self, global_views_GSSC: np.ndarray, crops_NCCC: np.ndarray) -> None:
         """Writes the views, normalised, to contiguous arrays, in float32 or rounded to their dtype."""
         crop = 0
+        assert not any(isinstance(image, CodedImage) for image in self.images)
         for global_view_SSC, image in zip(global_views_GSSC, self.images, strict=True):
             image.write(global_view_SSC, crops_NCCC[crop : crop + image.plan.num_crops])
             crop += image.plan.num_crops
 
     def example(self, config: ImageConfig) -> Example:
+        """
+        Raises:
+            ImageError: some images are coded and others not.
+        """
+        parts = self.name, self.tokens, self.loss_weights, self.feature_index
+        coded = [image for image in self.images if isinstance(image, CodedImage)]
+        if coded:
+            if len(coded) < len(self.images):
+                raise ImageError(f"{len(coded)} of {len(self.images)} images are coded: send all as streams, or none")
+            global_views_GQZ = np.stack([image.global_view_QZ for image in coded])
+            return Example(*parts, global_views_GQZ, np.concatenate([image.crops_NQZ for image in coded]))
         views, crops = self.num_views
         global_views_GSSC = np.empty((views, config.global_size, config.global_size, 3), np.float32)
         crops_NCCC = np.empty((crops, config.crop_size, config.crop_size, 3), np.float32)
         self.write_views(global_views_GSSC, crops_NCCC)
-        return Example(self.name, self.tokens, self.loss_weights, self.feature_index, global_views_GSSC, crops_NCCC)
+        return Example(*parts, global_views_GSSC, crops_NCCC)
 
 
 def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:

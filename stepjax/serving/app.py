@@ -31,14 +31,16 @@ from stepjax.serving.metrics import Metrics
 from stepjax.serving.pacore import upstream_chat_completions
 from stepjax.serving.schemas import ViewsRequest
 from stepjax.serving.settings import PACORE, ServerSettings
-from stepjax.serving.streams import Json
-from stepjax.serving.validation import parse_object, parse_request
+from stepjax.serving.streams import STREAMS, Json, media_type
+from stepjax.serving.validation import parse_object, parse_request, parse_with_streams
+from stepjax.tofc.tables import Tables
 from stepjax.web import PAGE
 
 if TYPE_CHECKING:  # it takes a second to import
     from stepjax.rollouts.endpoint import EndpointSampler
 
 Handle = Callable[[Json], Awaitable[Response]]
+Parse = Callable[[bytes, int], Json]
 
 _LARGE_BODY = 2**18  # bytes; larger bodies are parsed in a thread
 _PAGE_HEADERS = {
@@ -53,10 +55,18 @@ _PAGE_HEADERS = {
 
 
 def make_app(
-    engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig = PACORE
+    engine: EngineClient,
+    processor: AnyProcessor,
+    settings: ServerSettings,
+    pacore: PacoreConfig = PACORE,
+    codec: Tables | None = None,
 ) -> Starlette:
-    """The app over an engine. `app.state.context` holds its parts; `admission.drain` shuts it down."""
-    context = EngineContext(engine, processor, settings, pacore)
+    """The app over an engine. `app.state.context` holds its parts; `admission.drain` shuts it down.
+
+    Args:
+        codec: of the model; None refuses features of devices.
+    """
+    context = EngineContext(engine, processor, settings, pacore, codec)
 
     async def views(body: Json) -> Response:
         request = parse_request(ViewsRequest, body)
@@ -155,7 +165,9 @@ def _page(content: bytes, media_type: str):
 
 
 class Endpoint:
-    """A route that takes a JSON object: admits, reads and answers it. A disconnect of the client cancels the work."""
+    """A route that takes a JSON object, perhaps with streams: admits, reads and answers it. A disconnect of the client
+    cancels the work.
+    """
 
     def __init__(self, context: Context, handle: Handle):
         self._context, self._handle = context, handle
@@ -164,7 +176,8 @@ class Endpoint:
         context, admission = self._context, self._context.admission
         try:
             admission.check_room()
-            body = await context.bodies.read(Request(scope, receive))
+            request = Request(scope, receive)
+            body = await context.bodies.read(request)
             admission.check_room()
         except ApiError as error:
             await error.response()(scope, receive, send)
@@ -172,7 +185,8 @@ class Endpoint:
         except ClientDisconnect:
             context.metrics.disconnects.inc()
             return
-        answer = admission.start(self._answer(body, scope, receive, send))
+        parse = parse_with_streams if media_type(request) == STREAMS else parse_object
+        answer = admission.start(self._answer(body, parse, scope, receive, send))
         del body  # large if it holds images
         gone = asyncio.create_task(_disconnect(receive))
         try:
@@ -187,11 +201,11 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
 
-    async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, body: bytes, parse: Parse, scope: Scope, receive: Receive, send: Send) -> None:
         context, most = self._context, self._context.settings.limits.body_values
         try:
             is_large = len(body) > _LARGE_BODY
-            fields = await context.threads.run(parse_object, body, most) if is_large else parse_object(body, most)
+            fields = await context.threads.run(parse, body, most) if is_large else parse(body, most)
             del body
             response = await self._handle(fields)
             del fields

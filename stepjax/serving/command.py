@@ -5,16 +5,19 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from stepjax.errors import ConfigError
+from stepjax.errors import CheckpointError, ConfigError
 from stepjax.interop.engines import EngineArguments, load_engines
 from stepjax.pacore.config import PacoreConfig, num_calls, show
 from stepjax.processing.synthesis import Template
 from stepjax.rollouts.endpoint import EndpointConfig, EndpointSampler
 from stepjax.serving.settings import LOOPBACK, PACORE, ServerSettings
+
+if TYPE_CHECKING:  # commands parse their arguments without NumPy
+    from stepjax.tofc.tables import Tables
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
 
@@ -42,10 +45,11 @@ class Serve:
 
         async def main() -> int:
             async with AsyncReplicas(engines) as running:
-                return await serve(make_app(running, processor, settings, self.pacore), bound)
+                return await serve(make_app(running, processor, settings, self.pacore, codec), bound)
 
         with bind(settings.host, settings.port) as bound:  # first: a bad port fails before minutes of loading
             engines, processor = load_engines(self.model, self.local)
+            codec = _codec(self.model)
             if self.warm_up:
                 count = sum(engine.warm_up(progress=lambda what: _log.info("compiling %s", what)) for engine in engines)
                 _log.info("compiled %d programs", count)
@@ -76,6 +80,24 @@ class PacoreServe:
             logging.getLogger(name).setLevel(logging.WARNING)  # INFO logs a line for each call
         with bind(settings.host, settings.port) as bound:
             return asyncio.run(main())
+
+
+def _codec(path: str) -> "Tables | None":
+    """The codec of a run that has one. Without its files the run is served too: they are written when it has ended."""
+    from stepjax.interop.codec_files import load_codec
+    from stepjax.interop.load import open_checkpoint
+    from stepjax.interop.orbax_directory import OrbaxDirectory
+
+    source = OrbaxDirectory(path) if "://" in path else open_checkpoint(path)
+    if not isinstance(source, OrbaxDirectory) or source.run is None or source.run.model.tofc is None:
+        return None
+    try:
+        codec = load_codec(source)
+    except CheckpointError as error:
+        _log.warning("features of devices are refused: %s", error)
+        return None
+    _log.info("features of devices are accepted from codec %s", codec.id)
+    return codec
 
 
 def _prepared(server: ServerSettings, pacore: PacoreConfig, *, model_name: str | None) -> ServerSettings:

@@ -8,12 +8,14 @@ from stepjax.inference.request import EngineClient
 from stepjax.interop.text_processor import AnyProcessor
 from stepjax.pacore.config import PRESETS, PacoreConfig, Schedule
 from stepjax.serving.errors import ApiError, invalid
+from stepjax.serving.features import Receiver
 from stepjax.serving.fetch import Fetcher
 from stepjax.serving.metrics import Metrics
 from stepjax.serving.prompts import PromptMaker
 from stepjax.serving.settings import ServerSettings
 from stepjax.serving.streams import Bodies, Json
 from stepjax.serving.threads import Admission, Threads
+from stepjax.tofc.tables import Tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,14 @@ class Context:
 class EngineContext(Context):
     """State of a server with its own engine."""
 
-    def __init__(self, engine: EngineClient, processor: AnyProcessor, settings: ServerSettings, pacore: PacoreConfig):
+    def __init__(
+        self,
+        engine: EngineClient,
+        processor: AnyProcessor,
+        settings: ServerSettings,
+        pacore: PacoreConfig,
+        codec: Tables | None = None,
+    ):
         name = settings.model_name
         assert name is not None
 
@@ -109,6 +118,7 @@ class EngineContext(Context):
         fetcher = Fetcher(self._fetches, max_bytes=limits.image_bytes, seconds=settings.fetch_seconds)
         self.prompts = PromptMaker(
             processor,
+            Receiver(codec, getattr(processor, "image_config", None), limits, self.metrics),
             limits,
             max_context=engine.max_context,
             threads=self.threads,

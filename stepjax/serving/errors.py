@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, some with more fields."""
 
 import logging
 from collections.abc import Mapping
@@ -31,6 +31,7 @@ class ApiError(Exception):
     Attributes:
         param: the field of the request at fault.
         code: distinguishes errors of the same status for programs.
+        details: further fields of the error, for programs too.
     """
 
     def __init__(
@@ -41,15 +42,17 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, object] | None = None,
     ):
         self.status, self.message = status, _valid(message[:_MAX_MESSAGE])
         self.param, self.code = None if param is None else _valid(param), code
-        self.headers = dict(headers or {})
+        self.headers, self.details = dict(headers or {}), dict(details or {})
         super().__init__(self.message)
 
     def body(self) -> dict:
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": {**fields, **self.details}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)

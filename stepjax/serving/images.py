@@ -19,7 +19,7 @@ from stepjax.processing import bounded
 from stepjax.processing.image_files import decode_base64, pixels_of, size_of, split_data_uri
 from stepjax.processing.images import ViewPlan, make_views, plan_views
 from stepjax.serving.errors import ApiError, invalid
-from stepjax.serving.schemas import ChatRequest, ImagePart, ViewsRequest
+from stepjax.serving.schemas import ChatRequest, Features, FeaturesPart, ImagePart, ViewsRequest
 from stepjax.serving.settings import Limits
 
 _Result = TypeVar("_Result")
@@ -41,15 +41,10 @@ def image_config(processor: AnyProcessor) -> ImageConfig:
 
 def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> dict[Place, str]:
     """Raises ApiError: 400, there are too many images, or one is remote and fetching is not allowed."""
-    urls = {
-        (i, j): part.image_url.url
-        for i, message in enumerate(request.messages)
-        if isinstance(message.content, list)
-        for j, part in enumerate(message.content)
-        if isinstance(part, ImagePart)
-    }
-    if len(urls) > limits.images:
-        message = f"messages have {len(urls)} images, more than the limit of {limits.images}"
+    parts = _parts(request)
+    urls = {place: part.image_url.url for place, part in parts.items() if isinstance(part, ImagePart)}
+    if len(parts) > limits.images:
+        message = f"messages have {len(parts)} images, more than the limit of {limits.images}"
         raise invalid(message, "messages", "too_many_images")
     for place, url in urls.items():
         if not is_data_uri(url) and not allow_remote:
@@ -59,6 +54,26 @@ def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> d
     return urls
 
 
+def coded_images(request: ChatRequest) -> dict[Place, Features]:
+    """Raises ApiError: 400, there are other images beside them."""
+    parts = _parts(request)
+    coded = {place: part.features for place, part in parts.items() if isinstance(part, FeaturesPart)}
+    if coded and len(coded) < len(parts):
+        message = f"messages have {len(coded)} images as features and {len(parts) - len(coded)} others: send one kind"
+        raise invalid(message, "messages", "mixed_images")
+    return coded
+
+
+def _parts(request: ChatRequest) -> dict[Place, ImagePart | FeaturesPart]:
+    return {
+        (i, j): part
+        for i, message in enumerate(request.messages)
+        if isinstance(message.content, list)
+        for j, part in enumerate(message.content)
+        if isinstance(part, ImagePart | FeaturesPart)
+    }
+
+
 def is_data_uri(url: str) -> bool:
     return url[:5].lower() == "data:"
 
@@ -66,6 +81,10 @@ def is_data_uri(url: str) -> bool:
 def name_of(place: Place) -> str:
     """The image's name in errors."""
     return f"messages[{place[0]}].content[{place[1]}].image_url.url"
+
+
+def name_of_coded(place: Place) -> str:
+    return f"messages[{place[0]}].content[{place[1]}].features"
 
 
 def data_uri_bytes(uri: str, limits: Limits, where: str) -> bytes:

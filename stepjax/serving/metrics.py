@@ -55,6 +55,13 @@ class Metrics:
         self.pacore_attempts = counter("pacore_failed_attempts", "Failed attempts of PaCoRe calls", "status")
         self.pacore_losses = counter("pacore_losses", "Trajectories that left no message, by reason", "reason")
         self.pacore_tokens = counter("pacore_output_tokens", "Tokens of finished trajectories")
+        self.streams = counter(
+            "streams", "Coded images, by what came of them: decoded, cached, or the error's code", "result"
+        )
+        self.stream_bytes = counter("stream_bytes", "Bytes of coded images")
+        self.stream_decode_seconds = Histogram(
+            "stepjax_stream_decode_seconds", "Decoding of a coded image", buckets=_SECONDS, registry=self._registry
+        )
         under_way = Gauge("stepjax_requests_under_way", "Requests in progress", registry=self._registry)
         under_way.set_function(lambda: admission.count)
         if engine is not None:

@@ -37,7 +37,7 @@ from stepjax.rollouts.rollout import Rollout
 from stepjax.rollouts.sampler import Listener, PreparedPrompt, Sampler, SamplerError
 from stepjax.serving.context import ChosenModel, Context, EngineContext
 from stepjax.serving.errors import ApiError, TooLongError, busy, invalid
-from stepjax.serving.images import data_uri_bytes, image_urls, is_data_uri, name_of
+from stepjax.serving.images import coded_images, data_uri_bytes, image_urls, is_data_uri, name_of, name_of_coded
 from stepjax.serving.pacore_json import RoundsJson
 from stepjax.serving.schemas import ChatMessage, ChatRequest, PacoreOptions
 from stepjax.serving.streams import Frame, Json, choice_of, respond, usage
@@ -66,6 +66,10 @@ async def upstream_chat_completions(context: Context, upstream: "EndpointSampler
     for place, url in image_urls(request, limits, allow_remote=context.settings.allow_remote_images).items():
         if is_data_uri(url):
             await context.threads.run(data_uri_bytes, url, limits, name_of(place))
+    for place in coded_images(request):
+        where = name_of_coded(place)
+        message = f"{where}: the upstream has no codec for features; send the image"
+        raise invalid(message, where, "features_not_supported")
     chat = PacoreChat(context, request, model.name, config, UpstreamSampler(upstream, request))
     return await respond(chat, stream=request.stream, limits=limits)
 

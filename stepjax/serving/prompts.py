@@ -1,16 +1,18 @@
 """Requests -> prompts, in threads: reading images and tokenizing would stall every stream."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 from stepjax.errors import ContextLengthError, ImageError, RecordError
 from stepjax.interop.text_processor import AnyProcessor, encode, image_token, vocab_size
+from stepjax.processing.images import CodedImage
 from stepjax.processing.tokens import Example, check_length, text_example
 from stepjax.serving import images
 from stepjax.serving.errors import ApiError, TooLongError, invalid
+from stepjax.serving.features import Receiver
 from stepjax.serving.fetch import Fetcher
-from stepjax.serving.schemas import ChatMessage, ChatRequest, ImagePart
+from stepjax.serving.schemas import ChatMessage, ChatRequest, TextPart
 from stepjax.serving.settings import Limits
 from stepjax.serving.threads import ByteBudget, Threads
 from stepjax.serving.validation import check_chat_text
@@ -24,6 +26,7 @@ class PromptMaker:
     def __init__(
         self,
         processor: AnyProcessor,
+        receiver: Receiver,
         limits: Limits,
         *,
         max_context: int,
@@ -33,12 +36,14 @@ class PromptMaker:
     ):
         """
         Args:
+            receiver: of images that devices have coded.
             image_threads: for requests with images; slow ones delay only each other.
             fetcher: None refuses remote images.
         """
         self.image_threads = image_threads or threads
         self.view_budget = ByteBudget(limits.view_bytes)
-        self._processor, self._limits, self._threads, self._fetcher = processor, limits, threads, fetcher
+        self._processor, self._receiver, self._limits = processor, receiver, limits
+        self._threads, self._fetcher = threads, fetcher
         self._max_tokens = min(limits.prompt_tokens or max_context, max_context - 1)
 
     @contextlib.asynccontextmanager
@@ -75,7 +80,7 @@ class PromptMaker:
             raise TooLongError(str(error), param=where, excess=error.excess) from None
 
     async def _files(self, request: ChatRequest, fetched: dict[str, bytes]) -> dict[images.Place, bytes]:
-        files = {}
+        files, coded = {}, images.coded_images(request)
         for place, url in images.image_urls(request, self._limits, allow_remote=self._fetcher is not None).items():
             if images.is_data_uri(url):
                 files[place] = await self._threads.run(images.data_uri_bytes, url, self._limits, images.name_of(place))
@@ -88,17 +93,21 @@ class PromptMaker:
                     where = images.name_of(place)
                     raise ApiError(error.status, f"{where}: {error}", param=where, code=error.code) from error
             files[place] = fetched[url]
+        for place, features in coded.items():
+            where = images.name_of_coded(place)
+            files[place] = await self._threads.run(self._receiver.data, features, where)
         return files
 
     def _view_bytes(self, request: ChatRequest, files: dict[images.Place, bytes]) -> int:
+        coded = images.coded_images(request)
+        plans = [self._receiver.plan(files[place], images.name_of_coded(place)) for place in coded]
         config = images.image_config(self._processor)
-        plans = []
-        for (i, j), data in files.items():
+        for (i, j), data in files.items() if not coded else ():
             part: Any = request.messages[i].content[j]  # type: ignore[index]
             plans.append(images.plan_of(data, config, self._limits, images.name_of((i, j)), part.frame))
         tokens = sum(plan.num_tokens(config) - plan.num_newlines for plan in plans)
         check_length(tokens, self._max_tokens, "the images alone")
-        size = sum(images.view_bytes(plan, config) for plan in plans)
+        size = sum(self._receiver.image_bytes(plan) if coded else images.view_bytes(plan, config) for plan in plans)
         if size > self._limits.view_bytes:
             raise invalid(
                 "the views of the images exceed the memory limit: send fewer or smaller images", None, "image_too_large"
@@ -106,17 +115,20 @@ class PromptMaker:
         return size
 
     def _chat(self, request: ChatRequest, files: dict[images.Place, bytes]) -> Example:
+        coded = images.coded_images(request)
+        opened = {place: self._receiver.image(files[place], images.name_of_coded(place)) for place in coded}
+        open_image = (lambda image, **_: image) if coded else images.opener(self._limits)
         options = request.chat_template_kwargs
         # This server ignores `strict`.
         tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in request.tools or ()]
         try:
             return self._processor.process_prompt(
-                [_message(message, index, files) for index, message in enumerate(request.messages)],
+                [_message(message, index, opened or files) for index, message in enumerate(request.messages)],
                 tools=tools if request.uses_tools else None,
                 enable_thinking=options.enable_thinking if options else None,
                 max_tokens=self._max_tokens,
                 name="messages",
-                **({"open_image": images.opener(self._limits)} if files else {}),
+                **({"open_image": open_image} if files else {}),
             )
         except RecordError as error:
             if isinstance(error.__cause__, ImageError):
@@ -139,15 +151,15 @@ class PromptMaker:
         return text_example(ids, where)
 
 
-def _message(message: ChatMessage, index: int, files: dict[images.Place, bytes]) -> dict[str, Any]:
+def _message(message: ChatMessage, index: int, files: Mapping[images.Place, bytes | CodedImage]) -> dict[str, Any]:
     """A message in the processor's form."""
     role = "system" if message.role == "developer" else message.role
     made: dict[str, Any] = {"role": role, "content": message.content}
     if isinstance(message.content, list):
         made["content"] = [
-            {"type": "image", "image": files[index, j], "frame": part.frame}
-            if isinstance(part, ImagePart)
-            else part.model_dump()
+            part.model_dump()
+            if isinstance(part, TextPart)
+            else {"type": "image", "image": files[index, j], "frame": getattr(part, "frame", None)}
             for j, part in enumerate(message.content)
         ]
     for name in ("reasoning_content", "tool_call_id", "name"):

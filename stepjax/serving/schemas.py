@@ -159,14 +159,32 @@ class ImagePart(_Strict):
     frame: int | None = Field(default=None, ge=0)  # frame of an animation or page of a file
 
 
+class Features(_Strict):
+    data: Annotated[  # base64; or the stream itself, from a binary body (see `validation.parse_with_streams`)
+        Annotated[str, Tag("<str>")] | Annotated[bytes, Tag("<bytes>")],
+        Discriminator(_tag_of(str, bytes), custom_error_type="type", custom_error_message="give base64"),
+    ]
+
+
+class FeaturesPart(_Strict):
+    """An image that a device has coded (stepjax.tofc)."""
+
+    type: Literal["features"]
+    features: Features
+
+
 def _part_tag(part: Any) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
     return f"<{kind}>" if isinstance(kind, str) else None
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
-    Discriminator(_part_tag, custom_error_type="part_type", custom_error_message="give 'text' or 'image_url'"),
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[FeaturesPart, Tag("<features>")],
+    Discriminator(
+        _part_tag, custom_error_type="part_type", custom_error_message="give 'text', 'image_url' or 'features'"
+    ),
 ]
 
 

@@ -28,6 +28,8 @@ class Limits:
     images: int = 16  # per request
     image_bytes: int = 16 * MiB  # per image file
     image_pixels: int = 33_554_432  # per image
+    stream_bytes: int = MiB  # per image that a device has coded
+    stream_cache_bytes: int = 64 * MiB  # decoded streams that are kept
     view_bytes: int = 4096 * MiB  # image views of all requests in progress; more wait for their turn
     write_seconds: float = 60.0  # for a client to read what is ready; then its request is cancelled
 

@@ -18,6 +18,7 @@ from stepjax.serving.schemas import ChatRequest, CompletionRequest
 from stepjax.serving.settings import Limits
 
 _DISCARD_SECONDS = 2.0
+JSON, STREAMS = "application/json", "application/octet-stream"
 
 Json = dict[str, Any]
 
@@ -40,7 +41,7 @@ class Bodies:
     async def read(self, request: Request) -> bytes:
         """
         Raises:
-            ApiError: 415, the headers do not say JSON; 413, too large; 408, too slow, or dropped to make room.
+            ApiError: 415, the headers say another media type; 413, too large; 408, too slow, or dropped to make room.
             ClientDisconnect: the client disconnected before the body was complete.
         """
         _check_type(request)
@@ -86,11 +87,16 @@ class Bodies:
         return now
 
 
+def media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
 def _check_type(request: Request) -> None:
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = media_type(request)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if media_type != "application/json":
-        message = f"content-type is {media_type or 'missing'}: send application/json"
+    # Never a type that browsers send for pages of other sites without asking, such as multipart/form-data.
+    if kind not in (JSON, STREAMS):
+        message = f"content-type is {kind or 'missing'}: send {JSON}"
     elif encoding != "identity":
         message = f"content-encoding {encoding}: send the body uncompressed"
     else:

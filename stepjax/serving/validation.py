@@ -13,7 +13,7 @@ import pydantic
 from pydantic_core import from_json
 
 from stepjax.serving.errors import ApiError, TooLongError, invalid
-from stepjax.serving.schemas import ChatMessage, ChatRequest, ImagePart
+from stepjax.serving.schemas import ChatMessage, ChatRequest, TextPart
 from stepjax.serving.settings import Limits
 
 # Most tokens have more bytes, so the excess in tokens is not underestimated.
@@ -42,6 +42,37 @@ def parse_object(body: bytes, max_values: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid(f"the body is a JSON {type(value).__name__}: send an object", None, "invalid_json")
     return value
+
+
+def parse_with_streams(body: bytes, max_values: int) -> dict[str, Any]:
+    """A JSON object in one line, and after it the streams that its features parts name, in order and without gaps.
+
+    Such a part, `{"type": "features", "features": {"bytes": 412}}`, gets its stream as `data`.
+
+    Raises:
+        ApiError: 400, as `parse_object`, or the bytes after the line are more or fewer than the parts name.
+    """
+    line, _, rest = body.partition(b"\n")
+    fields, position = parse_object(line, max_values), 0
+    for i, message in enumerate(_list(fields.get("messages"))):
+        for j, part in enumerate(_list(message.get("content") if isinstance(message, dict) else None)):
+            features = part.get("features") if isinstance(part, dict) else None
+            if not isinstance(features, dict) or "bytes" not in features:
+                continue
+            where, size = f"messages[{i}].content[{j}].features.bytes", features.pop("bytes")
+            if type(size) is not int or not 0 <= size <= len(rest) - position or "data" in features:
+                left = len(rest) - position
+                raise invalid(f"{where}={_SHORT.repr(size)}: give the stream's size; {left} bytes are left", where)
+            features["data"] = rest[position : position + size]
+            position += size
+    if position < len(rest):
+        message = f"the body has {len(rest) - position} bytes after its line of JSON that no features part names"
+        raise invalid(message, None, "extra_bytes")
+    return fields
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def has_more_values(body: bytes, count: int) -> bool:
@@ -126,7 +157,7 @@ def _text_bytes(message: ChatMessage) -> int:
     if isinstance(message.content, str):
         texts.append(message.content)
     elif message.content is not None:
-        texts += [part.text for part in message.content if not isinstance(part, ImagePart)]
+        texts += [part.text for part in message.content if isinstance(part, TextPart)]
     for call in message.tool_calls or ():
         texts += [call.id, call.function.name, call.function.arguments]
     return sum(utf8_length(text) for text in texts if text)

@@ -10,11 +10,17 @@ these its synthesis gives a mean and a scale for every channel. Sent are the exp
 The mean is a multiple of 1/16, an integer like the scale's index (see `stepjax.tofc.tables`): receivers agree on x' to
 the bit. The same features give the same bytes on every machine and in every batch, too.
 
-    frame    0xF1: magic and version | 4 bytes of the model's SHA-256 | tiles | for each: features, bytes | the tiles
+    frame    0xF1: magic and version | 4 bytes of the model's SHA-256 | tiles | columns | for each tile: features, bytes
+             | the tiles
     tile     experts, digits of one integer | length, latents | length, escapes | residuals | CRC-32
 
 Numbers are varints. A tile's CRC continues that of the tile before, the first's that of the header: a tile or a
 header of another frame does not fit. A damaged tile does not hide the next one's CRC.
+
+A raw frame needs no entropy model, for receivers that have another one of the same encoder. It differs in
+
+    frame    0xF9: magic, raw and version | 4 bytes of the SHA-256 of the model's origin | ...
+    tile     a float32 scale for each feature | int8 values, times their feature's scale | CRC-32
 """
 
 import dataclasses
@@ -29,7 +35,7 @@ from stepjax.tofc import range_coder
 from stepjax.tofc.range_coder import read_varint, varint
 from stepjax.tofc.tables import LIMIT, MAX_LATENT, MAX_MEAN, NUM_SCALES, UNIT, Tables
 
-MAGIC, VERSION = 0xF0, 1
+MAGIC, VERSION, RAW = 0xF0, 1, 8
 MAX_RESIDUAL = 1 << 19  # steps; within, mean + r is exact in float32
 _HASH_BYTES, _CRC_BYTES = 4, 4
 
@@ -49,17 +55,44 @@ class Limits:
 class Frame(NamedTuple):
     """A frame whose header and checksums hold."""
 
-    model: str  # `Tables.id`
+    model: str  # `Tables.id`; of a raw frame `Tables.features_id`
+    is_raw: bool
+    columns: int  # of the grid of crops, which are tiles row by row; 0 without a grid
     features: tuple[int, ...]  # of every tile
     payloads: tuple[bytes, ...]
 
 
-def encode(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray) -> bytes:
+def encode(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray, *, columns: int = 0) -> bytes:
     """A frame of tiles [N, C], which may differ in N; an array [tiles, N, C] is a sequence of them.
+
+    Args:
+        columns: see `Frame`.
 
     Raises:
         BitstreamError: a tile has another shape, or a value that is not finite or too far from the others.
     """
+    tiles = _checked(tables, tiles)
+    ends = np.cumsum([len(tile) for tile in tiles])
+    codes = [np.split(part, ends[:-1]) for part in analyse(tables, np.concatenate(tiles))]
+    payloads = [_encode_tile(tables, *(part[tile] for part in codes)) for tile in range(len(tiles))]
+    return _frame(0, tables.id, [len(tile) for tile in tiles], columns, payloads)
+
+
+def encode_raw(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray, *, columns: int = 0) -> bytes:
+    """The same features as int8 with a scale each, without the entropy model: about a byte a value.
+
+    Raises:
+        BitstreamError: a tile has another shape, or a value that is not finite.
+    """
+    tiles, payloads = _checked(tables, tiles), []
+    for x_NC in tiles:
+        scales_N = (np.abs(x_NC).max(axis=1) / 127).astype("<f4")
+        values_NC = np.rint(x_NC / np.where(scales_N == 0, 1, scales_N)[:, None]).clip(-127, 127)
+        payloads.append(scales_N.tobytes() + values_NC.astype(np.int8).tobytes())
+    return _frame(RAW, tables.features_id, [len(tile) for tile in tiles], columns, payloads)
+
+
+def _checked(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
     tiles = [np.asarray(tile, np.float32) for tile in tiles]
     if not tiles:
         raise BitstreamError("tiles=[]: there must be at least one")
@@ -68,11 +101,13 @@ def encode(tables: Tables, tiles: Sequence[np.ndarray] | np.ndarray) -> bytes:
             raise BitstreamError(f"tiles[{index}]: its shape is {tile.shape}, not (features, {tables.channels})")
         if not np.isfinite(tile).all():
             raise BitstreamError(f"tiles[{index}]: has values that are not finite")
-    ends = np.cumsum([len(tile) for tile in tiles])
-    codes = [np.split(part, ends[:-1]) for part in analyse(tables, np.concatenate(tiles))]
-    payloads = [_encode_tile(tables, *(part[tile] for part in codes)) for tile in range(len(tiles))]
-    lengths = [varint(len(tile)) + varint(len(payload)) for tile, payload in zip(tiles, payloads, strict=True)]
-    header = bytes([MAGIC | VERSION]) + bytes.fromhex(tables.id) + varint(len(tiles)) + b"".join(lengths)
+    return tiles
+
+
+def _frame(kind: int, model: str, features: list[int], columns: int, payloads: list[bytes]) -> bytes:
+    lengths = [varint(count) + varint(len(payload)) for count, payload in zip(features, payloads, strict=True)]
+    header = bytes([MAGIC | VERSION | kind]) + bytes.fromhex(model) + varint(len(features)) + varint(columns)
+    header += b"".join(lengths)
     frame, crc = bytearray(header), zlib.crc32(header)
     for payload in payloads:
         crc = zlib.crc32(payload, crc)
@@ -93,10 +128,11 @@ def parse(data: bytes, *, limits: Limits | None = None) -> Frame:
         raise StreamLimitError(f"frame of {len(data)} bytes: the limit is {limits.frame_bytes}")
     if len(data) < 1 + _HASH_BYTES or data[0] & 0xF0 != MAGIC:
         raise CorruptStreamError(f"frame of {len(data)} bytes: does not begin as one")
-    if data[0] != MAGIC | VERSION:
-        raise UnknownModelError(f"frame of version {data[0] & 15}: this receiver reads version {VERSION}")
+    if data[0] & ~RAW != MAGIC | VERSION:
+        raise UnknownModelError(f"frame of version {data[0] & 7}: this receiver reads version {VERSION}")
     num_tiles, position = read_varint(data, 1 + _HASH_BYTES)
     _check_limit("tiles", num_tiles, limits.tiles)
+    columns, position = read_varint(data, position)
     features, lengths = [], []
     for _ in range(num_tiles):
         count, position = read_varint(data, position)
@@ -111,10 +147,34 @@ def parse(data: bytes, *, limits: Limits | None = None) -> Frame:
         payload = bytes(data[position : position + length])
         sent = int.from_bytes(data[position + length : position + length + _CRC_BYTES], "little")
         if zlib.crc32(payload, crc) != sent:
-            raise CorruptStreamError(f"tile {tile}: its checksum does not match; send it again")
+            raise CorruptStreamError(f"tile {tile}: its checksum does not match; send it again", tile=tile)
         position, crc = position + length + _CRC_BYTES, sent
         payloads.append(payload)
-    return Frame(bytes(data[1 : 1 + _HASH_BYTES]).hex(), tuple(features), tuple(payloads))
+    model, is_raw = bytes(data[1 : 1 + _HASH_BYTES]).hex(), bool(data[0] & RAW)
+    return Frame(model, is_raw, columns, tuple(features), tuple(payloads))
+
+
+def model_of(tables: Tables | Sequence[Tables], frame: Frame) -> Tables:
+    """The entropy model of a frame, or for a raw one a model of the same features.
+
+    Args:
+        tables: the entropy model, or all that the receiver has.
+
+    Raises:
+        CorruptStreamError: a raw tile has not as many bytes as its features.
+        UnknownModelError: there is none.
+    """
+    models = [tables] if isinstance(tables, Tables) else tables
+    known = {each.features_id if frame.is_raw else each.id: each for each in models}
+    if frame.model not in known:
+        what = "raw frame of encoder" if frame.is_raw else "frame of entropy model"
+        message = f"{what} {frame.model}: this receiver has {', '.join(known)}"
+        raise UnknownModelError(message, accepted=list(known))
+    model = known[frame.model]
+    for tile, (count, payload) in enumerate(zip(frame.features, frame.payloads, strict=True)):
+        if frame.is_raw and len(payload) != count * (4 + model.channels):
+            raise CorruptStreamError(f"tile {tile}: {len(payload)} bytes of {count} raw features", tile=tile)
+    return model
 
 
 def decode(tables: Tables | Sequence[Tables], data: bytes, *, limits: Limits | None = None) -> list[np.ndarray]:
@@ -128,14 +188,14 @@ def decode(tables: Tables | Sequence[Tables], data: bytes, *, limits: Limits | N
         StreamLimitError: it is larger than the limits.
         UnknownModelError: it was made with none of these models, or its format has another version.
     """
-    known = {each.id: each for each in ([tables] if isinstance(tables, Tables) else tables)}
     frame = parse(data, limits=limits)
-    if frame.model not in known:
-        raise UnknownModelError(
-            f"frame of entropy model {frame.model}: this receiver has {', '.join(known)}", accepted=list(known)
-        )
-    model = known[frame.model]
-    return [_decode_tile(model, *tile) for tile in zip(frame.payloads, frame.features, strict=True)]
+    model, tiles = model_of(tables, frame), []
+    for tile, (payload, count) in enumerate(zip(frame.payloads, frame.features, strict=True)):
+        try:
+            tiles.append(_decode_raw(payload, count) if frame.is_raw else _decode_tile(model, payload, count))
+        except CorruptStreamError as error:
+            raise CorruptStreamError(f"tile {tile}: {str(error).removeprefix('tile: ')}", tile=tile) from None
+    return tiles
 
 
 def analyse(tables: Tables, x_MC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -225,6 +285,16 @@ def _decode_tile(tables: Tables, data: bytes, count: int) -> np.ndarray:
         raise CorruptStreamError("tile: its escapes are not those of its residuals; send it again")
     values_NC = means_NC + residuals.reshape(count, -1).astype(np.float32)
     return tables.arrays["offset"] + tables.arrays["step"][experts_N] * values_NC
+
+
+def _decode_raw(data: bytes, count: int) -> np.ndarray:
+    scales_N = np.frombuffer(data, "<f4", count)
+    values_NC = np.frombuffer(data, np.int8, offset=4 * count).reshape(count, -1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x_NC = scales_N[:, None] * values_NC.astype(np.float32)
+    if not np.isfinite(x_NC).all():
+        raise CorruptStreamError("tile: its values are not finite")
+    return x_NC
 
 
 def _section(data: bytes, position: int) -> tuple[bytes, int]:

@@ -1,6 +1,7 @@
 """The entropy model in training: a router and several hyperprior experts (TOFC, eqs. 15-18), rate and reconstruction.
 
-Legend: N features, C channels, E experts, Z latents, V values of a latent, H hidden, I in, O out.
+Legend: N features, C channels, E experts, Z latents, V values of a latent, H hidden, I in, O out, M views, K clusters,
+F width, B rows.
 
     y       = (x - offset) / step                         a learned step per expert and channel
     latents = analysis(x), rounded                        side information, coded by a learned histogram each
@@ -10,14 +11,16 @@ Legend: N features, C channels, E experts, Z latents, V values of a latent, H hi
 
     training    weights w = softmax(scores / T) of the router; x' = sum of w x', bits = sum of w bits over experts
     inference   the expert of the largest score, whose number is sent
-    balance     sum over experts of (mean of w - 1 / E)^2
+    balance     sum over experts of (mean of w - 1 / E)^2, the mean over the features of a row
 
 The networks compute with integers (see `stepjax.tofc.tables`) in training too, carried in float32, where they are
 exact; gradients pass rounding straight through. So the rate in training is that of the stream, up to the 16 bits of its
-tables. TOFC's widths are not known, nor whether its transforms or its step are learned.
+tables. TOFC's widths are not known, nor whether its transforms or its step are learned. Its mean is over the batch;
+that of a row (as in DeepSeek-V3, arXiv 2412.19437) does not depend on how a batch is cut into micro-batches.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,11 +29,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from stepjax.config import TofcConfig
 from stepjax.errors import ConfigError
 from stepjax.models.layers import constant, matrix
 from stepjax.tofc import tables as fixed
-from stepjax.tofc.config import TofcConfig
-from stepjax.tofc.merge import Clusters, merge
+from stepjax.tofc.merge import merge
 from stepjax.tofc.tables import LATENT_UNIT, LIMIT, MAX_LATENT, MAX_MEAN, NUM_SCALES, SCALES, UNIT, WEIGHT_UNIT, Tables
 
 _LOG_RATIO = math.log(SCALES[1] / SCALES[0])
@@ -42,8 +45,19 @@ class Rate(NamedTuple):
 
     features_NC: jax.Array  # as the receiver would have them
     bits_N: jax.Array  # of every feature: residuals, latents and the expert's number; 0 where there is no feature
-    balance: jax.Array  # the balance loss, before its weight
-    experts_E: jax.Array  # the mean weight of every expert
+    weights_NE: jax.Array  # of every feature's experts; 0 where there is no feature
+
+    @property
+    def experts_E(self) -> jax.Array:
+        """The mean weight of every expert."""
+        return jnp.sum(self.weights_NE, axis=0) / jnp.maximum(jnp.sum(self.weights_NE), 1)
+
+
+def balance_sum(weights_BNE: Float[Array, "B N E"]) -> jax.Array:
+    """The balance loss of every row, times its features, summed: divide by all features for the mean."""
+    count_B = jnp.sum(weights_BNE, axis=(1, 2))
+    mean_BE = jnp.sum(weights_BNE, axis=1) / jnp.maximum(count_B, 1)[:, None]
+    return jnp.sum(count_B * jnp.sum(jnp.square(mean_BE - 1 / weights_BNE.shape[-1]), axis=1))
 
 
 @jax.custom_jvp
@@ -72,9 +86,11 @@ class IntegerNetwork(nnx.Module):
     def __init__(self, name: str, fan_in: int, hidden: int, fan_out: int, *, rngs: nnx.Rngs, scale: float = 1.0):
         self.shifts = fixed.shifts_of(name, fan_in, hidden)
         self.units = (UNIT, LATENT_UNIT if name == "analysis" else UNIT)
-        self.weights1 = matrix(rngs, (fan_in, hidden), ("embed", "mlp"), fan_in=1)
+        # Of the sizes only the channels' is sure to be divisible by the devices.
+        of_in, of_out = ("norm" if name == "synthesis" else "embed"), ("embed" if name == "synthesis" else "norm")
+        self.weights1 = matrix(rngs, (fan_in, hidden), (of_in, "norm"), fan_in=1)
         self.bias1 = constant(0.0, (hidden,), ("norm",))
-        self.weights2 = matrix(rngs, (hidden, fan_out), ("mlp", "embed"), fan_in=1, scale=scale)
+        self.weights2 = matrix(rngs, (hidden, fan_out), ("norm", of_out), fan_in=1, scale=scale)
         self.bias2 = constant(0.0, (fan_out,), ("norm",))
 
     def integers(self) -> list[jax.Array]:
@@ -109,7 +125,8 @@ class Expert(nnx.Module):
         self.synthesis.bias2[...] = jnp.concatenate([jnp.full(C, middle), jnp.zeros(C)])
         # Of a Laplace distribution at the start: a flat one would not pull latents anywhere.
         logits_V = -jnp.abs(jnp.arange(-MAX_LATENT, MAX_LATENT + 1)) / 3.0
-        self.histogram = nnx.Param(jnp.tile(logits_V, (Z, 1)), axes=("norm", "norm"))
+        # One vector a latent, stacked: weight decay is for matrices.
+        self.histogram = nnx.Param(jnp.tile(logits_V, (Z, 1)), axes=("norm",))
         self.log_step = constant(math.log(config.initial_step), (C,), ("norm",))
 
     def __call__(self, x_NC: jax.Array, noise_NC: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -172,13 +189,15 @@ class Hyperprior(nnx.Module):
         keys = jax.random.split(rngs.params(), config.experts)
         self.experts = jax.vmap(lambda key: Expert(config, rngs=nnx.Rngs(key)))(keys)
 
-    def calibrate(self, x_NC: Float[Array, "N C"]) -> None:
+    def calibrate(self, x_NC: Float[Array, "N C"], mask_N: Bool[Array, " N"] | None = None) -> None:
         """Sets the channels' offset and spread to the mean and the standard deviation of features, in place."""
+        where_N1 = None if mask_N is None else mask_N[:, None]
         x_NC = x_NC.astype(jnp.float32)
-        deviation_C = jnp.std(x_NC, axis=0)
+        mean_C, deviation_C = jnp.mean(x_NC, axis=0, where=where_N1), jnp.std(x_NC, axis=0, where=where_N1)
         # A channel that hardly varies must not have steps so small that noise is worth bits.
         smallest = jnp.maximum(1e-2 * jnp.sqrt(jnp.mean(jnp.square(deviation_C))), 1e-6)
-        self.offset[...], self.spread[...] = jnp.mean(x_NC, axis=0), jnp.maximum(deviation_C, smallest)
+        self.offset[...] = mean_C.astype(self.offset.dtype)
+        self.spread[...] = jnp.maximum(deviation_C, smallest).astype(self.spread.dtype)
 
     def __call__(
         self,
@@ -219,11 +238,9 @@ class Hyperprior(nnx.Module):
 
         zero = jnp.zeros(x_NC.shape, jnp.float32), jnp.zeros(len(x_NC), jnp.float32)
         (features_NC, bits_N), _ = jax.lax.scan(add, zero, (self.experts, weights_NE.T))
-        mean_E = jnp.sum(weights_NE, axis=0) / jnp.maximum(jnp.sum(mask_N), 1)
-        balance = jnp.sum(jnp.square(mean_E - 1 / config.experts))
         bits_N = bits_N + math.log2(config.experts) * mask_N
         features_NC = jnp.where(mask_N[:, None], offset_C + spread_C * features_NC, 0.0)
-        return Rate(features_NC, bits_N, balance, mean_E)
+        return Rate(features_NC, bits_N, weights_NE)
 
 
 class Tofc(nnx.Module):
@@ -241,32 +258,44 @@ class Tofc(nnx.Module):
         self.up = matrix(rngs, (C, F), ("mlp", "embed"), fan_in=C) if has_map else None
         self.hyperprior = Hyperprior(config, rngs=rngs)
 
-    def merged(self, x_MNF: Float[Array, "M N F"], count: int) -> Clusters:
-        """The device's part: the clusters of down-sampled features [M, N, width], of `config.channels` channels."""
+    def merged(self, x_MNF: Float[Array, "M N F"], count: int) -> Float[Array, "M K C"]:
+        """The device's part: down-sampled features [M, N, width] to at most `count` of `config.channels` channels."""
         if self.down is not None:
             x_MNF = x_MNF @ self.down.astype(x_MNF.dtype)
-        return merge(x_MNF, count, merging=self.config.merging, neighbours=self.config.neighbours)
+        if count >= x_MNF.shape[1]:
+            return x_MNF
+        with jax.named_scope("merge"):
+            return merge(x_MNF, count, merging=self.config.merging, neighbours=self.config.neighbours).means_KC
 
-    def expanded(self, x_MKC: Float[Array, "M K C"]) -> Float[Array, "M K F"]:
-        """The server's part: decoded features as the projector's matrix takes them, [M, K, width]."""
-        return x_MKC if self.up is None else x_MKC @ self.up.astype(x_MKC.dtype)
+    def expanded(self, x_BNC: Float[Array, "B N C"]) -> Float[Array, "B N F"]:
+        """The server's part: decoded features as the projector's matrix takes them, [B, N, width]."""
+        return x_BNC if self.up is None else x_BNC @ self.up.astype(x_BNC.dtype)
 
-    def coded(
-        self, x_MNF: Float[Array, "M N F"], count: int, *, views_M: Bool[Array, " M"] | None = None, **options
-    ) -> tuple[Float[Array, "M K F"], Rate]:
-        """Training: features [M, count, width] as the server would have them, and their rate over M * count features.
+    def calibrate(self, kinds: Sequence[tuple[jax.Array, int, jax.Array]]) -> jax.Array:
+        """Fits what must suit the features from the start, in place: the bottleneck and the channels' scales.
+
+        The bottleneck becomes the features' principal components (of their products, not their covariances, so that
+        the mean passes).
 
         Args:
-            views_M: which views are real and not padding; None: all.
-            options: of `Hyperprior`.
+            kinds: of the views of each size: features [M, N, width], the `count` of `merged`, and which are real [M].
+
+        Returns:
+            The number of real features; without any, parameters are not finite.
         """
-        clusters = self.merged(x_MNF, count)
-        exists_MK = clusters.sizes_K > 0
-        if views_M is not None:
-            exists_MK &= views_M[:, None]
-        flat = clusters.means_KC.reshape(-1, self.config.channels)
-        rate = self.hyperprior(flat, mask_N=exists_MK.reshape(-1), **options)
-        return self.expanded(rate.features_NC.reshape(clusters.means_KC.shape).astype(x_MNF.dtype)), rate
+        if self.down is not None and self.up is not None:
+            products_FF = jnp.zeros((self.config.width, self.config.width), jnp.float32)
+            for x_MNF, _, views_M in kinds:
+                x_NF = jnp.where(views_M[:, None, None], x_MNF.astype(jnp.float32), 0.0).reshape(-1, x_MNF.shape[-1])
+                products_FF += jnp.matmul(x_NF.T, x_NF, precision=jax.lax.Precision.HIGHEST)
+            basis_FC = jnp.linalg.eigh(products_FF)[1][:, ::-1][:, : self.config.channels]
+            basis_FC = basis_FC.astype(self.down.dtype)
+            self.down[...], self.up[...] = basis_FC, basis_FC.T
+        parts = [(self.merged(x_MNF, count), views_M) for x_MNF, count, views_M in kinds]
+        x_NC = jnp.concatenate([x_MKC.reshape(-1, self.config.channels) for x_MKC, _ in parts])
+        mask_N = jnp.concatenate([jnp.repeat(views_M, x_MKC.shape[1]) for x_MKC, views_M in parts])
+        self.hyperprior.calibrate(x_NC, mask_N)
+        return jnp.sum(mask_N)
 
 
 def freeze(model: Hyperprior, *, origin: str = "") -> Tables:

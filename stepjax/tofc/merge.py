@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from stepjax.config import Merging
 from stepjax.errors import ConfigError
-from stepjax.tofc.config import Merging
 
 _NEVER = -jnp.inf
 _ROUNDING = 1e-5  # of the squared lengths of two features, about their mean: a smaller squared distance is 0

@@ -124,6 +124,11 @@ class Tables:
         return self.sha256[:8]
 
     @property
+    def features_id(self) -> str:
+        """The first four bytes of the origin's SHA-256, in hexadecimal: what a frame of raw features carries."""
+        return hashlib.sha256(self.origin.encode()).hexdigest()[:8]
+
+    @property
     def channels(self) -> int:
         return len(self.arrays["offset"])
 
@@ -166,7 +171,8 @@ class Tables:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         metadata = {"format": FORMAT, "origin": self.origin, "sha256": self.sha256}
-        Path(path).write_bytes(save({name: np.ascontiguousarray(a) for name, a in self.arrays.items()}, metadata))
+        file = Path(path) if isinstance(path, str) else path
+        file.write_bytes(save({name: np.ascontiguousarray(a) for name, a in self.arrays.items()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tables":

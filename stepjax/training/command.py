@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -22,6 +22,7 @@ class Pretrain:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]  # such as configs/digits/pretrain.py
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False  # print the configuration, parameters, FLOPs and memory; train nothing
+    trains_codec: ClassVar[bool] = False
 
     def run(self) -> int:
         """Returns 0 at the end of the schedule; 130 or 143 after a signal, with the last step saved.
@@ -34,6 +35,8 @@ class Pretrain:
         config, preset = self.config, load_recipe(self.recipe, type(self.config))
         if isinstance(config, SftConfig) and not isinstance(self, Sft):
             raise ConfigError(f"{self.recipe} is a recipe for fine-tuning: run `stepjax sft {self.recipe}`")
+        if config.model.tofc is not None and not self.trains_codec:
+            raise ConfigError(f"{self.recipe} trains a codec (model.tofc): run `stepjax tofc train {self.recipe}`")
         if self.dry_run:
             from stepjax.training.dry_run import describe
 
@@ -76,6 +79,11 @@ def run_training(config: Any, preset: RunConfig, trainer: str, *, unit: str) -> 
     outcome = train(config, on_evaluation=on_evaluation if has_questions else None)
     if outcome.stopped_by is not None:
         return {"SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
+    if config.model.tofc is not None:
+        from stepjax.interop.codec_files import write_codec
+
+        for line in write_codec(outcome.model, config):
+            print(line)
     if has_questions:
         on_evaluation(outcome.model, outcome.processor, outcome.step)
     return 0

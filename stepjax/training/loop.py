@@ -48,6 +48,7 @@ from stepjax.training.step import (
     TrainState,
     abstract_state,
     abstract_trained,
+    calibrated,
     initial_state,
     make_train_step,
     whole_model,
@@ -165,6 +166,9 @@ def pretrain(
             say("the schedule has already ended; nothing to train")
             return Outcome(whole_model(state, config), processor, first_step, None, local)
 
+        must_calibrate = start is None and config.model.tofc is not None
+        must_calibrate &= not any(each.part == "tofc" and each.stored for each in starts)
+
         # Train. From here on the transfer guard forbids implicit transfers: a hidden sync would stall the device.
         meter = Meter(config, peak_flops(jax.devices()[0]), mesh.size, share=len(own_rows) / config.batch.rows)
         batches = iter(loader)
@@ -182,7 +186,10 @@ def pretrain(
             watchdog.at("data", step + 1)
             batch = meter.wait_for(batches, pending[-1][1] if pending else None)
             watchdog.at("step", step + 1)
-            state, metrics = train_step(state, to_devices(batch.arrays, mesh))
+            arrays = to_devices(batch.arrays, mesh)
+            if must_calibrate and step == 0:
+                state = _calibrated(state, arrays, config)
+            state, metrics = train_step(state, arrays)
             step += 1
             bar.update()
             profile.after(step, state)
@@ -271,6 +278,23 @@ def _with_base(
         return state, base_digests(state.base)
     base, _ = init_from.initial_model(config, mesh)
     return dataclasses.replace(state, base=base), check_base(base, config, read_meta(checkpoints))
+
+
+def _calibrated(state: TrainState, arrays: dict[str, jax.Array], config: PretrainConfig) -> TrainState:
+    """The state with its codec fitted to the first batch; the caller gives the state away.
+
+    Raises:
+        ConfigError: the batch has no image.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, state), None
+    fit = jax.jit(partial(calibrated, config=config), donate_argnums=0, out_shardings=layout)
+    state, count = fit(state, arrays)
+    if not jax.device_get(count):
+        raise ConfigError(
+            f"batch.rows={config.batch.rows}: the first batch has no image to fit the codec to; raise it, or the "
+            "weights of sources with images"
+        )
+    return state
 
 
 # What may change on resume: the directory, the output, the sharding, and when to save.

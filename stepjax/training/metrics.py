@@ -25,6 +25,7 @@ from stepjax.models.flops import training_flops
 Row = dict[str, float]
 
 _PLAIN = ("loss", "accuracy", "z", "grad_norm", "param_norm", "update_norm", "learning_rate")
+_OF_CODEC = ("bits_per_value", "balance")  # only with model.tofc
 
 
 def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) -> list[tuple[int, Row]]:
@@ -36,7 +37,7 @@ def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) ->
     names = [source.name for source in config.data.sources]
     rows = []
     for step, metrics, skipped in jax.device_get(pending):
-        row = {key: float(metrics[key]) for key in _PLAIN}
+        row = {key: float(metrics[key]) for key in (*_PLAIN, *_OF_CODEC) if key in metrics}
         # Groups are numbered 2 * source + has_images.
         loss, correct, weight = (metrics[key].reshape(len(names), 2) for key in ("loss_X", "correct_X", "weight_X"))
         for column, modality in enumerate(("text", "image")):
@@ -60,9 +61,12 @@ def fetch_rows(config: PretrainConfig, pending: list[tuple[int, Any, tuple]]) ->
     return rows
 
 
+_MEANS = ("loss", "loss/image", "loss/text", "bits_per_value")
+
+
 def interval_means(rows: list[tuple[int, Row]]) -> Row:
     """Mean losses over some steps, for the log line: single steps are noisy."""
-    values = {key: [row[key] for _, row in rows if key in row] for key in ("loss", "loss/image", "loss/text")}
+    values = {key: [row[key] for _, row in rows if key in row] for key in _MEANS}
     return {key: float(np.mean(numbers)) for key, numbers in values.items() if numbers}
 
 
@@ -156,6 +160,7 @@ def _packing(tokens: float | None, vision: float | None) -> str:
 _FIELDS: tuple[tuple[tuple[str, ...], Callable[..., str]], ...] = (
     (("step_seconds",), human_time),
     (("loss", "loss/image", "loss/text"), _losses),
+    (("bits_per_value",), lambda bits: f"{bits:.2f} bit"),
     (("grad_norm",), lambda norm: f"grad {norm:.3g}"),
     (("learning_rate",), lambda rate: "lr " + f"{rate:.2e}".replace("e-0", "e-")),
     (("tokens_per_second",), lambda rate: f"{human_number(rate)} tok/s"),

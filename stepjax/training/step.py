@@ -1,6 +1,7 @@
 """One optimizer step as a pure function: (state, batch) -> (state, metrics).
 
-Legend: A micro-batches, B rows, T tokens, X groups (twice the number of sources: without and with images).
+Legend: A micro-batches, B rows, T tokens, F features of a row, N features, E experts, D width, X groups (twice the
+number of sources: without and with images).
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ import optax
 
 from stepjax.config import PretrainConfig, RunConfig
 from stepjax.models import lora
-from stepjax.models.step_vl import StepVL, abstract_model
+from stepjax.models.step_vl import NO_FEATURE, StepVL, abstract_model
+from stepjax.tofc.hyperprior import balance_sum
 from stepjax.training.losses import cross_entropy_sum, next_tokens
 
 Batch = dict[str, jax.Array]
@@ -61,27 +63,36 @@ def whole_model(state: TrainState, config: RunConfig) -> StepVL:
     return state.model if config.adapters is None else lora.merged(config.adapters, state.base, state.model)
 
 
-def forward(model: StepVL, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states [B, T, D] of packed rows, and the target and weight [B, T] of every position."""
-    hidden_BTD = model(
+def forward(
+    model: StepVL, batch: Batch, features_BFD: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states [B, T, D] of packed rows, and the target and weight [B, T] of every position.
+
+    Args:
+        features_BFD: the rows' feature tables; None: encode the views.
+    """
+    if features_BFD is None:
+        features_BFD = model.feature_table(batch["global_views_BGHWC"], batch["crops_BCHWC"])
+    hidden_BTD = model.hidden(
+        features_BFD,
         tokens_BT=batch["tokens_BT"],
         positions_BT=batch["positions_BT"],
         segment_ids_BT=batch["segment_ids_BT"],
         prefix_ids_BT=batch.get("prefix_ids_BT"),
         feature_index_BT=batch["feature_index_BT"],
-        global_views_BGHWC=batch["global_views_BGHWC"],
-        crops_BCHWC=batch["crops_BCHWC"],
     )
     return hidden_BTD, *next_tokens(batch["tokens_BT"], batch["loss_weights_BT"])
 
 
-def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[jax.Array, Metrics]:
-    """Weighted sum of the token losses of a batch, and sums for the metrics.
+def loss_sum(
+    model: StepVL, batch: Batch, features_BFD: jax.Array | None = None, *, config: PretrainConfig
+) -> tuple[jax.Array, Metrics]:
+    """Weighted sum of the token losses of a batch, and sums for the metrics. Arguments are as in `forward`.
 
     Returns:
         The sum over tokens of weight * (cross-entropy + z_loss * log_normalizer^2), and the sums by group [X].
     """
-    hidden_BTD, targets_BT, weights_BT = forward(model, batch)
+    hidden_BTD, targets_BT, weights_BT = forward(model, batch, features_BFD)
     with jax.named_scope("loss"):
         total, scores = cross_entropy_sum(
             hidden_BTD,
@@ -107,6 +118,53 @@ def loss_sum(model: StepVL, batch: Batch, *, config: PretrainConfig) -> tuple[ja
     return total, sums
 
 
+def loss_share(
+    model: StepVL, micro_batch: Batch, batch: Batch, step: jax.Array, *, config: PretrainConfig
+) -> tuple[jax.Array, Metrics]:
+    """What a micro-batch adds to the loss of its step's `batch`, and sums for the metrics.
+
+    The loss is the weighted mean over the tokens, and with a codec (`config.model.tofc`) also
+
+        rate_weight * bits / (features * channels) + balance_weight * balance        (TOFC, eqs. 16 and 18)
+
+    Each is a sum over rows, divided by what the whole batch has: the result does not depend on the micro-batches.
+    """
+    total_weight = jnp.maximum(jnp.sum(batch["loss_weights_BT"]), 1e-6)
+    tofc = config.model.tofc
+    if tofc is None:
+        total, sums = loss_sum(model, micro_batch, config=config)
+        return total / total_weight, sums
+    exists_BF = _features_in_use(micro_batch, config)
+    fall = (tofc.last_temperature / tofc.temperature) ** jnp.minimum(2 * step / config.num_steps, 1)
+    features_BFD, rate = model.coded_feature_table(
+        micro_batch["global_views_BGHWC"], micro_batch["crops_BCHWC"], exists_BF, temperature=tofc.temperature * fall
+    )
+    total, sums = loss_sum(model, micro_batch, features_BFD, config=config)
+    # Every feature of a real view has one token.
+    num_features = jnp.maximum(jnp.sum(batch["feature_index_BT"] != NO_FEATURE), 1)
+    bits, balance = jnp.sum(rate.bits_N), balance_sum(rate.weights_NE.reshape(*exists_BF.shape, -1))
+    share = tofc.rate_weight * bits / tofc.channels + tofc.balance_weight * balance
+    sums |= {"bits_per_value": bits / (num_features * tofc.channels), "balance": balance / num_features}
+    return total / total_weight + share / num_features, sums
+
+
+def _features_in_use(batch: Batch, config: PretrainConfig) -> jax.Array:
+    """Which entries of the rows' feature tables [B, F] are of real views."""
+    images, views, crops = config.images, batch["global_views_BGHWC"].shape[1], batch["crops_BCHWC"].shape[1]
+    size = crops * images.crop_tokens + views * images.global_tokens
+    index_BT = batch["feature_index_BT"]
+    place_BT = jnp.where(index_BT == NO_FEATURE, size, index_BT)
+    rows_B1 = jnp.arange(len(index_BT))[:, None]
+    return jnp.zeros((len(index_BT), size), bool).at[rows_B1, place_BT].set(True, mode="drop")
+
+
+def calibrated(state: TrainState, batch: Batch, *, config: PretrainConfig) -> tuple[TrainState, jax.Array]:
+    """The state with the codec fitted to the features of its first batch, and their number; to be jitted."""
+    exists_BF = _features_in_use(batch, config)
+    count = state.model.calibrate(batch["global_views_BGHWC"], batch["crops_BCHWC"], exists_BF)
+    return state, count
+
+
 def make_train_step(
     config: PretrainConfig, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -116,15 +174,12 @@ def make_train_step(
     not the result.
     """
 
-    def gradients(model: Any, base: Any, batch: Batch) -> tuple[Any, Metrics]:
-        total_weight = jnp.sum(batch["loss_weights_BT"])
-
-        def mean_loss(model, micro_batch):
+    def gradients(model: Any, base: Any, batch: Batch, step: jax.Array) -> tuple[Any, Metrics]:
+        def share(model, micro_batch):
             whole = model if config.adapters is None else lora.adapted(config.adapters, base, model)
-            total, sums = loss_sum(whole, micro_batch, config=config)
-            return total / jnp.maximum(total_weight, 1e-6), sums
+            return loss_share(whole, micro_batch, batch, step, config=config)
 
-        gradient = jax.grad(mean_loss, has_aux=True)
+        gradient = jax.grad(share, has_aux=True)
         if config.batch.accumulation == 1:
             return gradient(model, batch)
 
@@ -143,7 +198,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model: Any = state.model  # optax's types do not know that a module is a pytree
-        grads, sums = gradients(model, state.base, batch)
+        grads, sums = gradients(model, state.base, batch, state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, model)
             new_model: Any = optax.apply_updates(model, updates)
@@ -160,6 +215,7 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        metrics |= {name: sums[name] for name in ("bits_per_value", "balance") if name in sums}
         return TrainState(state.step + 1, new_model, opt_state, state.base), metrics
 
     return train_step

@@ -75,14 +75,14 @@ def chat_body(content="hi", **fields):
 
 
 @contextlib.contextmanager
-def running(processor, engine=None, *, pacore=PACORE, **settings):
+def running(processor, engine=None, *, pacore=PACORE, codec=None, **settings):
     """Serves until the block ends."""
 
     async def make(stack):
         made = engine or FakeEngine()
         if hasattr(made, "__aenter__"):
             made = await stack.enter_async_context(made)
-        return made, make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}), pacore)
+        return made, make_app(made, processor, ServerSettings(**{"model_name": "tiny", **settings}), pacore, codec)
 
     with running_app(make) as one:
         yield one

@@ -91,6 +91,8 @@ def test_images_and_tools_are_passed_on(serve, upstream):
     for url in ("https://example.com/a.png", "file:///etc/hostname", "/etc/hostname"):
         refused = server.chat([{"type": "image_url", "image_url": {"url": url}}])
         assert refused.json()["error"]["code"] == "remote_images_not_allowed"
+        refused = server.chat([{"type": "features", "features": {"data": "8Q=="}}])
+        assert refused.json()["error"]["code"] == "features_not_supported"
     assert server.chat([image, image]).json()["error"]["code"] == "too_many_images"
     assert server.chat("x" * 6000).json()["error"]["code"] == "context_length_exceeded"
     assert server.http.post("/v1/completions", json={"prompt": "x"}).status_code == 404

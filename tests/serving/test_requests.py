@@ -54,7 +54,7 @@ def refusal(kind, body):
         (of_user({"type": "image_url", "image_url": {"url": URI, "detail": "huge"}}),
          "messages[0].content[0].image_url.detail", "'low'"),
         (of_user({"type": "image_url", "image_url": URI}), "messages[0].content[0].image_url", "give an object"),
-        (of_user({"type": "video_url"}), "messages[0].content[0].type", "='video_url': give 'text' or 'image_url'"),
+        (of_user({"type": "video_url"}), "messages[0].content[0].type", "give 'text', 'image_url' or 'features'"),
         (of_user({"type": "<text>", "text": "x"}), "messages[0].content[0].type", "give 'text'"),
         (of_user({"text": "hi"}), "messages[0].content[0].type", "is missing"),
         (of_user({"type": 5}), "messages[0].content[0].type", "=5"),

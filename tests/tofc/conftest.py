@@ -7,8 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from stepjax.tofc.config import TofcConfig
-from stepjax.tofc.hyperprior import Hyperprior, freeze
+from stepjax.config import TofcConfig
+from stepjax.tofc.hyperprior import Hyperprior, balance_sum, freeze
 
 CONFIG = TofcConfig(width=32, experts=4, hidden=32, latents=4)
 STEPS = 200
@@ -42,7 +42,11 @@ def trained(sample_features):
         def loss(model):
             rate = model(x_NC, temperature=temperature)
             error = jnp.mean(jnp.square((rate.features_NC - x_NC) / model.spread[...]))
-            return error + 0.02 * jnp.mean(rate.bits_N) / CONFIG.channels + 0.1 * rate.balance
+            return (
+                error
+                + 0.02 * jnp.mean(rate.bits_N) / CONFIG.channels
+                + 0.1 * balance_sum(rate.weights_NE[None]) / len(x_NC)
+            )
 
         updates, state = optimizer.update(jax.grad(loss)(model), state, model)
         return optax.apply_updates(model, updates), state

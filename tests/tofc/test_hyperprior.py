@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from stepjax.config import TofcConfig
 from stepjax.errors import ConfigError
 from stepjax.tofc import codec
-from stepjax.tofc.config import TofcConfig
-from stepjax.tofc.hyperprior import Hyperprior, Tofc, freeze, histogram_bits, laplace_bits
+from stepjax.tofc.hyperprior import Hyperprior, Tofc, balance_sum, freeze, histogram_bits, laplace_bits
 from stepjax.tofc.tables import LIMIT, MAX_LATENT, SCALES, UNIT
 
 
@@ -63,7 +63,9 @@ def test_the_rate_is_that_of_the_formula(trained, tables, sample_features):
     np.testing.assert_allclose(rate.bits_N, bits_N + 2, rtol=1e-4)
     np.testing.assert_allclose(rate.experts_E, np.bincount(experts_N, minlength=4) / 100, rtol=1e-6)
     np.testing.assert_allclose(
-        rate.balance, np.sum(np.square(np.bincount(experts_N, minlength=4) / 100 - 0.25)), rtol=1e-4
+        balance_sum(rate.weights_NE[None]) / 100,
+        np.sum(np.square(np.bincount(experts_N, minlength=4) / 100 - 0.25)),
+        rtol=1e-4,
     )
 
 
@@ -136,8 +138,10 @@ def test_gradients_are_finite_and_reach_everything_that_is_trained(bottleneck, n
     key = jax.random.key(0) if noisy else None
 
     def loss(model, x_MNF):
-        y_MKF, rate = model.coded(x_MNF, 6, views_M=views_M, noise_key=key)
-        return jnp.mean(jnp.square(y_MKF)) + 1e-3 * jnp.sum(rate.bits_N) + rate.balance
+        x_MKC = model.merged(x_MNF, 6)
+        rate = model.hyperprior(x_MKC.reshape(18, -1), mask_N=jnp.repeat(views_M, 6), noise_key=key)
+        y_MKF = model.expanded(rate.features_NC.reshape(x_MKC.shape))
+        return jnp.mean(jnp.square(y_MKF)) + 1e-3 * jnp.sum(rate.bits_N) + balance_sum(rate.weights_NE[None])
 
     gradient, to_features = jax.jit(jax.grad(loss, argnums=(0, 1)))(model, x_MNF)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradient, to_features)))
@@ -154,7 +158,8 @@ def test_features_that_do_not_exist_cost_nothing(trained, sample_features):
     whole = jax.jit(trained)(x_NC[:7])
     part = jax.jit(lambda x, mask: trained(x, mask_N=mask))(np.where(mask_N[:, None], x_NC, np.nan), mask_N)
     np.testing.assert_allclose(part.bits_N, np.append(whole.bits_N, np.zeros(5)), rtol=1e-5)
-    np.testing.assert_allclose(part.balance, whole.balance, rtol=1e-5)
+    parts, wholes = balance_sum(part.weights_NE[None]), balance_sum(whole.weights_NE[None])
+    np.testing.assert_allclose(parts, wholes, rtol=1e-5)
     assert not np.asarray(part.features_NC[7:]).any()
 
 

@@ -29,7 +29,7 @@ from stepjax.errors import (
     UnknownModelError,
 )
 from stepjax.tofc import codec
-from stepjax.tofc.codec import Limits, decode, encode, parse
+from stepjax.tofc.codec import Limits, decode, encode, encode_raw, parse
 from stepjax.tofc.range_coder import varint
 from stepjax.tofc.tables import Tables
 
@@ -74,7 +74,7 @@ def test_what_is_decoded_is_what_was_coded(tables, frame, decoded, sample_featur
 
 def test_the_header_is_a_few_bytes(tables, frame):
     payloads = parse(frame).payloads
-    assert len(frame) - sum(map(len, payloads)) == 1 + 4 + 1 + sum(1 + len(varint(len(p))) + 4 for p in payloads)
+    assert len(frame) - sum(map(len, payloads)) == 1 + 4 + 1 + 1 + sum(1 + len(varint(len(p))) + 4 for p in payloads)
 
 
 def test_a_tiles_bytes_do_not_depend_on_its_batch(tables, sample_features):
@@ -223,11 +223,11 @@ def test_a_tile_of_another_frame_does_not_fit(tables, sample_features):
     frames = {}
     for tile in x_NC:
         data = encode(tables, [tile, x_NC[0]])
-        frames.setdefault(data[:10], []).append(data)
+        frames.setdefault(data[:11], []).append(data)
     one, other = next(same for same in frames.values() if len(same) > 1)[:2]
     length = len(parse(one).payloads[0]) + 4
     with pytest.raises(CorruptStreamError, match="tile 1: its checksum"):
-        decode(tables, one[:10] + other[10 : 10 + length] + one[10 + length :])
+        decode(tables, one[:11] + other[11 : 11 + length] + one[11 + length :])
 
 
 def test_an_unknown_model_is_named_with_those_that_are_known(tables, frame):
@@ -255,7 +255,7 @@ def test_limits_are_the_receivers(tables, frame):
 def sealed(model, tiles, count=None):
     """A frame with right checksums around any payloads; tiles are pairs of the features said and the payload."""
     lengths = b"".join(varint(features) + varint(len(payload)) for features, payload in tiles)
-    header = bytes([0xF1]) + bytes.fromhex(model) + varint(len(tiles) if count is None else count) + lengths
+    header = bytes([0xF1]) + bytes.fromhex(model) + varint(len(tiles) if count is None else count) + b"\0" + lengths
     frame, crc = header, zlib.crc32(header)
     for _, payload in tiles:
         crc = zlib.crc32(payload, crc)
@@ -318,7 +318,7 @@ def test_hostile_lengths_allocate_next_to_nothing(tables):
 
 
 def test_no_jax_is_needed():
-    code = "import sys; import stepjax.tofc.codec, stepjax.tofc.config; assert 'jax' not in sys.modules"
+    code = "import sys; import stepjax.tofc.codec; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -354,3 +354,46 @@ def test_other_matrix_kernels_give_the_same_bytes(tables, sample_features, tmp_p
     env = {**os.environ, "OPENBLAS_CORETYPE": core}
     found = subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout
     assert bytes.fromhex(found) == encode(tables, [x_NC[:40], x_NC[40:]])
+
+
+def test_raw_features_come_back_within_half_a_step(tables, sample_features):
+    x_NC = sample_features(21, seed=14)
+    x_NC[4] = 0
+    tiles = [x_NC[:8], x_NC[8:9], x_NC[9:]]
+    frame = encode_raw(tables, tiles, columns=2)
+    assert parse(frame).columns == 2 and len(frame) < 21 * (32 + 4) + 40
+    found = np.concatenate(decode(tables, frame))
+    assert found.dtype == np.float32 and not found[4].any()
+    assert (np.abs(found - x_NC) <= np.abs(x_NC).max(axis=1, keepdims=True) / 253).all()
+    newer = Tables({**tables.arrays, "step": 2 * tables.arrays["step"]}, tables.origin)
+    np.testing.assert_array_equal(np.concatenate(decode(newer, frame)), found)
+    for model, kind in ((Tables(tables.arrays, "another"), frame), (newer, encode(tables, tiles))):
+        with pytest.raises(UnknownModelError) as refused:
+            decode(model, kind)
+        assert refused.value.accepted == ((model.features_id if kind is frame else model.id),)
+
+
+def test_a_damaged_raw_frame_is_a_typed_error_with_its_tile(tables, sample_features):
+    frame = encode_raw(tables, sample_features(6, seed=15).reshape(2, 3, -1))
+    for end in range(len(frame)):
+        with pytest.raises(CorruptStreamError):
+            decode(tables, frame[:end])
+    for place in range(len(frame)):
+        data = frame[:place] + bytes([frame[place] ^ 1]) + frame[place + 1 :]
+        with pytest.raises((CorruptStreamError, StreamLimitError, UnknownModelError)) as refused:
+            decode(tables, data)
+        if place >= len(frame) - 4:
+            assert refused.value.tile == 1
+    for payload, words in (
+        (bytes(3 * 36 - 1), "107 bytes of 3 raw features"),
+        (b"\xff\xff\xff\x7f" + bytes([1]) * 104, "not finite"),
+    ):
+        data = bytearray(sealed(tables.features_id, [(3, payload)]))
+        data[0] |= codec.RAW
+        header = data[: len(data) - len(payload) - 4]
+        data[-4:] = zlib.crc32(payload, zlib.crc32(header)).to_bytes(4, "little")
+        with pytest.raises(CorruptStreamError, match=f"tile 0: .*{words}") as refused:
+            decode(tables, bytes(data))
+        assert refused.value.tile == 0
+    with pytest.raises(BitstreamError, match="not finite"):
+        encode_raw(tables, [np.full((2, 32), np.inf)])

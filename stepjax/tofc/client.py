@@ -1,0 +1,285 @@
+"""A device asks a server about an image: as a coded stream, and in other forms by a policy if that cannot be read.
+
+    stream    the features, coded
+    int8      the same features as int8, for a server with another entropy model for the same encoder
+    jpeg      the image, for any server
+
+It speaks HTTP by the standard library, follows no redirect and uses no proxy. The server's side of it, with the
+errors that decide what comes next, is in docs/serving.md.
+"""
+
+import base64
+import dataclasses
+import http.client
+import io
+import json
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from stepjax.errors import BitstreamError, ConfigError, RefusedError, UnreachableError, require, require_positive
+from stepjax.tofc import codec
+from stepjax.tofc.tables import Tables
+
+Kind = Literal["stream", "int8", "jpeg"]
+
+_MAX_REPLY = 4 * 2**20  # bytes
+_PAUSE, _MAX_PAUSE = 0.2, 5.0  # seconds before a resend to a busy server; the pause doubles each time
+# A 400 that another form of the image may avoid.
+_OF_THE_FORM = ("corrupt_stream", "features_not_supported")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a device sends, and for how long."""
+
+    kinds: tuple[Kind, ...] = ("stream", "int8", "jpeg")  # the next one if the server cannot read this one
+    resends: int = 2  # of each kind, if it arrives damaged, or the server is busy, fails or does not answer
+    seconds: float = 60.0  # for everything
+    jpeg_quality: int = 85
+
+    def __post_init__(self):
+        require("policy", self, kinds=(bool(self.kinds), "name at least one of stream, int8, jpeg"))
+        require("policy", self, resends=(self.resends >= 0, "must not be negative"))
+        require("policy", self, jpeg_quality=(1 <= self.jpeg_quality <= 100, "must be 1 to 100"))
+        require_positive("policy", self, "seconds")
+
+
+class Encoder(Protocol):
+    """What is needed of a `stepjax.tofc.device.Device`."""
+
+    tables: Tables
+
+    def features(self, image: Image.Image) -> tuple[list[np.ndarray], int]: ...
+
+
+class Attempt(NamedTuple):
+    """One request, or a kind that the image could not be encoded as."""
+
+    kind: Kind
+    sent: int  # bytes of the body
+    status: int | None  # None: there was no reply
+    reason: str  # the error's code or message; "" for the answer
+
+
+class Answer(NamedTuple):
+    """
+    Attributes:
+        text: without reasoning.
+        finish_reason: "length" if it is cut off by `max_tokens`, perhaps within its reasoning.
+        kind: what the server read.
+        attempts: all requests, in order; the last one is the answer's.
+        encode_ms: on the device, of all kinds that were sent.
+        send_ms: connecting, and handing the last request to the network.
+        answer_ms: from there to the end of the reply.
+    """
+
+    text: str
+    finish_reason: str
+    kind: Kind
+    attempts: tuple[Attempt, ...]
+    encode_ms: float
+    send_ms: float
+    answer_ms: float
+
+
+def ask(
+    url: str,
+    device: Encoder,
+    image: Image.Image,
+    prompt: str,
+    *,
+    policy: Policy | None = None,
+    api_key: str | None = None,
+    **fields: Any,
+) -> Answer:
+    """Asks a question about an image.
+
+    Args:
+        url: of the server's API, such as "http://192.168.0.7:8000/v1".
+        image: RGB.
+        fields: of the chat request, such as `max_tokens`.
+
+    Raises:
+        ConfigError: the URL is not one.
+        ImageError: the image cannot be cut into views.
+        RefusedError: the server refuses the question, or every kind of image that the policy has.
+        UnreachableError: the server does not answer, is too busy or fails, as often or as long as the policy tries.
+    """
+    policy = policy or Policy()
+    end, server, attempts = time.monotonic() + policy.seconds, _Server(url, api_key), []
+    encode_ms, features, reason = 0.0, None, ""
+    for kind in policy.kinds:
+        began = time.perf_counter()
+        try:
+            if kind != "jpeg" and features is None:
+                features = device.features(image)
+            media_type, body = _body(kind, device.tables, features, image, prompt, fields, policy.jpeg_quality)
+        except BitstreamError as unfit:
+            reason = str(unfit)
+            attempts.append(Attempt(kind, 0, None, reason))
+            continue
+        finally:
+            encode_ms += 1e3 * (time.perf_counter() - began)
+        for resend in range(policy.resends + 1):
+            reply = server.post(media_type, body, end - time.monotonic())
+            if reply.status == 200:
+                attempts.append(Attempt(kind, len(body), 200, ""))
+                text, finish = _text(reply.fields, attempts)
+                return Answer(text, finish, kind, tuple(attempts), encode_ms, reply.send_ms, reply.answer_ms)
+            error = reply.error
+            reason = str(error.get("message") or f"status {reply.status}")
+            attempts.append(Attempt(kind, len(body), reply.status, str(error.get("code") or reason)))
+            is_damaged, is_busy = error.get("retryable") is True, _is_busy(reply.status)
+            if not (is_damaged or is_busy):
+                break
+            if is_busy:
+                pause = min(max(_PAUSE * 2**resend, reply.retry_after), _MAX_PAUSE)
+                if resend == policy.resends or time.monotonic() + pause >= end:
+                    raise UnreachableError(f"{url}: no answer in {len(attempts)} attempts: {reason}", tuple(attempts))
+                time.sleep(pause)
+        if not (is_damaged or _is_of_the_form(reply.status, error.get("code"))):
+            raise RefusedError(f"{url}: {reason}", tuple(attempts))
+    raise RefusedError(f"{url}: cannot read any of {', '.join(policy.kinds)}: {reason}", tuple(attempts))
+
+
+def _is_busy(status: int | None) -> bool:
+    return status is None or status in (408, 429) or status >= 500
+
+
+def _is_of_the_form(status: int | None, code: Any) -> bool:
+    """Whether the server refuses this form of the image and perhaps not the next. Other servers, which know no
+    features, give no code of ours.
+    """
+    return status in (409, 413, 415, 422) or (status == 400 and (not isinstance(code, str) or code in _OF_THE_FORM))
+
+
+def _body(
+    kind: Kind,
+    tables: Tables,
+    features: tuple[list[np.ndarray], int] | None,
+    image: Image.Image,
+    prompt: str,
+    fields: dict[str, Any],
+    quality: int,
+) -> tuple[str, bytes]:
+    """Media type and body of a request."""
+    stream, part = b"", {}
+    if features is not None and kind != "jpeg":
+        encode = codec.encode if kind == "stream" else codec.encode_raw
+        stream = encode(tables, features[0], columns=features[1])
+        part = {"type": "features", "features": {"bytes": len(stream)}}
+    else:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        part = {"type": "image_url", "image_url": {"url": uri}}
+    content = [part, {"type": "text", "text": prompt}]
+    line = json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
+    return ("application/octet-stream", line + b"\n" + stream) if stream else ("application/json", line)
+
+
+def _text(fields: dict[str, Any], attempts: list[Attempt]) -> tuple[str, str]:
+    """The answer, and why it ends."""
+    try:
+        choice = fields["choices"][0]
+        return str(choice["message"]["content"] or ""), str(choice.get("finish_reason"))
+    except (KeyError, IndexError, TypeError):
+        raise RefusedError("the reply is not a chat completion", tuple(attempts)) from None
+
+
+class _Reply(NamedTuple):
+    status: int | None  # None: there was none
+    fields: dict[str, Any] = {}
+    retry_after: float = 0.0  # seconds
+    send_ms: float = 0.0
+    answer_ms: float = 0.0
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error = self.fields.get("error")
+        return error if isinstance(error, dict) else {}
+
+
+class _Server:
+    def __init__(self, url: str, api_key: str | None):
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"URL {url!r}: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+            raise ConfigError(f"URL {url!r}: give an http or https URL, such as http://127.0.0.1:8000/v1")
+        self._path = f"{parts.path.rstrip('/')}/chat/completions"
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        host, is_tls = parts.hostname, parts.scheme == "https"
+
+        def connect(seconds: float) -> http.client.HTTPConnection:
+            if not is_tls:
+                return http.client.HTTPConnection(host, port, timeout=seconds)
+            return http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl.create_default_context())
+
+        self._connect: Callable[[float], http.client.HTTPConnection] = connect
+
+    def post(self, media_type: str, body: bytes, seconds: float) -> _Reply:
+        """One request on its own connection. What fails or takes longer has no status, and the reason as its error."""
+        if seconds <= 0:
+            return _failed("the time is up")
+        connection = self._connect(seconds)
+        # A socket's timeout is of one operation: a server that trickles would take for ever.
+        is_over = threading.Event()
+        timer = threading.Timer(seconds, _shut, [connection, is_over])
+        timer.daemon = True
+        timer.start()
+        began = time.perf_counter()
+        try:
+            try:
+                connection.request("POST", self._path, body, {"content-type": media_type, **self._headers})
+            except (BrokenPipeError, ConnectionResetError):
+                if connection.sock is None:
+                    raise
+                # It may have answered before it had read all: too large, or no key.
+            sent = time.perf_counter()
+            response = connection.getresponse()
+            data = response.read(_MAX_REPLY + 1)
+            ended = time.perf_counter()
+            if len(data) > _MAX_REPLY:
+                return _failed(f"the reply is larger than {_MAX_REPLY} bytes")
+            if is_over.is_set() or response.length:
+                return _failed("the time is up" if is_over.is_set() else "the reply ends early")
+            after = response.headers.get("retry-after", "")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return _failed(str(error) or type(error).__name__)
+        finally:
+            timer.cancel()
+            connection.close()
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError):
+            if response.status == 200:
+                return _failed("the reply is not JSON")
+            fields = None
+        fields = fields if isinstance(fields, dict) else {}
+        pause = float(after) if after.isdecimal() else 0.0
+        return _Reply(response.status, fields, pause, 1e3 * (sent - began), 1e3 * (ended - sent))
+
+
+def _failed(reason: str) -> _Reply:
+    return _Reply(None, {"error": {"message": reason}})
+
+
+def _shut(connection: http.client.HTTPConnection, is_over: threading.Event) -> None:
+    is_over.set()
+    sock = connection.sock
+    if sock is not None:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it has just ended
+            pass

@@ -1,0 +1,551 @@
+"""Images that devices have coded: answers, batches and caches of a server with a codec, refusals, and the device.
+
+The codec is that of a model with random parameters, fitted to noise: frames are real, only not small.
+"""
+
+import base64
+import dataclasses
+import http.server
+import json
+import re
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from fake_engine import FakeEngine
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from running_server import chat_body, picture, running
+from tiny_tofc import config as tiny
+
+from stepjax.cli import main
+from stepjax.config import NumericsConfig, TokenizerConfig
+from stepjax.errors import RefusedError, UnreachableError
+from stepjax.inference.async_engine import AsyncEngine
+from stepjax.inference.config import EngineConfig
+from stepjax.inference.engine import Engine
+from stepjax.inference.request import SamplingParams
+from stepjax.interop.codec_files import _OF_DEVICE, device_programs
+from stepjax.interop.text_processor import TextProcessor
+from stepjax.models.step_vl import abstract_model
+from stepjax.processing.images import make_views
+from stepjax.processing.processor import Processor
+from stepjax.processing.tokenizer import load_tokenizer
+from stepjax.serving import features
+from stepjax.serving.errors import ApiError
+from stepjax.serving.schemas import Features
+from stepjax.serving.settings import Limits
+from stepjax.sharding import named_leaves
+from stepjax.tofc import client, codec
+from stepjax.tofc import device as files
+from stepjax.tofc.client import Policy, ask
+from stepjax.tofc.device import CODEC, DEVICE, pack
+from stepjax.tofc.hyperprior import freeze
+from stepjax.tofc.range_coder import varint
+from stepjax.tofc.server import decode_image
+from stepjax.tofc.tables import Tables
+
+CONFIG = EngineConfig(max_sequences=8, smallest_batch=8, max_prefix_groups=1, max_context=256, page_size=16)
+ORIGIN = "the tests' encoder"
+SAMPLING = {"max_tokens": 6, "temperature": 0.0}
+STREAMS = {"content-type": "application/octet-stream"}
+
+
+def photo(seed, size=(130, 90)):
+    """It has crops: 3 columns and 2 rows, and more for larger ones."""
+    noise_HWC = np.random.default_rng(seed).integers(0, 256, (size[1] // 10, size[0] // 10, 3))
+    return Image.fromarray(noise_HWC.astype(np.uint8)).resize(size)
+
+
+class Device:
+    """Like `stepjax.tofc.device.Device`, without the files."""
+
+    def __init__(self, model, images, tables):
+        self.model, self.images, self.tables = model, images, tables
+        self.run = jax.jit(type(model).merged_views)
+
+    def features(self, image):
+        views = make_views(image, self.images)
+        crops = self.run(self.model, views.crops_NHWC) if len(views.crops_NHWC) else []
+        (whole,) = self.run(self.model, views.global_view_HWC[None])
+        return [np.asarray(tile) for tile in (*crops, whole)], views.plan.columns
+
+    def stream(self, image, encode=codec.encode):
+        tiles, columns = self.features(image)
+        return encode(self.tables, tiles, columns=columns)
+
+
+@pytest.fixture(scope="module")
+def coded_processor():
+    return Processor.from_config(tiny.images, TokenizerConfig())
+
+
+@pytest.fixture(scope="module")
+def model(coded_processor, randomized):
+    vocab = coded_processor.tokenizer.vocab_size
+    config = dataclasses.replace(tiny.model, decoder=dataclasses.replace(tiny.model.decoder, vocab_size=vocab))
+    return randomized(abstract_model(config, NumericsConfig(compute_dtype="float32", remat="none")))
+
+
+@pytest.fixture(scope="module")
+def device(model):
+    seen = Device(model, tiny.images, None)
+    x_NC = np.concatenate([tile for seed in range(4) for tile in seen.features(photo(seed))[0]])
+    model.tofc.hyperprior.calibrate(x_NC)
+    return Device(model, tiny.images, freeze(model.tofc.hyperprior, origin=ORIGIN))
+
+
+@pytest.fixture(scope="module")
+def frame(device):
+    return device.stream(photo(0))
+
+
+@pytest.fixture(scope="module")
+def edge(model, coded_processor, device):
+    """A server with the real engine."""
+    with running(coded_processor, AsyncEngine(Engine(model, coded_processor, CONFIG)), codec=device.tables) as one:
+        yield one
+
+
+@pytest.fixture
+def door(coded_processor, device):
+    """A function that starts a server with an engine that only greets."""
+    stack = []
+
+    def start(codec=device.tables, processor=coded_processor, **settings):
+        server = running(processor, FakeEngine(), codec=codec, **settings)
+        stack.append(server)
+        return server.__enter__()
+
+    yield start
+    for server in stack:
+        server.__exit__(None, None, None)
+
+
+def part(frame):
+    return {"type": "features", "features": {"data": base64.b64encode(frame).decode()}}
+
+
+def post(server, *frames, text="What is it?", tail=b"", sizes=None, **fields):
+    """In a binary body."""
+    sizes = [len(frame) for frame in frames] if sizes is None else sizes
+    content = [{"type": "features", "features": {"bytes": size}} for size in sizes]
+    line = json.dumps(chat_body([*content, {"type": "text", "text": text}], **fields)).encode()
+    return server.http.post(
+        "/v1/chat/completions", content=b"\n".join([line, b"".join(frames) + tail]), headers=STREAMS
+    )
+
+
+def text_of(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def logprobs_of(response):
+    """Of the tokens of an answer: so small a model says the same of every image, but not as surely."""
+    assert response.status_code == 200, response.text
+    return [each["logprob"] for each in response.json()["choices"][0]["logprobs"]["content"]]
+
+
+def error(response, status, code):
+    assert response.status_code == status, response.text
+    fields = response.json()["error"]
+    assert fields["code"] == code and fields["message"], fields
+    return fields
+
+
+def metrics(server):
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    return {
+        (sample.name.removeprefix("stepjax_"), *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_that_of_the_decoded_features(edge, model, coded_processor, device, frame):
+    """Fed to an engine directly; by a binary body, base64 and raw features that decode to the same."""
+    question = [{"type": "image", "image": frame}, {"type": "text", "text": "What is it?"}]
+
+    def received(data, **_):
+        return decode_image(device.tables, data, tiny.images)
+
+    options = {"open_image": received, "enable_thinking": False}
+    example = coded_processor.process_prompt([{"role": "user", "content": question}], **options)
+    assert example.crops.shape == (6, 2, 24) and example.global_views.shape == (1, 4, 24)
+    ((direct,),) = Engine(model, coded_processor, CONFIG).generate([example], SamplingParams(**SAMPLING, logprobs=0))
+    expected = [each.logprob for each in direct.logprobs]
+    fields = {**SAMPLING, "logprobs": True, "chat_template_kwargs": {"enable_thinking": False}}
+    response = post(edge, frame, **fields)
+    assert text_of(response) == direct.text
+    np.testing.assert_allclose(logprobs_of(response), expected, rtol=1e-4)
+    assert response.json()["usage"]["prompt_tokens"] == len(example.tokens)
+    again = edge.chat([part(frame), {"type": "text", "text": "What is it?"}], **fields)
+    np.testing.assert_allclose(logprobs_of(again), expected, rtol=1e-4)
+    other = logprobs_of(post(edge, device.stream(photo(9)), **fields))
+    assert np.abs(np.subtract(other, expected)).max() > 1e-2, "the model sees the image"
+
+
+def test_many_devices_share_batches_and_a_stream_sent_again_costs_nothing(edge, device, monkeypatch):
+    frames = [device.stream(photo(seed, (130, 90 + 40 * (seed % 2)))) for seed in range(20, 28)]
+    fields = {**SAMPLING, "logprobs": True, "text": "Alone?"}
+    alone = [logprobs_of(post(edge, frame, **fields)) for frame in frames]
+    edge.wait_until(lambda: edge.engine.stats().running == 0)
+    before, batches, runner = metrics(edge), [], edge.engine._engine._runner
+    encode = runner.encode
+    monkeypatch.setattr(runner, "encode", lambda kind, views: batches.append((kind, len(views))) or encode(kind, views))
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(post, edge, frame, **fields) for frame in frames]
+        np.testing.assert_allclose([logprobs_of(each.result()) for each in asked], alone, rtol=1e-4)
+    after = metrics(edge)
+    assert after["streams_total", "cached"] - before["streams_total", "cached"] == 8
+    assert after["streams_total", "decoded"] == before["streams_total", "decoded"] and not batches
+    new = [device.stream(photo(seed)) for seed in range(30, 38)]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(each.status_code == 200 for each in pool.map(lambda frame: post(edge, frame, **SAMPLING), new))
+    assert {kind for kind, _ in batches} == {"coded crop", "coded global"}
+    assert sum(count for _, count in batches) == 8 * 7 and len(batches) < 16
+    assert after["stream_bytes_total",] - before["stream_bytes_total",] == sum(map(len, frames))
+    assert after["stream_decode_seconds_count",] == after["streams_total", "decoded"]
+
+
+def test_rounds_of_pacore_read_features(edge, frame):
+    response = post(edge, frame, max_tokens=4, seed=1, pacore={"schedule": [2]})
+    assert response.status_code in (200, 502), response.text  # so small a model may never end its reasoning
+    assert metrics(edge)["pacore_calls_total", "ok"] >= 2
+
+
+def test_a_device_is_answered_by_whatever_its_server_can_read(edge, device):
+    """Its entropy model is another, so raw features; then its encoder is, too, so the picture."""
+    image, key = photo(5), {"api_key": None}
+    found = ask(f"{edge.url}/v1", device, image, "What is it?", **SAMPLING, **key)
+    assert found.kind == "stream" and found.text == text_of(post(edge, device.stream(image), **SAMPLING))
+    step = {"step": device.tables.arrays["step"] * 2}
+    newer = Device(device.model, tiny.images, Tables({**device.tables.arrays, **step}, ORIGIN))
+    found = ask(f"{edge.url}/v1", newer, image, "What is it?", **SAMPLING)
+    assert [each.kind for each in found.attempts] == ["stream", "int8"]
+    assert found.attempts[0].reason == "unknown_codec" and found.attempts[0].status == 409
+    assert found.text == text_of(post(edge, device.stream(image, codec.encode_raw), **SAMPLING))
+    alien = Device(device.model, tiny.images, Tables(device.tables.arrays, "another encoder"))
+    found = ask(f"{edge.url}/v1", alien, image, "What is it?", **SAMPLING)
+    assert [each.kind for each in found.attempts] == ["stream", "int8", "jpeg"]
+    with pytest.raises(RefusedError, match="cannot read any of stream, int8"):
+        ask(f"{edge.url}/v1", alien, image, "What is it?", policy=Policy(kinds=("stream", "int8")))
+    with pytest.raises(RefusedError, match="limit of 255 for a prompt") as refused:
+        ask(f"{edge.url}/v1", device, image, "What? " * 400)
+    assert len(refused.value.attempts) == 1, "no other form would help"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def sealed(frame, *, model=None, columns=None, change=lambda tile, payload: payload):
+    """The frame with right checksums around other payloads."""
+    parts = codec.parse(frame)
+    payloads = [change(tile, payload) for tile, payload in enumerate(parts.payloads)]
+    sizes = b"".join(varint(n) + varint(len(p)) for n, p in zip(parts.features, payloads, strict=True))
+    made = (
+        frame[:1]
+        + (frame[1:5] if model is None else model)
+        + varint(len(payloads))
+        + varint(parts.columns if columns is None else columns)
+        + sizes
+    )
+    crc = zlib.crc32(made)
+    for payload in payloads:
+        crc = zlib.crc32(payload, crc)
+        made += payload + crc.to_bytes(4, "little")
+    return made
+
+
+def flipped(frame, place):
+    return frame[:place] + bytes([frame[place] ^ 16]) + frame[place + 1 :]
+
+
+def test_what_is_refused_and_how(door, device, frame, monkeypatch):
+    """The table in docs/serving.md. Nothing is decoded where something is refused before."""
+    server, decoded = door(limits=Limits(stream_bytes=4096, images=3)), []
+
+    def decoding(*args, **options):
+        decoded.append(1)
+        return decode_image(*args, **options)
+
+    monkeypatch.setattr(features, "decode_image", decoding)
+    raw = device.stream(photo(0), codec.encode_raw)
+    other = bytes(4).hex()
+    for data in (sealed(frame, model=bytes(4)), sealed(raw, model=bytes(4))):
+        told = error(post(server, frame, data), 409, "unknown_codec")
+        known = device.tables.id if data[0] == frame[0] else device.tables.features_id
+        assert told["accepted"] == [known] and other in told["message"]
+        assert told["param"] == "messages[0].content[1].features"
+    told = error(post(server, bytes([frame[0] + 1]) + frame[1:]), 409, "unknown_codec")
+    assert told["accepted"] == [device.tables.id] and "version 2" in told["message"]
+    error(post(server, frame + bytes(4097 - len(frame))), 413, "stream_too_large")
+    error(server.chat([part(bytes(4097 * 2))]), 413, "stream_too_large")
+    error(post(server, frame[:5] + varint(200) + bytes(300)), 413, "stream_too_large")
+    for data, tile in (
+        (b"", None),
+        (b"\0" * 9, None),
+        (frame[:-1], None),
+        (frame + b"\0", None),
+        (flipped(frame, 5), None),
+        (flipped(frame, len(frame) - 1), 6),
+        (flipped(raw, len(raw) - 9), 6),
+    ):
+        told = error(post(server, data), 400, "corrupt_stream")
+        assert told["retryable"] is True and told["tile"] == tile, told
+    for data in (sealed(frame, columns=4), sealed(frame, columns=0), sealed(raw, change=lambda tile, p: p[:-1])):
+        told = error(post(server, data), 400, "corrupt_stream")
+        assert told["retryable"] is False, "the same bytes would be refused again"
+    assert not decoded
+    for data, tile in (
+        (sealed(frame, change=lambda tile, p: p[:-1] if tile == 2 else p), 2),
+        (sealed(raw, change=lambda tile, p: b"\xff\xff\xff\x7f" + p[4:] if tile == 3 else p), 3),
+    ):
+        told = error(post(server, data), 400, "corrupt_stream")
+        assert (told["retryable"], told["tile"]) == (False, tile), told
+    error(post(server, *[frame] * 4), 400, "too_many_images")
+    error(server.chat([part(frame), {"type": "image_url", "image_url": {"url": picture()}}]), 400, "mixed_images")
+    told = metrics(server)
+    assert told["streams_total", "unknown_codec"] == 3 and told["streams_total", "stream_too_large"] == 3
+    assert text_of(post(server, raw, frame, frame)) and text_of(server.chat([part(frame)]))
+
+
+def test_bodies_that_do_not_hold_what_they_name_are_refused(door, frame):
+    server = door()
+    size = len(frame)
+    for sizes, tail in (([size + 1], b""), ([-1], frame), ([True], b""), (["9"], b""), ([2**70], b""), ([1.0], b"")):
+        told = error(post(server, frame, sizes=sizes, tail=tail), 400, "invalid_value")
+        assert told["param"] == "messages[0].content[0].features.bytes"
+    assert "3 bytes after" in error(post(server, frame, tail=b"abc"), 400, "extra_bytes")["message"]
+    for value in (frame[:9].hex() + "!", "ab", "\u00e9" * 4):
+        told = error(server.chat([{"type": "features", "features": {"data": value}}]), 400, "invalid_value")
+        assert told["param"] == "messages[0].content[0].features.data"
+    assert error(server.chat([{"type": "features", "features": {"bytes": 9}}]), 400, "unknown_parameter")
+    assert error(server.chat([{"type": "features", "features": {"data": [1]}}]), 400, "invalid_value")
+    for body in (
+        b"",
+        b"\n",
+        b"{",
+        b"\xff\n\xff",
+        b'{"messages": 3}\n',
+        b'{"messages": [{"content": [{"features": 1}]}]}',
+    ):
+        assert server.http.post("/v1/chat/completions", content=body, headers=STREAMS).status_code == 400, body
+    assert server.http.post("/v1/completions", content=b'{"prompt": "x"}\nrest', headers=STREAMS).status_code == 400
+    assert text_of(server.http.post("/v1/chat/completions", content=json.dumps(chat_body()), headers=STREAMS))
+
+
+def test_a_server_without_a_codec_says_so(door, frame):
+    text = TextProcessor(load_tokenizer("demo")._raw, chat_template="{{ messages[0].content }}")
+    for server in (door(codec=None), door(codec=None, processor=text)):
+        assert "send the image" in error(post(server, frame), 400, "features_not_supported")["message"]
+        assert error(server.chat([part(frame)]), 400, "features_not_supported")
+
+
+def test_no_body_is_kept_beyond_the_limit(door):
+    server = door(limits=Limits(body_bytes=100_000))
+    sent = []
+
+    def endless():
+        while len(sent) < 400:
+            sent.append(1)
+            yield bytes(50_000)
+
+    assert server.http.post("/v1/chat/completions", content=bytes(100_001), headers=STREAMS).status_code == 413
+    response = server.http.post("/v1/chat/completions", content=endless(), headers=STREAMS)
+    assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
+def test_every_truncation_and_every_flip_is_a_typed_error(door, device):
+    """Of a frame of each kind; by the server's reader. No response would be other than those that the table has."""
+    server = door()
+    receiver = server.context.prompts._receiver
+    tiles, columns = device.features(photo(1))
+    for frame in (codec.encode(device.tables, tiles, columns=columns), codec.encode_raw(device.tables, tiles[-1:])):
+        receiver.plan(frame, "here")
+        for data in (*(frame[:end] for end in range(len(frame))), *(flipped(frame, i) for i in range(len(frame)))):
+            with pytest.raises(ApiError) as refused:
+                receiver.plan(data, "here")
+            assert refused.value.code in ("corrupt_stream", "unknown_codec", "stream_too_large")
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # mended checksums: it may decode, or not
+        place = int(rng.integers(0, 1 << 20))
+        data = sealed(frame, change=lambda _, p, place=place: flipped(p, place % len(p)))
+        receiver.plan(data, "here")
+        try:
+            assert np.isfinite(receiver.image(data, "here").global_view_QZ).all()
+        except ApiError as told:
+            assert told.code == "corrupt_stream" and told.details["retryable"] is False
+
+
+def test_decoded_streams_are_kept_within_the_limit(door, device):
+    frames = [device.stream(photo(seed)) for seed in range(3)]
+    size = 4 * 24 * (6 * 2 + 4)
+    receiver = door(limits=Limits(stream_cache_bytes=2 * size)).context.prompts._receiver
+    images = [receiver.image(frame, "") for frame in frames]
+    assert receiver.image(frames[1], "") is images[1] and receiver.image(frames[2], "") is images[2]
+    assert receiver._size == 2 * size and receiver.image(frames[0], "") is not images[0]
+    assert receiver.data(Features(data=frames[0]), "") is frames[0]
+
+
+# The device's policy, against a server that refuses in every way ---------------------------------------------------
+
+
+ANSWER = {"choices": [{"message": {"content": "a cat"}}]}
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers the next reply of a script: a status with a JSON body and headers, or a function of the handler."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        line, _, rest = body.partition(b"\n")
+        first = json.loads(line)["messages"][0]["content"][0]
+        is_raw = bool(rest) and rest[0] & 8
+        self.server.asked.append("jpeg" if first["type"] == "image_url" else "int8" if is_raw else "stream")
+        reply = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        if callable(reply):
+            reply(self)
+            return
+        status, fields, *headers = reply
+        data = json.dumps(fields).encode()
+        self.send_response(status)
+        for name, value in {"content-length": str(len(data)), **(headers[0] if headers else {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_): ...
+
+
+@pytest.fixture
+def scripted():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted) as server:
+        server.daemon_threads, server.asked = True, []
+        server.handle_error = lambda *_: None  # the device hangs up
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def refusal(status, code, **details):
+    return status, {"error": {"message": f"because of {code}", "code": code, **details}}
+
+
+DAMAGED = refusal(400, "corrupt_stream", retryable=True, tile=1)
+UNREADABLE = refusal(400, "corrupt_stream", retryable=False, tile=1)
+BUSY = (429, {"error": {"message": "busy", "code": "server_busy"}}, {"retry-after": "0"})
+OK = (200, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("script", "kinds"),
+    [
+        ([OK], ["stream"]),
+        ([DAMAGED, OK], ["stream", "stream"]),
+        ([DAMAGED, DAMAGED, DAMAGED, OK], ["stream", "stream", "stream", "int8"]),
+        ([UNREADABLE, OK], ["stream", "int8"]),
+        ([refusal(409, "unknown_codec", accepted=["00000000"]), OK], ["stream", "int8"]),
+        ([refusal(409, "unknown_codec"), refusal(409, "unknown_codec"), OK], ["stream", "int8", "jpeg"]),
+        ([refusal(413, "stream_too_large"), refusal(413, "stream_too_large"), OK], ["stream", "int8", "jpeg"]),
+        ([refusal(400, "features_not_supported")] * 2 + [OK], ["stream", "int8", "jpeg"]),
+        ([refusal(415, "unsupported_media_type")] * 2 + [OK], ["stream", "int8", "jpeg"]),
+        ([(422, {"detail": "what?"}), (400, {"object": "error", "code": 400}), OK], ["stream", "int8", "jpeg"]),
+        ([BUSY, OK], ["stream", "stream"]),
+        ([lambda handler: handler.connection.close(), OK], ["stream", "stream"]),
+    ],
+)
+def test_the_next_kind_follows_from_the_error(scripted, device, script, kinds):
+    scripted.script = list(script)
+    answer = ask(f"http://127.0.0.1:{scripted.server_port}/v1/", device, photo(0), "What?", max_tokens=3)
+    assert answer.text == "a cat" and scripted.asked == kinds == [each.kind for each in answer.attempts]
+    assert answer.kind == kinds[-1] and answer.attempts[-1].sent > 0 and answer.encode_ms > 0
+    assert all(each.reason for each in answer.attempts[:-1])
+
+
+@pytest.mark.parametrize(
+    ("reply", "count"),
+    [
+        (refusal(401, "invalid_api_key"), 1),
+        (refusal(404, "model_not_found"), 1),
+        (refusal(400, "context_length_exceeded"), 1),
+        (refusal(400, "invalid_value"), 1),
+        (refusal(409, "unknown_codec"), 3),
+        (DAMAGED, 9),
+        ((200, {"choices": []}), 1),
+        ((200, ["?"]), 1),
+    ],
+)
+def test_a_refusal_is_typed_and_tells_what_was_tried(scripted, device, reply, count):
+    scripted.script = [reply]
+    with pytest.raises(RefusedError) as refused:
+        ask(f"http://127.0.0.1:{scripted.server_port}/v1", device, photo(0), "What?")
+    assert len(refused.value.attempts) == len(scripted.asked) == count
+
+
+def trickling(handler):
+    for byte in b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n" + b"x: y\r\n" * 50:
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.02)
+
+
+def flooding(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(80):
+        handler.wfile.write(bytes(2**16))
+
+
+@pytest.mark.parametrize("reply", [lambda handler: time.sleep(3), trickling, flooding, (503, {}), (500, {"error": 1})])
+def test_a_server_that_does_not_answer_keeps_no_device_waiting(scripted, device, reply, monkeypatch):
+    monkeypatch.setattr(client, "_PAUSE", 0.01)
+    scripted.script = [reply]
+    device.features(photo(0))
+    began = time.monotonic()
+    with pytest.raises(UnreachableError, match="no answer in [12] attempts"):
+        url = f"http://127.0.0.1:{scripted.server_port}/v1"
+        ask(url, device, photo(0), "What?", policy=Policy(seconds=1.0, resends=1))
+    assert time.monotonic() - began < 5
+
+
+def test_addresses_and_policies_that_cannot_be_used(device):
+    for url in ("127.0.0.1:8000", "ftp://a/v1", "http://me@a/v1", "http:///v1", "http://a:99999/v1"):
+        with pytest.raises(ValueError, match="URL"):
+            ask(url, device, photo(0), "What?")
+    for fields in ({"kinds": ()}, {"resends": -1}, {"seconds": 0.0}, {"jpeg_quality": 0}):
+        with pytest.raises(ValueError, match="policy"):
+            Policy(**fields)
+    with pytest.raises(UnreachableError, match="refused"):  # nobody listens there
+        ask("http://127.0.0.1:9/v1", device, photo(0), "What?", policy=Policy(resends=0))
+    broken = Device(device.model, tiny.images, device.tables)
+    broken.features = lambda image: ([np.full((4, 24), np.nan)], 0)
+    with pytest.raises(UnreachableError) as failed:
+        ask("http://127.0.0.1:9/v1", broken, photo(0), "What?", policy=Policy(resends=0))
+    assert [each.kind for each in failed.value.attempts] == ["stream", "int8", "jpeg"]
+
+
+def test_the_command_asks_and_says_what_it_cost(edge, model, device, tmp_path, capsys):
+    """With a device's own files; its program gives the features that the model does."""
+    images = dataclasses.asdict(tiny.images)
+    del images["most_tokens"]
+    parameters = {name: np.asarray(leaf[...]) for name, leaf in named_leaves(model).items() if _OF_DEVICE.match(name)}
+    programs = device_programs(dataclasses.replace(tiny, model=model.config))
+    device.tables.save(tmp_path / CODEC)
+    (tmp_path / DEVICE).write_bytes(pack(parameters, programs, images, device.tables))
+    photo(5).save(tmp_path / "a.png")
+    for ours, theirs in zip(files.Device(tmp_path).features(photo(5))[0], device.features(photo(5))[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    words = ["tofc", "ask", f"{edge.url}/v1", str(tmp_path), str(tmp_path / "a.png"), "--prompt", "What is it?"]
+    assert main([*words, "--max-tokens", "6", "--thinking", "False"]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() and re.search(r"stream: \d+ bytes sent; encoded in [\d.]+ ms, sent in", told.err), told
+    assert main([*words, "--kinds", "jpeg", "--jpeg-quality", "20", "--max-tokens", "999"]) == 1
+    assert "999" in capsys.readouterr().err
