@@ -1,7 +1,7 @@
 """The codec of a trained run, frozen: what its device and its server must have in common, and the device's program.
 
-See `stepjax.tofc.device` for the files. A frame carries the codec's digest, which covers the run's parameters and the
-sizes of its views, so that no server takes it for that of another model.
+See `stepjax.tofc.device` for the files. A frame carries the codec's digest, which covers the encoder's parameters and the
+sizes of its views, so that no server takes it for that of another encoder.
 """
 
 import dataclasses
@@ -108,7 +108,12 @@ def _wanted(model: StepVL) -> dict[str, Any]:
 
 
 def _origin(meta: Mapping[str, Any]) -> str:
-    """A digest of a checkpoint's parameters, model and views."""
-    arrays = {name: digest for name, digest in meta["arrays"].items() if name.startswith(MODEL)}
-    parts = arrays, meta["config"]["model"], meta["config"]["images"]
+    """A digest of what decides how features come about: parameters of encoder and codec, and the sizes of views.
+
+    The decoder is not among them: one that is trained further reads the frames of the same devices.
+    """
+    needed = re.compile(f"{re.escape(MODEL)}({_OF_DEVICE.pattern}|tofc/)")
+    arrays = {name: digest for name, digest in meta["arrays"].items() if needed.match(name)}
+    model = meta["config"]["model"]
+    parts = arrays, model["vision"], model["tofc"], meta["config"]["images"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
