@@ -201,10 +201,10 @@ def test_a_run_may_start_from_anothers_codec(run, tmp_path):
 
 
 def test_real_bytes_are_those_that_training_estimates(run):
-    """Of all features of 40 pictures in one tile, because every tile costs some bytes more."""
+    """Of all features of 120 pictures in one tile: every tile costs some bytes more, and the coder's lanes 0.6 %."""
     device = Device(run)
     records = open_source(DigitsSource(name="a", weight=1, task="transcribe", split="held_out"), 0)
-    contents = [records[i]["messages"][0]["content"] for i in range(40)]
+    contents = [records[i]["messages"][0]["content"] for i in range(120)]
     images = [item["image"] for content in contents for item in content if item["type"] == "image"]
     x_NZ = np.concatenate([tile for image in images for tile in device.features(open_image(image, name="a"))[0]])
     size = len(codec.encode(device.tables, [x_NZ]))
