@@ -262,6 +262,19 @@ class DigitsSource:
         require(f"data.sources.{self.name}", self, degradation=(0 <= self.degradation <= 1, "must be from 0 to 1"))
 
 
+DocumentsTask = Literal["read", "count", "point", "all"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentsSource:
+    """Pages of 256 x 256 pixels composed on the fly: handwritten fields, marks and text on worn paper."""
+
+    name: str
+    weight: float
+    task: DocumentsTask
+    split: Split = "train"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JsonlSource:
     """One JSON record per line: `{"messages": [...]}` or `{"text": ...}`; image paths are relative to the file."""
@@ -297,7 +310,7 @@ class SynthesisSource:
         require(f"data.sources.{self.name}", self, references=(fits, "give the fewest and the most, at least 1"))
 
 
-Source = DigitsSource | JsonlSource | ArrayRecordSource | SynthesisSource
+Source = DigitsSource | DocumentsSource | JsonlSource | ArrayRecordSource | SynthesisSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

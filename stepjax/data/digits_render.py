@@ -182,7 +182,7 @@ def compose(
     inks = Image.new("L", (layout.width, layout.height), 0)
     digits = []
     for scan_id, corner, scale, angle in zip(scan_ids, layout.corners, scales, angles, strict=False):
-        digit = _enlarged(images[scan_id], layout.side * scale, angle, layout.box)
+        digit = enlarged(images[scan_id], layout.side * scale, angle, layout.box)
         inks.paste(255, corner, mask=digit)
         digits.append(Digit(digit, corner))
     if degradation:
@@ -196,7 +196,7 @@ def compose(
     return inks.convert("RGB"), digits
 
 
-def _enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.Image:
+def enlarged(scan: Image.Image, side: float, angle: float, box: int) -> Image.Image:
     """The scan's ink at `side` pixels, rotated by `angle` radians, centred in a square of `box` pixels."""
     step = SCAN_SIDE / side
     a, b = step * math.cos(angle), step * math.sin(angle)

@@ -22,8 +22,9 @@ from typing import Any, BinaryIO, Protocol
 import grain
 import numpy as np
 
-from stepjax.config import ArrayRecordSource, DigitsSource, JsonlSource, Source, SynthesisSource
+from stepjax.config import ArrayRecordSource, DigitsSource, DocumentsSource, JsonlSource, Source, SynthesisSource
 from stepjax.data.digits import DigitsRecords
+from stepjax.data.documents import DocumentsRecords
 from stepjax.data.synthesis import SynthesisRecords
 from stepjax.errors import RecordError, TokenError
 from stepjax.processing.processor import place_images
@@ -59,6 +60,8 @@ def open_source(source: Source, seed: int) -> Records:
     match source:
         case DigitsSource():
             return DigitsRecords(source, seed)
+        case DocumentsSource():
+            return DocumentsRecords(source, seed)
         case JsonlSource():
             return JsonlRecords(source.name, source.path)
         case ArrayRecordSource():

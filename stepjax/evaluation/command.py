@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from stepjax.config import DigitsSource, JsonlSource, RunConfig, Split
+from stepjax.config import DigitsSource, DocumentsSource, JsonlSource, RunConfig, Split
 from stepjax.errors import ConfigError
 from stepjax.figures import printable
 
@@ -25,7 +25,7 @@ class Eval:
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # a run's directory, or its URL
     data: tuple[str, ...] = ()  # JSON Lines files of questions and documents, instead of the recipe's sources
     examples: int | None = None  # records per source; None: the recipe's number
-    split: Split | None = None  # split of digits sources; None: the recipe's
+    split: Split | None = None  # split of digits and documents sources; None: the recipe's
 
     def run(self) -> int:
         """
@@ -48,7 +48,7 @@ class Eval:
         if self.data:
             sources = tuple(JsonlSource(name=Path(path).stem, weight=1.0, path=path) for path in self.data)
         if self.split is not None:
-            other = [source.name for source in sources if not isinstance(source, DigitsSource)]
+            other = [source.name for source in sources if not isinstance(source, DigitsSource | DocumentsSource)]
             if other:
                 raise ConfigError(f"--split {self.split}: {', '.join(other)} has no splits; omit the option")
             sources = tuple(dataclasses.replace(source, split=self.split) for source in sources)

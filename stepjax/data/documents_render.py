@@ -1,0 +1,167 @@
+"""Draws pages: printed text, labelled fields in pencil, and stamped marks, on rough paper under uneven light.
+
+A page is a form of 8 rows and 2 columns of slots. A slot holds a field (a printed label, then handwritten digits),
+two lines of printed text, or up to four marks. The print is dark and says nothing; what is asked for is in faint ink on
+paper whose grain is about as strong, so that a codec that drops fine detail drops the answers too.
+
+Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom exclusive. HW: pixels down and across.
+"""
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from stepjax.data.digits_render import Box, enlarged, load_scans
+
+SIDE = 256  # of a page
+ROWS, COLUMNS = 8, 2
+CELL = SIDE // ROWS  # height of a slot; a mark has a square of this side to itself
+CELLS = SIDE // COLUMNS // CELL  # of a slot
+LABEL_WIDTH = 42
+DIGIT, PITCH = 22, 20  # side of a digit; distance of neighbours
+MAX_DIGITS = 4
+SHAPES = ("circle", "square", "triangle", "cross")
+MARK = 20  # side
+
+_PAPER = np.array([226.0, 217.0, 200.0])
+_PRINT = np.array([52.0, 48.0, 50.0])
+_PENCIL = np.array([92.0, 104.0, 150.0])
+_STAMP = np.array([186.0, 92.0, 96.0])
+_BROWN = np.array([0.8, 1.0, 1.3])  # how strongly the texture shows in each colour
+_TEXTURE = ((2, 8.0), (5, 7.0), (11, 7.0), (64, 16.0))  # distance of the knots, amplitude
+_GRAIN = 24.0  # of a pixel's colours, from -1 to 1 times this
+_LETTERS = np.array(list(string.ascii_lowercase))
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A printed label and the digits written after it; the slot is an index, row by row."""
+
+    label: str
+    scan_ids: tuple[int, ...]
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A shape and the cell it is stamped in: column and row in units of `CELL`."""
+
+    shape: str
+    cell: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    fields: tuple[Field, ...]
+    marks: tuple[Mark, ...]
+    text_slots: tuple[int, ...]
+
+
+def draw_page(rng: np.random.Generator, page: Page, *, wear: float = 1.0) -> tuple[Image.Image, list[Box]]:
+    """
+    Args:
+        wear: contrast of grain, texture, stains and light; 0: clean paper.
+
+    Returns:
+        An RGB image of `SIDE` x `SIDE` pixels, and the box of every mark.
+    """
+    printed, pencil, stamp = (Image.new("L", (SIDE, SIDE)) for _ in range(3))
+    write, press = ImageDraw.Draw(printed), ImageDraw.Draw(stamp)
+    for slot in page.text_slots:
+        left, top = slot_corner(slot)
+        for line in range(2):
+            write.text((left + 3 + rng.integers(4), top + 2 + 14 * line), _words(rng), 220, _font(11))
+    for field in page.fields:
+        left, top = slot_corner(field.slot)
+        write.text((left + 3, top + CELL / 2 + rng.integers(-2, 3)), field.label, 255, _font(14), anchor="lm")
+        left += LABEL_WIDTH + int(rng.integers(3))
+        for place, scan in enumerate(field.scan_ids):
+            side, angle = DIGIT * rng.uniform(0.9, 1.1), math.radians(rng.uniform(-8, 8))
+            ink = enlarged(load_scans().images[scan], side, angle, CELL)
+            x = left + PITCH * place + (PITCH - CELL) // 2
+            pencil.paste(255, (x, top + int(rng.integers(-2, 3))), mask=ink)
+    centres = []
+    for mark in page.marks:
+        jitter = (CELL - MARK) // 2 - 1
+        x, y = ((place + 0.5) * CELL + rng.integers(-jitter, jitter + 1) for place in mark.cell)
+        _stamp(press, mark.shape, x, y)
+        centres.append((x, y))
+
+    turn = math.radians(rng.uniform(-1.2, 1.2))
+    blur = rng.uniform(0.0, 0.7)
+    shares = [_scanned(layer, turn, blur) for layer in (printed, pencil, stamp)]
+    paper_HWC = _paper(rng, wear)
+    for share_HW, ink, strength in zip(shares, (_PRINT, _PENCIL, _STAMP), (0.9, 0.75, 0.6), strict=True):
+        paper_HWC += (strength * share_HW)[:, :, None] * (ink.astype(np.float32) - paper_HWC)
+    grain_HWC = rng.integers(-128, 128, (SIDE, SIDE, 3), dtype=np.int8) * np.float32(wear * _GRAIN / 128)
+    image = Image.fromarray(np.clip(np.rint(paper_HWC + grain_HWC), 0, 255).astype(np.uint8))
+    return image, [_turned_box(x, y, turn) for x, y in centres]
+
+
+def slot_corner(slot: int) -> tuple[int, int]:
+    row, column = divmod(slot, COLUMNS)
+    return column * SIDE // COLUMNS, row * CELL
+
+
+def _words(rng: np.random.Generator) -> str:
+    """A line of invented words."""
+    letters = _LETTERS[rng.integers(26, size=20)]
+    letters[np.cumsum(rng.integers(3, 7, size=3))] = " "
+    return "".join(letters).strip()
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _stamp(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float) -> None:
+    half = MARK / 2
+    box = (x - half, y - half, x + half, y + half)
+    match shape:
+        case "circle":
+            draw.ellipse(box, outline=255, width=3)
+        case "square":
+            draw.rectangle(box, outline=255, width=3)
+        case "triangle":
+            draw.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], outline=255, width=3)
+        case _:
+            draw.line((*box[:2], *box[2:]), 255, 4)
+            draw.line((box[0], box[3], box[2], box[1]), 255, 4)
+
+
+def _scanned(layer: Image.Image, turn: float, blur: float) -> np.ndarray:
+    """The layer's share of ink [H, W], 0..1, turned by `turn` radians about the page's centre and blurred."""
+    c, s, centre = math.cos(turn), math.sin(turn), SIDE / 2
+    coefficients = (c, s, centre - (c + s) * centre, -s, c, centre - (c - s) * centre)
+    turned = layer.transform(layer.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+    return np.asarray(turned.filter(ImageFilter.GaussianBlur(blur)), np.float32) / 255
+
+
+def _turned_box(x: float, y: float, turn: float) -> Box:
+    c, s, centre, half = math.cos(turn), math.sin(turn), SIDE / 2, MARK / 2
+    dx, dy = x - centre, y - centre
+    # The inverse of the map from the scan to the page.
+    x, y = centre + c * dx - s * dy, centre + s * dx + c * dy
+    return round(x - half), round(y - half), round(x + half), round(y + half)
+
+
+def _paper(rng: np.random.Generator, wear: float) -> np.ndarray:
+    """Paper [H, W, 3] of random tint with fibres, stains and uneven light."""
+    relief_HW = np.zeros((SIDE, SIDE), np.float32)
+    for distance, amplitude in _TEXTURE:
+        relief_HW += np.float32(wear * amplitude / 64) * (_smooth(rng, distance) - 128)
+    paper = _PAPER + rng.uniform(-8, 8, size=3)
+    return paper.astype(np.float32) + relief_HW[:, :, None] * _BROWN.astype(np.float32)
+
+
+def _smooth(rng: np.random.Generator, distance: int) -> np.ndarray:
+    """Random values 0..255 [H, W] that vary over `distance` pixels."""
+    knots = SIDE // distance + 2
+    field = Image.fromarray(rng.integers(256, size=(knots, knots), dtype=np.uint8))
+    return np.asarray(field.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
