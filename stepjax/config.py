@@ -273,6 +273,10 @@ class DocumentsSource:
     weight: float
     task: DocumentsTask
     split: Split = "train"
+    wear: float = 1.0  # strength of grain, stains and uneven light, 0..1; it costs image codecs bytes
+
+    def __post_init__(self):
+        require(f"data.sources.{self.name}", self, wear=(0 <= self.wear <= 1, "must be from 0 to 1"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from stepjax.config import (
     VisionConfig,
 )
 
-images = ImageConfig(global_size=256, crop_size=128, patch_size=8, max_side=256)
+images = ImageConfig(global_size=128, crop_size=128, patch_size=8, max_side=256)
 
 config = PretrainConfig(
     name="documents",
@@ -52,7 +52,7 @@ config = PretrainConfig(
     images=images,
     tokenizer=TokenizerConfig(path="demo", generation_starts_thinking=False),
     data=DataConfig(sources=(DocumentsSource(name="pages", weight=1.0, task="all"),)),
-    batch=BatchConfig(rows=16, tokens=320, global_views=1, crops=0),
+    batch=BatchConfig(rows=8, tokens=384, global_views=1, crops=4),
     schedule=ScheduleConfig(
         phases=(Phase(tokens=16e6, start=3e-3, end=6e-4), Phase(tokens=4e6, start=6e-4, end=5e-5)),
         warmup_tokens=5e5,

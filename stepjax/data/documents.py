@@ -4,16 +4,17 @@
 |-------|---------------------|----------|
 | read  | What is the total?  | 4072     |
 | count | How many crosses?   | 3        |
-| point | Point at the circle. | (62, 30) |
-| all   | each of the page's questions in a random order, as turns of one conversation |
+| point | Point at the cross. | (62, 30) |
 
-A page has up to four fields, each a printed label and handwritten digits, four kinds of marks, and printed text to
+The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
+computes the features of a page once and learns from ten answers.
+
+A page has up to six fields, each a printed label and handwritten digits, four kinds of marks, and printed text to
 ignore (`data.documents_render`). One kind of mark is there once: the one to point at. A point is a place in hundredths
 of the page's width and height, 0..99 from the top left corner; it is right inside the mark's box.
 
-The split decides the scans of digits. Held-out pages have four fields of 3 or 4 digits; most training pages are easier,
-since a few short numbers teach fastest what a digit is. The task "all" takes the most from a page: its pixels are
-computed once for all of its questions.
+The splits share no scans. Held-out pages have four fields of 3 or 4 digits; many training pages have fewer or shorter
+ones, which teach fastest what a digit is.
 
 Record i of a source depends only on (seed, source, i): any process can make any record, in any order.
 """
@@ -30,10 +31,10 @@ from stepjax.data.documents_render import CELLS, COLUMNS, ROWS, SHAPES, SIDE, Fi
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
-LABELS = ("total", "date", "room", "order")
+LABELS = ("total", "date", "room", "order", "phone", "code")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 # Probability of each number of fields, and of digits in a field.
-NUM_FIELDS: dict[Split, dict[int, float]] = {"train": {1: 0.3, 2: 0.2, 3: 0.2, 4: 0.3}, "held_out": {4: 1.0}}
+NUM_FIELDS: dict[Split, dict[int, float]] = {"train": {n: 1 / 6 for n in range(1, 7)}, "held_out": {4: 1.0}}
 NUM_DIGITS: dict[Split, dict[int, float]] = {
     "train": {1: 0.2, 2: 0.2, 3: 0.3, 4: 0.3},
     "held_out": {3: 0.5, 4: 0.5},
@@ -45,8 +46,8 @@ _MARK_SLOTS = 4
 class DocumentsRecords:
     """Random access to the records of a documents source, for Grain and evaluation. Stateless and picklable.
 
-    Besides `id` and `messages`, a record has `task`; `page`, what was drawn; and `answer` with the `text` of the last
-    turn and, for points, the `box` of the mark (left, top, right, bottom, in hundredths of the page).
+    Besides `id` and `messages`, a record has `page`, what is drawn; `task`, that of the last question; and its `answer`
+    with the `text` and, for points, the `box` of the mark (left, top, right, bottom, in hundredths of the page).
     """
 
     def __init__(self, source: DocumentsSource, seed: int):
@@ -70,7 +71,7 @@ class DocumentsRecords:
         rng = np.random.default_rng((self.seed, self._source_key, index))
         task, split = self.source.task, self.source.split
         page = _page(rng, split)
-        image, boxes = draw_page(rng, page)
+        image, boxes = draw_page(rng, page, wear=self.source.wear)
         turns = _questions(page, boxes)
         turns = [turns[i] for i in rng.permutation(len(turns))]
         if task != "all":

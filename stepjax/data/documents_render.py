@@ -1,8 +1,8 @@
-"""Draws pages: printed text, labelled fields in pencil, and stamped marks, on rough paper under uneven light.
+"""Draws pages: printed text, labelled fields in pencil and stamped marks on stained, grainy paper in uneven light.
 
-A page is a form of 8 rows and 2 columns of slots. A slot holds a field (a printed label, then handwritten digits),
-two lines of printed text, or up to four marks. The print is dark and says nothing; what is asked for is in faint ink on
-paper whose grain is about as strong, so that a codec that drops fine detail drops the answers too.
+A page is a form of 8 rows and 2 columns of slots. A slot holds a field (a printed label, then handwritten digits), two
+lines of printed text, or up to four marks. The text is dark and answers nothing; what answers is in paler ink, on paper
+whose stains are as fine as its strokes. An image codec cannot tell them apart and has to spend bytes on both.
 
 Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom exclusive. HW: pixels down and across.
 """
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import string
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -33,8 +32,8 @@ _PRINT = np.array([52.0, 48.0, 50.0])
 _PENCIL = np.array([92.0, 104.0, 150.0])
 _STAMP = np.array([186.0, 92.0, 96.0])
 _BROWN = np.array([0.8, 1.0, 1.3])  # how strongly the texture shows in each colour
-_TEXTURE = ((2, 8.0), (5, 7.0), (11, 7.0), (64, 16.0))  # distance of the knots, amplitude
-_GRAIN = 24.0  # of a pixel's colours, from -1 to 1 times this
+_TEXTURE = ((2, 7.0), (5, 6.0), (11, 6.0), (64, 16.0))  # distance of the knots, amplitude
+_GRAIN = 22.0  # of a pixel's colours, from -1 to 1 times this
 _LETTERS = np.array(list(string.ascii_lowercase))
 
 
@@ -59,16 +58,17 @@ class Mark:
 class Page:
     fields: tuple[Field, ...]
     marks: tuple[Mark, ...]
-    text_slots: tuple[int, ...]
+    text_slots: tuple[int, ...]  # those of printed text; slots without anything stay empty
 
 
-def draw_page(rng: np.random.Generator, page: Page, *, wear: float = 1.0) -> tuple[Image.Image, list[Box]]:
-    """
+def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Image.Image, list[Box]]:
+    """Draws a page, slightly turned and blurred.
+
     Args:
-        wear: contrast of grain, texture, stains and light; 0: clean paper.
+        wear: strength of grain, stains and uneven light, 0..1; 0: plain paper.
 
     Returns:
-        An RGB image of `SIDE` x `SIDE` pixels, and the box of every mark.
+        The RGB image, `SIDE` x `SIDE` pixels, and the box of every mark.
     """
     printed, pencil, stamp = (Image.new("L", (SIDE, SIDE)) for _ in range(3))
     write, press = ImageDraw.Draw(printed), ImageDraw.Draw(stamp)
@@ -96,7 +96,7 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float = 1.0) -> tup
     blur = rng.uniform(0.0, 0.7)
     shares = [_scanned(layer, turn, blur) for layer in (printed, pencil, stamp)]
     paper_HWC = _paper(rng, wear)
-    for share_HW, ink, strength in zip(shares, (_PRINT, _PENCIL, _STAMP), (0.9, 0.75, 0.6), strict=True):
+    for share_HW, ink, strength in zip(shares, (_PRINT, _PENCIL, _STAMP), (0.9, 0.85, 0.65), strict=True):
         paper_HWC += (strength * share_HW)[:, :, None] * (ink.astype(np.float32) - paper_HWC)
     grain_HWC = rng.integers(-128, 128, (SIDE, SIDE, 3), dtype=np.int8) * np.float32(wear * _GRAIN / 128)
     image = Image.fromarray(np.clip(np.rint(paper_HWC + grain_HWC), 0, 255).astype(np.uint8))
@@ -104,6 +104,7 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float = 1.0) -> tup
 
 
 def slot_corner(slot: int) -> tuple[int, int]:
+    """Left and top of a slot."""
     row, column = divmod(slot, COLUMNS)
     return column * SIDE // COLUMNS, row * CELL
 
@@ -148,7 +149,8 @@ def _turned_box(x: float, y: float, turn: float) -> Box:
     dx, dy = x - centre, y - centre
     # The inverse of the map from the scan to the page.
     x, y = centre + c * dx - s * dy, centre + s * dx + c * dy
-    return round(x - half), round(y - half), round(x + half), round(y + half)
+    left, top, right, bottom = (min(max(round(edge), 0), SIDE) for edge in (x - half, y - half, x + half, y + half))
+    return left, top, right, bottom
 
 
 def _paper(rng: np.random.Generator, wear: float) -> np.ndarray:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from PIL import Image
 
-from stepjax.config import DigitsSource, EvaluationConfig, ImageConfig, MeshConfig
+from stepjax.config import DigitsSource, DocumentsSource, EvaluationConfig, ImageConfig, MeshConfig, Source
 from stepjax.data.mixture import Sample
 from stepjax.data.packing import RowBudget, pack_batch
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError, RecordError
 from stepjax.evaluation.contact_sheet import Item
-from stepjax.evaluation.scoring import TaskResult, chance_level
+from stepjax.evaluation.scoring import TaskResult, chance_level, documents_chance_level
 from stepjax.inference.config import EngineConfig
 from stepjax.inference.engine import Engine
 from stepjax.inference.request import SamplingParams
@@ -97,12 +97,21 @@ def evaluate(
             loss = None
             if documents:
                 loss = _mean_loss(model, map(processor.process, documents), processor.image_config, bar.update)
-            chance = chance_level(source) if isinstance(source, DigitsSource) else None
+            chance = _chance(source)
             results.append(TaskResult(source.name, correct, len(questions), chance, loss))
             found = [f"{correct}/{len(questions)} right"] if questions else []
             found += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
             _log.info("evaluated %s: %s", source.name, ", ".join(found))
     return Report(tuple(results), tuple(items))
+
+
+def _chance(source: Source) -> float | None:
+    match source:
+        case DigitsSource():
+            return chance_level(source)
+        case DocumentsSource():
+            return documents_chance_level(source)
+    return None
 
 
 def _one_device(model: StepVL) -> Mesh | None:

@@ -1,12 +1,16 @@
 """The accuracy of guessing, and the confidence interval of a measured accuracy."""
 
 import dataclasses
+import itertools
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from stepjax.config import DigitsSource
+from stepjax.config import DigitsSource, DocumentsSource
 from stepjax.data.digits import arithmetic_problems, num_digits_distribution, solve
+from stepjax.data.documents import MAX_MARKS, NUM_DIGITS
+from stepjax.data.documents_render import SHAPES
 from stepjax.figures import wilson_interval
 
 
@@ -47,6 +51,20 @@ def _ways_to_sum(num_digits: int) -> Counter[int]:
     for _ in range(num_digits):
         ways = Counter({s: sum(ways[s - digit] for digit in range(10)) for s in range(max(ways) + 10)})
     return ways
+
+
+def documents_chance_level(source: DocumentsSource) -> float | None:
+    """The same for pages: the best constant guess; for points, the centre of a random mark. None if tasks are mixed."""
+    match source.task:
+        case "read":
+            return max(probability / 10**n for n, probability in NUM_DIGITS[source.split].items())
+        case "count":
+            return 1 / MAX_MARKS
+        case "point":
+            others = itertools.product(range(1, MAX_MARKS + 1), repeat=len(SHAPES) - 1)
+            return statistics.fmean(1 / (1 + sum(counts)) for counts in others)
+        case _:
+            return None
 
 
 @dataclasses.dataclass(frozen=True)
