@@ -31,7 +31,7 @@ from stepjax.data.documents_render import CELLS, COLUMNS, ROWS, SHAPES, SIDE, Fi
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
-LABELS = ("total", "date", "room", "order", "phone", "code")
+LABELS = ("total", "date", "room", "order", "page", "code")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 # Probability of each number of fields, and of digits in a field.
 NUM_FIELDS: dict[Split, dict[int, float]] = {"train": {n: 1 / 6 for n in range(1, 7)}, "held_out": {4: 1.0}}
