@@ -75,7 +75,7 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
     for slot in page.text_slots:
         left, top = slot_corner(slot)
         for line in range(2):
-            write.text((left + 3 + rng.integers(4), top + 2 + 14 * line), _words(rng), 220, _font(11))
+            write.text((left + 3 + int(rng.integers(4)), top + 2 + 14 * line), _words(rng), 220, _font(11))
     for field in page.fields:
         left, top = slot_corner(field.slot)
         write.text((left + 3, top + CELL / 2 + rng.integers(-2, 3)), field.label, 255, _font(14), anchor="lm")
