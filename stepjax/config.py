@@ -262,7 +262,7 @@ class DigitsSource:
         require(f"data.sources.{self.name}", self, degradation=(0 <= self.degradation <= 1, "must be from 0 to 1"))
 
 
-DocumentsTask = Literal["read", "count", "point", "all"]
+DocumentsTask = Literal["read", "count", "point", "all", "excerpt"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from stepjax.config import DocumentsSource
 from stepjax.config_file import load_recipe
 from stepjax.data.digits_render import load_scans
 from stepjax.data.documents import NUM_DIGITS, NUM_FIELDS, PLURALS, DocumentsRecords
-from stepjax.data.documents_render import CELL, CELLS, COLUMNS, ROWS, SHAPES, SIDE, Mark, Page, draw_page
+from stepjax.data.documents_render import CELL, CELLS, SHAPES, Mark, Page, draw_page
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError
 from stepjax.evaluation.scoring import documents_chance_level
@@ -81,7 +81,7 @@ def test_answers_are_true_of_the_page(pages, split):
         assert turns == expected
         assert shapes[single.shape] == 1 and set(shapes) == set(SHAPES)
         for place, hundredth in zip(single.cell, (x, y), strict=True):
-            assert abs((hundredth + 0.5) / 100 * SIDE - (place + 0.5) * CELL) < 9  # jitter and turning
+            assert abs((hundredth + 0.5) / 100 * 256 - (place + 0.5) * CELL) < 9  # jitter and turning
         assert len(page.fields) in NUM_FIELDS[split]
         assert all(len(field.scan_ids) in NUM_DIGITS[split] for field in page.fields)
 
@@ -90,10 +90,10 @@ def test_nothing_shares_a_slot(pages):
     for record in pages["train"] + pages["held_out"]:
         page = record["page"]
         cells = {mark.cell for mark in page.marks}
-        marked = {row * COLUMNS + column // CELLS for column, row in cells}
+        marked = {row * page.columns + column // CELLS for column, row in cells}
         taken = [field.slot for field in page.fields] + list(page.text_slots)
         assert len(cells) == len(page.marks) and len(set(taken)) == len(taken)
-        assert not marked & set(taken) and max(marked | set(taken)) < ROWS * COLUMNS
+        assert not marked & set(taken) and max(marked | set(taken)) < page.rows * page.columns
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -110,12 +110,22 @@ def test_a_task_asks_one_question_and_its_answer_is_right(task):
     assert documents_chance_level(_records("all").source) is None
 
 
+def test_an_excerpt_is_a_quarter_of_a_page():
+    for i in range(10):
+        record = _records("excerpt")[i]
+        page, turns = record["page"], dict(_turns(record))
+        assert _image(record).size == page.size == (128, 128)
+        assert len(turns) == len(page.fields) + 2 and len(page.fields) in (1, 2) and len(page.text_slots) >= 1
+        counted = page.marks[-1].shape
+        assert turns[f"How many {PLURALS[counted]}?"] == str(len(page.marks) - 1)
+
+
 @pytest.mark.parametrize("cell", [(0, 0), (7, 0), (3, 4), (0, 7)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_box_holds_the_mark(shape, cell):
     """On plain paper: what is drawn lies in the box, and reaches its edges."""
     for seed in range(3):
-        image, [box] = draw_page(np.random.default_rng(seed), Page((), (Mark(shape, cell),), ()), wear=0.0)
+        image, [box] = draw_page(np.random.default_rng(seed), Page((), (Mark(shape, cell),), (), 8, 2), wear=0.0)
         pixels_HWC = np.asarray(image, np.int32)
         drawn_HW = np.abs(pixels_HWC - np.median(pixels_HWC, axis=(0, 1))).sum(-1) > 60
         rows, columns = np.nonzero(drawn_HW)
@@ -123,9 +133,9 @@ def test_the_box_holds_the_mark(shape, cell):
         np.testing.assert_allclose(found, box, atol=2.5)
 
 
-def test_pages_are_larger_than_the_smallest_fair_image_and_worn(pages):
+def test_pages_have_256_pixels_a_side_and_are_worn(pages):
     for record in pages["train"]:
-        assert _image(record).size == (SIDE, SIDE) and SIDE >= 256 and _image(record).mode == "RGB"
+        assert _image(record).size == (256, 256) and _image(record).mode == "RGB"
     rough, plain = (np.asarray(_image(_records(wear=wear)[0]), np.float32) for wear in (1.0, 0.0))
     steps = [np.abs(np.diff(pixels_HWC, axis=0)).mean() for pixels_HWC in (rough, plain)]
     assert steps[0] > 3 * steps[1]
