@@ -5,7 +5,7 @@
 For the three recipes, with all answers the longest and with answers of 4,096 tokens. Compiling takes hours on two
 cores and up to 6 GiB. FOLDER keeps every program with its memory report, so an interrupted run resumes, and a changed
 estimator rereads the same programs. Empty it when the model, the recipes or libtpu change.
-Writes results/plan_rl.json.
+Writes results/plan_rl.json, with the plans that are made so far.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("plan_rl_cache"), help="keeps compiled programs")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
-    topology, plans = find(TOPOLOGY), []
+    topology, plans, path = find(TOPOLOGY), [], None
+    versions = {package: machine.version(package) for package in ("jax", "libtpu")}
     for recipe in RECIPES:
         config = load_recipe(recipe, RLConfig)
         for length in ANSWER_TOKENS:
@@ -70,8 +71,8 @@ def main() -> None:
             command = f"stepjax plan {recipe} --topology {TOPOLOGY}{more}"
             print(f"\n$ {command}\n{to_text(made)}", flush=True)
             plans.append({"command": command, **to_json(made)})
-    versions = {package: machine.version(package) for package in ("jax", "libtpu")}
-    path = machine.write("plan_rl", {"versions": versions, "plans": plans})
+            path = machine.write("plan_rl", {"versions": versions, "plans": plans})
+    assert path is not None
     print(f"written to {path.relative_to(Path(__file__).parent.parent)}")
 
 
