@@ -1,7 +1,7 @@
 """The codec of a trained run, frozen: what its device and its server must have in common, and the device's program.
 
-See `stepjax.tofc.device` for the files. A frame carries the codec's digest, which covers the encoder's parameters and the
-sizes of its views, so that no server takes it for that of another encoder.
+See `stepjax.tofc.device` for the files. A frame carries the codec's digest, which covers the encoder's parameters and
+the sizes of its views, so that no server takes it for that of another encoder.
 """
 
 import dataclasses

@@ -189,7 +189,8 @@ def _fitted(start: PartStart, source: Source, config: RunConfig, place: str) -> 
             f"{place}: {source.path} ({source.kind}) has no weights for {part}, only for {', '.join(source.stored)}; "
             f"name another source, or None to start from random values"
         )
-    model, stored, made = config.model, dict(start.shapes), source.configs.get(part)
+    model, stored = config.model, dict(start.shapes)
+    made: Any = source.configs.get(part)
     if part == "vision":
         grid = made.position_grid
         stored[POSITIONS] = (grid, grid, model.vision.width)

@@ -79,8 +79,8 @@ class Draft:
     def write_views(self, global_views_GSSC: np.ndarray, crops_NCCC: np.ndarray) -> None:
         """Writes the views, normalised, to contiguous arrays, in float32 or rounded to their dtype."""
         crop = 0
-        assert not any(isinstance(image, CodedImage) for image in self.images)
         for global_view_SSC, image in zip(global_views_GSSC, self.images, strict=True):
+            assert not isinstance(image, CodedImage)
             image.write(global_view_SSC, crops_NCCC[crop : crop + image.plan.num_crops])
             crop += image.plan.num_crops
 

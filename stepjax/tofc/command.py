@@ -136,12 +136,13 @@ class TofcDecode:
         from stepjax.interop.codec_files import load_codec
         from stepjax.interop.load import load_model, load_processor
         from stepjax.interop.orbax_directory import OrbaxDirectory
+        from stepjax.processing.processor import Processor
         from stepjax.tofc.server import decode_image
 
         source = OrbaxDirectory(self.directory)
         tables, model, processor = load_codec(source), load_model(source), load_processor(source)
         config = source.spec.images
-        assert config is not None
+        assert config is not None and isinstance(processor, Processor)
 
         def received(path: str, **_: Any):
             return decode_image(tables, frames[path], config)

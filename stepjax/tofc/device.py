@@ -78,7 +78,7 @@ def pack(
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
     crc = 0
     for name in sorted(arrays):
-        crc = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, zlib.crc32(name.encode(), crc))
     return crc
 
 
