@@ -5,8 +5,8 @@
 
 The features of a view have 256 channels before the projector's matrix; 32 principal components of them are coded. A
 global view keeps two of its four features, a crop its only one. All of the model trains along, so that it learns to
-read what is left. This recipe shows that all parts work, on two cores in a quarter of an hour. On 200 held-out questions
-each, from a demo of 1,221 steps:
+read what is left. This recipe shows that all parts work, on two cores in a quarter of an hour. On 200 held-out
+questions each, from a demo of 1,221 steps:
 
     transcribe    96.5 % before    94.5 % (90 to 97) from frames
     count         70 % before      59 % (52 to 66) from frames
