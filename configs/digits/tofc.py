@@ -5,8 +5,14 @@
 
 The features of a view have 256 channels before the projector's matrix; 32 principal components of them are coded. A
 global view keeps two of its four features, a crop its only one. All of the model trains along, so that it learns to
-read what is left. Pictures of this size are too small for the savings that TOFC is for: a PNG of a strip has a few
-hundred bytes. This recipe shows that all parts work, on two cores in minutes.
+read what is left. This recipe shows that all parts work, on two cores in a quarter of an hour. On 200 held-out
+questions each, from a demo of 1,221 steps:
+
+    transcribe    96.5 % before    94.5 % (90 to 97) from frames
+    count         70 % before      59 % (52 to 66) from frames
+
+A picture takes 107 bytes (95th percentile 177); its PNG has 510, WebP of quality 50 has 240. Training estimates 48 of
+the 107: pictures of this size are too small for the savings that TOFC is for, and the rest rounds and describes tiles.
 """
 
 import dataclasses
