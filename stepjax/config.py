@@ -262,16 +262,17 @@ class DigitsSource:
         require(f"data.sources.{self.name}", self, degradation=(0 <= self.degradation <= 1, "must be from 0 to 1"))
 
 
-DocumentsTask = Literal["read", "count", "point", "all", "excerpt"]
+DocumentsTask = Literal["read", "count", "point", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentsSource:
-    """Pages of 256 x 256 pixels composed on the fly: handwritten fields, marks and text on worn paper."""
+    """Square pages composed on the fly: handwritten fields, marks and text on worn paper."""
 
     name: str
     weight: float
     task: DocumentsTask
+    side: Literal[64, 128, 256] = 256  # pixels; smaller pages have less on them, at the same scale
     split: Split = "train"
     wear: float = 1.0  # strength of grain, stains and uneven light, 0..1; it costs image codecs bytes
 

@@ -25,7 +25,7 @@ from stepjax.config import (
     VisionConfig,
 )
 
-images = ImageConfig(global_size=128, crop_size=128, patch_size=8, max_side=256)
+images = ImageConfig(global_size=64, crop_size=128, patch_size=8, max_side=256)
 
 config = PretrainConfig(
     name="documents",

@@ -2,7 +2,7 @@
 
 | task  | prompt              | answer   |
 |-------|---------------------|----------|
-| read  | What is the total?  | 4072     |
+| read  | What is the sum?    | 407      |
 | count | How many crosses?   | 3        |
 | point | Point at the cross. | (62, 30) |
 
@@ -14,33 +14,50 @@ A page has up to six fields, each a printed label and handwritten digits, four k
 ignore (`data.documents_render`). One kind of mark is there once: the one to point at. A point is a place in hundredths
 of the page's width and height, 0..99 from the top left corner; it is right inside the mark's box.
 
-The splits share no scans. Held-out pages have four fields of 3 or 4 digits; many training pages have fewer or shorter
-ones, which teach fastest what a digit is.
+The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
+computes the features of a page once and learns from ten answers.
+
+Small pages have less of everything, at the same scale. One of 64 pixels a side has a single field with a single digit:
+it is cheap, and most of it is the answer, so that a model soon learns to look. Whole pages alone take far longer.
+
+The splits share no scans. Held-out pages are full: fields have as many digits as there is room for, and the rest is
+printed text. Training pages may be emptier.
 
 Record i of a source depends only on (seed, source, i): any process can make any record, in any order.
 """
 
 import hashlib
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stepjax.config import DocumentsSource, Split
 from stepjax.data.digits_render import Box, load_scans
-from stepjax.data.documents_render import CELLS, SHAPES, Field, Mark, Page, draw_page
+from stepjax.data.documents_render import CELL, SHAPES, Cell, Field, Mark, Page, draw_page
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
-LABELS = ("total", "date", "room", "order", "page", "code")
+LABELS = ("sum", "tax", "fee", "day", "age", "lot")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
-# Probability of each number of fields, and of digits in a field.
-NUM_FIELDS: dict[Split, dict[int, float]] = {"train": {n: 1 / 6 for n in range(1, 7)}, "held_out": {4: 1.0}}
-NUM_DIGITS: dict[Split, dict[int, float]] = {
-    "train": {1: 0.2, 2: 0.2, 3: 0.3, 4: 0.3},
-    "held_out": {3: 0.5, 4: 0.5},
+
+
+class Size(NamedTuple):
+    """What a page of a size has; the numbers of fields are fewest and most."""
+
+    slot: int  # cells in a row for a field, or for as many marks
+    train_fields: tuple[int, int]
+    held_out_fields: tuple[int, int]
+    mark_slots: int
+    kinds: int  # of marks
+    most: int  # marks of a kind
+
+
+SIZES = {
+    64: Size(2, (1, 1), (1, 1), 1, 2, 1),
+    128: Size(4, (1, 2), (2, 2), 1, 2, 3),
+    256: Size(4, (1, 6), (4, 4), 4, 4, 4),
 }
-MAX_MARKS = 4  # of a kind; an excerpt has a slot of them, so at most 3 of one kind and one of another
 
 
 class DocumentsRecords:
@@ -70,11 +87,11 @@ class DocumentsRecords:
             raise IndexError(f"record {index} of {self.source.name}: there are {NUM_RECORDS}")
         rng = np.random.default_rng((self.seed, self._source_key, index))
         task, split = self.source.task, self.source.split
-        page = _excerpt(rng, split) if task == "excerpt" else _page(rng, split)
+        page = _page(rng, self.source.side, split)
         image, boxes = draw_page(rng, page, wear=self.source.wear)
         turns = _questions(page, boxes[0])
         turns = [turns[i] for i in rng.permutation(len(turns))]
-        if task not in ("all", "excerpt"):
+        if task != "all":
             turns = [next(turn for turn in turns if turn[0] == task)]
         messages: list[dict[str, Any]] = []
         for _, prompt, answer in turns:
@@ -91,44 +108,28 @@ class DocumentsRecords:
         }
 
 
-def _page(rng: np.random.Generator, split: Split) -> Page:
-    counts = [1, *rng.integers(1, MAX_MARKS + 1, size=len(SHAPES) - 1).tolist()]
-    return _filled(rng, split, _draw(rng, NUM_FIELDS[split]), counts, mark_slots=4, rows=8, columns=2)
-
-
-def _excerpt(rng: np.random.Generator, split: Split) -> Page:
-    counts = [1, int(rng.integers(1, MAX_MARKS))]
-    return _filled(rng, split, int(rng.integers(1, 3)), counts, mark_slots=1, rows=4, columns=1)
-
-
-def _filled(
-    rng: np.random.Generator,
-    split: Split,
-    num_fields: int,
-    counts: list[int],
-    *,
-    mark_slots: int,
-    rows: int,
-    columns: int,
-) -> Page:
-    """A page with everything in random slots. Its marks are listed by kind, in the numbers of `counts`."""
-    slots = rng.permutation(rows * columns).tolist()
+def _page(rng: np.random.Generator, side: int, split: Split) -> Page:
+    """A random page. Its first mark is the only one of its kind."""
+    size, cells, is_train = SIZES[side], side // CELL, split == "train"
+    slots = [(column, row) for row in range(cells) for column in range(0, cells, size.slot)]
+    slots = [slots[i] for i in rng.permutation(len(slots))]
     by_class = load_scans().by_class[split]
+    fewest, most = size.train_fields if is_train else size.held_out_fields
     fields = []
-    for label in rng.permutation(LABELS)[:num_fields].tolist():
-        digits = rng.integers(10, size=_draw(rng, NUM_DIGITS[split])).tolist()
+    for label in rng.permutation(LABELS)[: rng.integers(fewest, most + 1)].tolist():
+        digits = rng.integers(10, size=rng.integers(1, size.slot) if is_train else size.slot - 1).tolist()
         scans = tuple(by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits)
         fields.append(Field(label, scans, slots.pop()))
-    marked = [slots.pop() for _ in range(mark_slots)]
-    cells = [(slot % columns * CELLS + place, slot // columns) for slot in marked for place in range(CELLS)]
-    cells = [cells[i] for i in rng.permutation(len(cells))]
-    shapes = rng.permutation(SHAPES)[: len(counts)].repeat(counts).tolist()
-    marks = tuple(Mark(shape, cell) for shape, cell in zip(shapes, cells, strict=False))
-    return Page(tuple(fields), marks, tuple(slots), rows, columns)
+    marked = _cells([slots.pop() for _ in range(size.mark_slots)], size.slot)
+    counts = [1, *rng.integers(1, size.most + 1, size=size.kinds - 1).tolist()]
+    shapes = rng.permutation(SHAPES)[: size.kinds].repeat(counts).tolist()
+    marks = tuple(Mark(shape, marked[i]) for shape, i in zip(shapes, rng.permutation(len(marked)), strict=False))
+    texts = slots[: rng.integers(len(slots) + 1)] if is_train else slots
+    return Page(tuple(fields), marks, tuple(_cells(texts, size.slot)), side)
 
 
-def _draw(rng: np.random.Generator, distribution: dict[int, float]) -> int:
-    return int(rng.choice(list(distribution), p=list(distribution.values())))
+def _cells(slots: list[Cell], width: int) -> list[Cell]:
+    return [(column + place, row) for column, row in slots for place in range(width)]
 
 
 def _questions(page: Page, box: Box) -> list[tuple[str, str, dict[str, Any]]]:
@@ -145,6 +146,6 @@ def _questions(page: Page, box: Box) -> list[tuple[str, str, dict[str, Any]]]:
         for shape in SHAPES
         if shape in shapes[1:]
     ]
-    left, top, right, bottom = hundredths = [100 * x / side for x, side in zip(box, page.size * 2, strict=True)]
+    left, top, right, bottom = hundredths = [100 * x / page.side for x in box]
     point = {"text": f"({int((left + right) / 2)}, {int((top + bottom) / 2)})", "box": hundredths}
     return [*reads, *counts, ("point", f"Point at the {single}.", point)]

@@ -1,7 +1,7 @@
 """Draws pages: printed text, labelled fields in pencil and stamped marks on stained, grainy paper in uneven light.
 
-A page is a form of rows and columns of slots. A slot holds a field (a printed label, then handwritten digits), two
-lines of printed text, or up to four marks. The text is dark and answers nothing; what answers is in paler ink, on paper
+A page is a form of square cells. A cell holds a printed label, a handwritten digit, two lines of printed text or a mark;
+a field is a label and the digits in the cells after it. The text is dark and answers nothing; what answers is in paler ink, on paper
 whose stains are as fine as its strokes. An image codec cannot tell them apart and has to spend bytes on both.
 
 Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom exclusive. HW: pixels down and across.
@@ -17,11 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from stepjax.data.digits_render import Box, enlarged, load_scans
 
-CELL = 32  # height of a slot; a mark has a square of this side to itself
-CELLS = 4  # side by side in a slot
-LABEL_WIDTH = 42
-DIGIT, PITCH = 22, 20  # side of a digit; distance of neighbours
-MAX_DIGITS = 4
+CELL = 32  # side of a cell
+DIGIT = 26  # side of a digit
 SHAPES = ("circle", "square", "triangle", "cross")
 MARK = 20  # side
 
@@ -35,40 +32,32 @@ _GRAIN = 22.0  # of a pixel's colours, from -1 to 1 times this
 _LETTERS = np.array(list(string.ascii_lowercase))
 
 
+Cell = tuple[int, int]  # column, row
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A printed label and the digits written after it; the slot is an index, row by row."""
+    """A printed label and the digits written after it. The cell is the label's: column and row."""
 
     label: str
     scan_ids: tuple[int, ...]
-    slot: int
+    cell: Cell
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A shape and the cell it is stamped in: column and row in units of `CELL`."""
+    """A shape and the cell it is stamped in."""
 
     shape: str
-    cell: tuple[int, int]
+    cell: Cell
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
     fields: tuple[Field, ...]
     marks: tuple[Mark, ...]
-    text_slots: tuple[int, ...]  # those of printed text; slots without anything stay empty
-    rows: int
-    columns: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.columns * CELLS * CELL, self.rows * CELL
-
-    def corner(self, slot: int) -> tuple[int, int]:
-        """Left and top of a slot."""
-        row, column = divmod(slot, self.columns)
-        return column * CELLS * CELL, row * CELL
+    texts: tuple[Cell, ...]  # cells of printed text
+    side: int  # pixels
 
 
 def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Image.Image, list[Box]]:
@@ -78,23 +67,22 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
         wear: strength of grain, stains and uneven light, 0..1; 0: plain paper.
 
     Returns:
-        The RGB image, of the page's size, and the box of every mark.
+        The RGB image, `side` x `side` pixels, and the box of every mark.
     """
-    printed, pencil, stamp = (Image.new("L", page.size) for _ in range(3))
+    printed, pencil, stamp = (Image.new("L", (page.side, page.side)) for _ in range(3))
     write, press = ImageDraw.Draw(printed), ImageDraw.Draw(stamp)
-    for slot in page.text_slots:
-        left, top = page.corner(slot)
+    for column, row in page.texts:
         for line in range(2):
-            write.text((left + 3 + int(rng.integers(4)), top + 2 + 14 * line), _words(rng), 220, _font(11))
+            place = CELL * column + int(rng.integers(3)), CELL * row + 2 + 14 * line
+            write.text(place, "".join(_LETTERS[rng.integers(26, size=5)]), 220, _font(11))
     for field in page.fields:
-        left, top = page.corner(field.slot)
-        write.text((left + 3, top + CELL / 2 + rng.integers(-2, 3)), field.label, 255, _font(14), anchor="lm")
-        left += LABEL_WIDTH + int(rng.integers(3))
-        for place, scan in enumerate(field.scan_ids):
+        column, row = field.cell
+        write.text((CELL * column + 1, CELL * (row + 0.5) + int(rng.integers(-2, 3))), field.label, 255, _font(14), "lm")
+        for place, scan in enumerate(field.scan_ids, start=column + 1):
             side, angle = DIGIT * rng.uniform(0.9, 1.1), math.radians(rng.uniform(-8, 8))
             ink = enlarged(load_scans().images[scan], side, angle, CELL)
-            x = left + PITCH * place + (PITCH - CELL) // 2
-            pencil.paste(255, (x, top + int(rng.integers(-2, 3))), mask=ink)
+            across, down = rng.integers(-2, 3, size=2).tolist()
+            pencil.paste(255, (CELL * place + across, CELL * row + down), mask=ink)
     centres = []
     for mark in page.marks:
         jitter = (CELL - MARK) // 2 - 1
@@ -105,19 +93,12 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
     turn = math.radians(rng.uniform(-1.2, 1.2))
     blur = rng.uniform(0.0, 0.7)
     shares = [_scanned(layer, turn, blur) for layer in (printed, pencil, stamp)]
-    paper_HWC = _paper(rng, page.size, wear)
+    paper_HWC = _paper(rng, page.side, wear)
     for share_HW, ink, strength in zip(shares, (_PRINT, _PENCIL, _STAMP), (0.9, 0.85, 0.65), strict=True):
         paper_HWC += (strength * share_HW)[:, :, None] * (ink.astype(np.float32) - paper_HWC)
     grain_HWC = rng.integers(-128, 128, paper_HWC.shape, dtype=np.int8) * np.float32(wear * _GRAIN / 128)
     image = Image.fromarray(np.clip(np.rint(paper_HWC + grain_HWC), 0, 255).astype(np.uint8))
-    return image, [_turned_box(x, y, turn, page.size) for x, y in centres]
-
-
-def _words(rng: np.random.Generator) -> str:
-    """A line of invented words."""
-    letters = _LETTERS[rng.integers(26, size=20)]
-    letters[np.cumsum(rng.integers(3, 7, size=3))] = " "
-    return "".join(letters).strip()
+    return image, [_turned_box(x, y, turn, page.side) for x, y in centres]
 
 
 @functools.cache
@@ -142,34 +123,32 @@ def _stamp(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float) -> None:
 
 def _scanned(layer: Image.Image, turn: float, blur: float) -> np.ndarray:
     """The layer's share of ink [H, W], 0..1, turned by `turn` radians about the page's centre and blurred."""
-    c, s, x, y = math.cos(turn), math.sin(turn), layer.width / 2, layer.height / 2
-    coefficients = (c, s, x - c * x - s * y, -s, c, y + s * x - c * y)  # from a place of the scan to that of the page
+    c, s, centre = math.cos(turn), math.sin(turn), layer.width / 2
+    coefficients = (c, s, centre - (c + s) * centre, -s, c, centre - (c - s) * centre)  # from scan to page
     turned = layer.transform(layer.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     return np.asarray(turned.filter(ImageFilter.GaussianBlur(blur)), np.float32) / 255
 
 
-def _turned_box(x: float, y: float, turn: float, size: tuple[int, int]) -> Box:
+def _turned_box(x: float, y: float, turn: float, side: int) -> Box:
     """The box, in the scan, of a mark at (x, y) of the page."""
-    c, s, half = math.cos(turn), math.sin(turn), MARK / 2
-    centre_x, centre_y = size[0] / 2, size[1] / 2
-    dx, dy = x - centre_x, y - centre_y
-    x, y = centre_x + c * dx - s * dy, centre_y + s * dx + c * dy
-    left, right = (min(max(round(edge), 0), size[0]) for edge in (x - half, x + half))
-    top, bottom = (min(max(round(edge), 0), size[1]) for edge in (y - half, y + half))
+    c, s, centre, half = math.cos(turn), math.sin(turn), side / 2, MARK / 2
+    dx, dy = x - centre, y - centre
+    x, y = centre + c * dx - s * dy, centre + s * dx + c * dy
+    left, top, right, bottom = (min(max(round(edge), 0), side) for edge in (x - half, y - half, x + half, y + half))
     return left, top, right, bottom
 
 
-def _paper(rng: np.random.Generator, size: tuple[int, int], wear: float) -> np.ndarray:
+def _paper(rng: np.random.Generator, side: int, wear: float) -> np.ndarray:
     """Paper [H, W, 3] of random tint with fibres, stains and uneven light."""
-    relief_HW = np.zeros(size[::-1], np.float32)
+    relief_HW = np.zeros((side, side), np.float32)
     for distance, amplitude in _TEXTURE:
-        relief_HW += np.float32(wear * amplitude / 64) * (_smooth(rng, size, distance) - 128)
+        relief_HW += np.float32(wear * amplitude / 64) * (_smooth(rng, side, distance) - 128)
     paper = _PAPER + rng.uniform(-8, 8, size=3)
     return paper.astype(np.float32) + relief_HW[:, :, None] * _BROWN.astype(np.float32)
 
 
-def _smooth(rng: np.random.Generator, size: tuple[int, int], distance: int) -> np.ndarray:
+def _smooth(rng: np.random.Generator, side: int, distance: int) -> np.ndarray:
     """Random values 0..255 [H, W] that vary over `distance` pixels."""
-    columns, rows = (side // distance + 2 for side in size)
-    knots = Image.fromarray(rng.integers(256, size=(rows, columns), dtype=np.uint8))
-    return np.asarray(knots.resize(size, Image.Resampling.BICUBIC), np.float32)
+    count = side // distance + 2
+    knots = Image.fromarray(rng.integers(256, size=(count, count), dtype=np.uint8))
+    return np.asarray(knots.resize((side, side), Image.Resampling.BICUBIC), np.float32)
