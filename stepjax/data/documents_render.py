@@ -1,8 +1,9 @@
 """Draws pages: printed text, labelled fields in pencil and stamped marks on stained, grainy paper in uneven light.
 
-A page is a form of square cells. A cell holds a printed label, a handwritten digit, two lines of printed text or a mark;
-a field is a label and the digits in the cells after it. The text is dark and answers nothing; what answers is in paler ink, on paper
-whose stains are as fine as its strokes. An image codec cannot tell them apart and has to spend bytes on both.
+A page is a form of square cells. A cell holds a printed label, a handwritten digit, two lines of printed text or a
+mark; a field is a label and the digits in the cells after it. The text is dark and answers nothing; what answers is in
+paler ink, on paper whose stains are as fine as its strokes. An image codec cannot tell them apart and has to spend
+bytes on both.
 
 Lengths are pixels; boxes are (left, top, right, bottom) with right and bottom exclusive. HW: pixels down and across.
 """
@@ -77,7 +78,9 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
             write.text(place, "".join(_LETTERS[rng.integers(26, size=5)]), 220, _font(11))
     for field in page.fields:
         column, row = field.cell
-        write.text((CELL * column + 1, CELL * (row + 0.5) + int(rng.integers(-2, 3))), field.label, 255, _font(14), "lm")
+        write.text(
+            (CELL * column + 1, CELL * (row + 0.5) + int(rng.integers(-2, 3))), field.label, 255, _font(14), "lm"
+        )
         for place, scan in enumerate(field.scan_ids, start=column + 1):
             side, angle = DIGIT * rng.uniform(0.9, 1.1), math.radians(rng.uniform(-8, 8))
             ink = enlarged(load_scans().images[scan], side, angle, CELL)
