@@ -149,7 +149,7 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_devices(batches):
     batch, found = batches(config), {}
     model = init_model(config.model, config.numerics, seed=1)
     optimizer = optax.sgd(1.0)
-    for accumulation, devices in ((1, 1), (2, 1), (1, 4)):
+    for accumulation, devices in ((1, 1), (2, 2)):
         rows = dataclasses.replace(config.batch, rows=4, accumulation=accumulation)
         step = make_train_step(dataclasses.replace(config, batch=rows), optimizer, optax.constant_schedule(1.0))
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
