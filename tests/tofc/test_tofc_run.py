@@ -214,14 +214,14 @@ def test_real_bytes_are_those_that_training_estimates(run):
 
 def test_the_device_computes_what_the_model_does(run, pictures):
     model, _, config = load_run(run)
-    device = Device(run)
+    device, merged = Device(run), jax.jit(lambda model, views_MHWC: model.merged_views(views_MHWC))
     assert dataclasses.replace(device.images) == dataclasses.replace(config.images)
     for name in ("large", "small"):
         image = open_image(str(pictures / f"{name}.png"), name=name)
         views = make_views(image, config.images)
         tiles, columns = device.features(image)
-        expected = [*model.merged_views(views.crops_NHWC)] if len(views.crops_NHWC) else []
-        expected += [*model.merged_views(views.global_view_HWC[None])]
+        expected = [*merged(model, views.crops_NHWC)] if len(views.crops_NHWC) else []
+        expected += [*merged(model, views.global_view_HWC[None])]
         assert columns == views.plan.columns == (3 if name == "large" else 0)
         for tile, features in zip(tiles, expected, strict=True):
             np.testing.assert_allclose(tile, features, rtol=1e-4, atol=1e-4)
