@@ -259,9 +259,10 @@ def _text_fields(config: DecoderConfig, tokens: SpecialTokens | None, dtype: str
 
 def image_fields(images: ImageConfig) -> dict[str, Any]:
     """`processor_config.json`: how the exported processor cuts images into views."""
-    fields = {"global_size": "size", "mean": "image_mean", "std": "image_std"}
+    names = {"global_size": "size", "mean": "image_mean", "std": "image_std"}
+    settings = [each.name for each in dataclasses.fields(images) if each.init]  # the rest follows from the model
     return {
         "processor_class": "Step3VLProcessor",
         "auto_map": {"AutoProcessor": "processing_step3.Step3VLProcessor"},
-        **{fields.get(name, name): value for name, value in dataclasses.asdict(images).items()},
+        **{names.get(name, name): getattr(images, name) for name in settings},
     }

@@ -138,8 +138,11 @@ def test_a_context_axis_across_processes_is_refused(quickly, tmp_path):
     assert job.end() == [1, 1] and "would share a row" in job.output(0)
 
 
-def test_one_killed_the_others_say_so_and_another_number_of_processes_resumes(really, quickly, tmp_path, whole):
-    job = Job(really, tmp_path / "job", 2, *ROWS_OVER_BOTH)
+@pytest.mark.parametrize("arguments", [(), pytest.param(ROWS_OVER_BOTH, marks=pytest.mark.slow)])
+def test_one_killed_the_others_say_so_and_another_number_of_processes_resumes(
+    really, quickly, tmp_path, whole, arguments
+):
+    job = Job(really, tmp_path / "job", 2, *arguments)
     job.wait_for(f"step 6/{STEPS}")
     job.processes[1].kill()
     assert job.end() == [75, -signal.SIGKILL], job.output(0)

@@ -39,7 +39,7 @@ def test_failures_are_told_with_their_line(template, reason):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (LOOPS, "takes more than 0.3 seconds"),
+        (LOOPS.replace("BODY", ""), "takes more than 0.3 seconds"),
         (LOOPS.replace("BODY", "{{ 'x' * 1000 }}"), "writes more than 8388608 characters"),
         ("{{ 7 ** (7 ** 12) }}", "takes more than 0.3 seconds"),
         (
