@@ -20,7 +20,7 @@ from stepjax.processing.processor import Processor
 from stepjax.rewards.verify import is_right
 
 TASKS = ("read", "count", "point")
-SIDES = (64, 128, 256)
+SIDES = (32, 64, 128, 256)
 RECIPE = Path(__file__).parents[2] / "configs" / "documents" / "pretrain.py"
 
 
