@@ -1,7 +1,7 @@
 """Pretrain a small STEP3-VL from scratch to read worn pages, on two cores, in less than an hour.
 
-A page is a thumbnail and 16 crops of 16 x 16 patches, which become 4 x 4 tokens. A patch of 4 pixels is about as wide as
-a stroke. Most records are smaller pages at the same scale, down to a single digit: with those a model learns to look.
+A page is a thumbnail and 16 crops of 16 x 16 patches, which become 4 x 4 tokens. A patch is about as wide as a stroke.
+Most records are smaller pages at the same scale, down to a single digit: with those a model learns to look.
 """
 
 from stepjax.config import (
