@@ -272,12 +272,14 @@ class DocumentsSource:
     name: str
     weight: float
     task: DocumentsTask
-    side: Literal[64, 128, 256] = 256  # pixels; smaller pages have less on them, at the same scale
+    side: Literal[32, 64, 128, 256] = 256  # pixels; smaller pages have less on them, at the same scale
     split: Split = "train"
     wear: float = 1.0  # strength of grain, stains and uneven light, 0..1; it costs image codecs bytes
 
     def __post_init__(self):
         require(f"data.sources.{self.name}", self, wear=(0 <= self.wear <= 1, "must be from 0 to 1"))
+        has_marks = self.side > 32 or self.task in ("read", "all")
+        require(f"data.sources.{self.name}", self, task=(has_marks, 'must be "read" or "all": side 32 is a digit'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

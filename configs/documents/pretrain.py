@@ -1,8 +1,7 @@
 """Pretrain a small STEP3-VL from scratch to read worn pages, on two cores, in less than an hour.
 
-A page is a view at a quarter of its size and four crops of 16 x 16 patches, which become 4 x 4 tokens: one for each of
-its cells. A field is as wide as a crop, so none is cut in two. Pages of 64 pixels are a view without crops, at the
-scale of the crops; half of the records are such, because a model learns from them what to look at and they cost little.
+A page is a thumbnail and 16 crops of 16 x 16 patches, which become 4 x 4 tokens. A patch is about as wide as a stroke.
+Most records are smaller pages at the same scale, down to a single digit: with those a model learns to look.
 """
 
 from stepjax.config import (
@@ -25,7 +24,7 @@ from stepjax.config import (
     VisionConfig,
 )
 
-images = ImageConfig(global_size=64, crop_size=128, patch_size=8, max_side=256)
+images = ImageConfig(global_size=32, crop_size=64, patch_size=4, max_side=256)
 
 config = PretrainConfig(
     name="documents",
@@ -35,7 +34,7 @@ config = PretrainConfig(
             num_layers=3,
             num_heads=2,
             mlp_dim=192,
-            patch_size=8,
+            patch_size=4,
             position_grid=images.global_grid,
             layer_scale_init=1.0,
         ),
@@ -55,14 +54,15 @@ config = PretrainConfig(
     tokenizer=TokenizerConfig(path="demo", generation_starts_thinking=False),
     data=DataConfig(
         sources=(
-            DocumentsSource(name="small", weight=0.5, task="all", side=64),
-            DocumentsSource(name="medium", weight=0.25, task="all", side=128),
-            DocumentsSource(name="pages", weight=0.25, task="all"),
+            DocumentsSource(name="digit", weight=0.4, task="all", side=32),
+            DocumentsSource(name="small", weight=0.35, task="all", side=64),
+            DocumentsSource(name="medium", weight=0.15, task="all", side=128),
+            DocumentsSource(name="page", weight=0.1, task="all"),
         ),
     ),
-    batch=BatchConfig(rows=4, tokens=1024, global_views=8, crops=10),
+    batch=BatchConfig(rows=4, tokens=1408, global_views=14, crops=30),
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=20e6, start=3e-3, end=6e-4), Phase(tokens=4.6e6, start=6e-4, end=5e-5)),
+        phases=(Phase(tokens=11e6, start=3e-3, end=6e-4), Phase(tokens=3e6, start=6e-4, end=5e-5)),
         warmup_tokens=3e5,
     ),
     optimizer=OptimizerConfig(weight_decay=0.05),

@@ -17,8 +17,9 @@ of the page's width and height, 0..99 from the top left corner; it is right insi
 The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
 computes the features of a page once and learns from ten answers.
 
-Small pages have less of everything, at the same scale. One of 64 pixels a side has a single field with a single digit:
-it is cheap, and most of it is the answer, so that a model soon learns to look. Whole pages alone take far longer.
+Small pages have less of everything, at the same scale. One of 64 pixels a side has a single field with a single digit,
+one of 32 is just a digit. They are cheap, and most of them is the answer: a model that sees whole pages only is slow to
+find that the answer is in the image at all.
 
 The splits share no scans. Held-out pages are full: fields have as many digits as there is room for, and the rest is
 printed text. Training pages may be emptier.
@@ -54,6 +55,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    32: Size(1, (1, 1), (1, 1), 0, 0, 0),
     64: Size(2, (1, 1), (1, 1), 1, 2, 1),
     128: Size(4, (1, 2), (2, 2), 1, 2, 3),
     256: Size(4, (1, 6), (4, 4), 4, 4, 4),
@@ -89,7 +91,7 @@ class DocumentsRecords:
         task, split = self.source.task, self.source.split
         page = _page(rng, self.source.side, split)
         image, boxes = draw_page(rng, page, wear=self.source.wear)
-        turns = _questions(page, boxes[0])
+        turns = _questions(page, boxes)
         turns = [turns[i] for i in rng.permutation(len(turns))]
         if task != "all":
             turns = [next(turn for turn in turns if turn[0] == task)]
@@ -117,11 +119,13 @@ def _page(rng: np.random.Generator, side: int, split: Split) -> Page:
     fewest, most = size.train_fields if is_train else size.held_out_fields
     fields = []
     for label in rng.permutation(LABELS)[: rng.integers(fewest, most + 1)].tolist():
-        digits = rng.integers(10, size=rng.integers(1, size.slot) if is_train else size.slot - 1).tolist()
+        longest = max(size.slot - 1, 1)
+        digits = rng.integers(10, size=rng.integers(1, longest + 1) if is_train else longest).tolist()
         scans = tuple(by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits)
-        fields.append(Field(label, scans, slots.pop()))
+        slot = slots.pop()
+        fields.append(Field(label, scans, slot) if size.slot > 1 else Field("digit", scans, (-1, 0)))  # no label seen
     marked = _cells([slots.pop() for _ in range(size.mark_slots)], size.slot)
-    counts = [1, *rng.integers(1, size.most + 1, size=size.kinds - 1).tolist()]
+    counts = [1, *rng.integers(1, size.most + 1, size=size.kinds - 1).tolist()] if size.kinds else []
     shapes = rng.permutation(SHAPES)[: size.kinds].repeat(counts).tolist()
     marks = tuple(Mark(shape, marked[i]) for shape, i in zip(shapes, rng.permutation(len(marked)), strict=False))
     texts = slots[: rng.integers(len(slots) + 1)] if is_train else slots
@@ -132,13 +136,15 @@ def _cells(slots: list[Cell], width: int) -> list[Cell]:
     return [(column + place, row) for column, row in slots for place in range(width)]
 
 
-def _questions(page: Page, box: Box) -> list[tuple[str, str, dict[str, Any]]]:
-    """Task, prompt and answer of each question about a page. `box` is that of the first mark, the only of its kind."""
+def _questions(page: Page, boxes: list[Box]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Task, prompt and answer of each question about a page. `boxes` are those of its marks."""
     labels = load_scans().labels
     reads = [
         ("read", f"What is the {field.label}?", {"text": "".join(str(labels[scan]) for scan in field.scan_ids)})
         for field in page.fields
     ]
+    if not page.marks:
+        return reads
     shapes = [mark.shape for mark in page.marks]
     single = shapes[0]
     counts = [
@@ -146,6 +152,6 @@ def _questions(page: Page, box: Box) -> list[tuple[str, str, dict[str, Any]]]:
         for shape in SHAPES
         if shape in shapes[1:]
     ]
-    left, top, right, bottom = hundredths = [100 * x / page.side for x in box]
+    left, top, right, bottom = hundredths = [100 * x / page.side for x in boxes[0]]
     point = {"text": f"({int((left + right) / 2)}, {int((top + bottom) / 2)})", "box": hundredths}
     return [*reads, *counts, ("point", f"Point at the {single}.", point)]

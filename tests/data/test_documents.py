@@ -121,6 +121,15 @@ def test_a_task_asks_one_question_and_its_answer_is_right(task):
     assert documents_chance_level(_records("all").source) is None
 
 
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_smallest_page_is_a_digit(split):
+    for i in range(20):
+        record = _records("read", split, side=32)[i]
+        [scan] = record["page"].fields[0].scan_ids
+        assert _image(record).size == (32, 32) and scan in load_scans().by_class[split][load_scans().labels[scan]]
+        assert _turns(record) == [("What is the digit?", str(load_scans().labels[scan]))]
+
+
 @pytest.mark.parametrize("cell", [(0, 0), (7, 0), (3, 4), (0, 7)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_box_holds_the_mark(shape, cell):
@@ -160,5 +169,7 @@ def test_bounds_and_errors():
     for index in (-1, len(records)):
         with pytest.raises(IndexError, match=f"record {index} of pages: there are 10000000"):
             records[index]
+    with pytest.raises(ConfigError, match='data.sources.pages.task=.*: must be "read" or "all": side 32 is a digit'):
+        DocumentsSource(name="pages", weight=1.0, task="count", side=32)
     with pytest.raises(ConfigError, match=r"data.sources.pages.wear=1.5: must be from 0 to 1"):
         DocumentsSource(name="pages", weight=1.0, task="read", wear=1.5)
