@@ -1,4 +1,4 @@
-"""Pretrain a small STEP3-VL from scratch to read worn pages, on two cores, in less than an hour.
+"""Pretrain a small STEP3-VL from scratch to read worn pages, on two cores. No run has gone to its end yet.
 
 A page is a thumbnail and 16 crops of 16 x 16 patches, which become 4 x 4 tokens. A patch is about as wide as a stroke.
 Most records are smaller pages at the same scale, down to a single digit: with those a model learns to look.
