@@ -22,8 +22,6 @@ from stepjax.post_training.config import RLConfig
 
 rlvr = load_recipe(Path(__file__).with_name("rlvr.py"), RLConfig)
 
-ROW = 65_536
-
 config = dataclasses.replace(
     rlvr,
     name="step3_vl_10b_pacore",
@@ -35,9 +33,10 @@ config = dataclasses.replace(
         ),
         bad_records="skip",
     ),
-    batch=dataclasses.replace(rlvr.batch, tokens=ROW),
     iterations=500,
-    rollout=dataclasses.replace(rlvr.rollout, prompts=64, max_tokens=40_960, max_prompt_tokens=ROW - 40_961),
+    rollout=dataclasses.replace(
+        rlvr.rollout, prompts=64, max_tokens=40_960, max_prompt_tokens=rlvr.batch.tokens - 40_961
+    ),
     policy=dataclasses.replace(rlvr.policy, minibatches=1),
     critic=dataclasses.replace(rlvr.critic, update=dataclasses.replace(rlvr.critic.update, minibatches=1)),
 )

@@ -45,7 +45,7 @@ from stepjax.post_training.config import (
 )
 from stepjax.rewards.config import RewardConfig, RewardTerm
 
-ANSWER, ROW = 24_576, 57_344
+ANSWER = 24_576
 
 config = RLConfig(
     name="step3_vl_10b_rlvr",
@@ -60,14 +60,14 @@ config = RLConfig(
         bad_records="skip",
     ),
     # A row for each of 64 chips: two of the longest answers with their prompt, or more of shorter ones.
-    batch=BatchConfig(rows=64, tokens=ROW, global_views=4, crops=32),
+    batch=BatchConfig(rows=64, tokens=65_536, global_views=4, crops=32),
     iterations=600,
     rollout=RolloutConfig(
         prompts=512,
         samples=16,
         temperature=1.0,
         max_tokens=ANSWER,
-        max_prompt_tokens=ROW - 2 * (ANSWER + 1),
+        max_prompt_tokens=8192,
         tensor=4,  # the chips of a host
         max_sequences=128,
         page_size=128,
