@@ -96,7 +96,7 @@ class TofcConfig:
     crop_clusters: int = 16  # of a crop
     experts: int = 16
     hidden: int = 128  # width of the hidden layers of the router and of the experts
-    latents: int | None = None  # values of side information a feature; None: a sixteenth of its channels
+    latents: int | None = None  # side information of a feature; None: a sixteenth of its channels; 0: no hyperprior
     initial_step: float = 0.5  # quantisation step at the start, in standard deviations of the channel
     temperature: float = 1.0  # of the router's softmax at the start; it falls to the last one by half of the run
     last_temperature: float = 0.02
@@ -113,7 +113,7 @@ class TofcConfig:
         is_exact = self.hidden <= MAX_HIDDEN
         require("tofc", self, hidden=(is_exact, f"must be at most {MAX_HIDDEN}: sums would not be exact"))
         if self.latents is not None:
-            require("tofc", self, latents=(1 <= self.latents <= 4096, "must be 1 to 4096"))
+            require("tofc", self, latents=(0 <= self.latents <= 4096, "must be 0 to 4096"))
 
     @property
     def channels(self) -> int:
@@ -262,7 +262,7 @@ class DigitsSource:
         require(f"data.sources.{self.name}", self, degradation=(0 <= self.degradation <= 1, "must be from 0 to 1"))
 
 
-DocumentsTask = Literal["read", "count", "point", "all"]
+DocumentsTask = Literal["read", "count", "point", "list", "transcribe", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,14 +272,11 @@ class DocumentsSource:
     name: str
     weight: float
     task: DocumentsTask
-    side: Literal[32, 64, 128, 256] = 256  # pixels; smaller pages have less on them, at the same scale
     split: Split = "train"
     wear: float = 1.0  # strength of grain, stains and uneven light, 0..1; it costs image codecs bytes
 
     def __post_init__(self):
         require(f"data.sources.{self.name}", self, wear=(0 <= self.wear <= 1, "must be from 0 to 1"))
-        has_marks = self.side > 32 or self.task in ("read", "all")
-        require(f"data.sources.{self.name}", self, task=(has_marks, 'must be "read" or "all": side 32 is a digit'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

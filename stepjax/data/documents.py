@@ -1,25 +1,23 @@
 """Questions about worn pages, composed on the fly. Works offline.
 
-| task  | prompt              | answer   |
-|-------|---------------------|----------|
-| read  | What is the sum?    | 407      |
-| count | How many crosses?   | 3        |
-| point | Point at the cross. | (62, 30) |
+| task       | prompt               | answer                          |
+|------------|----------------------|---------------------------------|
+| read       | What is the sum?     | 407                             |
+| count      | How many crosses?    | 3                               |
+| point      | Point at the cross.  | (62, 30)                        |
+| list       | List the fields.     | sum 407, age 31                 |
+| transcribe | Transcribe the page. | s407.x.x~~~~ ... (64 characters) |
 
 The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
-computes the features of a page once and learns from ten answers. An "excerpt" is the same on a piece of a page of
-128 x 128 pixels, with one or two fields and two kinds of marks: a fifth of the work, and easier to learn to read from.
+computes the features of a page once and learns from up to ten answers.
 
 A page has up to six fields, each a printed label and handwritten digits, four kinds of marks, and printed text to
 ignore (`data.documents_render`). One kind of mark is there once: the one to point at. A point is a place in hundredths
 of the page's width and height, 0..99 from the top left corner; it is right inside the mark's box.
 
-The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
-computes the features of a page once and learns from ten answers.
-
-Small pages have less of everything, at the same scale. One of 64 pixels a side has a single field with a single digit,
-one of 32 is just a digit. They are cheap, and most of them is the answer: a model that sees whole pages only is slow to
-find that the answer is in the image at all.
+A transcript has a character for every cell of the page, row by row: a digit, a label's first letter, o, #, ^ or x for a
+mark, ~ for text to ignore, . for nothing. It teaches a model to look, because every character is about the next cell. A
+list has the labels and numbers of all fields in reading order, and teaches it to find them.
 
 The splits share no scans. Held-out pages are full: fields have as many digits as there is room for, and the rest is
 printed text. Training pages may be emptier.
@@ -29,13 +27,13 @@ Record i of a source depends only on (seed, source, i): any process can make any
 
 import hashlib
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from stepjax.config import DocumentsSource, Split
 from stepjax.data.digits_render import Box, load_scans
-from stepjax.data.documents_render import CELL, SHAPES, Cell, Field, Mark, Page, draw_page
+from stepjax.data.documents_render import CELLS, SHAPES, SIDE, Cell, Field, Mark, Page, draw_page
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
@@ -43,23 +41,12 @@ LABELS = ("sum", "tax", "fee", "day", "age", "lot")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
 
-class Size(NamedTuple):
-    """What a page of a size has; the numbers of fields are fewest and most."""
-
-    slot: int  # cells in a row for a field, or for as many marks
-    train_fields: tuple[int, int]
-    held_out_fields: tuple[int, int]
-    mark_slots: int
-    kinds: int  # of marks
-    most: int  # marks of a kind
-
-
-SIZES = {
-    32: Size(1, (1, 1), (1, 1), 0, 0, 0),
-    64: Size(2, (1, 1), (1, 1), 1, 2, 1),
-    128: Size(4, (1, 2), (2, 2), 1, 2, 3),
-    256: Size(4, (1, 6), (4, 4), 4, 4, 4),
-}
+SLOT = 4  # cells in a row for a field, or for as many marks
+DIGITS = SLOT - 1  # of a field, at most
+HELD_OUT_FIELDS = 4
+MARK_SLOTS = 4
+MOST_MARKS = 4  # of a kind
+CHARACTERS = {"circle": "o", "square": "#", "triangle": "^", "cross": "x"}
 
 
 class DocumentsRecords:
@@ -89,12 +76,19 @@ class DocumentsRecords:
             raise IndexError(f"record {index} of {self.source.name}: there are {NUM_RECORDS}")
         rng = np.random.default_rng((self.seed, self._source_key, index))
         task, split = self.source.task, self.source.split
-        page = _page(rng, self.source.side, split)
+        page = _page(rng, split)
         image, boxes = draw_page(rng, page, wear=self.source.wear)
-        turns = _questions(page, boxes)
-        turns = [turns[i] for i in rng.permutation(len(turns))]
-        if task != "all":
-            turns = [next(turn for turn in turns if turn[0] == task)]
+        if task == "transcribe":
+            turns = [(task, "Transcribe the page.", {"text": transcript(page)})]
+        elif task == "list":
+            turns = [(task, "List the fields.", {"text": listing(page)})]
+        else:
+            turns = _questions(page, boxes)
+            if task == "all":
+                turns.append(("list", "List the fields.", {"text": listing(page)}))
+            turns = [turns[i] for i in rng.permutation(len(turns))]
+            if task != "all":
+                turns = [next(turn for turn in turns if turn[0] == task)]
         messages: list[dict[str, Any]] = []
         for _, prompt, answer in turns:
             messages.append({"role": "user", "content": prompt})
@@ -110,41 +104,57 @@ class DocumentsRecords:
         }
 
 
-def _page(rng: np.random.Generator, side: int, split: Split) -> Page:
+def _page(rng: np.random.Generator, split: Split) -> Page:
     """A random page. Its first mark is the only one of its kind."""
-    size, cells, is_train = SIZES[side], side // CELL, split == "train"
-    slots = [(column, row) for row in range(cells) for column in range(0, cells, size.slot)]
+    slots = [(column, row) for row in range(CELLS) for column in range(0, CELLS, SLOT)]
     slots = [slots[i] for i in rng.permutation(len(slots))]
-    by_class = load_scans().by_class[split]
-    fewest, most = size.train_fields if is_train else size.held_out_fields
+    is_train, by_class = split == "train", load_scans().by_class[split]
+    num_fields = min(rng.geometric(0.3), len(LABELS)) if is_train else HELD_OUT_FIELDS  # few are easy to learn from
     fields = []
-    for label in rng.permutation(LABELS)[: rng.integers(fewest, most + 1)].tolist():
-        longest = max(size.slot - 1, 1)
-        digits = rng.integers(10, size=rng.integers(1, longest + 1) if is_train else longest).tolist()
+    for label in rng.permutation(LABELS)[:num_fields].tolist():
+        digits = rng.integers(10, size=rng.integers(1, DIGITS + 1) if is_train else DIGITS).tolist()
         scans = tuple(by_class[digit][rng.integers(len(by_class[digit]))] for digit in digits)
-        slot = slots.pop()
-        fields.append(Field(label, scans, slot) if size.slot > 1 else Field("digit", scans, (-1, 0)))  # no label seen
-    marked = _cells([slots.pop() for _ in range(size.mark_slots)], size.slot)
-    counts = [1, *rng.integers(1, size.most + 1, size=size.kinds - 1).tolist()] if size.kinds else []
-    shapes = rng.permutation(SHAPES)[: size.kinds].repeat(counts).tolist()
+        fields.append(Field(label, scans, slots.pop()))
+    marked = _cells([slots.pop() for _ in range(MARK_SLOTS)])
+    counts = [1, *rng.integers(1, MOST_MARKS + 1, size=len(SHAPES) - 1).tolist()]
+    shapes = rng.permutation(SHAPES).repeat(counts).tolist()
     marks = tuple(Mark(shape, marked[i]) for shape, i in zip(shapes, rng.permutation(len(marked)), strict=False))
-    texts = slots[: rng.integers(len(slots) + 1)] if is_train else slots
-    return Page(tuple(fields), marks, tuple(_cells(texts, size.slot)), side)
+    texts = slots[: rng.integers(-len(slots), len(slots) + 1).clip(0)] if is_train else slots
+    return Page(tuple(fields), marks, tuple(_cells(texts)))
 
 
-def _cells(slots: list[Cell], width: int) -> list[Cell]:
-    return [(column + place, row) for column, row in slots for place in range(width)]
+def _cells(slots: list[Cell]) -> list[Cell]:
+    return [(column + place, row) for column, row in slots for place in range(SLOT)]
+
+
+def transcript(page: Page) -> str:
+    """A character for every cell, row by row."""
+    lines = [["."] * CELLS for _ in range(CELLS)]
+    for column, row in page.texts:
+        lines[row][column] = "~"
+    for field in page.fields:
+        column, row = field.cell
+        characters = [field.label[0], *_number(field)]
+        lines[row][column : column + len(characters)] = characters
+    for mark in page.marks:
+        lines[mark.cell[1]][mark.cell[0]] = CHARACTERS[mark.shape]
+    return "".join(map("".join, lines))
+
+
+def listing(page: Page) -> str:
+    """Labels and numbers of all fields in reading order."""
+    fields = sorted(page.fields, key=lambda field: field.cell[::-1])
+    return ", ".join(f"{field.label} {_number(field)}" for field in fields)
+
+
+def _number(field: Field) -> str:
+    labels = load_scans().labels
+    return "".join(str(labels[scan]) for scan in field.scan_ids)
 
 
 def _questions(page: Page, boxes: list[Box]) -> list[tuple[str, str, dict[str, Any]]]:
     """Task, prompt and answer of each question about a page. `boxes` are those of its marks."""
-    labels = load_scans().labels
-    reads = [
-        ("read", f"What is the {field.label}?", {"text": "".join(str(labels[scan]) for scan in field.scan_ids)})
-        for field in page.fields
-    ]
-    if not page.marks:
-        return reads
+    reads = [("read", f"What is the {field.label}?", {"text": _number(field)}) for field in page.fields]
     shapes = [mark.shape for mark in page.marks]
     single = shapes[0]
     counts = [
@@ -152,6 +162,6 @@ def _questions(page: Page, boxes: list[Box]) -> list[tuple[str, str, dict[str, A
         for shape in SHAPES
         if shape in shapes[1:]
     ]
-    left, top, right, bottom = hundredths = [100 * x / page.side for x in boxes[0]]
+    left, top, right, bottom = hundredths = [100 * x / SIDE for x in boxes[0]]
     point = {"text": f"({int((left + right) / 2)}, {int((top + bottom) / 2)})", "box": hundredths}
     return [*reads, *counts, ("point", f"Point at the {single}.", point)]

@@ -18,10 +18,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from stepjax.data.digits_render import Box, enlarged, load_scans
 
-CELL = 32  # side of a cell
-DIGIT = 26  # side of a digit
+SIDE, CELL = 320, 40  # of a page and of a cell
+CELLS = SIDE // CELL  # along a side
+DIGIT = 33  # side of a digit
 SHAPES = ("circle", "square", "triangle", "cross")
-MARK = 20  # side
+MARK = 26  # side
 
 _PAPER = np.array([226.0, 217.0, 200.0])
 _PRINT = np.array([52.0, 48.0, 50.0])
@@ -58,7 +59,6 @@ class Page:
     fields: tuple[Field, ...]
     marks: tuple[Mark, ...]
     texts: tuple[Cell, ...]  # cells of printed text
-    side: int  # pixels
 
 
 def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Image.Image, list[Box]]:
@@ -68,23 +68,23 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
         wear: strength of grain, stains and uneven light, 0..1; 0: plain paper.
 
     Returns:
-        The RGB image, `side` x `side` pixels, and the box of every mark.
+        The RGB image [320, 320], and the box of every mark.
     """
-    printed, pencil, stamp = (Image.new("L", (page.side, page.side)) for _ in range(3))
+    printed, pencil, stamp = (Image.new("L", (SIDE, SIDE)) for _ in range(3))
     write, press = ImageDraw.Draw(printed), ImageDraw.Draw(stamp)
     for column, row in page.texts:
         for line in range(2):
-            place = CELL * column + int(rng.integers(3)), CELL * row + 2 + 14 * line
-            write.text(place, "".join(_LETTERS[rng.integers(26, size=5)]), 220, _font(11))
+            place = CELL * column + int(rng.integers(4)), CELL * row + 3 + 18 * line
+            write.text(place, "".join(_LETTERS[rng.integers(26, size=5)]), 220, _font(14))
     for field in page.fields:
         column, row = field.cell
         write.text(
-            (CELL * column + 1, CELL * (row + 0.5) + int(rng.integers(-2, 3))), field.label, 255, _font(14), "lm"
+            (CELL * column + 1, CELL * (row + 0.5) + int(rng.integers(-3, 4))), field.label, 255, _font(17), "lm"
         )
         for place, scan in enumerate(field.scan_ids, start=column + 1):
             side, angle = DIGIT * rng.uniform(0.9, 1.1), math.radians(rng.uniform(-8, 8))
             ink = enlarged(load_scans().images[scan], side, angle, CELL)
-            across, down = rng.integers(-2, 3, size=2).tolist()
+            across, down = rng.integers(-3, 4, size=2).tolist()
             pencil.paste(255, (CELL * place + across, CELL * row + down), mask=ink)
     centres = []
     for mark in page.marks:
@@ -96,12 +96,12 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
     turn = math.radians(rng.uniform(-1.2, 1.2))
     blur = rng.uniform(0.0, 0.7)
     shares = [_scanned(layer, turn, blur) for layer in (printed, pencil, stamp)]
-    paper_HWC = _paper(rng, page.side, wear)
+    paper_HWC = _paper(rng, wear)
     for share_HW, ink, strength in zip(shares, (_PRINT, _PENCIL, _STAMP), (0.9, 0.85, 0.65), strict=True):
         paper_HWC += (strength * share_HW)[:, :, None] * (ink.astype(np.float32) - paper_HWC)
     grain_HWC = rng.integers(-128, 128, paper_HWC.shape, dtype=np.int8) * np.float32(wear * _GRAIN / 128)
     image = Image.fromarray(np.clip(np.rint(paper_HWC + grain_HWC), 0, 255).astype(np.uint8))
-    return image, [_turned_box(x, y, turn, page.side) for x, y in centres]
+    return image, [_turned_box(x, y, turn) for x, y in centres]
 
 
 @functools.cache
@@ -114,14 +114,14 @@ def _stamp(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float) -> None:
     box = (x - half, y - half, x + half, y + half)
     match shape:
         case "circle":
-            draw.ellipse(box, outline=255, width=3)
+            draw.ellipse(box, outline=255, width=4)
         case "square":
-            draw.rectangle(box, outline=255, width=3)
+            draw.rectangle(box, outline=255, width=4)
         case "triangle":
-            draw.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], outline=255, width=3)
+            draw.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], outline=255, width=4)
         case _:
-            draw.line((*box[:2], *box[2:]), 255, 4)
-            draw.line((box[0], box[3], box[2], box[1]), 255, 4)
+            draw.line((*box[:2], *box[2:]), 255, 5)
+            draw.line((box[0], box[3], box[2], box[1]), 255, 5)
 
 
 def _scanned(layer: Image.Image, turn: float, blur: float) -> np.ndarray:
@@ -132,26 +132,26 @@ def _scanned(layer: Image.Image, turn: float, blur: float) -> np.ndarray:
     return np.asarray(turned.filter(ImageFilter.GaussianBlur(blur)), np.float32) / 255
 
 
-def _turned_box(x: float, y: float, turn: float, side: int) -> Box:
+def _turned_box(x: float, y: float, turn: float) -> Box:
     """The box, in the scan, of a mark at (x, y) of the page."""
-    c, s, centre, half = math.cos(turn), math.sin(turn), side / 2, MARK / 2
+    c, s, centre, half = math.cos(turn), math.sin(turn), SIDE / 2, MARK / 2
     dx, dy = x - centre, y - centre
     x, y = centre + c * dx - s * dy, centre + s * dx + c * dy
-    left, top, right, bottom = (min(max(round(edge), 0), side) for edge in (x - half, y - half, x + half, y + half))
+    left, top, right, bottom = (min(max(round(edge), 0), SIDE) for edge in (x - half, y - half, x + half, y + half))
     return left, top, right, bottom
 
 
-def _paper(rng: np.random.Generator, side: int, wear: float) -> np.ndarray:
+def _paper(rng: np.random.Generator, wear: float) -> np.ndarray:
     """Paper [H, W, 3] of random tint with fibres, stains and uneven light."""
-    relief_HW = np.zeros((side, side), np.float32)
+    relief_HW = np.zeros((SIDE, SIDE), np.float32)
     for distance, amplitude in _TEXTURE:
-        relief_HW += np.float32(wear * amplitude / 64) * (_smooth(rng, side, distance) - 128)
+        relief_HW += np.float32(wear * amplitude / 64) * (_smooth(rng, distance) - 128)
     paper = _PAPER + rng.uniform(-8, 8, size=3)
     return paper.astype(np.float32) + relief_HW[:, :, None] * _BROWN.astype(np.float32)
 
 
-def _smooth(rng: np.random.Generator, side: int, distance: int) -> np.ndarray:
+def _smooth(rng: np.random.Generator, distance: int) -> np.ndarray:
     """Random values 0..255 [H, W] that vary over `distance` pixels."""
-    count = side // distance + 2
+    count = SIDE // distance + 2
     knots = Image.fromarray(rng.integers(256, size=(count, count), dtype=np.uint8))
-    return np.asarray(knots.resize((side, side), Image.Resampling.BICUBIC), np.float32)
+    return np.asarray(knots.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)

@@ -51,6 +51,7 @@ def evaluate(
     *,
     seed: int,
     open_image: Callable[..., Image.Image | CodedImage] = open_image,
+    engine: Engine | None = None,
 ) -> Report:
     """Greedy answers to the first `config.examples` records of every source; see `rewards.verify` for what is right.
 
@@ -58,6 +59,7 @@ def evaluate(
 
     Args:
         open_image: of questions; see `Processor.process_prompt`.
+        engine: of `evaluation_engine`, to evaluate more than once; by default one is made.
 
     Raises:
         ConfigError: there are no sources.
@@ -65,19 +67,7 @@ def evaluate(
     """
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
-    rows, longest = config.batch_size, model.config.decoder.max_positions
-    # One size of batch and no groups: compiling more would take longer than the questions. The cache has room for a
-    # batch of questions about large images; fewer are answered at a time where they are longer.
-    sizes = EngineConfig(
-        max_sequences=rows,
-        smallest_batch=rows,
-        max_prefix_groups=1,
-        page_size=16,
-        cache_tokens=max(longest, rows * min(longest, 4096 + config.max_new_tokens)),
-        prefill_tokens=128,
-        view_batch=8,
-    )
-    engine = Engine(model, processor, sizes, mesh=_one_device(model))
+    engine = evaluation_engine(model, processor, config) if engine is None else engine
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     opened = [open_source(source, seed) for source in config.sources]
@@ -103,6 +93,23 @@ def evaluate(
             found += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
             _log.info("evaluated %s: %s", source.name, ", ".join(found))
     return Report(tuple(results), tuple(items))
+
+
+def evaluation_engine(model: StepVL, processor: Processor, config: EvaluationConfig) -> Engine:
+    """Answers the questions of `evaluate`."""
+    rows, longest = config.batch_size, model.config.decoder.max_positions
+    # One size of batch and no groups: compiling more would take longer than the questions. The cache has room for a
+    # batch of questions about large images; fewer are answered at a time where they are longer.
+    sizes = EngineConfig(
+        max_sequences=rows,
+        smallest_batch=rows,
+        max_prefix_groups=1,
+        page_size=16,
+        cache_tokens=max(longest, rows * min(longest, 4096 + config.max_new_tokens)),
+        prefill_tokens=128,
+        view_batch=8,
+    )
+    return Engine(model, processor, sizes, mesh=_one_device(model))
 
 
 def _chance(source: Source) -> float | None:

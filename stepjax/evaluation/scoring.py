@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from stepjax.config import DigitsSource, DocumentsSource
 from stepjax.data.digits import arithmetic_problems, num_digits_distribution, solve
-from stepjax.data.documents import SIZES
+from stepjax.data.documents import DIGITS, MOST_MARKS
+from stepjax.data.documents_render import SHAPES
 from stepjax.figures import wilson_interval
 
 
@@ -54,15 +55,13 @@ def _ways_to_sum(num_digits: int) -> Counter[int]:
 
 def documents_chance_level(source: DocumentsSource) -> float | None:
     """The same for pages: the best constant guess; for points, the centre of a random mark. None if tasks are mixed."""
-    size = SIZES[source.side]
     match source.task:
         case "read":  # a training page has shorter numbers, equally often
-            digits = size.slot - 1
-            return 10**-digits if source.split == "held_out" else 0.1 / digits
+            return 10**-DIGITS if source.split == "held_out" else 0.1 / DIGITS
         case "count":
-            return 1 / size.most
+            return 1 / MOST_MARKS
         case "point":
-            others = itertools.product(range(1, size.most + 1), repeat=size.kinds - 1)
+            others = itertools.product(range(1, MOST_MARKS + 1), repeat=len(SHAPES) - 1)
             return statistics.fmean(1 / (1 + sum(counts)) for counts in others)
         case _:
             return None

@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepjax.config import DocumentsSource
+from stepjax.config import DocumentsSource, SftConfig
 from stepjax.config_file import load_recipe
 from stepjax.data.digits_render import load_scans
-from stepjax.data.documents import PLURALS, SIZES, DocumentsRecords
-from stepjax.data.documents_render import CELL, SHAPES, Mark, Page, draw_page
+from stepjax.data.documents import (
+    CHARACTERS,
+    DIGITS,
+    HELD_OUT_FIELDS,
+    LABELS,
+    MARK_SLOTS,
+    MOST_MARKS,
+    PLURALS,
+    SLOT,
+    DocumentsRecords,
+)
+from stepjax.data.documents_render import CELL, CELLS, SHAPES, SIDE, Mark, Page, draw_page
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError
 from stepjax.evaluation.scoring import documents_chance_level
@@ -20,8 +30,7 @@ from stepjax.processing.processor import Processor
 from stepjax.rewards.verify import is_right
 
 TASKS = ("read", "count", "point")
-SIDES = (64, 128, 256)
-RECIPE = Path(__file__).parents[2] / "configs" / "documents" / "pretrain.py"
+RECIPES = Path(__file__).parents[2] / "configs" / "documents"
 
 
 def _records(task: Any = "all", split: Any = "train", seed: int = 0, **fields: Any) -> DocumentsRecords:
@@ -31,11 +40,8 @@ def _records(task: Any = "all", split: Any = "train", seed: int = 0, **fields: A
 
 @pytest.fixture(scope="module")
 def pages():
-    """Fifteen records of each split and size, with every question."""
-    return {
-        split: [_records(split=split, side=side)[i] for side in reversed(SIDES) for i in range(15)]
-        for split in ("train", "held_out")
-    }
+    """Thirty records of each split, with every question."""
+    return {split: [_records(split=split)[i] for i in range(30)] for split in ("train", "held_out")}
 
 
 def _image(record):
@@ -84,27 +90,23 @@ def test_answers_are_true_of_the_page(pages, split):
         del expected[f"How many {PLURALS[single.shape]}?"]
         x, y = map(int, turns.pop(f"Point at the {single.shape}.").strip("()").split(", "))
         assert turns == expected
-        size = SIZES[page.side]
-        assert shapes[single.shape] == 1 and len(shapes) == size.kinds and max(shapes.values()) <= size.most
+        assert shapes[single.shape] == 1 and len(shapes) == len(SHAPES) and max(shapes.values()) <= MOST_MARKS
         for place, hundredth in zip(single.cell, (x, y), strict=True):
-            assert abs((hundredth + 0.5) / 100 * page.side - (place + 0.5) * CELL) < 9  # jitter and turning
-        fewest, most = size.train_fields if split == "train" else size.held_out_fields
+            assert abs((hundredth + 0.5) / 100 * SIDE - (place + 0.5) * CELL) < 11  # jitter and turning
+        fewest, most, shortest = (1, len(LABELS), 1) if split == "train" else (HELD_OUT_FIELDS, HELD_OUT_FIELDS, DIGITS)
         assert fewest <= len(page.fields) <= most
-        shortest = 1 if split == "train" else size.slot - 1
-        assert all(shortest <= len(field.scan_ids) < size.slot for field in page.fields)
+        assert all(shortest <= len(field.scan_ids) <= DIGITS for field in page.fields)
 
 
 def test_nothing_shares_a_cell_and_held_out_pages_are_full(pages):
     for split, records in pages.items():
         for page in (record["page"] for record in records):
-            size = SIZES[page.side]
-            written = [(field.cell[0] + x, field.cell[1]) for field in page.fields for x in range(size.slot)]
+            written = [(field.cell[0] + x, field.cell[1]) for field in page.fields for x in range(SLOT)]
             taken = [*written, *page.texts, *(mark.cell for mark in page.marks)]
             assert len(set(taken)) == len(taken)
-            assert all(0 <= place < page.side // CELL for cell in taken for place in cell)
+            assert all(0 <= place < CELLS for cell in taken for place in cell)
             if split == "held_out":
-                free = size.mark_slots * size.slot - len(page.marks)
-                assert len(taken) + free == (page.side // CELL) ** 2
+                assert len(taken) + MARK_SLOTS * SLOT - len(page.marks) == CELLS**2
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -122,12 +124,31 @@ def test_a_task_asks_one_question_and_its_answer_is_right(task):
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_the_smallest_page_is_a_digit(split):
-    for i in range(20):
-        record = _records("read", split, side=32)[i]
-        [scan] = record["page"].fields[0].scan_ids
-        assert _image(record).size == (32, 32) and scan in load_scans().by_class[split][load_scans().labels[scan]]
-        assert _turns(record) == [("What is the digit?", str(load_scans().labels[scan]))]
+def test_transcripts_and_lists_say_what_is_where(split):
+    labels = load_scans().labels
+    for i in range(5):
+        record = _records("transcribe", split)[i]
+        page, [(prompt, text)] = record["page"], _turns(record)
+        assert prompt == "Transcribe the page." and len(text) == CELLS**2 and is_right(record, text)
+
+        def at(cell, text=text):
+            return text[cell[1] * CELLS + cell[0]]
+
+        assert [at(mark.cell) for mark in page.marks] == [CHARACTERS[mark.shape] for mark in page.marks]
+        assert {at(cell) for cell in page.texts} <= {"~"}
+        for field in page.fields:
+            column, row = field.cell
+            written = field.label[0] + "".join(str(labels[scan]) for scan in field.scan_ids)
+            assert text[row * CELLS + column :].startswith(written)
+        assert text.count(".") == CELLS**2 - len(page.marks) - len(page.texts) - sum(
+            1 + len(field.scan_ids) for field in page.fields
+        )
+
+        record = _records("list", split)[i]
+        [(prompt, text)] = _turns(record)
+        fields = sorted(record["page"].fields, key=lambda field: (field.cell[1], field.cell[0]))
+        expected = [f"{field.label} {''.join(str(labels[scan]) for scan in field.scan_ids)}" for field in fields]
+        assert prompt == "List the fields." and text.split(", ") == expected and is_right(record, text)
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (7, 0), (3, 4), (0, 7)])
@@ -135,30 +156,35 @@ def test_the_smallest_page_is_a_digit(split):
 def test_the_box_holds_the_mark(shape, cell):
     """On plain paper: what is drawn lies in the box, and reaches its edges."""
     for seed in range(3):
-        image, [box] = draw_page(np.random.default_rng(seed), Page((), (Mark(shape, cell),), (), 256), wear=0.0)
+        image, [box] = draw_page(np.random.default_rng(seed), Page((), (Mark(shape, cell),), ()), wear=0.0)
         pixels_HWC = np.asarray(image, np.int32)
         drawn_HW = np.abs(pixels_HWC - np.median(pixels_HWC, axis=(0, 1))).sum(-1) > 60
         rows, columns = np.nonzero(drawn_HW)
         found = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-        np.testing.assert_allclose(found, box, atol=2.5)
+        np.testing.assert_allclose(found, box, atol=3.5)
 
 
 def test_pages_are_square_and_worn(pages):
     for record in pages["train"]:
-        assert _image(record).size == (record["page"].side,) * 2 and _image(record).mode == "RGB"
+        assert _image(record).size == (SIDE, SIDE) and _image(record).mode == "RGB"
     rough, plain = (np.asarray(_image(_records(wear=wear)[0]), np.float32) for wear in (1.0, 0.0))
     steps = [np.abs(np.diff(pixels_HWC, axis=0)).mean() for pixels_HWC in (rough, plain)]
     assert steps[0] > 3 * steps[1]
 
 
-def test_every_page_fits_the_recipes_row(pages):
-    config = load_recipe(RECIPE)
-    processor = Processor.from_config(config.images, config.tokenizer)
-    most = max(pages["train"], key=lambda record: len(record["messages"]))
-    assert len(most["page"].fields) == SIZES[256].train_fields[1]
-    example = processor.process(most)
-    assert len(example.tokens) <= config.batch.tokens
-    assert len(example.global_views) <= config.batch.global_views and len(example.crops) <= config.batch.crops
+@pytest.mark.parametrize("name", ["sft_transcripts", "sft", "tofc"])
+def test_every_page_fits_the_recipes_row(name):
+    config = load_recipe(RECIPES / f"{name}.py", SftConfig)
+    images = config.images.merged_for(config.model)
+    processor = Processor.from_config(images, config.tokenizer)
+    longest = [
+        max((records[i] for i in range(30)), key=lambda record: len(str(_turns(record))))
+        for records in (_records(source.task) for source in config.data.sources)
+    ]
+    assert any(len(record["page"].fields) == len(LABELS) for record in longest)
+    for example in map(processor.process, longest):
+        assert len(example.tokens) <= config.batch.tokens / 2
+        assert len(example.global_views) == len(example.crops) == 1
 
 
 def test_bounds_and_errors():
@@ -169,7 +195,5 @@ def test_bounds_and_errors():
     for index in (-1, len(records)):
         with pytest.raises(IndexError, match=f"record {index} of pages: there are 10000000"):
             records[index]
-    with pytest.raises(ConfigError, match='data.sources.pages.task=.*: must be "read" or "all": side 32 is a digit'):
-        DocumentsSource(name="pages", weight=1.0, task="count", side=32)
     with pytest.raises(ConfigError, match=r"data.sources.pages.wear=1.5: must be from 0 to 1"):
         DocumentsSource(name="pages", weight=1.0, task="read", wear=1.5)

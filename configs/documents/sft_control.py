@@ -1,0 +1,20 @@
+"""Train the model of sft.py on questions for a few minutes more, without a codec.
+
+This is what `tofc.py` does with one: the comparison that shows what coding costs, and not what more training brings.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from stepjax.config import DataConfig, DocumentsSource, InitConfig, Phase, ScheduleConfig, SftConfig
+from stepjax.config_file import load_recipe
+
+base = load_recipe(Path(__file__).with_name("sft.py"), SftConfig)
+
+config = dataclasses.replace(
+    base,
+    name="documents_sft_control",
+    init_from=InitConfig(path="runs/documents_sft"),
+    data=DataConfig(sources=(DocumentsSource(name="all", weight=1.0, task="all"),)),
+    schedule=ScheduleConfig(phases=(Phase(tokens=1.1e6, start=6e-4, end=3e-5),), warmup_tokens=3e4),
+)
