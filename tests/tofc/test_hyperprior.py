@@ -153,6 +153,21 @@ def test_gradients_are_finite_and_reach_everything_that_is_trained(bottleneck, n
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(trained_parts))
 
 
+def test_without_latents_an_expert_has_a_mean_and_a_scale_for_every_channel(sample_features):
+    model = Hyperprior(TofcConfig(width=32, experts=3, hidden=16, latents=0), rngs=nnx.Rngs(1))
+    x_NC = sample_features(40, seed=12)
+    model.calibrate(jnp.asarray(x_NC))
+    gradient = jax.grad(lambda model: jnp.sum(model(x_NC).bits_N))(model)
+    assert np.asarray(gradient.experts.synthesis.bias2[...]).any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    rate, tables = model(x_NC, hard=True), freeze(model)
+    experts_N, latents_NZ, scales_NC, _ = codec.analyse(tables, x_NC)
+    assert latents_NZ.shape == (40, 0)
+    assert all(len(np.unique(scales_NC[experts_N == expert], axis=0)) == 1 for expert in np.unique(experts_N))
+    (found_NC,) = codec.decode(tables, codec.encode(tables, [x_NC]))
+    np.testing.assert_allclose(found_NC, rate.features_NC, rtol=1e-4, atol=1e-4)
+
+
 def test_features_that_do_not_exist_cost_nothing(trained, sample_features):
     x_NC, mask_N = sample_features(12, seed=9), np.arange(12) < 7
     whole = jax.jit(trained)(x_NC[:7])
@@ -176,7 +191,7 @@ def test_a_model_with_a_nan_is_not_frozen(trained):
         ({"bottleneck": 33}, "tofc.bottleneck=33: must be 1 to width 32"),
         ({"experts": 0}, "tofc.experts=0"),
         ({"hidden": 513}, "tofc.hidden=513"),
-        ({"latents": 0}, "tofc.latents=0"),
+        ({"latents": -1}, "tofc.latents=-1"),
         ({"temperature": 0.0}, "tofc.temperature=0.0"),
         ({"rate_weight": -1.0}, "tofc.rate_weight=-1.0"),
     ],
