@@ -7,7 +7,6 @@ page. Transcripts teach the model to look: where each character stands is known,
 alone do not: a page has about ten answers, and a model that sees nothing yet does not find out where they are.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 

@@ -118,7 +118,9 @@ class Expert(nnx.Module):
     """One hyperprior model."""
 
     def __init__(self, config: TofcConfig, *, rngs: nnx.Rngs):
-        C, Z, H = config.channels, config.num_latents, config.hidden
+        self.has_latents = config.num_latents > 0
+        # A checkpoint holds no empty arrays: without latents there is one, which is always 0.
+        C, Z, H = config.channels, max(config.num_latents, 1), config.hidden
         self.analysis = IntegerNetwork("analysis", C, H, Z, rngs=rngs)
         self.synthesis = IntegerNetwork("synthesis", Z, H, 2 * C, rngs=rngs, scale=0.25)
         middle = math.log(1 / SCALES[0]) / _LOG_RATIO / UNIT  # the index of a scale of one step
@@ -133,6 +135,8 @@ class Expert(nnx.Module):
         """The reconstruction [N, C] of standardised features, and the bits [N] of their latents and residuals."""
         channels = x_NC.shape[1]
         latents_NZ = clipped(self.analysis(_network_input(x_NC)), -MAX_LATENT, MAX_LATENT)
+        if not self.has_latents:
+            latents_NZ = jnp.zeros_like(latents_NZ)
         out_NO = self.synthesis(latents_NZ)
         scale_NC = SCALES[0] * jnp.exp(_LOG_RATIO * clipped(out_NO[:, :channels], 0, NUM_SCALES - 1))
         mean_NC = clipped(out_NO[:, channels:], -MAX_MEAN, MAX_MEAN) / UNIT
@@ -140,7 +144,8 @@ class Expert(nnx.Module):
         offset_NC = x_NC / step_C - mean_NC
         residual_NC = rounded(offset_NC) if noise_NC is None else offset_NC + noise_NC
         bits_N = jnp.sum(laplace_bits(residual_NC, scale_NC), axis=1)
-        bits_N += jnp.sum(histogram_bits(latents_NZ, self.histogram[...]), axis=1)
+        if self.has_latents:
+            bits_N += jnp.sum(histogram_bits(latents_NZ, self.histogram[...]), axis=1)
         return step_C * (mean_NC + residual_NC), bits_N
 
 
@@ -312,6 +317,8 @@ def freeze(model: Hyperprior, *, origin: str = "") -> Tables:
     spread_C = np.asarray(model.spread[...], np.float32)
     values, radii = fixed.laplace_frequencies()
     histogram_EZV = jax.nn.softmax(jnp.asarray(model.experts.histogram[...], jnp.float32), axis=-1)
+    if not model.experts.has_latents:
+        histogram_EZV = jax.nn.one_hot(jnp.full(histogram_EZV.shape[:-1], MAX_LATENT), histogram_EZV.shape[-1])
     arrays = {
         "offset": np.asarray(model.offset[...], np.float32),
         "spread": spread_C,
@@ -329,4 +336,7 @@ def freeze(model: Hyperprior, *, origin: str = "") -> Tables:
         arrays |= {f"{name}_weights1": weights1.astype(np.int8), f"{name}_weights2": weights2.astype(np.int8)}
         arrays |= {f"{name}_bias1": bias1.astype(np.int32), f"{name}_bias2": bias2.astype(np.int32)}
         arrays[f"{name}_shifts"] = np.array(network.shifts, np.int32)
+    if not model.experts.has_latents:
+        for part in ("weights2", "bias2"):
+            arrays[f"analysis_{part}"] = np.zeros_like(arrays[f"analysis_{part}"])
     return Tables(arrays, origin)

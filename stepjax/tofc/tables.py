@@ -39,7 +39,7 @@ NETWORKS = ("router", "analysis", "synthesis")
 
 def shift_of(fan_in: int, unit_in: int, unit_out: int) -> int:
     """The binary digits that a layer drops from its sums, so that weights of variance 1 keep the variance."""
-    return round(np.log2(WEIGHT_UNIT * unit_in / unit_out * max(fan_in, 1) ** 0.5))
+    return round(np.log2(WEIGHT_UNIT * unit_in / unit_out * fan_in**0.5))
 
 
 def shifts_of(network: str, fan_in: int, hidden: int) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class Layer:
     def __init__(self, weights_EIO: np.ndarray, bias_EO: np.ndarray, shift: int, largest_input: int):
         bias_EO = bias_EO.astype(np.int64) + (1 << (shift - 1))
         sums_EO = np.abs(weights_EIO).sum(axis=1, dtype=np.int64) * largest_input + np.abs(bias_EO)
-        self.dtype = np.float32 if sums_EO.max(initial=0) < 1 << 24 else np.float64
+        self.dtype = np.float32 if sums_EO.max() < 1 << 24 else np.float64
         self.weights_EIO, self.bias_EO = weights_EIO.astype(self.dtype), bias_EO.astype(self.dtype)
         self.factor = self.dtype(2.0**-shift)
 
