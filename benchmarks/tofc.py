@@ -77,13 +77,12 @@ VARIANTS: dict[str, dict[str, str]] = {
     "16 clusters": {**MIDDLE, "crop-clusters": "16"},
     "64 features, unmerged": {**MIDDLE, "crop-clusters": "64"},
 }
-FILES: dict[str, tuple[int, ...]] = {  # qualities
-    "jpeg": (5, 10, 20, 35, 60),
-    "webp": (1, 10, 25, 45, 70),
-    "avif": (10, 20, 30, 45, 60),
-    "jxl": (5, 15, 30, 50, 70),
+FILES: dict[str, dict[float, tuple[int, ...]]] = {  # qualities by size, as a share of the page's side
+    "jpeg": {1.0: (10, 30), 0.5: (10, 25, 50), 0.35: (15, 40, 70)},
+    "webp": {1.0: (5, 30), 0.5: (5, 25, 50), 0.35: (15, 40, 70)},
+    "avif": {1.0: (15, 30), 0.5: (15, 30, 45), 0.35: (20, 40, 60)},
+    "jxl": {1.0: (10, 30), 0.5: (10, 30, 55), 0.35: (15, 40, 65)},
 }
-SIZES = (1.0, 0.5)  # of a page's side
 PRUNED = (8, 16, 32)  # features left
 TASKS = ("read", "count", "point")
 MEMORY = 1 << 30  # of the process that decodes mutated frames, beside what it has when it starts
@@ -203,7 +202,7 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
     score = functools.partial(evaluate, model, processor, evaluation, seed=config.seed, engine=engine)
     add("uncompressed", score().results, 3 * 320 * 320)
     for kind, qualities in FILES.items():
-        for size, quality in itertools.product(SIZES, qualities):
+        for size, quality in ((share, each) for share in qualities for each in qualities[share]):
             files = Files(kind, quality, size)
             report = score(open_image=files)
             add(kind, report.results, statistics.fmean(files.bytes), quality=quality, size=size)
@@ -445,9 +444,9 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     found["page"] = coder(device.tables, device.features(image)[0])
     found["page"]["views, encoder and merging"] = median_ms(lambda: device.features(image))
     for kind in FILES:
-        found["page"][f"{kind}, quality {FILES[kind][2]}"] = median_ms(
-            functools.partial(encoded, image, kind, FILES[kind][2], 1.0)
-        )
+        size, [_, quality, _] = 0.5, FILES[kind][0.5]
+        name = f"{kind}, quality {quality}, at half the size"
+        found["page"][name] = median_ms(functools.partial(encoded, image, kind, quality, size))
     print(json.dumps(found, indent=1))
     return {"milliseconds": found, "device_bytes": device.size}
 
