@@ -5,7 +5,7 @@
 RUN is the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
 
-    train      the model that reads pages (40 minutes on two cores), and from it, each for five minutes more: a codec at
+    train      the model that reads pages (40 minutes on two cores), and from it, each for two or three minutes more: a codec at
                every rate, one for each ablation, and the model without a codec. What is there is resumed or kept.
     curves     held-out questions, their pages sent in every way: as files of JPEG, WebP, AVIF and JPEG XL at several
                qualities and sizes; as the features that are farthest from their mean, in int8 ("pruned"); and coded.
@@ -111,7 +111,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     commands[PLAIN] = ["sft", "configs/documents/sft_control.py", *start]
     for name, command in commands.items():
         began = time.perf_counter()
-        full = [sys.executable, "-m", "stepjax.cli", *command, "--out", str(out), "--evaluation.examples", "50"]
+        full = [sys.executable, "-m", "stepjax.cli", *command, "--out", str(out), "--evaluation.examples", "10"]
         print(f"$ stepjax {' '.join(full[3:])}", flush=True)
         subprocess.run(full, check=True, cwd=ROOT)
         seconds[name] = round(time.perf_counter() - began)

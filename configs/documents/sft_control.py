@@ -1,4 +1,4 @@
-"""Train the model of sft.py on questions for a few minutes more, without a codec.
+"""Train the model of sft.py on questions for two minutes more, without a codec.
 
 This is what `tofc.py` does with one: the comparison that shows what coding costs, and not what more training brings.
 """
@@ -6,7 +6,7 @@ This is what `tofc.py` does with one: the comparison that shows what coding cost
 import dataclasses
 from pathlib import Path
 
-from stepjax.config import DataConfig, DocumentsSource, InitConfig, Phase, ScheduleConfig, SftConfig
+from stepjax.config import BatchConfig, DataConfig, DocumentsSource, InitConfig, Phase, ScheduleConfig, SftConfig
 from stepjax.config_file import load_recipe
 
 base = load_recipe(Path(__file__).with_name("sft.py"), SftConfig)
@@ -16,5 +16,6 @@ config = dataclasses.replace(
     name="documents_sft_control",
     init_from=InitConfig(path="runs/documents_sft"),
     data=DataConfig(sources=(DocumentsSource(name="all", weight=1.0, task="all"),)),
-    schedule=ScheduleConfig(phases=(Phase(tokens=1.1e6, start=6e-4, end=3e-5),), warmup_tokens=3e4),
+    batch=BatchConfig(rows=8, tokens=544, global_views=2, crops=2),
+    schedule=ScheduleConfig(phases=(Phase(tokens=6e5, start=6e-4, end=3e-5),), warmup_tokens=2e4),
 )
