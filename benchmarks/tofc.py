@@ -5,7 +5,7 @@
 RUN is the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
 
-    train      the model that reads pages (half an hour on two cores), and from it, with two minutes more each: a codec at
+    train      the model that reads pages (half an hour on two cores), and from it, two minutes more each: a codec at
                every rate, one for each ablation, and the model without a codec. What is there is resumed or kept.
     curves     held-out questions, their pages sent in every way: as files of JPEG, WebP, AVIF and JPEG XL at several
                qualities and sizes; as the features that are farthest from their mean, in int8 ("pruned"); and coded.
