@@ -1,8 +1,8 @@
 """Coded visual features against image files: bytes, answers and time, on worn pages of 320 x 320 pixels.
 
-    python benchmarks/tofc.py --digits RUN --out OUT [--parts train curves streams speed] [--examples 200]
+    python benchmarks/tofc.py [--digits RUN] [--out OUT] [--parts train curves streams speed] [--examples 200]
 
-RUN is the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
+It starts from the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
 
     train      the model that reads pages (half an hour on two cores), and from it, two minutes more each: a codec at
@@ -374,7 +374,7 @@ def mended(frame: bytes, data: bytes) -> bytes:
 
 def streams(options: argparse.Namespace) -> dict[str, Any]:
     """Starts itself again, so that a crash of the decoder is seen."""
-    command = [sys.executable, __file__, "--digits", "-", "--out", str(options.out), "--decode", str(options.streams)]
+    command = [sys.executable, __file__, "--out", str(options.out), "--decode", str(options.streams)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"the process that decodes ended with status {done.returncode}")
@@ -462,8 +462,8 @@ def coder(tables: Tables, tiles: list[np.ndarray]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", type=Path, required=True, help="run of the digits demo")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
+    parser.add_argument("--digits", type=Path, default=Path("runs/digits"), help="the demo's run (`make pretrain`)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of the runs")
     parts = {"train": train, "curves": curves, "streams": streams, "speed": speed}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--examples", type=int, default=200, help="held-out questions of each task")

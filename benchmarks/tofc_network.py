@@ -1,7 +1,9 @@
 """Latency of an answer over a slow network: coded features against features as int8 and against image files.
 
-    sudo python benchmarks/tofc_network.py RUN [RUN ...] --base RUN [--codec avif:30] [--codec jpeg:20@0.5]
+    sudo python benchmarks/tofc_network.py [RUN ...] [--base RUN] [--codec avif:30] [--codec jpeg:20@0.5]
         [--rates 25 50 100] [--questions 20] [--delay-ms 10]
+
+The runs are by default those of `benchmarks/tofc.py`.
 
 A device and servers run in two network namespaces of this machine. A RUN has a codec (`stepjax tofc train`); its server
 gets the features of its device as a coded stream, and as int8. The server of --base has none and gets image files: the
@@ -476,8 +478,13 @@ def show(figures: dict[str, dict[str, Any]], options: argparse.Namespace, left_o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--base", metavar="RUN", help="the run without a codec, which gets image files")
+    parser.add_argument("runs", nargs="*", metavar="RUN", default=["runs/documents_tofc_lambda_0.02"])
+    parser.add_argument(
+        "--base",
+        metavar="RUN",
+        default="runs/documents_sft_control",
+        help="the run without a codec, which gets image files",
+    )
     parser.add_argument("--codec", action="append", metavar="NAME:QUALITY[@SCALE]", help="jpeg, webp or avif")
     parser.add_argument("--rates", type=float, nargs="+", default=[25, 50, 100], help="KB/s, of 1000 bytes")
     parser.add_argument("--questions", type=int, default=20, help="of each way and rate")
