@@ -5,12 +5,12 @@
 It starts from the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
 
-    train      the model that reads pages (half an hour on two cores), and from it, two minutes more each: a codec at
+    train      the model that reads pages (about an hour on two cores), and from it, two minutes more each: a codec at
                every rate, one for each ablation, and the model without a codec. What is there is resumed or kept.
-    curves     held-out questions, their pages sent in every way: as files of JPEG, WebP, AVIF and JPEG XL at several
-               qualities and sizes; as the features that are farthest from their mean, in int8 ("pruned"); and coded.
-               The model without a codec answers from files and pruned features, each codec's own model from frames.
-               Draws docs/tofc.png.
+    curves     held-out pages, transcribed, and questions about more of them. Each is sent in every way: as files of
+               JPEG, WebP, AVIF and JPEG XL at several qualities and sizes; as the features that are farthest from their
+               mean, in int8 ("pruned"); and coded. The model without a codec answers from files and pruned features,
+               each codec's own model from frames. Intervals are over pages. Draws docs/tofc.png.
     streams    100,000 mutated frames, each decoded in a process with bounded memory: the features that were sent, or a
                typed error. If checksums are mended, other features may come out.
     speed      the codec alone, on one core: a tile of 32 features with 1,152 channels, and a page. And what a device
@@ -48,11 +48,12 @@ from flax import nnx
 from PIL import Image
 
 from stepjax.config import DocumentsSource, TofcConfig
+from stepjax.data.documents import CHARACTERS, transcript
+from stepjax.data.documents_render import CELLS, SIDE
 from stepjax.data.records import open_source
 from stepjax.errors import BitstreamError
 from stepjax.evaluation.coded import evaluate_coded
-from stepjax.evaluation.evaluate import evaluate, evaluation_engine
-from stepjax.evaluation.scoring import TaskResult
+from stepjax.evaluation.evaluate import Report, evaluate, evaluation_engine
 from stepjax.interop.load import load_run
 from stepjax.models.step_vl import StepVL
 from stepjax.processing.image_files import open_image
@@ -67,15 +68,15 @@ from stepjax.tofc.tables import Tables
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "tofc.png"
 TRANSCRIPTS, PAGES, PLAIN = "documents_sft_transcripts", "documents_sft", "documents_sft_control"
-RATES = (0.005, 0.02, 0.08)  # lambda
+RATES = (0.05, 0.2, 0.8)  # lambda
 MIDDLE = {"rate-weight": str(RATES[1])}
 VARIANTS: dict[str, dict[str, str]] = {
     **{f"lambda {rate}": {"rate-weight": str(rate)} for rate in RATES},
     "one expert": {**MIDDLE, "experts": "1"},
     "no hyperprior": {**MIDDLE, "latents": "0"},
-    "rectangles": {**MIDDLE, "merging": "uniform"},
+    "32 clusters": {**MIDDLE, "crop-clusters": "32"},
+    "32 rectangles": {**MIDDLE, "crop-clusters": "32", "merging": "uniform"},
     "16 clusters": {**MIDDLE, "crop-clusters": "16"},
-    "64 features, unmerged": {**MIDDLE, "crop-clusters": "64"},
 }
 FILES: dict[str, dict[float, tuple[int, ...]]] = {  # qualities by size, as a share of the page's side
     "jpeg": {1.0: (10, 30), 0.5: (10, 25, 50), 0.35: (15, 40, 70)},
@@ -84,7 +85,13 @@ FILES: dict[str, dict[float, tuple[int, ...]]] = {  # qualities by size, as a sh
     "jxl": {1.0: (10, 30), 0.5: (10, 30, 55), 0.35: (15, 40, 65)},
 }
 PRUNED = (8, 16, 32)  # features left
-TASKS = ("read", "count", "point")
+TASKS = {  # of a page's transcript the numbers, marks and the mark that is there once; and a number that is asked for
+    "number": "numbers in transcripts",
+    "count": "marks counted in transcripts",
+    "point": "the single mark in transcripts",
+    "read": "asked for one number",
+}
+CELLS_OF_PAGE = CELLS**2
 MEMORY = 1 << 30  # of the process that decodes mutated frames, beside what it has when it starts
 STREAMS = 100_000
 
@@ -187,35 +194,37 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
     out: Path = options.out
     points: list[dict[str, Any]] = []
 
-    def add(way: str, results: tuple[TaskResult, ...], num_bytes: float, **more: Any) -> None:
-        answers = {
-            each.name: {"right": each.correct, "of": each.total, "interval": [round(x, 4) for x in each.interval]}
-            for each in results
-        }
+    def add(way: str, report: Report, num_bytes: float, **more: Any) -> None:
+        answers = scores(report)
         points.append({"way": way, **more, "bytes": round(num_bytes, 1), **answers})
-        shares = ", ".join(f"{each.name} {100 * each.accuracy:.1f} %" for each in results)
+        shares = ", ".join(f"{task} {100 * each['accuracy']:.1f} %" for task, each in answers.items())
         print(f"{way} {' '.join(map(str, more.values()))}: {num_bytes:,.0f} bytes, {shares}", flush=True)
 
     model, processor, config = load_run(out / PLAIN)
-    evaluation = dataclasses.replace(config.evaluation, examples=options.examples)
+    sources = tuple(
+        DocumentsSource(name=task, weight=1.0, task=task, split="held_out") for task in ("transcribe", "read")
+    )
+    evaluation = dataclasses.replace(
+        config.evaluation, sources=sources, examples=options.examples, max_new_tokens=CELLS_OF_PAGE + 1, batch_size=32
+    )
     engine = evaluation_engine(model, processor, evaluation)
     score = functools.partial(evaluate, model, processor, evaluation, seed=config.seed, engine=engine)
-    add("uncompressed", score().results, 3 * 320 * 320)
+    add("uncompressed", score(), 3 * SIDE**2)
     for kind, qualities in FILES.items():
         for size, quality in ((share, each) for share in qualities for each in qualities[share]):
             files = Files(kind, quality, size)
             report = score(open_image=files)
-            add(kind, report.results, statistics.fmean(files.bytes), quality=quality, size=size)
+            add(kind, report, statistics.fmean(files.bytes), quality=quality, size=size)
     for count in PRUNED:
         pruned = Pruned(model, processor, count)
         report = evaluate(pruned.model, pruned.processor, evaluation, seed=config.seed, open_image=pruned)
-        add("pruned", report.results, statistics.fmean(pruned.bytes), features=count)
+        add("pruned", report, statistics.fmean(pruned.bytes), features=count)
     for variant in VARIANTS:
         run = run_of(out, variant)
         model, processor, _ = load_run(run)
         report, sizes = evaluate_coded(model, processor, Device(run), evaluation, seed=config.seed)
         more = {name: round(sizes[name], 1) for name in ("bytes_95", "payload", "estimate")}
-        add("tofc", report.results, sizes["bytes"], variant=variant, **more)
+        add("tofc", report, sizes["bytes"], variant=variant, **more)
     found = {"examples": options.examples, "points": points, "saved": savings(points)}
     for each in found["saved"]:
         print(
@@ -229,8 +238,34 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def scores(report: Report) -> dict[str, dict[str, Any]]:
+    """Of every task the share that is right, and its 95 % interval over pages."""
+    shares: dict[str, list[float]] = {task: [] for task in TASKS}
+    for item in report.items:
+        if item.record["task"] == "read":
+            shares["read"].append(float(item.correct))
+            continue
+        page, text = item.record["page"], item.text.ljust(CELLS_OF_PAGE)
+        truth = transcript(page)
+        numbers = [(row * CELLS + column, len(field.scan_ids)) for field in page.fields for column, row in [field.cell]]
+        is_right = [
+            text[first + 1 : first + 1 + count] == truth[first + 1 : first + 1 + count] for first, count in numbers
+        ]
+        shares["number"].append(statistics.fmean(is_right))
+        counted = [text.count(character) == truth.count(character) for character in CHARACTERS.values()]
+        shares["count"].append(statistics.fmean(counted))
+        single = CHARACTERS[page.marks[0].shape]
+        shares["point"].append(float(text.count(single) == 1 and text.find(single) == truth.find(single)))
+    found = {}
+    for task, values in shares.items():
+        drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
+        interval = [round(float(x), 4) for x in np.percentile(drawn, [2.5, 97.5])]
+        found[task] = {"accuracy": round(statistics.fmean(values), 4), "interval": interval}
+    return found
+
+
 def accuracy(point: dict[str, Any], task: str) -> float:
-    return point[task]["right"] / point[task]["of"]
+    return point[task]["accuracy"]
 
 
 def savings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -276,9 +311,8 @@ def at_accuracy(files: list[dict[str, Any]], task: str, wanted: float) -> tuple[
 def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, len(TASKS), sharex=True)
-    titles = {"read": "reading a number", "count": "counting marks", "point": "pointing at a mark"}
     styles = {"jpeg": "tab:gray", "webp": "tab:olive", "avif": "tab:blue", "jxl": "tab:cyan", "pruned": "tab:brown"}
     names = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jxl": "JPEG XL", "pruned": "pruned, int8"}
     for axis, task in zip(axes, TASKS, strict=True):
@@ -304,9 +338,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
             )
         plain = next(point for point in found["points"] if point["way"] == "uncompressed")
         axis.axhline(100 * accuracy(plain, task), color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", title=titles[task], xlabel="bytes a page")
+        axis.set(xscale="log", title=TASKS[task], xlabel="bytes a page")
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"right of {found['examples']} held-out questions, %")
+    axes[0].set_ylabel(f"right on {found['examples']} held-out pages, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
@@ -466,7 +500,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of the runs")
     parts = {"train": train, "curves": curves, "streams": streams, "speed": speed}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--examples", type=int, default=200, help="held-out questions of each task")
+    parser.add_argument("--examples", type=int, default=200, help="held-out pages to transcribe, and questions")
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--decode", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

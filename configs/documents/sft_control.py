@@ -15,7 +15,12 @@ config = dataclasses.replace(
     base,
     name="documents_sft_control",
     init_from=InitConfig(path="runs/documents_sft"),
-    data=DataConfig(sources=(DocumentsSource(name="all", weight=1.0, task="all"),)),
+    data=DataConfig(
+        sources=(
+            DocumentsSource(name="transcribe", weight=0.6, task="transcribe"),
+            DocumentsSource(name="all", weight=0.4, task="all"),
+        ),
+    ),
     batch=BatchConfig(rows=8, tokens=544, global_views=2, crops=2),
     schedule=ScheduleConfig(phases=(Phase(tokens=6e5, start=6e-4, end=3e-5),), warmup_tokens=2e4),
 )

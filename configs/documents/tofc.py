@@ -3,8 +3,8 @@
     stepjax tofc train configs/documents/tofc.py
     stepjax tofc evaluate runs/documents_tofc
 
-A page has 64 features of 256 channels before the projector's matrix; 32 principal components of them are coded, of half
-as many clusters. The projector and the decoder train along, so that they learn to read what is left.
+A page has 64 features of 256 channels before the projector's matrix; 32 principal components of them are coded, and of
+the thumbnail one. They are not merged, because a transcript needs to know where each is. The projector and the decoder train along, so that they learn to read what is left.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ config = dataclasses.replace(
             width=4 * base.model.vision.width,
             bottleneck=32,
             global_clusters=1,
-            crop_clusters=32,
+            crop_clusters=64,
             experts=4,
             hidden=64,
-            rate_weight=0.02,
+            rate_weight=0.2,
         ),
     ),
     optimizer=dataclasses.replace(base.optimizer, learning_rate_scales=(("tofc/", 5.0),)),
