@@ -71,12 +71,12 @@ class CorruptStreamError(BitstreamError):
     """Coded features are truncated or damaged: send them again.
 
     Attributes:
-        tile: the first damaged tile, where the damage is within one.
+        tiles: the damaged ones, where the damage is within tiles.
     """
 
-    def __init__(self, message: str, *, tile: int | None = None):
+    def __init__(self, message: str, *, tiles: Sequence[int] = ()):
         super().__init__(message)
-        self.tile = tile
+        self.tiles = tuple(tiles)
 
 
 class StreamLimitError(BitstreamError):

@@ -33,6 +33,7 @@ async def chat_completions(context: EngineContext, body: Json) -> Response:
     request = parse_request(ChatRequest, body)
     model = await context.choose(request.model)
     context.check_samples(request.n)
+    request = await context.prompts.complete(request)
     if request.pacore is None and model.schedule is None:
         chat = EngineChat(context, request, model.name)
     else:

@@ -46,6 +46,12 @@ class PromptMaker:
         self._threads, self._fetcher = threads, fetcher
         self._max_tokens = min(limits.prompt_tokens or max_context, max_context - 1)
 
+    async def complete(self, request: ChatRequest) -> ChatRequest:
+        """See `Receiver.complete`. Once for a request, before any of its prompts."""
+        if not any(features.resend for features in images.coded_images(request).values()):
+            return request
+        return await self._threads.run(self._receiver.complete, request)
+
     @contextlib.asynccontextmanager
     async def chat(self, request: ChatRequest, *, fetched: dict[str, bytes] | None = None) -> AsyncIterator[Example]:
         """The prompt of a conversation. Its views hold part of the view budget until the context exits.

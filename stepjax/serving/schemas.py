@@ -159,11 +159,19 @@ class ImagePart(_Strict):
     frame: int | None = Field(default=None, ge=0)  # frame of an animation or page of a file
 
 
+class Resend(_Strict):
+    """Of a frame that arrived damaged, only those tiles are sent again (see `features.Receiver.complete`)."""
+
+    frame: str  # from the error
+    tiles: _List[_Int]
+
+
 class Features(_Strict):
     data: Annotated[  # base64; or the stream itself, from a binary body (see `validation.parse_with_streams`)
         Annotated[str, Tag("<str>")] | Annotated[bytes, Tag("<bytes>")],
         Discriminator(_tag_of(str, bytes), custom_error_type="type", custom_error_message="give base64"),
     ]
+    resend: Resend | None = None
 
 
 class FeaturesPart(_Strict):

@@ -4,6 +4,8 @@
     int8      the same features as int8, for a server with another entropy model for the same encoder
     jpeg      the image, for any server
 
+Of a stream of which the server says that some tiles arrived damaged, these alone are sent again.
+
 It speaks HTTP by the standard library, follows no redirect and uses no proxy. The server's side of it, with the
 errors that decide what comes next, is in docs/serving.md.
 """
@@ -34,6 +36,8 @@ _MAX_REPLY = 4 * 2**20  # bytes
 _PAUSE, _MAX_PAUSE = 0.2, 5.0  # seconds before a resend to a busy server; the pause doubles each time
 # A 400 that another form of the image may avoid.
 _OF_THE_FORM = ("corrupt_stream", "features_not_supported")
+_OWN = codec.Limits(frame_bytes=2**40, tiles=2**20, features=2**20)  # this end need not protect itself from its frames
+_MAX_NAME = 64  # characters of a frame's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,11 @@ class Attempt(NamedTuple):
     sent: int  # bytes of the body
     status: int | None  # None: there was no reply
     reason: str  # the error's code or message; "" for the answer
+    tiles: tuple[int, ...] = ()  # only these were sent, again
+
+    @property
+    def form(self) -> str:
+        return f"tiles {', '.join(map(str, self.tiles))} of {self.kind}" if self.tiles else self.kind
 
 
 class Answer(NamedTuple):
@@ -121,22 +130,25 @@ def ask(
         try:
             if kind != "jpeg" and features is None:
                 features = device.features(image)
-            media_type, body = _body(kind, device.tables, features, image, prompt, fields, policy.jpeg_quality)
+            part, stream = _part(kind, device.tables, features, image, policy.jpeg_quality)
         except BitstreamError as unfit:
             reason = str(unfit)
             attempts.append(Attempt(kind, 0, None, reason))
             continue
         finally:
             encode_ms += 1e3 * (time.perf_counter() - began)
+        frame, tiles = "", ()
         for resend in range(policy.resends + 1):
+            media_type, body = _body(part, stream, prompt, fields, frame, tiles)
             reply = server.post(media_type, body, end - time.monotonic())
             if reply.status == 200:
-                attempts.append(Attempt(kind, len(body), 200, ""))
+                attempts.append(Attempt(kind, len(body), 200, "", tiles))
                 text, finish = _text(reply.fields, attempts)
                 return Answer(text, finish, kind, tuple(attempts), encode_ms, reply.send_ms, reply.answer_ms)
             error = reply.error
             reason = str(error.get("message") or f"status {reply.status}")
-            attempts.append(Attempt(kind, len(body), reply.status, str(error.get("code") or reason)))
+            attempts.append(Attempt(kind, len(body), reply.status, str(error.get("code") or reason), tiles))
+            frame, tiles = _damaged(error, stream)
             is_damaged, is_busy = error.get("retryable") is True, _is_busy(reply.status)
             if not (is_damaged or is_busy):
                 break
@@ -161,26 +173,43 @@ def _is_of_the_form(status: int | None, code: Any) -> bool:
     return status in (409, 413, 415, 422) or (status == 400 and (not isinstance(code, str) or code in _OF_THE_FORM))
 
 
-def _body(
-    kind: Kind,
-    tables: Tables,
-    features: tuple[list[np.ndarray], int] | None,
-    image: Image.Image,
-    prompt: str,
-    fields: dict[str, Any],
-    quality: int,
-) -> tuple[str, bytes]:
-    """Media type and body of a request."""
-    stream, part = b"", {}
+def _part(
+    kind: Kind, tables: Tables, features: tuple[list[np.ndarray], int] | None, image: Image.Image, quality: int
+) -> tuple[dict[str, Any], bytes]:
+    """The image as a part of the request's content, and its stream; "" if it has none."""
     if features is not None and kind != "jpeg":
         encode = codec.encode if kind == "stream" else codec.encode_raw
-        stream = encode(tables, features[0], columns=features[1])
-        part = {"type": "features", "features": {"bytes": len(stream)}}
-    else:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-        part = {"type": "image_url", "image_url": {"url": uri}}
+        return {"type": "features"}, encode(tables, features[0], columns=features[1])
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": uri}}, b""
+
+
+def _damaged(error: dict[str, Any], stream: bytes) -> tuple[str, tuple[int, ...]]:
+    """The name that the server gives to a stream, and the tiles of it that it wants again; none: the whole stream."""
+    frame, tiles = error.get("frame"), error.get("tiles")
+    if not stream or not isinstance(frame, str) or len(frame) > _MAX_NAME or not isinstance(tiles, list):
+        return "", ()
+    count = len(codec.pieces(stream, limits=_OWN))
+    is_known = len(tiles) <= count and all(type(tile) is int and 0 <= tile < count for tile in tiles)
+    return (frame, tuple(tiles)) if is_known else ("", ())
+
+
+def _body(
+    part: dict[str, Any], stream: bytes, prompt: str, fields: dict[str, Any], frame: str, tiles: tuple[int, ...]
+) -> tuple[str, bytes]:
+    """Media type and body of a request.
+
+    Args:
+        tiles: only these of the stream, which the server has as `frame`; (): all of it.
+    """
+    if tiles:
+        pieces = codec.pieces(stream, limits=_OWN)
+        stream = b"".join(pieces[tile] for tile in tiles)
+        part = part | {"features": {"bytes": len(stream), "resend": {"frame": frame, "tiles": tiles}}}
+    elif stream:
+        part = part | {"features": {"bytes": len(stream)}}
     content = [part, {"type": "text", "text": prompt}]
     line = json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
     return ("application/octet-stream", line + b"\n" + stream) if stream else ("application/json", line)

@@ -15,7 +15,8 @@ the bit. The same features give the same bytes on every machine and in every bat
     tile     experts, digits of one integer | length, latents | length, escapes | residuals | CRC-32
 
 Numbers are varints. A tile's CRC continues that of the tile before, the first's that of the header: a tile or a
-header of another frame does not fit. A damaged tile does not hide the next one's CRC.
+header of another frame does not fit. A damaged tile does not hide the next one's CRC: it continues the CRC that was
+sent. So all damaged tiles are known, and `pieces` of them alone can be sent again (`mended`).
 
 A raw frame needs no entropy model, for receivers that have another one of the same encoder. It differs in
 
@@ -24,6 +25,7 @@ A raw frame needs no entropy model, for receivers that have another one of the s
 """
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -123,7 +125,52 @@ def parse(data: bytes, *, limits: Limits | None = None) -> Frame:
         StreamLimitError: it is larger than the limits.
         UnknownModelError: its format has another version.
     """
-    limits = limits or Limits()
+    columns, features, bounds = _layout(data, limits or Limits())
+    crc, payloads, damaged = zlib.crc32(data[: bounds[0]]), [], []
+    for tile, (start, end) in enumerate(itertools.pairwise(bounds)):
+        payload = bytes(data[start : end - _CRC_BYTES])
+        sent = int.from_bytes(data[end - _CRC_BYTES : end], "little")
+        if zlib.crc32(payload, crc) != sent:
+            damaged.append(tile)
+        crc = sent
+        payloads.append(payload)
+    if damaged:
+        raise CorruptStreamError(f"tiles {damaged}: checksums do not match; send them again", tiles=damaged)
+    model, is_raw = bytes(data[1 : 1 + _HASH_BYTES]).hex(), bool(data[0] & RAW)
+    return Frame(model, is_raw, columns, tuple(features), tuple(payloads))
+
+
+def pieces(data: bytes, *, limits: Limits | None = None) -> list[bytes]:
+    """A frame cut into its tiles, each with its checksum and the first with the header, which that covers, too.
+
+    Raises as `parse`, but does not compare checksums.
+    """
+    bounds = _layout(data, limits or Limits())[2]
+    return [data[start:end] for start, end in itertools.pairwise([0, *bounds[1:]])]
+
+
+def mended(data: bytes, tiles: Sequence[int], sent: bytes, *, limits: Limits | None = None) -> bytes:
+    """A frame of which some pieces are replaced by those that were sent again, for `parse` to check.
+
+    Args:
+        tiles: whose `pieces`, in order.
+        sent: those, one after another.
+
+    Raises:
+        CorruptStreamError: the frame has not such tiles, or they have other lengths: then its header is damaged.
+    """
+    parts, position = pieces(data, limits=limits), 0
+    is_fit = 0 < len(tiles) <= len(parts) and all(0 <= tile < len(parts) for tile in tiles)
+    if not is_fit or sorted(set(tiles)) != list(tiles) or sum(len(parts[tile]) for tile in tiles) != len(sent):
+        raise CorruptStreamError(f"{len(tiles)} tiles of {len(sent)} bytes: not the frame's; send it whole")
+    for tile in tiles:
+        end = position + len(parts[tile])
+        parts[tile], position = sent[position:end], end
+    return b"".join(parts)
+
+
+def _layout(data: bytes, limits: Limits) -> tuple[int, list[int], list[int]]:
+    """Columns, the features of every tile, and where each begins; then, where the last ends."""
     if len(data) > limits.frame_bytes:
         raise StreamLimitError(f"frame of {len(data)} bytes: the limit is {limits.frame_bytes}")
     if len(data) < 1 + _HASH_BYTES or data[0] & 0xF0 != MAGIC:
@@ -139,19 +186,10 @@ def parse(data: bytes, *, limits: Limits | None = None) -> Frame:
         _check_limit("features of a tile", count, limits.features)
         length, position = read_varint(data, position)
         features.append(count)
-        lengths.append(length)
-    if position + sum(lengths) + _CRC_BYTES * num_tiles != len(data):
+        lengths.append(length + _CRC_BYTES)
+    if position + sum(lengths) != len(data):
         raise CorruptStreamError(f"frame of {len(data)} bytes: its header says otherwise; send it again")
-    crc, payloads = zlib.crc32(data[:position]), []
-    for tile, length in enumerate(lengths):
-        payload = bytes(data[position : position + length])
-        sent = int.from_bytes(data[position + length : position + length + _CRC_BYTES], "little")
-        if zlib.crc32(payload, crc) != sent:
-            raise CorruptStreamError(f"tile {tile}: its checksum does not match; send it again", tile=tile)
-        position, crc = position + length + _CRC_BYTES, sent
-        payloads.append(payload)
-    model, is_raw = bytes(data[1 : 1 + _HASH_BYTES]).hex(), bool(data[0] & RAW)
-    return Frame(model, is_raw, columns, tuple(features), tuple(payloads))
+    return columns, features, list(itertools.accumulate(lengths, initial=position))
 
 
 def model_of(tables: Tables | Sequence[Tables], frame: Frame) -> Tables:
@@ -173,7 +211,7 @@ def model_of(tables: Tables | Sequence[Tables], frame: Frame) -> Tables:
     model = known[frame.model]
     for tile, (count, payload) in enumerate(zip(frame.features, frame.payloads, strict=True)):
         if frame.is_raw and len(payload) != count * (4 + model.channels):
-            raise CorruptStreamError(f"tile {tile}: {len(payload)} bytes of {count} raw features", tile=tile)
+            raise CorruptStreamError(f"tile {tile}: {len(payload)} bytes of {count} raw features", tiles=[tile])
     return model
 
 
@@ -194,7 +232,7 @@ def decode(tables: Tables | Sequence[Tables], data: bytes, *, limits: Limits | N
         try:
             tiles.append(_decode_raw(payload, count) if frame.is_raw else _decode_tile(model, payload, count))
         except CorruptStreamError as error:
-            raise CorruptStreamError(f"tile {tile}: {str(error).removeprefix('tile: ')}", tile=tile) from None
+            raise CorruptStreamError(f"tile {tile}: {str(error).removeprefix('tile: ')}", tiles=[tile]) from None
     return tiles
 
 

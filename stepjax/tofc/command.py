@@ -240,10 +240,11 @@ class TofcAsk:
         print(printable(answer.text) if sys.stdout.isatty() else answer.text)
         if answer.finish_reason == "length":
             print(f"(cut off after --max-tokens {self.max_tokens})", file=sys.stderr)
-        for attempt in answer.attempts[:-1]:
-            print(f"{attempt.kind}: {attempt.sent:,} bytes, {printable(attempt.reason)}", file=sys.stderr)
+        *failed, last = answer.attempts
+        for attempt in failed:
+            print(f"{attempt.form}: {attempt.sent:,} bytes, {printable(attempt.reason)}", file=sys.stderr)
         print(
-            f"{answer.kind}: {answer.attempts[-1].sent:,} bytes sent; encoded in {answer.encode_ms:.1f} ms, sent in "
+            f"{last.form}: {last.sent:,} bytes sent; encoded in {answer.encode_ms:.1f} ms, sent in "
             f"{answer.send_ms:.1f} ms, answered in {answer.answer_ms:.1f} ms",
             file=sys.stderr,
         )

@@ -130,10 +130,11 @@ def part(frame):
     return {"type": "features", "features": {"data": base64.b64encode(frame).decode()}}
 
 
-def post(server, *frames, text="What is it?", tail=b"", sizes=None, **fields):
-    """In a binary body."""
+def post(server, *frames, text="What is it?", tail=b"", sizes=None, resend=None, **fields):
+    """In a binary body. `resend` is of all frames."""
     sizes = [len(frame) for frame in frames] if sizes is None else sizes
-    content = [{"type": "features", "features": {"bytes": size}} for size in sizes]
+    more = {} if resend is None else {"resend": resend}
+    content = [{"type": "features", "features": {"bytes": size, **more}} for size in sizes]
     line = json.dumps(chat_body([*content, {"type": "text", "text": text}], **fields)).encode()
     return server.http.post(
         "/v1/chat/completions", content=b"\n".join([line, b"".join(frames) + tail]), headers=STREAMS
@@ -290,17 +291,17 @@ def test_what_is_refused_and_how(door, device, frame, monkeypatch):
     error(post(server, frame + bytes(4097 - len(frame))), 413, "stream_too_large")
     error(server.chat([part(bytes(4097 * 2))]), 413, "stream_too_large")
     error(post(server, frame[:5] + varint(200) + bytes(300)), 413, "stream_too_large")
-    for data, tile in (
-        (b"", None),
-        (b"\0" * 9, None),
-        (frame[:-1], None),
-        (frame + b"\0", None),
-        (flipped(frame, 5), None),
-        (flipped(frame, len(frame) - 1), 6),
-        (flipped(raw, len(raw) - 9), 6),
+    for data, tiles in (
+        (b"", []),
+        (b"\0" * 9, []),
+        (frame[:-1], []),
+        (frame + b"\0", []),
+        (flipped(frame, 5), []),
+        (flipped(frame, len(frame) - 1), [6]),
+        (flipped(raw, len(raw) - 9), [6]),
     ):
         told = error(post(server, data), 400, "corrupt_stream")
-        assert told["retryable"] is True and told["tile"] == tile, told
+        assert told["retryable"] is True and told["tiles"] == tiles and bool(told["frame"]) == bool(tiles), told
     for data in (sealed(frame, columns=4), sealed(frame, columns=0), sealed(raw, change=lambda tile, p: p[:-1])):
         told = error(post(server, data), 400, "corrupt_stream")
         assert told["retryable"] is False, "the same bytes would be refused again"
@@ -310,12 +311,116 @@ def test_what_is_refused_and_how(door, device, frame, monkeypatch):
         (sealed(raw, change=lambda tile, p: b"\xff\xff\xff\x7f" + p[4:] if tile == 3 else p), 3),
     ):
         told = error(post(server, data), 400, "corrupt_stream")
-        assert (told["retryable"], told["tile"]) == (False, tile), told
+        assert (told["retryable"], told["tiles"], told["frame"]) == (False, [tile], None), told
     error(post(server, *[frame] * 4), 400, "too_many_images")
     error(server.chat([part(frame), {"type": "image_url", "image_url": {"url": picture()}}]), 400, "mixed_images")
     told = metrics(server)
     assert told["streams_total", "unknown_codec"] == 3 and told["streams_total", "stream_too_large"] == 3
     assert text_of(post(server, raw, frame, frame)) and text_of(server.chat([part(frame)]))
+
+
+def damaged(frame, *tiles):
+    parts = codec.pieces(frame)
+    return b"".join(flipped(part, -5) if tile in tiles else part for tile, part in enumerate(parts))
+
+
+def again(frame, *tiles):
+    return b"".join(codec.pieces(frame)[tile] for tile in tiles)
+
+
+def resend_of(response):
+    """What an error asks for."""
+    told = error(response, 400, "corrupt_stream")
+    assert told["retryable"] is True and told["frame"]
+    return {"frame": told["frame"], "tiles": told["tiles"]}
+
+
+@pytest.mark.parametrize("encode", [codec.encode, codec.encode_raw])
+@pytest.mark.parametrize("tiles", [(2,), (0, 6), (0, 1, 2, 3, 4, 5)], ids=str)
+def test_damaged_tiles_are_sent_again_alone(door, device, encode, tiles):
+    server, frame = door(), device.stream(photo(3), encode)
+    resend = resend_of(post(server, damaged(frame, *tiles)))
+    assert resend["tiles"] == list(tiles)
+    assert text_of(post(server, again(frame, *tiles), resend=resend)) and text_of(post(server, frame))
+    (found, _), (expected, _) = server.engine.served
+    np.testing.assert_array_equal(found.crops, expected.crops)
+    np.testing.assert_array_equal(found.global_views, expected.global_views)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    told = metrics(server)
+    assert told["streams_total", "corrupt_stream"] == told["streams_total", "cached"] == 1
+    told = error(post(server, again(frame, *tiles), resend=resend), 409, "unknown_frame")
+    assert told["retryable"] is True and told["param"] == "messages[0].content[0].features.resend.frame"
+    assert metrics(server)["streams_total", "unknown_frame"] == 1
+
+
+def test_damaged_tiles_are_sent_again_in_base64_and_for_all_rounds_of_pacore(door, frame):
+    server = door()
+    resend = resend_of(server.chat([part(damaged(frame, 1))]))
+    features = {**part(again(frame, 1))["features"], "resend": resend}
+    assert text_of(server.chat([{"type": "features", "features": features}]))
+    resend = resend_of(post(server, damaged(frame, 1)))
+    assert text_of(post(server, again(frame, 1), resend=resend, pacore={"schedule": [2, 2]}))
+    assert len(server.engine.served) == 1 + 5
+    first, *others = (example.crops for example, _ in server.engine.served)
+    for crops in others:
+        np.testing.assert_array_equal(crops, first)
+
+
+def test_what_is_sent_again_is_checked_like_any_frame(door, device, frame, monkeypatch):
+    server, other = door(limits=Limits(stream_bytes=4096)), device.stream(photo(8), codec.encode_raw)
+    raw = device.stream(photo(0), codec.encode_raw)  # its tiles are as long as the other's
+    monkeypatch.setattr(features, "decode_image", None)
+
+    def offer(data, sent, *tiles):
+        resend = resend_of(post(server, data))
+        return post(server, sent, resend={**resend, "tiles": list(tiles) or resend["tiles"]})
+
+    # Damaged once more: again, it is asked for.
+    resend = resend_of(offer(damaged(frame, 1, 4), again(damaged(frame, 4), 1, 4)))
+    assert resend["tiles"] == [4]
+    # Of another frame: neither it nor the next fits.
+    assert resend_of(offer(damaged(raw, 1), again(other, 1)))["tiles"] == [1, 2]
+    assert resend_of(offer(damaged(raw, 6), again(other, 6)))["tiles"] == [6]
+    # What does not fit at all.
+    for sent, tiles in (
+        (again(frame, 1), (2, 3)),
+        (again(frame, 1)[:-1], (1,)),
+        (b"", (1,)),
+        (again(frame, 1) * 2, (1, 1)),
+        (again(frame, 1), (-1,)),
+        (again(frame, 6), (7,)),
+        (bytes(4000), (1,)),
+    ):
+        told = error(offer(damaged(frame, 1), sent, *tiles), 400, "corrupt_stream")
+        assert (told["retryable"], told["tiles"], told["frame"]) == (True, [], None), told
+    # The header is the first tile's: what is sent with that is read, so it may be of another codec.
+    assert error(offer(damaged(raw, 0), bytes([raw[0] + 1]) + again(raw, 0)[1:]), 409, "unknown_codec")
+    # Requests that are none.
+    for resend in ({}, {"frame": "x"}, {"tiles": [1]}, {"frame": 3, "tiles": [1]}, {"frame": "x", "tiles": [1.5]}, 3):
+        response = post(server, b"123", resend=resend)
+        assert response.status_code == 400 and ".features.resend" in response.json()["error"]["param"], response.text
+    error(post(server, b"123", resend={"frame": "x", "tiles": list(range(10_000))}), 409, "unknown_frame")
+    resend = resend_of(post(server, damaged(frame, 1)))
+    told = error(post(server, again(frame, 1), again(frame, 1), resend=resend), 409, "unknown_frame")
+    assert told["param"] == "messages[0].content[1].features.resend.frame"
+    assert error(post(door(codec=None), b"123", resend=resend), 409, "unknown_frame")["retryable"] is True
+    # A frame without a good tile is not kept.
+    assert error(post(server, damaged(frame, *range(7))), 400, "corrupt_stream")["frame"] is None
+
+
+def test_damaged_frames_are_kept_within_bounds(monkeypatch):
+    kept = features._Damaged()
+    names = [kept.keep(bytes(2**20)) for _ in range(9)]
+    assert kept._size == 8 * 2**20 and kept.take(names[0]) is None and kept.take(names[8]) == bytes(2**20)
+    names = [kept.keep(b"abc") for _ in range(300)]
+    assert len(kept._frames) == 256 and kept._size == 3 * 256 and len({*names}) == 300
+    assert kept.take(kept.keep(bytes(9 * 2**20))) is None and not kept._frames and not kept._size
+    now = time.monotonic()
+    old = [kept.keep(b"abc") for _ in range(2)]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert kept.take(old[0]) is None
+    new = kept.keep(b"def")
+    assert [*kept._frames] == [new] and kept._size == 3 and kept.take("") is None
 
 
 def test_bodies_that_do_not_hold_what_they_name_are_refused(door, frame):
@@ -409,8 +514,9 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         line, _, rest = body.partition(b"\n")
         first = json.loads(line)["messages"][0]["content"][0]
-        is_raw = bool(rest) and rest[0] & 8
-        self.server.asked.append("jpeg" if first["type"] == "image_url" else "int8" if is_raw else "stream")
+        resend = first.get("features", {}).get("resend")
+        kind = "jpeg" if first["type"] == "image_url" else "int8" if rest[0] & 8 else "stream"
+        self.server.asked.append(kind if resend is None else f"tiles {resend['tiles']} of {resend['frame']}")
         reply = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
         if callable(reply):
             reply(self)
@@ -440,8 +546,9 @@ def refusal(status, code, **details):
     return status, {"error": {"message": f"because of {code}", "code": code, **details}}
 
 
-DAMAGED = refusal(400, "corrupt_stream", retryable=True, tile=1)
-UNREADABLE = refusal(400, "corrupt_stream", retryable=False, tile=1)
+DAMAGED = refusal(400, "corrupt_stream", retryable=True, tiles=[], frame=None)
+UNREADABLE = refusal(400, "corrupt_stream", retryable=False, tiles=[1], frame=None)
+TILES = refusal(400, "corrupt_stream", retryable=True, tiles=[1, 3], frame="abc")
 BUSY = (429, {"error": {"message": "busy", "code": "server_busy"}}, {"retry-after": "0"})
 OK = (200, ANSWER)
 
@@ -460,15 +567,89 @@ OK = (200, ANSWER)
         ([refusal(415, "unsupported_media_type")] * 2 + [OK], ["stream", "int8", "jpeg"]),
         ([(422, {"detail": "what?"}), (400, {"object": "error", "code": 400}), OK], ["stream", "int8", "jpeg"]),
         ([BUSY, OK], ["stream", "stream"]),
+        ([TILES, OK], ["stream", "tiles [1, 3] of abc"]),
+        ([TILES, BUSY, OK], ["stream", "tiles [1, 3] of abc", "stream"]),
+        ([TILES, refusal(409, "unknown_frame", retryable=True), OK], ["stream", "tiles [1, 3] of abc", "stream"]),
+        ([UNREADABLE, TILES, OK], ["stream", "int8", "tiles [1, 3] of abc"]),
         ([lambda handler: handler.connection.close(), OK], ["stream", "stream"]),
     ],
 )
 def test_the_next_kind_follows_from_the_error(scripted, device, script, kinds):
     scripted.script = list(script)
     answer = ask(f"http://127.0.0.1:{scripted.server_port}/v1/", device, photo(0), "What?", max_tokens=3)
-    assert answer.text == "a cat" and scripted.asked == kinds == [each.kind for each in answer.attempts]
-    assert answer.kind == kinds[-1] and answer.attempts[-1].sent > 0 and answer.encode_ms > 0
+    assert answer.text == "a cat" and scripted.asked == kinds
+    attempts = [f"tiles {[*each.tiles]} of abc" if each.tiles else each.kind for each in answer.attempts]
+    assert (
+        attempts == kinds
+        and answer.kind == answer.attempts[-1].kind
+        and answer.attempts[-1].sent > 0
+        and answer.encode_ms > 0
+    )
     assert all(each.reason for each in answer.attempts[:-1])
+
+
+def lossy(monkeypatch, *changes):
+    """Changes the bodies of the first requests of a device."""
+    left, post = list(changes), client._Server.post
+
+    def lost(self, media_type, body, seconds):
+        return post(self, media_type, left.pop(0)(body) if left else body, seconds)
+
+    monkeypatch.setattr(client._Server, "post", lost)
+
+
+def test_a_device_sends_only_damaged_tiles_again(edge, device, monkeypatch):
+    """Once and twice; whole, where the server has forgotten the frame."""
+    url, image = f"{edge.url}/v1", photo(40)
+    expected = ask(url, device, image, "What is it?", **SAMPLING)
+    stream = device.stream(image)
+    head = expected.attempts[0].sent - len(stream)
+
+    def hit(*tiles):
+        return lambda body: body[:head] + damaged(body[head:], *tiles)
+
+    lossy(monkeypatch, hit(2, 5), lambda body: flipped(body, len(body) - 5))
+    found = ask(url, device, image, "What is it?", **SAMPLING)
+    assert found.text == expected.text and found.kind == "stream"
+    assert [each.form for each in found.attempts] == ["stream", "tiles 2, 5 of stream", "tiles 5 of stream"]
+    assert [each.reason for each in found.attempts] == ["corrupt_stream", "corrupt_stream", ""]
+    for each in found.attempts[1:]:
+        assert head < each.sent - len(again(stream, *each.tiles)) < head + 60, "the question, the frame and the tiles"
+
+    def forgetting(body):
+        edge.context.prompts._receiver._damaged._frames.clear()
+        return body
+
+    lossy(monkeypatch, hit(0), forgetting)
+    found = ask(url, device, image, "What is it?", **SAMPLING)
+    assert found.text == expected.text
+    assert [each.form for each in found.attempts] == ["stream", "tiles 0 of stream", "stream"]
+    assert [each.reason for each in found.attempts] == ["corrupt_stream", "unknown_frame", ""]
+    # A header that is damaged in a length, then elsewhere: the first tile's checksum covers it.
+    lossy(monkeypatch, lambda body: flipped(body, head + 5), lambda body: flipped(body, head + 6))
+    found = ask(url, device, image, "What is it?", **SAMPLING)
+    assert [each.form for each in found.attempts] == ["stream", "stream", "tiles 0 of stream"]
+    assert found.text == expected.text
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        {"tiles": [7], "frame": "a"},
+        {"tiles": [-1], "frame": "a"},
+        {"tiles": ["1"], "frame": "a"},
+        {"tiles": [True], "frame": "a"},
+        {"tiles": [1] * 8, "frame": "a"},
+        {"tiles": 1, "frame": "a"},
+        {"tiles": [1], "frame": 1},
+        {"tiles": [1], "frame": "a" * 65},
+    ],
+    ids=str,
+)
+def test_a_server_that_asks_for_no_tiles_of_the_frame_gets_it_whole(scripted, device, asking):
+    scripted.script = [refusal(400, "corrupt_stream", retryable=True, **asking), OK]
+    ask(f"http://127.0.0.1:{scripted.server_port}/v1", device, photo(0), "What?")
+    assert scripted.asked == ["stream", "stream"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,17 @@
-"""Merging compiles for TPUs, at the sizes of STEP3-VL."""
+"""Merging, and a device's whole programs, compile for TPUs at the sizes of STEP3-VL."""
+
+import dataclasses
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
+from tiny_tofc import config as tiny
 
+from stepjax.chips import TPUS
+from stepjax.config import ImageConfig, ModelConfig, NumericsConfig, TofcConfig
+from stepjax.interop.codec_files import device_programs
+from stepjax.tofc.device import _MOST_VIEWS
 from stepjax.tofc.merge import merge
 from tests.pallas_kernels.aot import compile_for, needs_libtpu
 
@@ -26,3 +34,25 @@ def test_merging_compiles_for_tpus(chip, tokens, count):
     compiled = compile_for(chip, f, *shapes)
     views = 4 * tokens * 6144 * 2
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * views
+
+
+STEP3_VL_10B = dataclasses.replace(
+    tiny,
+    model=ModelConfig(tofc=TofcConfig(bottleneck=1024)),
+    images=ImageConfig(),
+    numerics=NumericsConfig(param_dtype="bfloat16"),
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("config", [tiny, pytest.param(STEP3_VL_10B, marks=pytest.mark.slow)], ids=["tiny", "10B"])
+def test_a_devices_programs_compile_for_tpus_and_fit(config):
+    """As in its file: encoder, convolutions, bottleneck and merging, for the most views of a call."""
+    for kind, program in device_programs(config).items():
+        exported = jax.export.deserialize(bytearray(program))
+        (parameters, views), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        count = {"crop": _MOST_VIEWS, "global": 1}[kind]
+        pixels = jax.ShapeDtypeStruct((count, *views.shape[1:]), views.dtype)
+        memory = compile_for("v5e", exported.call, parameters, pixels).memory_analysis()
+        size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        assert size < TPUS["v5e"].hbm_limit_gib * 2**30

@@ -29,7 +29,7 @@ from stepjax.errors import (
     UnknownModelError,
 )
 from stepjax.tofc import codec
-from stepjax.tofc.codec import Limits, decode, encode, encode_raw, parse
+from stepjax.tofc.codec import Limits, decode, encode, encode_raw, mended, parse, pieces
 from stepjax.tofc.range_coder import varint
 from stepjax.tofc.tables import Tables
 
@@ -226,8 +226,76 @@ def test_a_tile_of_another_frame_does_not_fit(tables, sample_features):
         frames.setdefault(data[:11], []).append(data)
     one, other = next(same for same in frames.values() if len(same) > 1)[:2]
     length = len(parse(one).payloads[0]) + 4
-    with pytest.raises(CorruptStreamError, match="tile 1: its checksum"):
+    with pytest.raises(CorruptStreamError, match=r"tiles \[1\]: checksums"):
         decode(tables, one[:11] + other[11 : 11 + length] + one[11 + length :])
+
+
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("damaged", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+def test_every_damaged_tile_is_named_and_sent_again_alone(frame, damaged):
+    parts = pieces(frame)
+    assert b"".join(parts) == frame
+    # The first byte of a payload; the first piece begins with the header.
+    start = len(parts[0]) - len(parse(frame).payloads[0]) - 4
+    data = b"".join(flipped(part, 0 if tile else start) if tile in damaged else part for tile, part in enumerate(parts))
+    with pytest.raises(CorruptStreamError) as refused:
+        parse(data)
+    assert refused.value.tiles == damaged
+    assert mended(data, damaged, b"".join(parts[tile] for tile in damaged)) == frame
+
+
+def test_a_damaged_checksum_makes_two_tiles_suspect(frame):
+    """Its own, and the one that continues it."""
+    parts = pieces(frame)
+    data = flipped(frame, len(parts[0]) - 1)
+    with pytest.raises(CorruptStreamError) as refused:
+        parse(data)
+    assert refused.value.tiles == (0, 1) and mended(data, [0, 1], parts[0] + parts[1]) == frame
+
+
+def test_a_damaged_header_is_sent_again_with_the_first_tile_or_with_all(frame):
+    """Its checksum is the first tile's; where the damage is in a length, nothing fits."""
+    header, mends = len(pieces(frame)[0]) - len(parse(frame).payloads[0]) - 4, 0
+    for place in range(header):
+        data = flipped(frame, place)
+        with pytest.raises((CorruptStreamError, StreamLimitError, UnknownModelError)) as refused:
+            parse(data)
+        if isinstance(refused.value, CorruptStreamError) and refused.value.tiles:
+            assert refused.value.tiles == (0,) and mended(data, [0], pieces(frame)[0]) == frame
+            mends += 1
+    assert mends >= 5  # the model's bytes and columns
+    # Two lengths are damaged, and their sum is not.
+    data = bytearray(frame)
+    data[8] += 1
+    data[10] -= 1
+    assert len(pieces(bytes(data))) == 3
+    with pytest.raises(CorruptStreamError, match="send it whole"):
+        mended(bytes(data), [1], pieces(frame)[1])
+
+
+def test_pieces_that_do_not_fit_are_refused(tables, frame, sample_features):
+    parts = pieces(frame)
+    for tiles, sent in (
+        ([], b""),
+        ([3], parts[2]),
+        ([-1], parts[2]),
+        ([2**63], parts[2]),
+        ([1, 1], parts[1] * 2),
+        ([1, 0], parts[1] + parts[0]),
+        ([1], parts[1][:-1]),
+        ([1], parts[1] + b"\0"),
+        ([0, 1, 2, 3], frame),
+    ):
+        with pytest.raises(CorruptStreamError, match="send it whole"):
+            mended(frame, tiles, sent)
+    with pytest.raises(CorruptStreamError) as refused:
+        parse(mended(frame, [1], flipped(parts[1], 2)))
+    assert refused.value.tiles == (1,)
+    with pytest.raises(StreamLimitError):
+        pieces(frame, limits=Limits(tiles=2))
 
 
 def test_an_unknown_model_is_named_with_those_that_are_known(tables, frame):
@@ -383,7 +451,7 @@ def test_a_damaged_raw_frame_is_a_typed_error_with_its_tile(tables, sample_featu
         with pytest.raises((CorruptStreamError, StreamLimitError, UnknownModelError)) as refused:
             decode(tables, data)
         if place >= len(frame) - 4:
-            assert refused.value.tile == 1
+            assert isinstance(refused.value, CorruptStreamError) and refused.value.tiles == (1,)
     for payload, words in (
         (bytes(3 * 36 - 1), "107 bytes of 3 raw features"),
         (b"\xff\xff\xff\x7f" + bytes([1]) * 104, "not finite"),
@@ -394,6 +462,6 @@ def test_a_damaged_raw_frame_is_a_typed_error_with_its_tile(tables, sample_featu
         data[-4:] = zlib.crc32(payload, zlib.crc32(header)).to_bytes(4, "little")
         with pytest.raises(CorruptStreamError, match=f"tile 0: .*{words}") as refused:
             decode(tables, bytes(data))
-        assert refused.value.tile == 0
+        assert refused.value.tiles == (0,)
     with pytest.raises(BitstreamError, match="not finite"):
         encode_raw(tables, [np.full((2, 32), np.inf)])

@@ -280,7 +280,7 @@ def test_frames_that_cannot_be_read_are_refused(run, pictures, tmp_path, capsys)
         (frame[:-3], "its header says otherwise; send it again"),
         (frame[:3], "does not begin as one"),
         (b"\x89PNG" + frame, "does not begin as one"),
-        (frame[:40] + bytes([frame[40] ^ 4]) + frame[41:], "checksum does not match; send it again"),
+        (frame[:40] + bytes([frame[40] ^ 4]) + frame[41:], "checksums do not match; send them again"),
         (bytes(1 << 20) + frame, "the limit is 1048576"),
         (b"", "frame of 0 bytes"),
     ):
