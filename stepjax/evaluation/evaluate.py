@@ -65,19 +65,7 @@ def evaluate(
     """
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
-    rows, longest = config.batch_size, model.config.decoder.max_positions
-    # One size of batch and no groups: compiling more would take longer than the questions. The cache has room for a
-    # batch of questions about large images; fewer are answered at a time where they are longer.
-    sizes = EngineConfig(
-        max_sequences=rows,
-        smallest_batch=rows,
-        max_prefix_groups=1,
-        page_size=16,
-        cache_tokens=max(longest, rows * min(longest, 4096 + config.max_new_tokens)),
-        prefill_tokens=128,
-        view_batch=8,
-    )
-    engine = Engine(model, processor, sizes, mesh=_one_device(model))
+    engine = engine_of(model, processor, config)
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     opened = [open_source(source, seed) for source in config.sources]
@@ -87,7 +75,7 @@ def evaluate(
             records = [all_records[i] for i in range(count)]
             questions = [record for record in records if is_question(record)]
             documents = [record for record in records if not is_question(record)]
-            rollouts = _rollouts(engine, processor, questions, params, open_image)
+            rollouts = rollouts_of(engine, processor, questions, params, open_image)
             correct = 0
             for record, rollout in zip(questions, rollouts, strict=True):
                 right = is_right(record, rollout.content)
@@ -103,6 +91,23 @@ def evaluate(
             found += [] if loss is None else [f"loss {loss:.4f} on {len(documents)} documents"]
             _log.info("evaluated %s: %s", source.name, ", ".join(found))
     return Report(tuple(results), tuple(items))
+
+
+def engine_of(model: StepVL, processor: Processor, config: EvaluationConfig) -> Engine:
+    """An engine for as many questions at a time as the configuration's batch has."""
+    rows, longest = config.batch_size, model.config.decoder.max_positions
+    # One size of batch and no groups: compiling more would take longer than the questions. The cache has room for a
+    # batch of questions about large images; fewer are answered at a time where they are longer.
+    sizes = EngineConfig(
+        max_sequences=rows,
+        smallest_batch=rows,
+        max_prefix_groups=1,
+        page_size=16,
+        cache_tokens=max(longest, rows * min(longest, 4096 + config.max_new_tokens)),
+        prefill_tokens=128,
+        view_batch=8,
+    )
+    return Engine(model, processor, sizes, mesh=_one_device(model))
 
 
 def _chance(source: Source) -> float | None:
@@ -123,14 +128,18 @@ def _one_device(model: StepVL) -> Mesh | None:
     return make_mesh(MeshConfig(), sorted(leaves[0].devices(), key=lambda device: device.id)[:1])
 
 
-def _rollouts(
+def rollouts_of(
     engine: Engine,
     processor: Processor,
     questions: Iterable[dict[str, Any]],
     params: SamplingParams,
     open_image: Callable[..., Image.Image | CodedImage],
 ) -> list[Rollout]:
-    """The model's answers, one a question. A prompt is made when the engine has room for it."""
+    """The model's answers, one a question. A prompt is made when the engine has room for it.
+
+    Raises:
+        RecordError: as `evaluate`.
+    """
     prompt_ids = []
 
     def prompts():
