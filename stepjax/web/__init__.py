@@ -1,5 +1,5 @@
-"""The web pages, plain files without a build step: the server's chat, saved traces, and what devices send. Chat and traces
-draw PaCoRe's rounds with the same viewer (rounds.js)."""
+"""The web pages, plain files without a build step: the server's chat, saved traces, and what devices send. The first
+two draw PaCoRe's rounds with the same viewer (rounds.js)."""
 
 import base64
 import hashlib

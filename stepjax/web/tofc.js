@@ -39,6 +39,7 @@ $("main").append(
     make("section", { id: "said", "aria-label": "Answers" })));
 document.body.append(tip);
 if (stops.length < 2) slider.disabled = true;
+if (hasBase) against.value = "base";
 
 slider.addEventListener("input", () => go(Number(slider.value)));
 shade.addEventListener("change", () => drawPictures());
@@ -72,7 +73,7 @@ function refresh() {
     each.title = stops[index].name;
     each.replaceChildren(
       make("strong", { text: lambdaOf(index) }),
-      make("span", { text: bytes(pictures[picture].shown[index].bytes) }),
+      make("span", { text: bytes(pictures[picture].shown[index].bytes) + (stops[index].codec === null ? ", PNG" : "") }),
       scored.length ? quiet(`${right} of ${scored.length} right`) : "");
   });
   drawPictures();
@@ -90,35 +91,43 @@ function drawPictures() {
   const { name, width, height, sizes, shown } = pictures[picture];
   const { views, bytes: size } = shown[stop];
   tip.hidden = true;
-  const [crops, whole_] = views ? [views.slice(0, -1), views.at(-1)] : [[], null];
-  const global = whole_ && view(whole_, crops.length ? 0 : size);
+  const crops = views ? views.slice(0, -1) : [];
+  const global = views ? views.slice(-1) : [];
   $("pictures").replaceChildren(
     make("div", { class: "over" },
       crops.length ? figure(crops, `The image in ${crops.length} crops`, "large") : null,
-      views && crops.length ? figure([whole_], "The global view", "small") : null,
-      views && !crops.length ? figure([whole_], "The image, one global view", "large") : null,
-      views ? null : figure([], "The image itself", "large")),
-    make("div", { class: "choice" }, make("label", {}, quiet("Tint shows "), shade)),
-    numbers(views, size, sizes),
-    quiet(`${name}: ${width} x ${height} pixels. ${views ? `Run ${stops[stop].name}, codec ${stops[stop].codec}.`
+      crops.length ? figure(global, "The global view", "small")
+        : figure(global, views ? "The image, one global view" : "The image itself", "large")),
+    views && make("div", { class: "choice" }, make("label", {}, quiet("Tint shows "), shade)),
+    scale(views ? size : null, sizes),
+    numbers(views),
+    quiet(`${name}, ${width} x ${height} pixels. ${views ? `Run ${stops[stop].name}, codec ${stops[stop].codec}.`
       : `Run ${stops[stop].name}, which has no codec.`}`, "p"));
 }
 
-function numbers(views, size, sizes) {
-  const list = sizes.map(([codec, other]) => [codec,
-    views ? `${bytes(other)}, ${times(other / size)}` : bytes(other)]);
-  if (views) {
-    const sent = views.flatMap((each) => each.bits);
-    const all = views.reduce((total, each) => total + each.clusters.length, 0);
-    const experts = new Set(views.flatMap((each) => each.experts));
-    const bits = sent.reduce((total, each) => total + each, 0) / sent.length;
-    list.unshift(
-      ["frame", bytes(size)],
-      ["features sent", `${whole(sent.length)} of ${whole(all)}`],
-      ["bits a feature", `${bits.toFixed(1)}, ${(bits / stops[stop].channels).toFixed(2)} a value`],
-      ["experts used", `${experts.size} of ${stops[stop].experts}`]);
-  }
-  return facts(list);
+function numbers(views) {
+  if (!views) return null;
+  const sent = views.flatMap((each) => each.bits);
+  const all = views.reduce((total, each) => total + each.clusters.length, 0);
+  const experts = new Set(views.flatMap((each) => each.experts));
+  const bits = sent.reduce((total, each) => total + each, 0) / sent.length;
+  return facts([
+    ["features sent", `${whole(sent.length)} of ${whole(all)}`],
+    ["bits a feature", bits.toFixed(1)],
+    ["bits a value", (bits / stops[stop].channels).toFixed(2)],
+    ["experts used", `${experts.size} of ${stops[stop].experts}`],
+  ]);
+}
+
+// The bytes of the frame and of image codecs, drawn to scale.
+function scale(frame, sizes) {
+  const rows = frame === null ? sizes : [["what the device sends", frame], ...sizes];
+  const most = Math.max(...rows.map(([, size]) => size));
+  return make("dl", { class: "scale" }, rows.map(([name, size], index) => make("div", {},
+    make("dt", { text: name }),
+    make("dd", {}, make(frame !== null && !index ? "strong" : "span", { text: bytes(size) }),
+      frame !== null && index ? quiet(` ${times(size / frame)} as much`) : null),
+    make("dd", { class: "length", "--share": size / most })))); // the last, so that a narrow page can put it below
 }
 
 const times = (ratio) => `${ratio < 9.95 ? ratio.toFixed(1) : whole(Math.round(ratio))} times`;
@@ -138,16 +147,16 @@ function figure(views, caption, kind) {
   const svg = draw("svg", { viewBox: `0 0 ${right} ${bottom}`, role: "img", "aria-label": caption },
     draw("rect", { width: right, height: bottom, class: "beyond" }),
     draw("image", { href: image, width, height, preserveAspectRatio: "none", class: width > 512 ? "" : "pixels" }),
-    views.map(view));
+    views.map((each, index) => view(each, index, (kind === "large" ? 0.012 : 0.04) * Math.max(right, bottom))));
   return make("figure", { class: kind, "--aspect": right / bottom }, svg, quiet(caption, "figcaption"));
 }
 
-function view({ box: [left, top, across, down], side, clusters, centres, experts, bits }, index) {
+function view({ box: [left, top, across, down], side, clusters, centres, experts, bits }, index, most) {
   const [width, height] = [across / side, down / side];
   const at = (cell) => [left + (cell % side) * width, top + Math.floor(cell / side) * height];
   const cells = centres.map(() => []);
   clusters.forEach((cluster, cell) => cells[cluster]?.push(cell));
-  const most = Math.max(...pictures[picture].shown.flatMap(({ views }) => (views ?? []).flatMap((each) => each.bits)));
+  const mostBits = Math.max(...pictures[picture].shown.flatMap(({ views }) => (views ?? []).flatMap((each) => each.bits)));
   const group = draw("g", { class: `view ${shade.value}` });
   if (shade.value !== "none") {
     cells.forEach((own, cluster) => {
@@ -155,7 +164,7 @@ function view({ box: [left, top, across, down], side, clusters, centres, experts
       const path = draw("path", {
         d: own.map((cell) => `M${at(cell)}h${width}v${height}h${-width}z`).join(""),
         fill: shade.value === "bits" ? "#d1495b" : `hsl(${(hue % 360).toFixed(1)} 85% 50%)`,
-        "fill-opacity": shade.value === "bits" ? (0.85 * bits[cluster] / most).toFixed(3) : 0.38,
+        "fill-opacity": shade.value === "bits" ? (0.85 * bits[cluster] / mostBits).toFixed(3) : 0.32,
         class: "cluster",
       });
       path.addEventListener("pointermove", (event) => tell(event, [
@@ -177,7 +186,7 @@ function view({ box: [left, top, across, down], side, clusters, centres, experts
     group.append(draw("rect", { x: left, y: top, width: across, height: down, class: "frame" }));
     for (const centre of centres.filter((each) => each !== null)) {
       const [x, y] = at(centre);
-      const radius = 0.16 * Math.min(width, height);
+      const radius = Math.min(0.16 * width, 0.16 * height, most);
       group.append(draw("circle", { cx: x + width / 2, cy: y + height / 2, r: radius, class: "centre" }));
     }
   }
