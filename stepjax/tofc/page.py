@@ -9,7 +9,8 @@ itself. All is computed beforehand, with the device and the codec of each run. T
     stops[]          name; rate_weight, codec, experts, channels: null where images are not coded
     pictures[]       name, width, height, image (a data URI), sizes: [[codec, bytes], ...]
       questions[]    text, truth or null
-      shown[]        of each stop: bytes; views, null where the image is not coded; answers: text, right or null, cut
+      shown[]        of each stop: bytes; views, null where the image is not coded; answers: text,
+                     thought (reasoning) or null, right or null, cut
         views[]      crops row by row, then the global view: box (x, y, width, height in pixels of the image), side of
                      the grid of features; clusters, the cluster of every feature; and of each cluster centres (the
                      index of a feature, or null), experts and bits
@@ -20,7 +21,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +43,7 @@ from stepjax.processing.images import CodedImage, ViewPlan, make_views
 from stepjax.processing.processor import Processor
 from stepjax.progress import Progress, progress
 from stepjax.rewards.verify import is_right
+from stepjax.rollouts.rollout import Rollout
 from stepjax.tasks import gold
 from stepjax.tofc import codec
 from stepjax.tofc.device import Device
@@ -54,8 +56,7 @@ _ANSWER = {"role": "assistant", "content": ""}
 _AGREES = 0.1  # how far means may be from the device's, in standard deviations of the channels
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image, and the questions about it: records whose image it is, with what is right where that is known."""
 
     name: str
@@ -128,8 +129,8 @@ def write_page(
         ImageError, RecordError: an image or a record cannot be used.
         BitstreamError: a feature cannot be coded.
     """
-    stops = sorted(map(_Stop.coded, runs), key=lambda stop: -stop.about["rate_weight"])
-    stops += [] if base is None else [_Stop.plain(base)]
+    stops = sorted(map(_coded, runs), key=lambda stop: -stop.about["rate_weight"])
+    stops += [] if base is None else [_plain(base)]
     images = stops[0].config.images
     for other in stops[1:]:
         for name, value in dataclasses.asdict(other.config.images).items():
@@ -151,28 +152,27 @@ def write_page(
     return data
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stop:
+class _Stop(NamedTuple):
     path: str
     source: OrbaxDirectory
     config: RunConfig
     about: dict[str, Any]  # for the page
 
-    @classmethod
-    def coded(cls, path: str) -> "_Stop":
-        source = OrbaxDirectory(path)
-        tables, config = load_codec(source), source.run
-        assert config is not None and config.model.tofc is not None
-        about = {"name": config.name, "rate_weight": config.model.tofc.rate_weight, "codec": tables.id}
-        return cls(path, source, config, about | {"experts": tables.num_experts, "channels": tables.channels})
 
-    @classmethod
-    def plain(cls, path: str) -> "_Stop":
-        source = OrbaxDirectory(path)
-        if source.run is None or source.run.model.tofc is not None:
-            raise ConfigError(f"--base {path}: must be a run without a codec, which sees the images themselves")
-        about = {"name": source.run.name} | dict.fromkeys(("rate_weight", "codec", "experts", "channels"))
-        return cls(path, source, source.run, about)
+def _coded(path: str) -> _Stop:
+    source = OrbaxDirectory(path)
+    tables, config = load_codec(source), source.run
+    assert config is not None and config.model.tofc is not None
+    about = {"name": config.name, "rate_weight": config.model.tofc.rate_weight, "codec": tables.id}
+    return _Stop(path, source, config, about | {"experts": tables.num_experts, "channels": tables.channels})
+
+
+def _plain(path: str) -> _Stop:
+    source = OrbaxDirectory(path)
+    if source.run is None or source.run.model.tofc is not None:
+        raise ConfigError(f"--base {path}: must be a run without a codec, which sees the images themselves")
+    about = {"name": source.run.name} | dict.fromkeys(("rate_weight", "codec", "experts", "channels"))
+    return _Stop(path, source, source.run, about)
 
 
 def _shown(stop: _Stop, pictures: Sequence[Picture], max_tokens: int, bar: Progress) -> Iterator[dict[str, Any]]:
@@ -198,12 +198,14 @@ def _shown(stop: _Stop, pictures: Sequence[Picture], max_tokens: int, bar: Progr
     records = [record for picture in pictures for record in picture.records]
     rollouts = iter(rollouts_of(engine, processor, records, params, opened))
     for picture, each in zip(pictures, sent, strict=True):
-        each["answers"] = []
-        for record in picture.records:
-            answer = next(rollouts)
-            right = is_right(record, answer.content) if picture.has_truth else None
-            each["answers"].append({"text": answer.content, "right": right, "cut": answer.finish_reason == "length"})
+        each["answers"] = [_answer(record, next(rollouts), picture.has_truth) for record in picture.records]
         yield each
+
+
+def _answer(record: dict[str, Any], rollout: Rollout, has_truth: bool) -> dict[str, Any]:
+    right = is_right(record, rollout.content) if has_truth else None
+    is_cut = rollout.finish_reason == "length"
+    return {"text": rollout.content, "thought": rollout.reasoning or None, "right": right, "cut": is_cut}
 
 
 def views_of(model: StepVL, device: Device, image: Image.Image, tiles: Sequence[np.ndarray]) -> list[dict[str, Any]]:

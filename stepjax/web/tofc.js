@@ -1,6 +1,6 @@
 // What devices send of images, at the rates of several runs, and what the model answers. Its data: stepjax/tofc/page.py.
 
-import { facts, make, pill, quiet, whole } from "./elements.js";
+import { facts, folded, make, pill, quiet, whole } from "./elements.js";
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
@@ -126,7 +126,7 @@ function scale(frame, sizes) {
   return make("dl", { class: "scale" }, rows.map(([name, size], index) => make("div", {},
     make("dt", { text: name }),
     make("dd", {}, make(frame !== null && !index ? "strong" : "span", { text: bytes(size) }),
-      frame !== null && index ? quiet(` ${times(size / frame)} as much`) : null),
+      frame !== null && index ? quiet(` ${times(size / frame)}`) : null),
     make("dd", { class: "length", "--share": size / most })))); // the last, so that a narrow page can put it below
 }
 
@@ -226,6 +226,7 @@ function drawAnswers() {
         answer.cut && pill("cut", "cut off"),
         before && pill("", before.text === answer.text ? "same" : "changed"),
         truth !== null && quiet(`right: ${truth}`)),
+      answer.thought && folded("Reasoning", () => make("p", { class: "text", text: answer.thought }), { class: "reasoning" }),
       overview(shown, index));
   });
   $("said").replaceChildren(
@@ -251,7 +252,7 @@ function overview(shown, index) {
 
 // The parts of two texts, in order: "same", "new" (only in the second) and "old" (only in the first).
 function compared(old, now) {
-  const [a, b] = [old, now].map((text) => text.match(/\s+|\p{N}|[\p{L}\p{M}]+|./gsu) ?? []);
+  const [a, b] = [old, now].map((text) => text.match(/\s*(?:\p{N}|[\p{L}\p{M}]+|\S)|\s+$/gu) ?? []);
   if (a.length * b.length > 4e6) return old === now ? [["same", now]] : [["new", now]];
   const length = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
   for (let i = a.length - 1; i >= 0; i--)

@@ -1,4 +1,7 @@
-"""A small entropy model, trained for seconds on features as encoders give them: correlated, of unequal channels."""
+"""A small entropy model, trained for seconds on features as encoders give them: correlated, of unequal channels. And a
+tiny run with a codec, which takes longer."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from PIL import Image
 
+from stepjax.cli import main
 from stepjax.config import TofcConfig
 from stepjax.tofc.hyperprior import Hyperprior, balance_sum, freeze
 
 CONFIG = TofcConfig(width=32, experts=4, hidden=32, latents=4)
 STEPS = 200
+RECIPE = Path(__file__).parent.parent / "tiny_tofc.py"
 
 
 @pytest.fixture(scope="session")
