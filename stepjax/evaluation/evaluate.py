@@ -65,7 +65,7 @@ def evaluate(
     """
     if not config.sources:
         raise ConfigError("evaluation.sources=(): name at least one source")
-    engine = engine_of(model, processor, config)
+    engine = evaluation_engine(model, processor, config)
     params = SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
     results, items = [], []
     opened = [open_source(source, seed) for source in config.sources]
@@ -93,8 +93,8 @@ def evaluate(
     return Report(tuple(results), tuple(items))
 
 
-def engine_of(model: StepVL, processor: Processor, config: EvaluationConfig) -> Engine:
-    """An engine for as many questions at a time as the configuration's batch has."""
+def evaluation_engine(model: StepVL, processor: Processor, config: EvaluationConfig) -> Engine:
+    """Answers the questions of `evaluate`."""
     rows, longest = config.batch_size, model.config.decoder.max_positions
     # One size of batch and no groups: compiling more would take longer than the questions. The cache has room for a
     # batch of questions about large images; fewer are answered at a time where they are longer.

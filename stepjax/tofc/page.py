@@ -31,7 +31,7 @@ from stepjax import web
 from stepjax.config import EvaluationConfig, RunConfig
 from stepjax.data.records import open_source
 from stepjax.errors import CheckpointError, ConfigError
-from stepjax.evaluation.evaluate import engine_of, rollouts_of
+from stepjax.evaluation.evaluate import evaluation_engine, rollouts_of
 from stepjax.inference.request import SamplingParams
 from stepjax.interop.codec_files import load_codec
 from stepjax.interop.load import load_model, load_processor
@@ -52,7 +52,7 @@ from stepjax.tofc.server import decode_image
 _MOST_PIXELS = 1600  # of the longer side of an image on the page
 _BATCH = 8  # questions answered at a time
 _NAMES = {"webp": "WebP", "avif": "AVIF"}  # of codecs that Pillow may lack
-_ANSWER = {"role": "assistant", "content": ""}
+_ANSWER = {"role": "assistant"}  # yet to come
 _AGREES = 0.1  # how far means may be from the device's, in standard deviations of the channels
 
 
@@ -74,10 +74,7 @@ def pictures_of(images: Sequence[str], prompts: Sequence[str]) -> list[Picture]:
     for path in images:
         image = open_image(path, name=path)
         contents = [[{"type": "image", "image": image}, {"type": "text", "text": prompt}] for prompt in prompts]
-        messages = [
-            [{"role": "user", "content": content}, {"role": "assistant", "content": ""}] for content in contents
-        ]
-        records = tuple({"id": path, "messages": each} for each in messages)
+        records = tuple({"id": path, "messages": [{"role": "user", "content": each}, _ANSWER]} for each in contents)
         pictures.append(Picture(Path(path).name, image, records, has_truth=False))
     return pictures
 
@@ -193,7 +190,7 @@ def _shown(stop: _Stop, pictures: Sequence[Picture], max_tokens: int, bar: Progr
         bar.update()  # once a question
         return coded.get(id(image), image)
 
-    engine = engine_of(model, processor, EvaluationConfig(batch_size=_BATCH, max_new_tokens=max_tokens))
+    engine = evaluation_engine(model, processor, EvaluationConfig(batch_size=_BATCH, max_new_tokens=max_tokens))
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     records = [record for picture in pictures for record in picture.records]
     rollouts = iter(rollouts_of(engine, processor, records, params, opened))

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,10 @@ def runs(run, tmp_path_factory):
     """Runs of lambda 0.1 and 0.4 and one without a codec, of the tiny run's parameters; the second has wider steps."""
     out = tmp_path_factory.mktemp("rates")
     model, _, config = load_run(run)
+    of_run: Any = config.model.tofc
     made = {}
     for name, rate_weight, wider in (("fine", 0.1, 0.0), ("coarse", 0.4, 1.5), ("plain", None, 0.0)):
-        tofc = rate_weight and dataclasses.replace(config.model.tofc, rate_weight=rate_weight)
+        tofc = rate_weight and dataclasses.replace(of_run, rate_weight=rate_weight)
         own = dataclasses.replace(
             config,
             name=name,
@@ -57,7 +59,7 @@ def runs(run, tmp_path_factory):
             model=dataclasses.replace(config.model, tofc=tofc),
             evaluation=EvaluationConfig(sources=SOURCES, examples=3),
         )
-        saved = jax.tree.map(lambda leaf: leaf, model)
+        saved: Any = jax.tree.map(lambda leaf: leaf, model)
         if tofc is None:
             saved.tofc = None
         else:
@@ -82,8 +84,8 @@ def made(runs, pictures, tmp_path_factory):
 
 
 def data_of(path):
-    text = path.read_text()
-    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    [data] = re.findall(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(data)
 
 
 # What it says --------------------------------------------------------------------------------------------------------
@@ -115,7 +117,8 @@ def test_stops_are_sorted_and_frames_are_the_devices(made, runs, pictures):
 
 def test_clusters_are_those_that_the_device_coded(made, runs, pictures):
     """A tile is the means of the features that the page says."""
-    model, _, config = load_run(runs["fine"])
+    config = load_run(runs["fine"])[2]
+    model: Any = load_run(runs["fine"])[0]
     views = make_views(open_image(str(pictures / "large.png")), config.images)
     tiles, _ = Device(runs["fine"]).features(open_image(str(pictures / "large.png")))
     shown = data_of(made)["pictures"][0]["shown"][1]["views"]
@@ -168,7 +171,7 @@ def test_without_images_it_is_about_held_out_questions(runs, tmp_path, capsys):
     assert [each["name"] for each in found] == [f"digits/{name}" for name in names]
     for picture, each in zip(held_out(load_run(runs["coarse"])[2], 3), found, strict=True):
         [answer], [question], [record] = each["shown"][0]["answers"], each["questions"], picture.records
-        assert question["truth"] == str(record["answer"]) and question["text"]
+        assert question["truth"] == record["answer"]["text"] and question["text"]
         assert answer["right"] == is_right(record, answer["text"])
 
 
@@ -210,7 +213,8 @@ def test_runs_of_other_views_are_refused(runs, tmp_path, capsys):
 
 
 def test_a_device_of_another_model_is_refused(runs, pictures):
-    model, device = load_run(runs["fine"])[0], Device(runs["fine"])
+    device = Device(runs["fine"])
+    model: Any = load_run(runs["fine"])[0]
     image = open_image(str(pictures / "small.png"))
     tiles, _ = device.features(image)
     model.tofc.down[...] = jnp.roll(model.tofc.down[...], 1, axis=0)
