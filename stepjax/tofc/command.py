@@ -231,7 +231,7 @@ class TofcPage:
         require_positive("", self, "examples", "max_tokens")
         require("", self, quality=(1 <= self.quality <= 100, "must be 1 to 100"))
         require("", self, out=(not self.out.is_dir(), "is a directory; name a file"))
-        from stepjax.tofc.page import held_out, pictures_of, write_page
+        from stepjax.evaluation.coded_page import held_out, pictures_of, write_page
 
         pictures = pictures_of(self.image, self.prompt)
         data = write_page(

@@ -1,4 +1,4 @@
-// What devices send of images, at the rates of several runs, and what the model answers. Its data: stepjax/tofc/page.py.
+// What devices send of images, at the rates of several runs, and what the model answers. Its data: stepjax/evaluation/coded_page.py.
 
 import { facts, folded, make, pill, quiet, whole } from "./elements.js";
 

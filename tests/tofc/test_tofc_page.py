@@ -21,6 +21,7 @@ from stepjax.cli import main
 from stepjax.config import DigitsSource, EvaluationConfig
 from stepjax.config_file import to_json
 from stepjax.errors import CheckpointError, ConfigError
+from stepjax.evaluation.coded_page import held_out, views_of
 from stepjax.interop.codec_files import write_codec
 from stepjax.interop.load import load_run
 from stepjax.processing.image_files import open_image
@@ -28,7 +29,6 @@ from stepjax.processing.images import make_views
 from stepjax.rewards.verify import is_right
 from stepjax.tofc import codec
 from stepjax.tofc.device import Device
-from stepjax.tofc.page import held_out, views_of
 from stepjax.training.checkpoint import Checkpointer
 from stepjax.training.step import new_state
 from stepjax.web import saved_page

@@ -37,7 +37,6 @@ from stepjax.interop.codec_files import load_codec
 from stepjax.interop.load import load_model, load_processor
 from stepjax.interop.orbax_directory import OrbaxDirectory
 from stepjax.models.step_vl import StepVL, abstract_model
-from stepjax.pacore.journal import replacing
 from stepjax.processing.image_files import open_image
 from stepjax.processing.images import CodedImage, ViewPlan, make_views
 from stepjax.processing.processor import Processor
@@ -49,6 +48,7 @@ from stepjax.tofc import codec
 from stepjax.tofc.device import Device
 from stepjax.tofc.server import decode_image
 
+_TITLE = "What a device sends"
 _MOST_PIXELS = 1600  # of the longer side of an image on the page
 _BATCH = 8  # questions answered at a time
 _NAMES = {"webp": "WebP", "avif": "AVIF"}  # of codecs that Pillow may lack
@@ -135,7 +135,7 @@ def write_page(
                 had = f"{stops[0].path} has {getattr(images, name)}"
                 raise ConfigError(f"{other.path}: images.{name}={value}, but {had}: name runs of one recipe")
     asked = pictures(stops[0].config)
-    data = {"title": "What a device sends", "stops": [stop.about for stop in stops]}
+    data = {"title": _TITLE, "stops": [stop.about for stop in stops]}
     described: list[dict[str, Any]] = [_described(picture, quality) for picture in asked]
     total = len(stops) * sum(1 + len(picture.records) for picture in asked)
     with progress(total, unit=" images and answers", description="computing") as bar:
@@ -144,8 +144,9 @@ def write_page(
                 each["shown"].append({"bytes": each["sizes"][0][1]} | shown)
     data["pictures"] = described
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(web.saved_page("What a device sends", data, kind="tofc").encode())
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(web.saved_page(_TITLE, data, kind="tofc"), encoding="utf-8")
+    temporary.replace(path)
     return data
 
 
