@@ -38,6 +38,7 @@ VERBS = {
     "tofc encode": "stepjax.tofc.command:TofcEncode",
     "tofc decode": "stepjax.tofc.command:TofcDecode",
     "tofc evaluate": "stepjax.tofc.command:TofcEvaluate",
+    "tofc page": "stepjax.tofc.command:TofcPage",
     "tofc ask": "stepjax.tofc.command:TofcAsk",
     "pacore cache": "stepjax.post_training.cache:PacoreCache",
 }

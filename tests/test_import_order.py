@@ -54,7 +54,7 @@ ALLOWED = {
     "rewards": {"errors", "data", "processing", "inference", "rollouts", "tasks"},
     "evaluation": {
         *("errors", "figures", "config", "sharding", "models", "data", "processing", "inference", "training"),
-        *("progress", "rollouts", "tasks", "rewards", "tofc"),
+        *("progress", "rollouts", "tasks", "rewards", "tofc", "interop", "web"),
     },
     "post_training": {
         *("errors", "figures", "config", "config_file", "sharding", "distributed", "models", "data", "processing"),

@@ -77,7 +77,7 @@ def evaluate(
             records = [all_records[i] for i in range(count)]
             questions = [record for record in records if is_question(record)]
             documents = [record for record in records if not is_question(record)]
-            rollouts = _rollouts(engine, processor, questions, params, open_image)
+            rollouts = rollouts_of(engine, processor, questions, params, open_image)
             correct = 0
             for record, rollout in zip(questions, rollouts, strict=True):
                 right = is_right(record, rollout.content)
@@ -130,14 +130,18 @@ def _one_device(model: StepVL) -> Mesh | None:
     return make_mesh(MeshConfig(), sorted(leaves[0].devices(), key=lambda device: device.id)[:1])
 
 
-def _rollouts(
+def rollouts_of(
     engine: Engine,
     processor: Processor,
     questions: Iterable[dict[str, Any]],
     params: SamplingParams,
     open_image: Callable[..., Image.Image | CodedImage],
 ) -> list[Rollout]:
-    """The model's answers, one a question. A prompt is made when the engine has room for it."""
+    """The model's answers, one a question. A prompt is made when the engine has room for it.
+
+    Raises:
+        RecordError: as `evaluate`.
+    """
     prompt_ids = []
 
     def prompts():

@@ -28,6 +28,7 @@ from stepjax.models.projector import Projector
 from stepjax.models.qwen3 import Qwen3
 from stepjax.sharding import axis_size, constrain, shardings
 from stepjax.tofc.hyperprior import Rate, Tofc
+from stepjax.tofc.merge import Clusters
 
 NO_FEATURE = -1  # feature_index of an ordinary token
 
@@ -62,6 +63,12 @@ class StepVL(nnx.Module):
         with jax.named_scope("encoder"):
             x_MPE = self.vision(views_MHWC)
         return self._merged(x_MPE).astype(jnp.float32)
+
+    def view_clusters(self, views_MHWC: Float[Array, "M H H 3"]) -> Clusters:
+        """What `merged_views` merges, with a leading axis M."""
+        assert self.tofc is not None
+        x_MPE = self.vision(views_MHWC)
+        return self.tofc.clusters(self.projector.downsampled(x_MPE), self._most_features(x_MPE.shape[1]))
 
     def coded_feature_table(
         self,

@@ -257,6 +257,21 @@ def analyse(tables: Tables, x_MC: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return experts_M, latents_MZ, scales_MC, residuals_MC.astype(np.int64)
 
 
+def costs(tables: Tables, x_MC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each feature its expert [M], and the bits [M] that it adds to a tile: expert, latents, residuals and escapes.
+
+    Raises:
+        BitstreamError: a value is too far from the others.
+    """
+    experts_M, latents_MZ, scales_MC, residuals_MC = analyse(tables, x_MC)
+    symbols, beyond = _symbols(tables, scales_MC.reshape(-1), residuals_MC.reshape(-1))
+    of_values = tables.value_coder.bits(symbols, scales_MC.reshape(-1))
+    of_values[beyond >= 0] += [8 * len(varint(2 * excess)) for excess in beyond[beyond >= 0].tolist()]
+    of_latents = tables.latent_coder.bits(latents_MZ.reshape(-1) + MAX_LATENT, _latent_tables(tables, experts_M))
+    bits_M = of_values.reshape(len(x_MC), -1).sum(axis=1) + of_latents.reshape(len(x_MC), -1).sum(axis=1)
+    return experts_M, bits_M + np.log2(tables.num_experts)
+
+
 def synthesise(tables: Tables, experts_M: np.ndarray, latents_MZ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every channel's scale index [M, C] and mean [M, C], in steps; of integers alone, and exact."""
     out_MO = np.empty((len(experts_M), 2 * tables.channels), np.float32)
@@ -278,6 +293,13 @@ def _expert_bytes(tables: Tables, count: int) -> int:
     return ((tables.num_experts**count - 1).bit_length() + 7) // 8
 
 
+def _symbols(tables: Tables, scales: np.ndarray, residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The symbols of residuals, and how far those that are escapes are beyond their table; negative within it."""
+    radii = tables.arrays["radius"][scales].astype(np.int64)
+    beyond = np.abs(residuals) - radii - 1
+    return np.where(beyond >= 0, 2 * radii + 1, residuals + radii), beyond
+
+
 def _encode_tile(
     tables: Tables, experts_N: np.ndarray, latents_NZ: np.ndarray, scales_NC: np.ndarray, residuals_NC: np.ndarray
 ) -> bytes:
@@ -286,14 +308,12 @@ def _encode_tile(
         tables.latent_coder, latents_NZ.reshape(-1) + MAX_LATENT, _latent_tables(tables, experts_N)
     )
     scales, residuals = scales_NC.reshape(-1), residuals_NC.reshape(-1)
-    radii = tables.arrays["radius"][scales].astype(np.int64)
-    beyond = np.abs(residuals) - radii - 1
+    symbols, beyond = _symbols(tables, scales, residuals)
     is_escape = beyond >= 0
     escapes = b"".join(
         varint(2 * excess + sign)
         for excess, sign in zip(beyond[is_escape].tolist(), (residuals[is_escape] < 0).tolist(), strict=True)
     )
-    symbols = np.where(is_escape, 2 * radii + 1, residuals + radii)
     values = range_coder.encode(tables.value_coder, symbols, scales)
     experts = packed.to_bytes(_expert_bytes(tables, len(experts_N)), "little")
     return experts + varint(len(latents)) + latents + varint(len(escapes)) + escapes + values

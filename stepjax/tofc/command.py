@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from stepjax.config import SftConfig
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, require, require_positive
 from stepjax.evaluation.command import Eval, show
 from stepjax.figures import printable
 from stepjax.inference.request import SamplingParams
@@ -199,6 +199,51 @@ class TofcEvaluate(Eval):
             f"{sizes['bytes_95']:.0f}; {sizes['payload']:.1f} without headers and checksums, where training estimates "
             f"{sizes['estimate']:.1f}; {sizes['encoder_ms']:.1f} + {sizes['coder_ms']:.1f} ms (encoder, coder)"
         )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TofcPage:
+    """Write a page, one HTML file, with a slider for lambda: what a device sends of an image, what the model answers.
+
+    The runs are of one recipe with another `model.tofc.rate_weight` each; their devices and codecs make all that the
+    page shows. Without --image and --prompt it is about the first held-out questions of the runs.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    out: Path  # the page
+    image: tuple[str, ...] = ()  # image files
+    prompt: tuple[str, ...] = ()  # questions about each image
+    base: str | None = None  # a run without a codec: the last stop, where the model sees the image itself
+    examples: int = 6  # held-out questions, without --image
+    quality: int = 50  # of WebP and AVIF, whose bytes are beside those of the frame
+    max_tokens: int = 64  # of an answer
+
+    def run(self) -> int:
+        """
+        Raises:
+            StepjaxError: a run or an image cannot be used, or they do not go together.
+        """
+        if not self.runs:
+            raise ConfigError("RUN: name at least one")
+        if bool(self.image) != bool(self.prompt):
+            raise ConfigError("--image and --prompt go together: give both, or neither for held-out questions")
+        require_positive("", self, "examples", "max_tokens")
+        require("", self, quality=(1 <= self.quality <= 100, "must be 1 to 100"))
+        require("", self, out=(not self.out.is_dir(), "is a directory; name a file"))
+        from stepjax.evaluation.coded_page import held_out, pictures_of, write_page
+
+        pictures = pictures_of(self.image, self.prompt)
+        data = write_page(
+            self.out,
+            self.runs,
+            lambda config: pictures or held_out(config, self.examples),
+            base=self.base,
+            quality=self.quality,
+            max_tokens=self.max_tokens,
+        )
+        size = self.out.stat().st_size
+        print(f"{len(data['pictures'])} images at {len(data['stops'])} stops in {self.out}: {size / 1e6:.1f} MB")
         return 0
 
 

@@ -33,7 +33,7 @@ from stepjax.config import TofcConfig
 from stepjax.errors import ConfigError
 from stepjax.models.layers import constant, matrix
 from stepjax.tofc import tables as fixed
-from stepjax.tofc.merge import merge
+from stepjax.tofc.merge import Clusters, merge
 from stepjax.tofc.tables import LATENT_UNIT, LIMIT, MAX_LATENT, MAX_MEAN, NUM_SCALES, SCALES, UNIT, WEIGHT_UNIT, Tables
 
 _LOG_RATIO = math.log(SCALES[1] / SCALES[0])
@@ -265,12 +265,18 @@ class Tofc(nnx.Module):
 
     def merged(self, x_MNF: Float[Array, "M N F"], count: int) -> Float[Array, "M K C"]:
         """The device's part: down-sampled features [M, N, width] to at most `count` of `config.channels` channels."""
+        return self.clusters(x_MNF, count).means_KC
+
+    def clusters(self, x_MNF: Float[Array, "M N F"], count: int) -> Clusters:
+        """The same, and which features each is the mean of, with a leading axis M."""
         if self.down is not None:
             x_MNF = x_MNF @ self.down.astype(x_MNF.dtype)
-        if count >= x_MNF.shape[1]:
-            return x_MNF
+        views, features = x_MNF.shape[:2]
+        if count >= features:
+            each_MN = jnp.tile(jnp.arange(features, dtype=jnp.int32), (views, 1))
+            return Clusters(x_MNF, each_MN, jnp.ones_like(each_MN), each_MN)
         with jax.named_scope("merge"):
-            return merge(x_MNF, count, merging=self.config.merging, neighbours=self.config.neighbours).means_KC
+            return merge(x_MNF, count, merging=self.config.merging, neighbours=self.config.neighbours)
 
     def expanded(self, x_BNC: Float[Array, "B N C"]) -> Float[Array, "B N F"]:
         """The server's part: decoded features as the projector's matrix takes them, [B, N, width]."""

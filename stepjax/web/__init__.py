@@ -1,5 +1,5 @@
-"""The web pages, plain files without a build step: the server's chat and saved traces. Both draw PaCoRe's rounds with
-the same viewer (rounds.js)."""
+"""The web pages, plain files without a build step: the server's chat, saved traces, and what devices send. The first
+two draw PaCoRe's rounds with the same viewer (rounds.js)."""
 
 import base64
 import hashlib
@@ -11,7 +11,11 @@ from typing import Any
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _CHAT = ("style.css", "chat.js", "answer.js", "elements.js", "live.js", "rounds.js", "server.js")
-_SAVED = ("elements.js", "rounds.js", "trace.js")  # concatenated in this order
+# Of saved pages, by kind: styles and scripts, concatenated in this order.
+_SAVED = {
+    "trace": (("style.css",), ("elements.js", "rounds.js", "trace.js")),
+    "tofc": (("style.css", "tofc.css"), ("elements.js", "tofc.js")),
+}
 _MODULE_WORDS = re.compile(r"^import [^;]*;\n|^export ", re.MULTILINE)
 
 
@@ -26,14 +30,16 @@ PAGE: dict[str, tuple[bytes, str]] = {
 }
 
 
-def saved_page(title: str, data: Any) -> str:
+def saved_page(title: str, data: Any, *, kind: str = "trace") -> str:
     """A self-contained HTML file. Its script inserts the data as text, never as HTML; the data cannot break out of its
     element, and the page's CSP blocks other scripts and all requests.
 
     Args:
-        data: JSON for trace.js; surrogates are allowed, NaN and infinities are not.
+        data: JSON for the kind's last script; surrogates are allowed, NaN and infinities are not.
+        kind: "trace" or "tofc".
     """
-    style, script = _read("style.css"), "\n".join(_MODULE_WORDS.sub("", _read(name)) for name in _SAVED)
+    styles, scripts = _SAVED[kind]
+    style, script = "\n".join(map(_read, styles)), "\n".join(_MODULE_WORDS.sub("", _read(name)) for name in scripts)
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'"

@@ -1,4 +1,7 @@
-"""A small entropy model, trained for seconds on features as encoders give them: correlated, of unequal channels."""
+"""A small entropy model, trained for seconds on features as encoders give them: correlated, of unequal channels. And a
+tiny run with a codec, which takes longer."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from PIL import Image
 
+from stepjax.cli import main
 from stepjax.config import TofcConfig
 from stepjax.tofc.hyperprior import Hyperprior, balance_sum, freeze
 
 CONFIG = TofcConfig(width=32, experts=4, hidden=32, latents=4)
 STEPS = 200
+RECIPE = Path(__file__).parent.parent / "tiny_tofc.py"
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +67,29 @@ def trained(sample_features):
 @pytest.fixture(scope="session")
 def tables(trained):
     return freeze(trained)
+
+
+@pytest.fixture(scope="session")
+def run(finished_run, tmp_path_factory):
+    """The tiny recipe, trained by the command line and frozen. Leave it as it is: all tests share it.
+
+    A file that asks for it says `pytest_plugins = ("tiny_run",)`.
+    """
+    from tiny_run import _quick_runs
+
+    out = tmp_path_factory.mktemp("runs")
+    start = ["--init-from.decoder", str(finished_run.directory)]
+    with _quick_runs():
+        status = main(["tofc", "train", str(RECIPE), "--out", str(out), *start])
+    assert status == 0
+    return out / "tiny_tofc"
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A picture with crops in two rows, and a small one without."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, size in (("large", (120, 80)), ("small", (40, 30))):
+        pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).resize(size).save(folder / f"{name}.png")
+    return folder

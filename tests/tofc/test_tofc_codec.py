@@ -49,6 +49,17 @@ def decoded(tables, frame):
     return decode(tables, frame)
 
 
+def test_costs_are_those_of_the_bytes(tables, sample_features):
+    """Of features of which one has values that escape."""
+    x_NC = sample_features(1152, seed=11)
+    x_NC[3, 5:9] += 4000
+    experts_N, bits_N = codec.costs(tables, x_NC)
+    np.testing.assert_array_equal(experts_N, codec.analyse(tables, x_NC)[0])
+    (payload,) = parse(encode(tables, [x_NC]), limits=WIDE).payloads
+    assert abs(bits_N.sum() / 8 / len(payload) - 1) < 0.01
+    assert bits_N[3] == bits_N.max() > 2 * np.median(bits_N)
+
+
 def test_features_come_back_as_training_said(trained, tables, sample_features):
     """Their quantised values, from the model in JAX; with the bytes that it estimates, all overhead included."""
     x_NC = sample_features(1152, seed=11)  # as many values as a tile of 32 features and 1152 channels

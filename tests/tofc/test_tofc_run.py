@@ -76,29 +76,6 @@ def batches():
     return of
 
 
-@pytest.fixture(scope="module")
-def run(finished_run, tmp_path_factory):
-    """The tiny recipe, trained by the command line and frozen. Leave it as it is: all tests share it."""
-    from tiny_run import _quick_runs
-
-    out = tmp_path_factory.mktemp("runs")
-    start = ["--init-from.decoder", str(finished_run.directory)]
-    with _quick_runs():
-        status = main(["tofc", "train", str(RECIPE), "--out", str(out), *start])
-    assert status == 0
-    return out / "tiny_tofc"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A picture with crops in two rows, and a small one without."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for name, size in (("large", (120, 80)), ("small", (40, 30))):
-        pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
-        Image.fromarray(pixels).resize(size).save(folder / f"{name}.png")
-    return folder
-
-
 # The configuration ---------------------------------------------------------------------------------------------------
 
 
