@@ -1,4 +1,4 @@
-"""Teach the model of sft_transcripts.py to answer questions about worn pages: 25 minutes on two cores.
+"""Teach the model of sft_transcripts.py to answer questions about worn pages: half an hour on two cores.
 
 The encoder is frozen: it sees what it needs to, and without its backward pass a step has twice as many pages. To find a
 field by its label takes many answers to learn; every page asks all its questions.
@@ -33,7 +33,7 @@ config = dataclasses.replace(
     ),
     batch=BatchConfig(rows=16, tokens=544, global_views=2, crops=2),
     schedule=ScheduleConfig(
-        phases=(Phase(tokens=4.6e6, start=2e-3, end=8e-4), Phase(tokens=1.7e6, start=8e-4, end=5e-5)),
+        phases=(Phase(tokens=6.2e6, start=2e-3, end=9e-4), Phase(tokens=1.1e6, start=9e-4, end=5e-5)),
         warmup_tokens=5e4,
     ),
     optimizer=OptimizerConfig(weight_decay=0.05, freeze=("vision/",)),

@@ -1,4 +1,4 @@
-"""Train the model of sft.py on questions for two minutes more, without a codec.
+"""Train the model of sft.py on questions for six minutes more, without a codec.
 
 This is what `tofc.py` does with one: the comparison that shows what coding costs, and not what more training brings.
 """
@@ -22,5 +22,5 @@ config = dataclasses.replace(
         ),
     ),
     batch=BatchConfig(rows=8, tokens=544, global_views=2, crops=2),
-    schedule=ScheduleConfig(phases=(Phase(tokens=6e5, start=6e-4, end=3e-5),), warmup_tokens=2e4),
+    schedule=ScheduleConfig(phases=(Phase(tokens=1.4e6, start=1.2e-3, end=5e-5),), warmup_tokens=4e4),
 )

@@ -1,4 +1,4 @@
-"""Teach the digits demo to see worn pages: the first of two stages, six minutes on two cores.
+"""Teach the digits demo to see worn pages: the first of two stages, twelve minutes on two cores.
 
     make pretrain && stepjax sft configs/documents/sft_transcripts.py && stepjax sft configs/documents/sft.py
 
@@ -37,7 +37,7 @@ changes: dict[str, Any] = dict(
         ),
     ),
     batch=BatchConfig(rows=4, tokens=832, global_views=4, crops=4),
-    schedule=ScheduleConfig(phases=(Phase(tokens=1.2e6, start=2e-3, end=1.5e-3),), warmup_tokens=1e5),
+    schedule=ScheduleConfig(phases=(Phase(tokens=2.2e6, start=2e-3, end=1.5e-3),), warmup_tokens=1e5),
     checkpoint=CheckpointConfig(every=250),
     evaluation=EvaluationConfig(
         sources=tuple(

@@ -4,7 +4,8 @@
     stepjax tofc evaluate runs/documents_tofc
 
 A page has 64 features of 256 channels before the projector's matrix; 32 principal components of them are coded, and of
-the thumbnail one. They are not merged, because a transcript needs to know where each is. The projector and the decoder train along, so that they learn to read what is left.
+the thumbnail one. They are not merged, because a transcript needs to know where each is. The projector and the decoder
+train along, so that they learn to read what is left.
 """
 
 import dataclasses
