@@ -68,11 +68,11 @@ from stepjax.tofc.tables import Tables
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "tofc.png"
 TRANSCRIPTS, PAGES, PLAIN = "documents_sft_transcripts", "documents_sft", "documents_sft_control"
-RATES = (0.05, 0.2, 0.6)  # lambda
-MIDDLE = {"rate-weight": str(RATES[1])}
-FIRST = f"lambda {RATES[1]}"
+RATES = (0.2, 0.01, 0.05, 0.6)  # lambda; the first one is trained longest, and the others go on from it
+MIDDLE = {"rate-weight": str(RATES[0])}
+FIRST = f"lambda {RATES[0]}"
 VARIANTS: dict[str, dict[str, str]] = {
-    **{f"lambda {rate}": {"rate-weight": str(rate)} for rate in (RATES[1], RATES[0], RATES[2])},
+    **{f"lambda {rate}": {"rate-weight": str(rate)} for rate in RATES},
     "one expert": {**MIDDLE, "experts": "1"},
     "no hyperprior": {**MIDDLE, "latents": "0"},
     "32 clusters": {**MIDDLE, "crop-clusters": "32"},

@@ -71,7 +71,7 @@ config = RLConfig(
         tensor=4,  # the chips of a host
         max_sequences=128,
         page_size=128,
-        cache_tokens=1_310_720,
+        cache_tokens=1_228_800,
         prefill_tokens=2048,
         decode_steps=8,
     ),
