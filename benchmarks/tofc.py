@@ -16,8 +16,8 @@ pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
     speed      the codec alone, on one core: a tile of 32 features with 1,152 channels, and a page. And what a device
                spends on a page in all.
 
-Bytes are those of the file or the frame. "At the same accuracy" is read off the upper envelope of all files, between
-whose points bytes grow geometrically with accuracy.
+Bytes are those of the file or the frame. "At the same accuracy" is read off the upper envelope of each kind of file,
+between whose points bytes grow geometrically with accuracy.
 """
 
 import argparse
@@ -280,7 +280,10 @@ def savings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         for task in TASKS:
             wanted = accuracy(point, task)
-            size, name = at_accuracy([each for each in points if each["way"] in FILES], task, wanted)
+            sizes = {
+                kind: at_accuracy([each for each in points if each["way"] == kind], task, wanted) for kind in FILES
+            }
+            size, name = min(((each, kind) for kind, each in sizes.items() if each is not None), default=(None, None))
             saved = None if size is None else round(1 - point["bytes"] / size, 3)
             found.append(
                 {
@@ -296,8 +299,8 @@ def savings(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def at_accuracy(files: list[dict[str, Any]], task: str, wanted: float) -> tuple[float | None, str | None]:
-    """The fewest bytes that reach an accuracy, and the file's kind; None, None if no file does."""
+def at_accuracy(files: list[dict[str, Any]], task: str, wanted: float) -> float | None:
+    """The fewest bytes with which one kind of file reaches an accuracy; None if it does not."""
     envelope: list[dict[str, Any]] = []
     for each in sorted(files, key=lambda each: each["bytes"]):
         if not envelope or accuracy(each, task) > accuracy(envelope[-1], task):
@@ -305,11 +308,11 @@ def at_accuracy(files: list[dict[str, Any]], task: str, wanted: float) -> tuple[
     for index, above in enumerate(envelope):
         if accuracy(above, task) >= wanted:
             if not index:
-                return above["bytes"], above["way"]
+                return above["bytes"]
             below = envelope[index - 1]
             share = (wanted - accuracy(below, task)) / (accuracy(above, task) - accuracy(below, task))
-            return below["bytes"] * (above["bytes"] / below["bytes"]) ** share, above["way"]
-    return None, None
+            return below["bytes"] * (above["bytes"] / below["bytes"]) ** share
+    return None
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,10 @@ Not resolved
     views      how many images a prompt has is not stated; 4 global views and 32 crops a row are our guess.
 
 The run starts from the second stage of fine-tuning; --init-from.path takes another run or a Hugging Face directory.
+
+By `stepjax plan configs/step3_vl_10b/rlvr.py --topology v5p-128 --answer-tokens 4096` an iteration takes 738 s, and
+6,547 s if all answers are the longest. The critic's gradient needs 95.1 of 95.7 GiB: the engines' caches fill what the
+trainer leaves.
 """
 
 from stepjax.config import (
