@@ -23,6 +23,7 @@ NEEDS = {
     "linear_cross_entropy": "tokamax",
     "plan_vs_maxtext": "maxtext",
     "rl_vs_trl": "trl",
+    "tofc": "pillow_jxl",
     "train_step_vs_pytorch": "torch",
 }
 

@@ -95,7 +95,7 @@ function drawPictures() {
   const global = views ? views.slice(-1) : [];
   $("pictures").replaceChildren(
     make("div", { class: "over" },
-      crops.length ? figure(crops, `The image in ${crops.length} crops`, "large") : null,
+      crops.length ? figure(crops, `The image in ${crops.length} crop${crops.length > 1 ? "s" : ""}`, "large") : null,
       crops.length ? figure(global, "The global view", "small")
         : figure(global, views ? "The image, one global view" : "The image itself", "large")),
     views && make("div", { class: "choice" }, make("label", {}, quiet("Tint shows "), shade)),
