@@ -133,6 +133,21 @@ def test_the_order_has_no_cycle():
             del waiting[room]
 
 
+def test_any_module_may_be_the_first_to_be_imported():
+    """In one process, with the package forgotten before each: a process each would take minutes."""
+    code = """if True:
+        import importlib, sys
+        for name in sys.argv[1:]:
+            for known in [known for known in sys.modules if known.partition(".")[0] == "stepjax"]:
+                del sys.modules[known]
+            importlib.import_module(name)
+    """
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_only_sharding_names_mesh_axes():
     for path in FILES:
         if path.name in ("sharding.py", "config.py"):
