@@ -1,11 +1,11 @@
 """Questions about worn pages, composed on the fly. Works offline.
 
-| task       | prompt               | answer                          |
-|------------|----------------------|---------------------------------|
-| read       | What is the sum?     | 407                             |
-| count      | How many crosses?    | 3                               |
-| point      | Point at the cross.  | (62, 30)                        |
-| list       | List the fields.     | sum 407, age 31                 |
+| task       | prompt               | answer                           |
+|------------|----------------------|----------------------------------|
+| read       | What is the sum?     | 407                              |
+| count      | How many crosses?    | 3                                |
+| point      | Point at the cross.  | (62, 30)                         |
+| list       | List the fields.     | sum 407, age 31                  |
 | transcribe | Transcribe the page. | s407.x.x~~~~ ... (64 characters) |
 
 The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
@@ -39,8 +39,6 @@ NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
 LABELS = ("sum", "tax", "fee", "day", "age", "lot")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
-
-
 SLOT = 4  # cells in a row for a field, or for as many marks
 DIGITS = SLOT - 1  # of a field, at most
 HELD_OUT_FIELDS = 4
@@ -78,17 +76,17 @@ class DocumentsRecords:
         task, split = self.source.task, self.source.split
         page = _page(rng, split)
         image, boxes = draw_page(rng, page, wear=self.source.wear)
-        if task == "transcribe":
-            turns = [(task, "Transcribe the page.", {"text": transcript(page)})]
-        elif task == "list":
-            turns = [(task, "List the fields.", {"text": listing(page)})]
-        else:
-            turns = _questions(page, boxes)
-            if task == "all":
-                turns.append(("list", "List the fields.", {"text": listing(page)}))
-            turns = [turns[i] for i in rng.permutation(len(turns))]
-            if task != "all":
-                turns = [next(turn for turn in turns if turn[0] == task)]
+        listed = ("list", "List the fields.", {"text": _listing(page)})
+        questions = _questions(page, boxes)
+        match task:
+            case "transcribe":
+                turns = [(task, "Transcribe the page.", {"text": transcript(page)})]
+            case "list":
+                turns = [listed]
+            case "all":
+                turns = _shuffled(rng, [*questions, listed])
+            case _:
+                turns = [next(turn for turn in _shuffled(rng, questions) if turn[0] == task)]
         messages: list[dict[str, Any]] = []
         for _, prompt, answer in turns:
             messages.append({"role": "user", "content": prompt})
@@ -107,7 +105,7 @@ class DocumentsRecords:
 def _page(rng: np.random.Generator, split: Split) -> Page:
     """A random page. Its first mark is the only one of its kind."""
     slots = [(column, row) for row in range(CELLS) for column in range(0, CELLS, SLOT)]
-    slots = [slots[i] for i in rng.permutation(len(slots))]
+    slots = _shuffled(rng, slots)
     is_train, by_class = split == "train", load_scans().by_class[split]
     num_fields = min(rng.geometric(0.3), len(LABELS)) if is_train else HELD_OUT_FIELDS  # few are easy to learn from
     fields = []
@@ -119,7 +117,8 @@ def _page(rng: np.random.Generator, split: Split) -> Page:
     counts = [1, *rng.integers(1, MOST_MARKS + 1, size=len(SHAPES) - 1).tolist()]
     shapes = rng.permutation(SHAPES).repeat(counts).tolist()
     marks = tuple(Mark(shape, marked[i]) for shape, i in zip(shapes, rng.permutation(len(marked)), strict=False))
-    texts = slots[: rng.integers(-len(slots), len(slots) + 1).clip(0)] if is_train else slots
+    most = rng.integers(-len(slots), len(slots) + 1) if is_train else len(slots)  # half of the pages have no text
+    texts = slots[: max(most, 0)]
     return Page(tuple(fields), marks, tuple(_cells(texts)))
 
 
@@ -141,7 +140,11 @@ def transcript(page: Page) -> str:
     return "".join(map("".join, lines))
 
 
-def listing(page: Page) -> str:
+def _shuffled(rng: np.random.Generator, turns: list[Any]) -> list[Any]:
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def _listing(page: Page) -> str:
     """Labels and numbers of all fields in reading order."""
     fields = sorted(page.fields, key=lambda field: field.cell[::-1])
     return ", ".join(f"{field.label} {_number(field)}" for field in fields)

@@ -68,7 +68,7 @@ def draw_page(rng: np.random.Generator, page: Page, *, wear: float) -> tuple[Ima
         wear: strength of grain, stains and uneven light, 0..1; 0: plain paper.
 
     Returns:
-        The RGB image [320, 320], and the box of every mark.
+        The RGB image, 320 x 320 pixels, and the box of every mark.
     """
     printed, pencil, stamp = (Image.new("L", (SIDE, SIDE)) for _ in range(3))
     write, press = ImageDraw.Draw(printed), ImageDraw.Draw(stamp)

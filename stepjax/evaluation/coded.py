@@ -18,8 +18,8 @@ from stepjax.processing.image_files import open_image
 from stepjax.processing.images import CodedImage
 from stepjax.processing.processor import Processor
 from stepjax.tofc import codec
+from stepjax.tofc.codec import decode_image
 from stepjax.tofc.device import Device
-from stepjax.tofc.server import decode_image
 
 _CHUNK = 256  # features whose bits are estimated at a time
 

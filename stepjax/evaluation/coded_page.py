@@ -45,8 +45,8 @@ from stepjax.rewards.verify import is_right
 from stepjax.rollouts.rollout import Rollout
 from stepjax.tasks import gold
 from stepjax.tofc import codec
+from stepjax.tofc.codec import decode_image
 from stepjax.tofc.device import Device
-from stepjax.tofc.server import decode_image
 
 _TITLE = "What a device sends"
 _MOST_PIXELS = 1600  # of the longer side of an image on the page

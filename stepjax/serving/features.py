@@ -24,7 +24,7 @@ from stepjax.serving.metrics import Metrics
 from stepjax.serving.schemas import ChatRequest, Features, FeaturesPart, Part
 from stepjax.serving.settings import Limits, MiB
 from stepjax.tofc import codec
-from stepjax.tofc.server import decode_image
+from stepjax.tofc.codec import decode_image
 from stepjax.tofc.tables import Tables
 
 _MOST_CROPS = 4096  # where the model's images have no limit

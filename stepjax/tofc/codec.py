@@ -32,7 +32,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepjax.errors import BitstreamError, CorruptStreamError, StreamLimitError, UnknownModelError, require_positive
+from stepjax.config import ImageConfig
+from stepjax.errors import (
+    BitstreamError,
+    CorruptStreamError,
+    ImageError,
+    StreamLimitError,
+    UnknownModelError,
+    require_positive,
+)
+from stepjax.processing.images import CodedImage
 from stepjax.tofc import range_coder
 from stepjax.tofc.range_coder import read_varint, varint
 from stepjax.tofc.tables import LIMIT, MAX_LATENT, MAX_MEAN, NUM_SCALES, UNIT, Tables
@@ -226,7 +235,25 @@ def decode(tables: Tables | Sequence[Tables], data: bytes, *, limits: Limits | N
         StreamLimitError: it is larger than the limits.
         UnknownModelError: it was made with none of these models, or its format has another version.
     """
+    return _tiles(tables, parse(data, limits=limits))
+
+
+def decode_image(
+    tables: Tables | Sequence[Tables], data: bytes, images: ImageConfig, *, limits: Limits | None = None
+) -> CodedImage:
+    """A device's frame as the model reads it, in an image's place.
+
+    Raises:
+        CorruptStreamError, StreamLimitError, UnknownModelError: as `decode`; also corrupt if no image has such views.
+    """
     frame = parse(data, limits=limits)
+    try:
+        return CodedImage.of(_tiles(tables, frame), frame.columns, images)
+    except ImageError as error:
+        raise CorruptStreamError(f"frame of {len(data)} bytes: {error}") from error
+
+
+def _tiles(tables: Tables | Sequence[Tables], frame: Frame) -> list[np.ndarray]:
     model, tiles = model_of(tables, frame), []
     for tile, (payload, count) in enumerate(zip(frame.payloads, frame.features, strict=True)):
         try:

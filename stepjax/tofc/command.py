@@ -137,7 +137,7 @@ class TofcDecode:
         from stepjax.interop.load import load_model, load_processor
         from stepjax.interop.orbax_directory import OrbaxDirectory
         from stepjax.processing.processor import Processor
-        from stepjax.tofc.server import decode_image
+        from stepjax.tofc.codec import decode_image
 
         source = OrbaxDirectory(self.directory)
         tables, model, processor = load_codec(source), load_model(source), load_processor(source)

@@ -43,10 +43,10 @@ from stepjax.sharding import named_leaves
 from stepjax.tofc import client, codec
 from stepjax.tofc import device as files
 from stepjax.tofc.client import Policy, ask
+from stepjax.tofc.codec import decode_image
 from stepjax.tofc.device import CODEC, DEVICE, pack
 from stepjax.tofc.hyperprior import freeze
 from stepjax.tofc.range_coder import varint
-from stepjax.tofc.server import decode_image
 from stepjax.tofc.tables import Tables
 
 CONFIG = EngineConfig(max_sequences=8, smallest_batch=8, max_prefix_groups=1, max_context=256, page_size=16)

@@ -40,9 +40,8 @@ from stepjax.processing.processor import Processor
 from stepjax.serving.command import _codec
 from stepjax.sharding import make_mesh, named_leaves, shardings
 from stepjax.tofc import codec
-from stepjax.tofc.codec import Limits
+from stepjax.tofc.codec import Limits, decode_image
 from stepjax.tofc.device import Device
-from stepjax.tofc.server import decode_image
 from stepjax.tofc.tables import Tables
 from stepjax.training.loop import pretrain
 from stepjax.training.step import calibrated, forward, make_train_step, new_state
