@@ -5,12 +5,13 @@
 It starts from the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
 
-    train      the model that reads pages (an hour on two cores), and from it, two to six minutes more each: a codec
-               at every rate, one for each ablation, and the model without a codec. What is there is resumed or kept.
-    curves     held-out pages, transcribed, and questions about more of them. Each is sent in every way: as files of
-               JPEG, WebP, AVIF and JPEG XL at several qualities and sizes; as the features that are farthest from their
-               mean, in int8 ("pruned"); and coded. The model without a codec answers from files and pruned features,
-               each codec's own model from frames. Intervals are over pages. Draws docs/tofc.png.
+    train      the model that reads pages (half an hour on two cores), and from it, two to six minutes more each: a
+               codec at every rate, one for each ablation, and the model without a codec. What is there is resumed or
+               kept.
+    curves     held-out questions, --examples of each task: read a number, count marks, point at a mark. Their pages are
+               sent in every way: as files of JPEG, WebP, AVIF and JPEG XL at several qualities and sizes; as the
+               features that are farthest from their mean, in int8 ("pruned"); and coded. The model without a codec
+               answers from files and pruned features, each codec's own model from frames. Draws docs/tofc.png.
     streams    100,000 mutated frames, each decoded in a process with bounded memory: the features that were sent, or a
                typed error. If checksums are mended, other features may come out.
     speed      the codec alone, on one core: a tile of 32 features with 1,152 channels, and a page. And what a device
@@ -48,8 +49,7 @@ from flax import nnx
 from PIL import Image
 
 from stepjax.config import DocumentsSource, TofcConfig
-from stepjax.data.documents import CHARACTERS, transcript
-from stepjax.data.documents_render import CELLS, SIDE
+from stepjax.data.documents_render import SIDE
 from stepjax.data.records import open_source
 from stepjax.errors import BitstreamError
 from stepjax.evaluation.coded import evaluate_coded
@@ -67,7 +67,7 @@ from stepjax.tofc.tables import Tables
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "tofc.png"
-TRANSCRIPTS, PAGES, PLAIN = "documents_sft_transcripts", "documents_sft", "documents_sft_control"
+TEXT, PAGES, PLAIN = "documents_sft_text", "documents_sft", "documents_sft_control"
 RATES = (0.2, 0.01, 0.05, 0.6)  # lambda; the first one is trained longest, and the others go on from it
 MIDDLE = {"rate-weight": str(RATES[0])}
 FIRST = f"lambda {RATES[0]}"
@@ -88,13 +88,7 @@ FILES: dict[str, dict[float, tuple[int, ...]]] = {  # qualities by size, as a sh
     "jxl": {1.0: (10, 30), 0.5: (10, 30, 55), 0.35: (15, 40, 65)},
 }
 PRUNED = (8, 16, 32)  # features left
-TASKS = {  # of a page's transcript the numbers, marks and the mark that is there once; and a number that is asked for
-    "number": "numbers in transcripts",
-    "count": "marks counted in transcripts",
-    "point": "the single mark in transcripts",
-    "read": "asked for one number",
-}
-CELLS_OF_PAGE = CELLS**2
+TASKS = {"read": "a number read", "count": "marks counted", "point": "pointed at a mark"}
 MEMORY = 1 << 30  # of the process that decodes mutated frames, beside what it has when it starts
 STREAMS = 100_000
 
@@ -110,8 +104,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the seconds of each run that was not there."""
     out, seconds = options.out, {}
     commands = {
-        TRANSCRIPTS: ["sft", "configs/documents/sft_transcripts.py", "--init-from.path", str(options.digits)],
-        PAGES: ["sft", "configs/documents/sft.py", "--init-from.path", str(out / TRANSCRIPTS)],
+        TEXT: ["sft", "configs/documents/sft_text.py", "--init-from.path", str(options.digits)],
+        PAGES: ["sft", "configs/documents/sft.py", "--init-from.path", str(out / TEXT)],
+        PLAIN: ["sft", "configs/documents/sft_control.py", "--init-from.path", str(out / PAGES)],
     }
     fresh = ["--init-from.path", str(out / PAGES)]
     for variant, changes in VARIANTS.items():
@@ -119,7 +114,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         name = ["--name", run_of(out, variant).name]
         start = fresh if variant in FRESH else ["--init-from.path", str(run_of(out, FIRST)), *SHORT]
         commands[variant] = ["tofc", "train", "configs/documents/tofc.py", *start, *name, *fields]
-    commands[PLAIN] = ["sft", "configs/documents/sft_control.py", *fresh]
     for name, command in commands.items():
         began = time.perf_counter()
         full = [sys.executable, "-m", "stepjax.cli", *command, "--out", str(out), "--evaluation.examples", "10"]
@@ -205,12 +199,7 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{way} {' '.join(map(str, more.values()))}: {num_bytes:,.0f} bytes, {shares}", flush=True)
 
     model, processor, config = load_run(out / PLAIN)
-    sources = tuple(
-        DocumentsSource(name=task, weight=1.0, task=task, split="held_out") for task in ("transcribe", "read")
-    )
-    evaluation = dataclasses.replace(
-        config.evaluation, sources=sources, examples=options.examples, max_new_tokens=CELLS_OF_PAGE + 1, batch_size=32
-    )
+    evaluation = dataclasses.replace(config.evaluation, examples=options.examples)
     engine = evaluation_engine(model, processor, evaluation)
     score = functools.partial(evaluate, model, processor, evaluation, seed=config.seed, engine=engine)
     add("uncompressed", score(), 3 * SIDE**2)
@@ -243,28 +232,11 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def scores(report: Report) -> dict[str, dict[str, Any]]:
-    """Of every task the share that is right, and its 95 % interval over pages."""
-    shares: dict[str, list[float]] = {task: [] for task in TASKS}
-    for item in report.items:
-        if item.record["task"] == "read":
-            shares["read"].append(float(item.correct))
-            continue
-        page, text = item.record["page"], item.text.ljust(CELLS_OF_PAGE)
-        truth = transcript(page)
-        numbers = [(row * CELLS + column, len(field.scan_ids)) for field in page.fields for column, row in [field.cell]]
-        is_right = [
-            text[first + 1 : first + 1 + count] == truth[first + 1 : first + 1 + count] for first, count in numbers
-        ]
-        shares["number"].append(statistics.fmean(is_right))
-        counted = [text.count(character) == truth.count(character) for character in CHARACTERS.values()]
-        shares["count"].append(statistics.fmean(counted))
-        single = CHARACTERS[page.marks[0].shape]
-        shares["point"].append(float(text.count(single) == 1 and text.find(single) == truth.find(single)))
+    """Of every task the share of right answers and its 95 % interval."""
     found = {}
-    for task, values in shares.items():
-        drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
-        interval = [round(float(x), 4) for x in np.percentile(drawn, [2.5, 97.5])]
-        found[task] = {"accuracy": round(statistics.fmean(values), 4), "interval": interval}
+    for result in report.results:
+        low, high = result.interval
+        found[result.name] = {"accuracy": round(result.accuracy, 4), "interval": [round(low, 4), round(high, 4)]}
     return found
 
 
@@ -427,7 +399,7 @@ def streams(options: argparse.Namespace) -> dict[str, Any]:
 def decode_mutated(out: Path, count: int) -> dict[str, Any]:
     device = Device(run_of(out, FIRST))
     records = open_source(DocumentsSource(name="pages", weight=1.0, task="read", split="held_out"), 0)
-    frames = [device.encode(records[i]["messages"][0]["content"][0]["image"]).frame for i in range(20)]
+    frames = [device.encode(records[i]["messages"][0]["content"][1]["image"]).frame for i in range(20)]
     decoded = [codec.decode(device.tables, frame) for frame in frames]
     originals = dict(zip(frames, decoded, strict=True))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -480,7 +452,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     model.calibrate(jax.numpy.asarray(x_NC))
     device = Device(run_of(options.out, FIRST))
     record = open_source(DocumentsSource(name="pages", weight=1.0, task="read", split="held_out"), 0)[0]
-    image = record["messages"][0]["content"][0]["image"]
+    image = record["messages"][0]["content"][1]["image"]
     found: dict[str, Any] = {"tile of 32 x 1152": coder(freeze(model), [x_NC])}
     found["page"] = coder(device.tables, device.features(image)[0])
     found["page"]["views, encoder and merging"] = median_ms(lambda: device.features(image))
@@ -507,7 +479,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of the runs")
     parts = {"train": train, "curves": curves, "streams": streams, "speed": speed}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--examples", type=int, default=200, help="held-out pages to transcribe, and questions")
+    parser.add_argument("--examples", type=int, default=150, help="held-out questions of each task")
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--decode", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -12,15 +12,21 @@ codec and its quality, and after @ a scale by which the device shrinks the image
     device (core 0) -- veth, tbf at 25, 50, 100 KB/s (1000 bytes) -- proxy -- stepjax serve (core 1)
 
 tbf throttles what the device sends, not the answers. It lets 1600 bytes pass at once, the least for packets of 1514: a
-datagram uses these up before every request, so that every byte of it waits for the link. Every question has a new
-connection. The proxy delays both directions by --delay-ms, and requests by twice that for the connection's handshake.
-It stands at the server, whose API takes image files only in base64, a third larger, and enlarges no image. So that
-neither counts against image files, they are sent as they are: the proxy writes the base64, and enlarges a shrunk image
-to its size (sent on as BMP). "Data URI" is the latency with the base64 on the link, computed from its bytes.
+datagram uses these up before every request, so that every byte of it waits for the link. The proxy delays both
+directions by --delay-ms, and the first request of a connection by twice that for the handshake. It stands at the
+server, whose API takes image files only in base64, a third larger, and enlarges no image. So that neither counts
+against image files, they are sent as they are: the proxy writes the base64, and enlarges a shrunk image to its size
+(sent on as BMP). "Data URI" is the latency with the base64 on the link, computed from its bytes.
 
 The questions are the first held-out ones of the first evaluation source of the first RUN. All ways get the same ones,
-and every rate others: nothing is asked twice, and caches do not help. Rates and ways take turns question by question.
-All servers are up at once, but one is asked at a time. A latency is from the image in memory to the answer's text:
+and every rate and mode others: nothing is asked twice, and caches do not help. Rates, modes and ways take turns. All
+servers are up at once, but one is asked at a time. There are three modes:
+
+    first token       of the answer or its reasoning, over a connection that stays open between questions
+    whole answer      the same to its end
+    new connection    to the first token, with a connection for each question
+
+A latency is from the image in memory to the reply's text:
 
     encode     shrinking, encoder, merging and coder on the device; of image files shrinking and the file's codec
     send       until the proxy hands the request to the server
@@ -64,6 +70,7 @@ WARM_UPS = 2  # questions of each way that are not measured
 START_SECONDS = 600  # for a server to load and compile
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF", "jxl": "JXL"}
 FILE = "image_file"  # the proxy's type of a part whose file stands after the line of JSON
+MODES = {"first token": (1, True), "whole answer": (None, True), "new connection": (1, False)}  # tokens; stays open
 ENGINE = dict(max_sequences=1, max_prefix_groups=1)  # one question at a time; fewer programs to compile
 
 
@@ -113,14 +120,15 @@ def device(options: argparse.Namespace) -> None:
     if config is None or not isinstance(source, DigitsSource | DocumentsSource):
         raise SystemExit(f"{options.runs[0]}: its first evaluation source is not of digits or documents")
     records = open_source(dataclasses.replace(source, split="held_out"), config.seed)
-    count = WARM_UPS + len(options.rates) * options.questions
+    count = WARM_UPS + len(options.rates) * len(MODES) * options.questions
     if len(records) < count:
         raise SystemExit(f"source {source.name}: has {len(records)} records, not {count}; ask fewer --questions")
     contents = [records[i]["messages"][0]["content"] for i in range(count)]
-    if not all(isinstance(content, list) and content[0]["type"] == "image" for content in contents):
-        raise SystemExit(f"source {source.name}: its questions do not begin with an image")
-    images = [open_image(content[0]["image"], name=str(i)) for i, content in enumerate(contents)]
+    if not all(sorted(item["type"] for item in content) == ["image", "text"] for content in contents):
+        raise SystemExit(f"source {source.name}: its questions are not of an image and a text")
+    images = [open_image(item["image"], name="") for content in contents for item in content if "image" in item]
     devices, (ways, _) = [Device(run) for run in options.runs], ways_of(options)
+    servers = {way: client.Server(f"http://{SERVER_ADDRESS}:{PROXY_PORT + way.server}/v1") for way in ways}
     for each in devices:
         for image in images:  # compiles for every number of views
             each.features(image)
@@ -130,9 +138,11 @@ def device(options: argparse.Namespace) -> None:
     print(json.dumps({"source": source.name, "task": source.task}), flush=True)
 
     for line in sys.stdin:
-        way, index = json.loads(line)
-        way, image, prompt = ways[way], images[index], contents[index][1]["text"]
-        server = client._Server(f"http://{SERVER_ADDRESS}:{PROXY_PORT + way.server}/v1", None)
+        way, mode, index = json.loads(line)
+        way, image, (tokens, stays_open) = ways[way], images[index], MODES[mode]
+        server = servers[way]
+        if not stays_open:
+            server = client.Server(server.url)
         time.sleep(REFILL)
         bytes_before, figures = sent_bytes(), {}
         began = time.perf_counter()
@@ -154,9 +164,9 @@ def device(options: argparse.Namespace) -> None:
             part = {"type": FILE, "format": way.kind, "size": image.size if way.scale < 1 else None}
             uri = len(f"data:image/{way.kind};base64,") + 4 * -(-len(data) // 3)
             figures["base64"] = uri - len(data)
-        fields = {"max_tokens": config.evaluation.max_new_tokens, "temperature": 0.0}
-        message = {"role": "user", "content": [part, {"type": "text", "text": prompt}]}
-        body = json.dumps({"messages": [message], **fields}).encode() + b"\n" + data
+        fields = {"max_tokens": tokens or config.evaluation.max_new_tokens, "temperature": 0.0}
+        message = {"role": "user", "content": [part if "image" in item else item for item in contents[index]]}
+        body = json.dumps({"messages": [message], **fields}, separators=(",", ":")).encode() + b"\n" + data
         coded = time.perf_counter()
         filler.sendto(bytes(FILLER), (SERVER_ADDRESS, 9))  # nobody listens there
         reply = server.post("application/octet-stream", body, 120.0)
@@ -195,20 +205,23 @@ async def proxy(options: argparse.Namespace) -> None:
     delay = options.delay_ms / 1e3
 
     async def connected(server: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer):
-            head, body = await read_message(reader)
-            await asyncio.sleep(3 * delay)  # the handshake's two, and its own
-            handed_on = time.perf_counter()
-            head, body = as_the_server_reads_it(head, body)
-            from_server, to_server = await asyncio.open_connection("127.0.0.1", SERVER_PORT + server)
-            with contextlib.closing(to_server):
-                to_server.write(head + body)
-                reply = b"".join(await read_message(from_server))
-            answered = time.perf_counter()
-            print(json.dumps([handed_on, answered]), flush=True)
-            await asyncio.sleep(delay)
-            writer.write(reply)
-            await writer.drain()
+        delays = 3  # the handshake's two, and the request's own
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionResetError):
+            while True:
+                head, body = await read_message(reader)
+                await asyncio.sleep(delays * delay)
+                delays = 1
+                handed_on = time.perf_counter()
+                head, body = as_the_server_reads_it(head, body)
+                from_server, to_server = await asyncio.open_connection("127.0.0.1", SERVER_PORT + server)
+                with contextlib.closing(to_server):
+                    to_server.write(head + body)
+                    reply = b"".join(await read_message(from_server))
+                answered = time.perf_counter()
+                print(json.dumps([handed_on, answered]), flush=True)
+                await asyncio.sleep(delay)
+                writer.write(reply)
+                await writer.drain()
 
     def handler(server: int) -> Callable[..., Any]:
         return lambda reader, writer: connected(server, reader, writer)
@@ -232,7 +245,8 @@ def as_the_server_reads_it(head: bytes, body: bytes) -> tuple[bytes, bytes]:
 
     line, _, data = body.partition(b"\n")
     fields = json.loads(line)
-    part = fields["messages"][0]["content"][0]
+    content = fields["messages"][0]["content"]
+    [(place, part)] = [(place, part) for place, part in enumerate(content) if part["type"] != "text"]
     if part["type"] != FILE:
         return head, body
     kind = part["format"]
@@ -242,7 +256,7 @@ def as_the_server_reads_it(head: bytes, body: bytes) -> tuple[bytes, bytes]:
         image.resize(part["size"], Image.Resampling.BICUBIC).save(file, "BMP")
         data = file.getvalue()
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    fields["messages"][0]["content"][0] = {"type": "image_url", "image_url": {"url": uri}}
+    content[place] = {"type": "image_url", "image_url": {"url": uri}}
     made = json.dumps(fields).encode()
     request, *_ = head.split(b"\r\n")
     lines = [request, b"host: 127.0.0.1", b"content-type: application/json", b"content-length: %d" % len(made)]
@@ -368,10 +382,13 @@ class Question(NamedTuple):
     right: bool
 
 
-def measure(options: argparse.Namespace, cores: list[int]) -> tuple[dict[float, dict[str, list[Question]]], str]:
-    """Questions by rate and way, and the name of their source."""
+Measured = dict[float, dict[str, dict[str, list[Question]]]]  # by rate, mode and way
+
+
+def measure(options: argparse.Namespace, cores: list[int]) -> tuple[Measured, str]:
+    """Returns the questions, and the name of their source."""
     ways, _ = ways_of(options)
-    made: dict[float, dict[str, list[Question]]] = {rate: {way.name: [] for way in ways} for rate in options.rates}
+    made: Measured = {rate: {mode: {way.name: [] for way in ways} for mode in MODES} for rate in options.rates}
     with contextlib.ExitStack() as stack:
         remove_namespaces()
         stack.callback(remove_namespaces)
@@ -395,8 +412,8 @@ def measure(options: argparse.Namespace, cores: list[int]) -> tuple[dict[float, 
         asking = start(DEVICE_SIDE, cores[0], *part("device"))
         source = json.loads(asking.line())
 
-        def ask(way: int, index: int) -> Question:
-            asking.write([way, index])
+        def ask(way: int, mode: str, index: int) -> Question:
+            asking.write([way, mode, index])
             reply = json.loads(asking.line())
             began, encoded, coded, ended = reply["times"]
             handed_on, answered = json.loads(between.line())
@@ -414,15 +431,16 @@ def measure(options: argparse.Namespace, cores: list[int]) -> tuple[dict[float, 
 
         for way in range(len(ways)):
             for index in range(WARM_UPS):
-                ask(way, index)
+                ask(way, "whole answer", index)
+        turns = [(rate, mode) for rate in options.rates for mode in MODES]
         for number in range(options.questions):
             print(f"question {number + 1} of {options.questions}", flush=True)
-            for place, rate in enumerate(options.rates):
+            for place, (rate, mode) in enumerate(turns):
                 throttle(rate)
                 for turn in range(len(ways)):
                     way = (turn + number) % len(ways)  # no way is always first
-                    question = ask(way, WARM_UPS + place * options.questions + number)
-                    made[rate][ways[way].name].append(question)
+                    question = ask(way, mode, WARM_UPS + place * options.questions + number)
+                    made[rate][mode][ways[way].name].append(question)
     return made, f"{source['source']} ({source['task']})"
 
 
@@ -448,21 +466,20 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def show(figures: dict[str, dict[str, Any]], options: argparse.Namespace, left_out: list[str]) -> None:
-    first = next(iter(figures.values()))
+def show(figures: dict[str, dict[str, dict[str, Any]]], options: argparse.Namespace, left_out: list[str]) -> None:
+    first = next(iter(next(iter(figures.values())).values()))
     width = 2 + max(map(len, first))
     heads = ("data", "body", "on wire", "encode", "send", "answer", "total", "95 %", "data URI", "right")
-    for rate, by_way in figures.items():
-        print(f"\n{rate} KB/s: mean bytes; milliseconds, medians and for the total the 95th percentile")
+    for rate, mode in ((rate, mode) for rate in figures for mode in MODES):
+        print(f"\n{rate} KB/s, {mode}: mean bytes; milliseconds, medians and for the total the 95th percentile")
         print(" " * width + "".join(f"{head:>10}" for head in heads))
-        for name, made in by_way.items():
+        for name, made in figures[rate][mode].items():
             row = [f"{made[f'{size}_bytes']:,.0f}" for size in ("data", "body", "wire")]
             row += [f"{made[f'{part}_ms']['median']:,.1f}" for part in ("encode", "send", "answer", "total")]
-            uri = made.get("data_uri_total_ms")
+            uri, right = made.get("data_uri_total_ms"), f"{made['right']}/{made['questions']}"
             row += [f"{made['total_ms']['percentile_95']:,.1f}", "" if uri is None else f"{uri['median']:,.1f}"]
-            print(
-                f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in [*row, f"{made['right']}/{made['questions']}"])
-            )
+            row += [right if MODES[mode][0] is None else ""]
+            print(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in row))
     print("\nnot measured:")
     for name, made in first.items():
         if name.endswith(" int8"):
@@ -478,7 +495,7 @@ def show(figures: dict[str, dict[str, Any]], options: argparse.Namespace, left_o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", default=["runs/documents_tofc_lambda_0.02"])
+    parser.add_argument("runs", nargs="*", metavar="RUN", default=["runs/documents_tofc_lambda_0.2"])
     parser.add_argument(
         "--base",
         metavar="RUN",
@@ -487,7 +504,7 @@ def main() -> None:
     )
     parser.add_argument("--codec", action="append", metavar="NAME:QUALITY[@SCALE]", help="jpeg, webp or avif")
     parser.add_argument("--rates", type=float, nargs="+", default=[25, 50, 100], help="KB/s, of 1000 bytes")
-    parser.add_argument("--questions", type=int, default=20, help="of each way and rate")
+    parser.add_argument("--questions", type=int, default=20, help="of each way, rate and mode")
     parser.add_argument("--delay-ms", type=float, default=10, help="of each direction")
     parser.add_argument("--part", choices=["device", "proxy"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -514,11 +531,15 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     made, source = measure(options, cores)
     figures = {
-        f"{rate:g}": {name: summary(questions, rate) for name, questions in by_way.items()}
-        for rate, by_way in made.items()
+        f"{rate:g}": {
+            mode: {name: summary(questions, rate) for name, questions in by_way.items()}
+            for mode, by_way in by_mode.items()
+        }
+        for rate, by_mode in made.items()
     }
     print(
-        f"\n{options.questions} held-out questions of {source} for each way and rate; {options.delay_ms:g} ms each way"
+        f"\n{options.questions} held-out questions of {source} for each way, rate and mode; "
+        f"{options.delay_ms:g} ms of delay each way"
     )
     print(f"device on core {cores[0]}, each server on core {cores[-1]} alone")
     show(figures, options, left_out)

@@ -262,7 +262,7 @@ class DigitsSource:
         require(f"data.sources.{self.name}", self, degradation=(0 <= self.degradation <= 1, "must be from 0 to 1"))
 
 
-DocumentsTask = Literal["read", "count", "point", "list", "transcribe", "all"]
+DocumentsTask = Literal["read", "count", "point"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +274,7 @@ class DocumentsSource:
     task: DocumentsTask
     split: Split = "train"
     wear: float = 1.0  # strength of grain, stains and uneven light, 0..1; it costs image codecs bytes
+    as_text: bool = False  # a page's transcript in place of its image
 
     def __post_init__(self):
         require(f"data.sources.{self.name}", self, wear=(0 <= self.wear <= 1, "must be from 0 to 1"))

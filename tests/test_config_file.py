@@ -25,7 +25,7 @@ from stepjax.errors import CheckpointError, ConfigError
 ROOT = Path(__file__).parent.parent
 RECIPES = [
     *(ROOT / "configs" / "digits" / f"{stage}.py" for stage in ("pretrain", "sft", "rlvr", "rlhf")),
-    *(ROOT / "configs" / "documents" / f"{name}.py" for name in ("sft_transcripts", "sft", "sft_control", "tofc")),
+    *(ROOT / "configs" / "documents" / f"{name}.py" for name in ("sft_text", "sft", "sft_control", "tofc")),
     *(
         ROOT / "configs" / "step3_vl_10b" / f"{stage}.py"
         for stage in ("pretrain", "sft_stage1", "sft_stage2", "rlvr", "rlhf")

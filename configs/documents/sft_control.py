@@ -1,4 +1,4 @@
-"""Train the model of sft.py on questions for six minutes more, without a codec.
+"""Train the model of sft.py for six minutes more, without a codec.
 
 This is what `tofc.py` does with one: the comparison that shows what coding costs, and not what more training brings.
 """
@@ -6,7 +6,7 @@ This is what `tofc.py` does with one: the comparison that shows what coding cost
 import dataclasses
 from pathlib import Path
 
-from stepjax.config import BatchConfig, DataConfig, DocumentsSource, InitConfig, Phase, ScheduleConfig, SftConfig
+from stepjax.config import InitConfig, Phase, ScheduleConfig, SftConfig
 from stepjax.config_file import load_recipe
 
 base = load_recipe(Path(__file__).with_name("sft.py"), SftConfig)
@@ -15,12 +15,6 @@ config = dataclasses.replace(
     base,
     name="documents_sft_control",
     init_from=InitConfig(path="runs/documents_sft"),
-    data=DataConfig(
-        sources=(
-            DocumentsSource(name="transcribe", weight=0.6, task="transcribe"),
-            DocumentsSource(name="all", weight=0.4, task="all"),
-        ),
-    ),
-    batch=BatchConfig(rows=8, tokens=544, global_views=2, crops=2),
     schedule=ScheduleConfig(phases=(Phase(tokens=1.4e6, start=1.2e-3, end=5e-5),), warmup_tokens=4e4),
+    optimizer=dataclasses.replace(base.optimizer, freeze=("vision/",)),
 )

@@ -3,9 +3,9 @@
     stepjax tofc train configs/documents/tofc.py
     stepjax tofc evaluate runs/documents_tofc
 
-A page has 64 features of 256 channels before the projector's matrix; 32 principal components of them are coded, and of
-the thumbnail one. They are not merged, because a transcript needs to know where each is. The projector and the decoder
-train along, so that they learn to read what is left.
+A page has 64 features of 256 channels before the projector's matrix; 48 principal components of them are coded, and of
+the thumbnail one. They are not merged, because a transcript needs them all, in their places. The projector and the
+decoder train along, so that they learn to read what is left.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ config = dataclasses.replace(
         base.model,
         tofc=TofcConfig(
             width=4 * base.model.vision.width,
-            bottleneck=32,
+            bottleneck=48,
             global_clusters=1,
             crop_clusters=64,
             experts=4,

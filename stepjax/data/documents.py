@@ -1,23 +1,21 @@
 """Questions about worn pages, composed on the fly. Works offline.
 
-| task       | prompt               | answer                           |
-|------------|----------------------|----------------------------------|
-| read       | What is the sum?     | 407                              |
-| count      | How many crosses?    | 3                                |
-| point      | Point at the cross.  | (62, 30)                         |
-| list       | List the fields.     | sum 407, age 31                  |
-| transcribe | Transcribe the page. | s407.x.x~~~~ ... (64 characters) |
-
-The task "all" asks every question about a page in random order, as turns of one conversation. So a training step
-computes the features of a page once and learns from up to ten answers.
+| task  | prompt              | answer   |
+|-------|---------------------|----------|
+| read  | What is the sum?    | 407      |
+| count | How many crosses?   | 3        |
+| point | Point at the cross. | (62, 30) |
 
 A page has up to six fields, each a printed label and handwritten digits, four kinds of marks, and printed text to
 ignore (`data.documents_render`). One kind of mark is there once: the one to point at. A point is a place in hundredths
-of the page's width and height, 0..99 from the top left corner; it is right inside the mark's box.
+of the page's width and height, 0..99 from the top left corner; it is right inside the mark's box. The answer to learn
+is the cell's centre, which lies in the box wherever the mark is in its cell.
 
-A transcript has a character for every cell of the page, row by row: a digit, a label's first letter, o, #, ^ or x for a
-mark, ~ for text to ignore, . for nothing. It teaches a model to look, because every character is about the next cell. A
-list has the labels and numbers of all fields in reading order, and teaches it to find them.
+The reasoning before an answer is a transcript of the page: a character for every cell, row by row; a digit, a label's
+first letter, o, #, ^ or x for a mark, ~ for text to ignore, . for nothing. A small model does not learn to find answers
+among a page's features, but it learns to copy the page out and to find them in the copy. That much it learns from text
+alone, ten times as fast: with `as_text` the prompt has the transcript in place of the image. The page comes last in the
+prompt: a cell is then always as far from its character, whatever the question.
 
 The splits share no scans. Held-out pages are full: fields have as many digits as there is room for, and the rest is
 printed text. Training pages may be emptier.
@@ -32,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from stepjax.config import DocumentsSource, Split
-from stepjax.data.digits_render import Box, load_scans
-from stepjax.data.documents_render import CELLS, SHAPES, SIDE, Cell, Field, Mark, Page, draw_page
+from stepjax.data.digits_render import load_scans
+from stepjax.data.documents_render import CELL, CELLS, SHAPES, SIDE, Cell, Field, Mark, Page, draw_page
 
 NUM_RECORDS = 10_000_000  # per source; more than a run reads
 
@@ -50,8 +48,8 @@ CHARACTERS = {"circle": "o", "square": "#", "triangle": "^", "cross": "x"}
 class DocumentsRecords:
     """Random access to the records of a documents source, for Grain and evaluation. Stateless and picklable.
 
-    Besides `id` and `messages`, a record has `page`, what is drawn; `task`, that of the last question; and its `answer`
-    with the `text` and, for points, the `box` of the mark (left, top, right, bottom, in hundredths of the page).
+    Besides `id`, `messages` and `task`, a record has `page`, what is drawn, and its `answer` with the `text` and, for
+    points, the `box` of the mark (left, top, right, bottom, in hundredths of the page).
     """
 
     def __init__(self, source: DocumentsSource, seed: int):
@@ -75,28 +73,23 @@ class DocumentsRecords:
         rng = np.random.default_rng((self.seed, self._source_key, index))
         task, split = self.source.task, self.source.split
         page = _page(rng, split)
-        image, boxes = draw_page(rng, page, wear=self.source.wear)
-        listed = ("list", "List the fields.", {"text": _listing(page)})
-        questions = _questions(page, boxes)
-        match task:
-            case "transcribe":
-                turns = [(task, "Transcribe the page.", {"text": transcript(page)})]
-            case "list":
-                turns = [listed]
-            case "all":
-                turns = _shuffled(rng, [*questions, listed])
-            case _:
-                turns = [next(turn for turn in _shuffled(rng, questions) if turn[0] == task)]
-        messages: list[dict[str, Any]] = []
-        for _, prompt, answer in turns:
-            messages.append({"role": "user", "content": prompt})
-            messages.append({"role": "assistant", "content": answer["text"]})
-        messages[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": messages[0]["content"]}]
-        kind, _, answer = turns[-1]
+        questions = _questions(page)[task]
+        prompt, answer = questions[rng.integers(len(questions))]
+        copied = transcript(page)
+        if self.source.as_text:
+            content: Any = f"{prompt}\n{copied}"
+            column, row = page.marks[0].cell
+            box = (CELL * column, CELL * row, CELL * (column + 1), CELL * (row + 1))
+        else:
+            image, (box, *_) = draw_page(rng, page, wear=self.source.wear)
+            content = [{"type": "text", "text": prompt}, {"type": "image", "image": image}]
+        if task == "point":
+            answer["box"] = [100 * x / SIDE for x in box]
+        said = {"role": "assistant", "reasoning_content": copied, "content": answer["text"]}
         return {
             "id": f"documents/{task}/{split}/{index}",
-            "messages": messages,
-            "task": kind,
+            "messages": [{"role": "user", "content": content}, said],
+            "task": task,
             "answer": answer,
             "page": page,
         }
@@ -105,7 +98,7 @@ class DocumentsRecords:
 def _page(rng: np.random.Generator, split: Split) -> Page:
     """A random page. Its first mark is the only one of its kind."""
     slots = [(column, row) for row in range(CELLS) for column in range(0, CELLS, SLOT)]
-    slots = _shuffled(rng, slots)
+    slots = [slots[i] for i in rng.permutation(len(slots))]
     is_train, by_class = split == "train", load_scans().by_class[split]
     num_fields = min(rng.geometric(0.3), len(LABELS)) if is_train else HELD_OUT_FIELDS  # few are easy to learn from
     fields = []
@@ -140,31 +133,18 @@ def transcript(page: Page) -> str:
     return "".join(map("".join, lines))
 
 
-def _shuffled(rng: np.random.Generator, turns: list[Any]) -> list[Any]:
-    return [turns[i] for i in rng.permutation(len(turns))]
-
-
-def _listing(page: Page) -> str:
-    """Labels and numbers of all fields in reading order."""
-    fields = sorted(page.fields, key=lambda field: field.cell[::-1])
-    return ", ".join(f"{field.label} {_number(field)}" for field in fields)
-
-
 def _number(field: Field) -> str:
     labels = load_scans().labels
     return "".join(str(labels[scan]) for scan in field.scan_ids)
 
 
-def _questions(page: Page, boxes: list[Box]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Task, prompt and answer of each question about a page. `boxes` are those of its marks."""
-    reads = [("read", f"What is the {field.label}?", {"text": _number(field)}) for field in page.fields]
+def _questions(page: Page) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Prompts and answers of each task."""
     shapes = [mark.shape for mark in page.marks]
-    single = shapes[0]
-    counts = [
-        ("count", f"How many {PLURALS[shape]}?", {"text": str(shapes.count(shape))})
-        for shape in SHAPES
-        if shape in shapes[1:]
-    ]
-    left, top, right, bottom = hundredths = [100 * x / SIDE for x in boxes[0]]
-    point = {"text": f"({int((left + right) / 2)}, {int((top + bottom) / 2)})", "box": hundredths}
-    return [*reads, *counts, ("point", f"Point at the {single}.", point)]
+    single, others = page.marks[0], [shape for shape in SHAPES if shape in shapes[1:]]
+    x, y = (int(100 * (place + 0.5) / CELLS) for place in single.cell)
+    return {
+        "read": [(f"What is the {field.label}?", {"text": _number(field)}) for field in page.fields],
+        "count": [(f"How many {PLURALS[shape]}?", {"text": str(shapes.count(shape))}) for shape in others],
+        "point": [(f"Point at the {single.shape}.", {"text": f"({x}, {y})"})],
+    }

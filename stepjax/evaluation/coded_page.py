@@ -65,15 +65,19 @@ class Picture(NamedTuple):
     has_truth: bool
 
 
-def pictures_of(images: Sequence[str], prompts: Sequence[str]) -> list[Picture]:
+def pictures_of(images: Sequence[str], prompts: Sequence[str], *, image_first: bool = True) -> list[Picture]:
     """
+    Args:
+        image_first: whether it comes before the question.
+
     Raises:
         ImageError: an image cannot be read.
     """
     pictures = []
     for path in images:
         image = open_image(path, name=path)
-        contents = [[{"type": "image", "image": image}, {"type": "text", "text": prompt}] for prompt in prompts]
+        part = {"type": "image", "image": image}
+        contents = [[part, {"type": "text", "text": prompt}][:: 1 if image_first else -1] for prompt in prompts]
         records = tuple({"id": path, "messages": [{"role": "user", "content": each}, _ANSWER]} for each in contents)
         pictures.append(Picture(Path(path).name, image, records, has_truth=False))
     return pictures
@@ -109,7 +113,7 @@ def write_page(
     *,
     base: str | None = None,
     quality: int = 50,
-    max_tokens: int = 64,
+    max_tokens: int = 128,
 ) -> dict[str, Any]:
     """Writes the page and returns its data.
 

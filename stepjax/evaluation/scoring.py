@@ -53,8 +53,8 @@ def _ways_to_sum(num_digits: int) -> Counter[int]:
     return ways
 
 
-def documents_chance_level(source: DocumentsSource) -> float | None:
-    """The same for pages: the best constant guess; for points, the centre of a random mark. None if tasks are mixed."""
+def documents_chance_level(source: DocumentsSource) -> float:
+    """The same for pages: the best constant guess; for points, the centre of a random mark."""
     match source.task:
         case "read":  # a training page has shorter numbers, equally often
             return 10**-DIGITS if source.split == "held_out" else 0.1 / DIGITS
@@ -63,8 +63,6 @@ def documents_chance_level(source: DocumentsSource) -> float | None:
         case "point":
             others = itertools.product(range(1, MOST_MARKS + 1), repeat=len(SHAPES) - 1)
             return statistics.fmean(1 / (1 + sum(counts)) for counts in others)
-        case _:
-            return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,6 @@ import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -100,30 +99,29 @@ class Answer(NamedTuple):
 
 
 def ask(
-    url: str,
+    server: "Server",
     device: Encoder,
     image: Image.Image,
     prompt: str,
     *,
+    image_first: bool = True,
     policy: Policy | None = None,
-    api_key: str | None = None,
     **fields: Any,
 ) -> Answer:
     """Asks a question about an image.
 
     Args:
-        url: of the server's API, such as "http://192.168.0.7:8000/v1".
         image: RGB.
+        image_first: whether it comes before the question or after it, as the model was trained.
         fields: of the chat request, such as `max_tokens`.
 
     Raises:
-        ConfigError: the URL is not one.
         ImageError: the image cannot be cut into views.
         RefusedError: the server refuses the question, or every kind of image that the policy has.
         UnreachableError: the server does not answer, is too busy or fails, as often or as long as the policy tries.
     """
     policy = policy or Policy()
-    end, server, attempts = time.monotonic() + policy.seconds, _Server(url, api_key), []
+    end, attempts = time.monotonic() + policy.seconds, []
     encode_ms, features, reason = 0.0, None, ""
     for kind in policy.kinds:
         began = time.perf_counter()
@@ -139,7 +137,7 @@ def ask(
             encode_ms += 1e3 * (time.perf_counter() - began)
         frame, tiles = "", ()
         for resend in range(policy.resends + 1):
-            media_type, body = _body(part, stream, prompt, fields, frame, tiles)
+            media_type, body = _body(part, stream, prompt, image_first, fields, frame, tiles)
             reply = server.post(media_type, body, end - time.monotonic())
             if reply.status == 200:
                 attempts.append(Attempt(kind, len(body), 200, "", tiles))
@@ -155,11 +153,13 @@ def ask(
             if is_busy:
                 pause = min(max(_PAUSE * 2**resend, reply.retry_after), _MAX_PAUSE)
                 if resend == policy.resends or time.monotonic() + pause >= end:
-                    raise UnreachableError(f"{url}: no answer in {len(attempts)} attempts: {reason}", tuple(attempts))
+                    raise UnreachableError(
+                        f"{server.url}: no answer in {len(attempts)} attempts: {reason}", tuple(attempts)
+                    )
                 time.sleep(pause)
         if not (is_damaged or _is_of_the_form(reply.status, error.get("code"))):
-            raise RefusedError(f"{url}: {reason}", tuple(attempts))
-    raise RefusedError(f"{url}: cannot read any of {', '.join(policy.kinds)}: {reason}", tuple(attempts))
+            raise RefusedError(f"{server.url}: {reason}", tuple(attempts))
+    raise RefusedError(f"{server.url}: cannot read any of {', '.join(policy.kinds)}: {reason}", tuple(attempts))
 
 
 def _is_busy(status: int | None) -> bool:
@@ -197,7 +197,13 @@ def _damaged(error: dict[str, Any], stream: bytes) -> tuple[str, tuple[int, ...]
 
 
 def _body(
-    part: dict[str, Any], stream: bytes, prompt: str, fields: dict[str, Any], frame: str, tiles: tuple[int, ...]
+    part: dict[str, Any],
+    stream: bytes,
+    prompt: str,
+    image_first: bool,
+    fields: dict[str, Any],
+    frame: str,
+    tiles: tuple[int, ...],
 ) -> tuple[str, bytes]:
     """Media type and body of a request.
 
@@ -210,8 +216,8 @@ def _body(
         part = part | {"features": {"bytes": len(stream), "resend": {"frame": frame, "tiles": tiles}}}
     elif stream:
         part = part | {"features": {"bytes": len(stream)}}
-    content = [part, {"type": "text", "text": prompt}]
-    line = json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
+    content = [part, {"type": "text", "text": prompt}][:: 1 if image_first else -1]
+    line = json.dumps({"messages": [{"role": "user", "content": content}], **fields}, separators=(",", ":")).encode()
     return ("application/octet-stream", line + b"\n" + stream) if stream else ("application/json", line)
 
 
@@ -230,6 +236,7 @@ class _Reply(NamedTuple):
     retry_after: float = 0.0  # seconds
     send_ms: float = 0.0
     answer_ms: float = 0.0
+    was_closed: bool = False  # by the other end, before a reply
 
     @property
     def error(self) -> dict[str, Any]:
@@ -237,8 +244,18 @@ class _Reply(NamedTuple):
         return error if isinstance(error, dict) else {}
 
 
-class _Server:
-    def __init__(self, url: str, api_key: str | None):
+class Server:
+    """A server's chat API. The connection stays open for the next question; not for several threads at once.
+
+    Args:
+        url: of its API, such as "http://192.168.0.7:8000/v1".
+
+    Raises:
+        ConfigError: the URL is not one.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None):
+        self.url = url
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port
@@ -248,26 +265,40 @@ class _Server:
             raise ConfigError(f"URL {url!r}: give an http or https URL, such as http://127.0.0.1:8000/v1")
         self._path = f"{parts.path.rstrip('/')}/chat/completions"
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        host, is_tls = parts.hostname, parts.scheme == "https"
+        self._connection = (
+            http.client.HTTPConnection(parts.hostname, port)
+            if parts.scheme == "http"
+            else http.client.HTTPSConnection(parts.hostname, port, context=ssl.create_default_context())
+        )
 
-        def connect(seconds: float) -> http.client.HTTPConnection:
-            if not is_tls:
-                return http.client.HTTPConnection(host, port, timeout=seconds)
-            return http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl.create_default_context())
+    def __enter__(self) -> "Server":
+        return self
 
-        self._connect: Callable[[float], http.client.HTTPConnection] = connect
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
 
-    def post(self, media_type: str, body: bytes, seconds: float) -> _Reply:
-        """One request on its own connection. What fails or takes longer has no status, and the reason as its error."""
+    def post(self, media_type: str, body: bytes, seconds: float) -> "_Reply":
+        """One request. What fails or takes longer has no status, and the reason as its error."""
+        end = time.monotonic() + seconds
+        is_old = self._connection.sock is not None
+        reply = self._posted(media_type, body, seconds)
+        if reply.was_closed and is_old:  # a server closes connections that are idle, and may do so just now
+            reply = self._posted(media_type, body, end - time.monotonic())
+        return reply
+
+    def _posted(self, media_type: str, body: bytes, seconds: float) -> "_Reply":
         if seconds <= 0:
             return _failed("the time is up")
-        connection = self._connect(seconds)
+        connection = self._connection
+        connection.timeout = seconds
+        if connection.sock is not None:
+            connection.sock.settimeout(seconds)
         # A socket's timeout is of one operation: a server that trickles would take for ever.
         is_over = threading.Event()
         timer = threading.Timer(seconds, _shut, [connection, is_over])
         timer.daemon = True
         timer.start()
-        began = time.perf_counter()
+        began, stays_open = time.perf_counter(), False
         try:
             try:
                 connection.request("POST", self._path, body, {"content-type": media_type, **self._headers})
@@ -283,12 +314,15 @@ class _Server:
                 return _failed(f"the reply is larger than {_MAX_REPLY} bytes")
             if is_over.is_set() or response.length:
                 return _failed("the time is up" if is_over.is_set() else "the reply ends early")
-            after = response.headers.get("retry-after", "")
+            after, stays_open = response.headers.get("retry-after", ""), response.isclosed()
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
+            return _failed(str(error) or type(error).__name__, was_closed=not is_over.is_set())
         except (OSError, http.client.HTTPException, ValueError) as error:
             return _failed(str(error) or type(error).__name__)
         finally:
             timer.cancel()
-            connection.close()
+            if not stays_open:
+                connection.close()
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
@@ -300,8 +334,8 @@ class _Server:
         return _Reply(response.status, fields, pause, 1e3 * (sent - began), 1e3 * (ended - sent))
 
 
-def _failed(reason: str) -> _Reply:
-    return _Reply(None, {"error": {"message": reason}})
+def _failed(reason: str, *, was_closed: bool = False) -> _Reply:
+    return _Reply(None, {"error": {"message": reason}}, was_closed=was_closed)
 
 
 def _shut(connection: http.client.HTTPConnection, is_over: threading.Event) -> None:

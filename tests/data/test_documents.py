@@ -21,8 +21,9 @@ from stepjax.data.documents import (
     PLURALS,
     SLOT,
     DocumentsRecords,
+    transcript,
 )
-from stepjax.data.documents_render import CELL, CELLS, SHAPES, SIDE, Mark, Page, draw_page
+from stepjax.data.documents_render import CELLS, SHAPES, SIDE, Mark, Page, draw_page
 from stepjax.data.records import open_source
 from stepjax.errors import ConfigError
 from stepjax.evaluation.scoring import documents_chance_level
@@ -33,104 +34,84 @@ TASKS = ("read", "count", "point")
 RECIPES = Path(__file__).parents[2] / "configs" / "documents"
 
 
-def _records(task: Any = "all", split: Any = "train", seed: int = 0, **fields: Any) -> DocumentsRecords:
+def _records(task: Any = "read", split: Any = "train", seed: int = 0, **fields: Any) -> DocumentsRecords:
     source = DocumentsSource(**{"name": "a", "weight": 1.0, "task": task, "split": split} | fields)
     return DocumentsRecords(source, seed)
 
 
 @pytest.fixture(scope="module")
-def pages():
-    """Thirty records of each split, with every question."""
-    return {split: [_records(split=split)[i] for i in range(30)] for split in ("train", "held_out")}
+def records():
+    """Ten records of each task and split."""
+    return [_records(task, split)[i] for split in ("train", "held_out") for task in TASKS for i in range(10)]
 
 
-def _image(record):
-    return record["messages"][0]["content"][0]["image"]
+def _prompt_and_image(record) -> tuple[str, Any]:
+    question, picture = record["messages"][0]["content"]
+    return question["text"], picture["image"]
 
 
-def _turns(record) -> list[tuple[str, str]]:
-    """Questions and answers."""
-    contents = [message["content"] for message in record["messages"]]
-    contents[0] = contents[0][1]["text"]
-    return list(zip(contents[::2], contents[1::2], strict=True))
-
-
-def test_a_record_depends_on_seed_source_and_index_alone(pages):
+def test_a_record_depends_on_seed_source_and_index_alone(records):
     fresh = pickle.loads(pickle.dumps(_records()))
     for i in (3, 0):
-        same = fresh[np.int64(i)]
-        assert _turns(same) == _turns(pages["train"][i]) and same["page"] == pages["train"][i]["page"]
-        assert _image(same).tobytes() == _image(pages["train"][i]).tobytes()
-    others = [_records(seed=1), _records(name="b"), _records("read"), _records(split="held_out")]
+        (prompt, image), (same_prompt, same_image) = map(_prompt_and_image, (records[i], fresh[np.int64(i)]))
+        assert prompt == same_prompt and image.tobytes() == same_image.tobytes()
+        assert records[i]["page"] == fresh[i]["page"] and records[i]["answer"] == fresh[i]["answer"]
+    others = [_records(seed=1), _records(name="b"), _records("count"), _records(split="held_out")]
     assert len({str(records[0]["page"]) for records in [fresh, *others]}) == 5
 
 
-def test_the_splits_share_no_scan(pages):
-    seen = {
-        split: {scan for each in records for field in each["page"].fields for scan in field.scan_ids}
-        for split, records in pages.items()
-    }
+def test_the_splits_share_no_scan(records):
+    seen: dict[str, set[int]] = {"train": set(), "held_out": set()}
+    for record in records:
+        seen[record["id"].split("/")[2]].update(scan for field in record["page"].fields for scan in field.scan_ids)
     by_class = load_scans().by_class
     for split, scans in seen.items():
         assert len(scans) > 50 and scans <= {scan for ids in by_class[split] for scan in ids}
     assert not seen["train"] & seen["held_out"]
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
-def test_answers_are_true_of_the_page(pages, split):
+def test_answers_are_true_of_the_page(records):
     labels = load_scans().labels
-    for record in pages[split]:
-        page, turns = record["page"], dict(_turns(record))
+    for record in records:
+        page, (prompt, _), text = record["page"], _prompt_and_image(record), record["answer"]["text"]
         shapes = Counter(mark.shape for mark in page.marks)
-        expected = {
-            f"What is the {each.label}?": "".join(str(labels[s]) for s in each.scan_ids) for each in page.fields
-        }
-        expected |= {f"How many {PLURALS[shape]}?": str(count) for shape, count in shapes.items()}
-        assert turns.pop("List the fields.").count(", ") == len(page.fields) - 1
-        single = page.marks[0]
-        del expected[f"How many {PLURALS[single.shape]}?"]
-        x, y = map(int, turns.pop(f"Point at the {single.shape}.").strip("()").split(", "))
-        assert turns == expected
-        assert shapes[single.shape] == 1 and len(shapes) == len(SHAPES) and max(shapes.values()) <= MOST_MARKS
-        for place, hundredth in zip(single.cell, (x, y), strict=True):
-            assert abs((hundredth + 0.5) / 100 * SIDE - (place + 0.5) * CELL) < 11  # jitter and turning
-        fewest, most, shortest = (1, len(LABELS), 1) if split == "train" else (HELD_OUT_FIELDS, HELD_OUT_FIELDS, DIGITS)
+        match record["task"]:
+            case "read":
+                [field] = [each for each in page.fields if prompt == f"What is the {each.label}?"]
+                assert text == "".join(str(labels[scan]) for scan in field.scan_ids)
+            case "count":
+                [shape] = [each for each in SHAPES if prompt == f"How many {PLURALS[each]}?"]
+                assert text == str(shapes[shape]) and shape != page.marks[0].shape
+            case "point":
+                assert prompt == f"Point at the {page.marks[0].shape}."
+                x, y = map(int, text.strip("()").split(", "))
+                assert page.marks[0].cell == (x * CELLS // 100, y * CELLS // 100)
+        messages = record["messages"]
+        assert [message["role"] for message in messages] == ["user", "assistant"] and messages[1]["content"] == text
+        assert is_right(record, text) and not is_right(record, text + "0") and not is_right(record, "")
+        assert shapes[page.marks[0].shape] == 1 and len(shapes) == len(SHAPES) and max(shapes.values()) <= MOST_MARKS
+        is_train = "train" in record["id"]
+        fewest, most, shortest = (1, len(LABELS), 1) if is_train else (HELD_OUT_FIELDS, HELD_OUT_FIELDS, DIGITS)
         assert fewest <= len(page.fields) <= most
         assert all(shortest <= len(field.scan_ids) <= DIGITS for field in page.fields)
 
 
-def test_nothing_shares_a_cell_and_held_out_pages_are_full(pages):
-    for split, records in pages.items():
-        for page in (record["page"] for record in records):
-            written = [(field.cell[0] + x, field.cell[1]) for field in page.fields for x in range(SLOT)]
-            taken = [*written, *page.texts, *(mark.cell for mark in page.marks)]
-            assert len(set(taken)) == len(taken)
-            assert all(0 <= place < CELLS for cell in taken for place in cell)
-            if split == "held_out":
-                assert len(taken) + MARK_SLOTS * SLOT - len(page.marks) == CELLS**2
+def test_nothing_shares_a_cell_and_held_out_pages_are_full(records):
+    for record in records:
+        page = record["page"]
+        written = [(field.cell[0] + x, field.cell[1]) for field in page.fields for x in range(SLOT)]
+        taken = [*written, *page.texts, *(mark.cell for mark in page.marks)]
+        assert len(set(taken)) == len(taken)
+        assert all(0 <= place < CELLS for cell in taken for place in cell)
+        if "held_out" in record["id"]:
+            assert len(taken) + MARK_SLOTS * SLOT - len(page.marks) == CELLS**2
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_asks_one_question_and_its_answer_is_right(task):
-    records = _records(task, "held_out")
-    for i in range(5):
-        record = records[i]
-        [(_, answer)] = _turns(record)
-        assert record["id"] == f"documents/{task}/held_out/{i}" and record["task"] == task
-        assert record["answer"]["text"] == answer and is_right(record, answer)
-        assert not is_right(record, answer + "0") and not is_right(record, "")
-    chance = documents_chance_level(records.source)
-    assert chance is not None and 0 < chance <= 1 / 4
-    assert documents_chance_level(_records("all").source) is None
-
-
-@pytest.mark.parametrize("split", ["train", "held_out"])
-def test_transcripts_and_lists_say_what_is_where(split):
+def test_the_reasoning_is_what_is_in_each_cell(records):
     labels = load_scans().labels
-    for i in range(5):
-        record = _records("transcribe", split)[i]
-        page, [(prompt, text)] = record["page"], _turns(record)
-        assert prompt == "Transcribe the page." and len(text) == CELLS**2 and is_right(record, text)
+    for record in records:
+        page, text = record["page"], record["messages"][1]["reasoning_content"]
+        assert text == transcript(page) and len(text) == CELLS**2
 
         def at(cell, text=text):
             return text[cell[1] * CELLS + cell[0]]
@@ -145,11 +126,16 @@ def test_transcripts_and_lists_say_what_is_where(split):
             1 + len(field.scan_ids) for field in page.fields
         )
 
-        record = _records("list", split)[i]
-        [(prompt, text)] = _turns(record)
-        fields = sorted(record["page"].fields, key=lambda field: (field.cell[1], field.cell[0]))
-        expected = [f"{field.label} {''.join(str(labels[scan]) for scan in field.scan_ids)}" for field in fields]
-        assert prompt == "List the fields." and text.split(", ") == expected and is_right(record, text)
+
+@pytest.mark.parametrize("task", TASKS)
+def test_as_text_the_transcript_is_in_the_place_of_the_image(task):
+    for i in range(5):
+        text, scan = _records(task, as_text=True)[i], _records(task)[i]
+        prompt, image = _prompt_and_image(scan)
+        assert text["messages"][0]["content"] == f"{prompt}\n{transcript(text['page'])}" and image.size == (SIDE, SIDE)
+        assert text["messages"][1] == scan["messages"][1] and text["page"] == scan["page"]
+        assert is_right(text, text["answer"]["text"]) and not is_right(text, "(1, 99)")
+    assert 0 < documents_chance_level(_records(task, "held_out").source) <= 1 / 4
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (7, 0), (3, 4), (0, 7)])
@@ -165,27 +151,29 @@ def test_the_box_holds_the_mark(shape, cell):
         np.testing.assert_allclose(found, box, atol=3.5)
 
 
-def test_pages_are_square_and_worn(pages):
-    for record in pages["train"]:
-        assert _image(record).size == (SIDE, SIDE) and _image(record).mode == "RGB"
-    rough, plain = (np.asarray(_image(_records(wear=wear)[0]), np.float32) for wear in (1.0, 0.0))
+def test_pages_are_square_and_worn(records):
+    for record in records:
+        assert _prompt_and_image(record)[1].size == (SIDE, SIDE) and _prompt_and_image(record)[1].mode == "RGB"
+    rough, plain = (np.asarray(_prompt_and_image(_records(wear=wear)[0])[1], np.float32) for wear in (1.0, 0.0))
     steps = [np.abs(np.diff(pixels_HWC, axis=0)).mean() for pixels_HWC in (rough, plain)]
     assert steps[0] > 3 * steps[1]
 
 
-@pytest.mark.parametrize("name", ["sft_transcripts", "sft", "tofc"])
-def test_every_page_fits_the_recipes_row(name):
+@pytest.mark.parametrize("name", ["sft_text", "sft", "sft_control", "tofc"])
+def test_the_pages_of_a_step_fill_the_recipes_rows(name):
+    """The longest of them fit, as many as there are crops; shorter ones waste little."""
     config = load_recipe(RECIPES / f"{name}.py", SftConfig)
     images = config.images.merged_for(config.model)
     processor = Processor.from_config(images, config.tokenizer)
-    longest = [
-        max((records[i] for i in range(30)), key=lambda record: len(str(_turns(record))))
-        for records in (_records(source.task) for source in config.data.sources)
+    examples = [
+        processor.process(records[i])
+        for source in config.data.sources
+        for records in [open_source(source, 0)]
+        for i in range(30)
     ]
-    assert any(len(record["page"].fields) == len(LABELS) for record in longest)
-    for example in map(processor.process, longest):
-        assert len(example.tokens) <= config.batch.tokens
-        assert len(example.global_views) == len(example.crops) == 1
+    assert all(len(example.global_views) == len(example.crops) == (name != "sft_text") for example in examples)
+    longest, pages = max(len(example.tokens) for example in examples), config.batch.crops or 2
+    assert config.batch.tokens * 0.9 < pages * longest <= config.batch.tokens
 
 
 def test_bounds_and_errors():

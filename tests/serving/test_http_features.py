@@ -42,7 +42,7 @@ from stepjax.serving.settings import Limits
 from stepjax.sharding import named_leaves
 from stepjax.tofc import client, codec
 from stepjax.tofc import device as files
-from stepjax.tofc.client import Policy, ask
+from stepjax.tofc.client import Policy, Server, ask
 from stepjax.tofc.codec import decode_image
 from stepjax.tofc.device import CODEC, DEVICE, pack
 from stepjax.tofc.hyperprior import freeze
@@ -225,22 +225,22 @@ def test_rounds_of_pacore_read_features(edge, frame):
 
 def test_a_device_is_answered_by_whatever_its_server_can_read(edge, device):
     """Its entropy model is another, so raw features; then its encoder is, too, so the picture."""
-    image, key = photo(5), {"api_key": None}
-    found = ask(f"{edge.url}/v1", device, image, "What is it?", **SAMPLING, **key)
+    image = photo(5)
+    found = ask(Server(f"{edge.url}/v1"), device, image, "What is it?", **SAMPLING)
     assert found.kind == "stream" and found.text == text_of(post(edge, device.stream(image), **SAMPLING))
     step = {"step": device.tables.arrays["step"] * 2}
     newer = Device(device.model, tiny.images, Tables({**device.tables.arrays, **step}, ORIGIN))
-    found = ask(f"{edge.url}/v1", newer, image, "What is it?", **SAMPLING)
+    found = ask(Server(f"{edge.url}/v1"), newer, image, "What is it?", **SAMPLING)
     assert [each.kind for each in found.attempts] == ["stream", "int8"]
     assert found.attempts[0].reason == "unknown_codec" and found.attempts[0].status == 409
     assert found.text == text_of(post(edge, device.stream(image, codec.encode_raw), **SAMPLING))
     alien = Device(device.model, tiny.images, Tables(device.tables.arrays, "another encoder"))
-    found = ask(f"{edge.url}/v1", alien, image, "What is it?", **SAMPLING)
+    found = ask(Server(f"{edge.url}/v1"), alien, image, "What is it?", **SAMPLING)
     assert [each.kind for each in found.attempts] == ["stream", "int8", "jpeg"]
     with pytest.raises(RefusedError, match="cannot read any of stream, int8"):
-        ask(f"{edge.url}/v1", alien, image, "What is it?", policy=Policy(kinds=("stream", "int8")))
+        ask(Server(f"{edge.url}/v1"), alien, image, "What is it?", policy=Policy(kinds=("stream", "int8")))
     with pytest.raises(RefusedError, match="limit of 255 for a prompt") as refused:
-        ask(f"{edge.url}/v1", device, image, "What? " * 400)
+        ask(Server(f"{edge.url}/v1"), device, image, "What? " * 400)
     assert len(refused.value.attempts) == 1, "no other form would help"
 
 
@@ -513,7 +513,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
         line, _, rest = body.partition(b"\n")
-        first = json.loads(line)["messages"][0]["content"][0]
+        [first] = [item for item in json.loads(line)["messages"][0]["content"] if item["type"] != "text"]
         resend = first.get("features", {}).get("resend")
         kind = "jpeg" if first["type"] == "image_url" else "int8" if rest[0] & 8 else "stream"
         self.server.asked.append(kind if resend is None else f"tiles {resend['tiles']} of {resend['frame']}")
@@ -576,7 +576,7 @@ OK = (200, ANSWER)
 )
 def test_the_next_kind_follows_from_the_error(scripted, device, script, kinds):
     scripted.script = list(script)
-    answer = ask(f"http://127.0.0.1:{scripted.server_port}/v1/", device, photo(0), "What?", max_tokens=3)
+    answer = ask(Server(f"http://127.0.0.1:{scripted.server_port}/v1/"), device, photo(0), "What?", max_tokens=3)
     assert answer.text == "a cat" and scripted.asked == kinds
     attempts = [f"tiles {[*each.tiles]} of abc" if each.tiles else each.kind for each in answer.attempts]
     assert (
@@ -590,18 +590,18 @@ def test_the_next_kind_follows_from_the_error(scripted, device, script, kinds):
 
 def lossy(monkeypatch, *changes):
     """Changes the bodies of the first requests of a device."""
-    left, post = list(changes), client._Server.post
+    left, post = list(changes), client.Server.post
 
     def lost(self, media_type, body, seconds):
         return post(self, media_type, left.pop(0)(body) if left else body, seconds)
 
-    monkeypatch.setattr(client._Server, "post", lost)
+    monkeypatch.setattr(client.Server, "post", lost)
 
 
 def test_a_device_sends_only_damaged_tiles_again(edge, device, monkeypatch):
     """Once and twice; whole, where the server has forgotten the frame."""
-    url, image = f"{edge.url}/v1", photo(40)
-    expected = ask(url, device, image, "What is it?", **SAMPLING)
+    server, image = Server(f"{edge.url}/v1"), photo(40)
+    expected = ask(server, device, image, "What is it?", **SAMPLING)
     stream = device.stream(image)
     head = expected.attempts[0].sent - len(stream)
 
@@ -609,7 +609,7 @@ def test_a_device_sends_only_damaged_tiles_again(edge, device, monkeypatch):
         return lambda body: body[:head] + damaged(body[head:], *tiles)
 
     lossy(monkeypatch, hit(2, 5), lambda body: flipped(body, len(body) - 5))
-    found = ask(url, device, image, "What is it?", **SAMPLING)
+    found = ask(server, device, image, "What is it?", **SAMPLING)
     assert found.text == expected.text and found.kind == "stream"
     assert [each.form for each in found.attempts] == ["stream", "tiles 2, 5 of stream", "tiles 5 of stream"]
     assert [each.reason for each in found.attempts] == ["corrupt_stream", "corrupt_stream", ""]
@@ -621,13 +621,13 @@ def test_a_device_sends_only_damaged_tiles_again(edge, device, monkeypatch):
         return body
 
     lossy(monkeypatch, hit(0), forgetting)
-    found = ask(url, device, image, "What is it?", **SAMPLING)
+    found = ask(server, device, image, "What is it?", **SAMPLING)
     assert found.text == expected.text
     assert [each.form for each in found.attempts] == ["stream", "tiles 0 of stream", "stream"]
     assert [each.reason for each in found.attempts] == ["corrupt_stream", "unknown_frame", ""]
     # A header that is damaged in a length, then elsewhere: the first tile's checksum covers it.
     lossy(monkeypatch, lambda body: flipped(body, head + 5), lambda body: flipped(body, head + 6))
-    found = ask(url, device, image, "What is it?", **SAMPLING)
+    found = ask(server, device, image, "What is it?", **SAMPLING)
     assert [each.form for each in found.attempts] == ["stream", "stream", "tiles 0 of stream"]
     assert found.text == expected.text
 
@@ -648,7 +648,7 @@ def test_a_device_sends_only_damaged_tiles_again(edge, device, monkeypatch):
 )
 def test_a_server_that_asks_for_no_tiles_of_the_frame_gets_it_whole(scripted, device, asking):
     scripted.script = [refusal(400, "corrupt_stream", retryable=True, **asking), OK]
-    ask(f"http://127.0.0.1:{scripted.server_port}/v1", device, photo(0), "What?")
+    ask(Server(f"http://127.0.0.1:{scripted.server_port}/v1"), device, photo(0), "What?")
     assert scripted.asked == ["stream", "stream"]
 
 
@@ -668,7 +668,7 @@ def test_a_server_that_asks_for_no_tiles_of_the_frame_gets_it_whole(scripted, de
 def test_a_refusal_is_typed_and_tells_what_was_tried(scripted, device, reply, count):
     scripted.script = [reply]
     with pytest.raises(RefusedError) as refused:
-        ask(f"http://127.0.0.1:{scripted.server_port}/v1", device, photo(0), "What?")
+        ask(Server(f"http://127.0.0.1:{scripted.server_port}/v1"), device, photo(0), "What?")
     assert len(refused.value.attempts) == len(scripted.asked) == count
 
 
@@ -692,24 +692,51 @@ def test_a_server_that_does_not_answer_keeps_no_device_waiting(scripted, device,
     device.features(photo(0))
     began = time.monotonic()
     with pytest.raises(UnreachableError, match="no answer in [12] attempts"):
-        url = f"http://127.0.0.1:{scripted.server_port}/v1"
-        ask(url, device, photo(0), "What?", policy=Policy(seconds=1.0, resends=1))
+        server = Server(f"http://127.0.0.1:{scripted.server_port}/v1")
+        ask(server, device, photo(0), "What?", policy=Policy(seconds=1.0, resends=1))
     assert time.monotonic() - began < 5
+
+
+def closing(handler):
+    handler.close_connection = True
+
+
+def test_a_connection_stays_open_and_one_that_was_closed_is_made_again(scripted, device, monkeypatch):
+    monkeypatch.setattr(Scripted, "protocol_version", "HTTP/1.1")
+    connected = []
+    monkeypatch.setattr(Scripted, "setup", lambda self, setup=Scripted.setup: (connected.append(1), setup(self))[1])
+    scripted.script = [OK, OK, closing, OK, (200, ANSWER, {"connection": "close"}), OK]
+    with Server(f"http://127.0.0.1:{scripted.server_port}/v1") as server:
+        for connections, attempts in ((1, 1), (1, 1), (2, 1), (2, 1), (3, 1)):
+            answer = ask(server, device, photo(0), "What?")
+            assert (len(connected), len(answer.attempts)) == (connections, attempts)
+    assert scripted.asked == ["stream"] * 6, "the third question was asked twice, for the connection was closed"
+
+
+def test_the_question_can_come_before_the_image(scripted, device, monkeypatch):
+    scripted.script, bodies = [UNREADABLE, OK, OK], []
+    lossy(monkeypatch, *[lambda body: (bodies.append(body), body)[1]] * 3)
+    for first in (False, True):
+        ask(Server(f"http://127.0.0.1:{scripted.server_port}/v1"), device, photo(0), "What?", image_first=first)
+    contents = [json.loads(body.partition(b"\n")[0])["messages"][0]["content"] for body in bodies]
+    assert [[part["type"] for part in content] for content in contents] == [["text", "features"]] * 2 + [
+        ["features", "text"]
+    ]
 
 
 def test_addresses_and_policies_that_cannot_be_used(device):
     for url in ("127.0.0.1:8000", "ftp://a/v1", "http://me@a/v1", "http:///v1", "http://a:99999/v1"):
         with pytest.raises(ValueError, match="URL"):
-            ask(url, device, photo(0), "What?")
+            Server(url)
     for fields in ({"kinds": ()}, {"resends": -1}, {"seconds": 0.0}, {"jpeg_quality": 0}):
         with pytest.raises(ValueError, match="policy"):
             Policy(**fields)
     with pytest.raises(UnreachableError, match="refused"):  # nobody listens there
-        ask("http://127.0.0.1:9/v1", device, photo(0), "What?", policy=Policy(resends=0))
+        ask(Server("http://127.0.0.1:9/v1"), device, photo(0), "What?", policy=Policy(resends=0))
     broken = Device(device.model, tiny.images, device.tables)
     broken.features = lambda image: ([np.full((4, 24), np.nan)], 0)
     with pytest.raises(UnreachableError) as failed:
-        ask("http://127.0.0.1:9/v1", broken, photo(0), "What?", policy=Policy(resends=0))
+        ask(Server("http://127.0.0.1:9/v1"), broken, photo(0), "What?", policy=Policy(resends=0))
     assert [each.kind for each in failed.value.attempts] == ["stream", "int8", "jpeg"]
 
 
