@@ -301,7 +301,11 @@ class Server:
         began, stays_open = time.perf_counter(), False
         try:
             try:
-                connection.request("POST", self._path, body, {"content-type": media_type, **self._headers})
+                connection.putrequest("POST", self._path, skip_accept_encoding=True)  # each header costs bytes
+                headers = {"content-type": media_type, "content-length": str(len(body)), **self._headers}
+                for name, value in headers.items():
+                    connection.putheader(name, value)
+                connection.endheaders(body)
             except (BrokenPipeError, ConnectionResetError):
                 if connection.sock is None:
                     raise
