@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "16 clusters": {**MIDDLE, "crop-clusters": "16"},
 }
 FRESH = (FIRST, "one expert", "no hyperprior")  # those whose parameters have other shapes; the rest goes on from FIRST
-SHORT = ["--schedule.phases.0.tokens", "4.4e5", "--schedule.phases.0.start", "8e-4"]
+SHORT = ["--schedule.phases.0.tokens", "6e5", "--schedule.phases.0.start", "8e-4"]
 FILES: dict[str, dict[float, tuple[int, ...]]] = {  # qualities by size, as a share of the page's side
     "jpeg": {1.0: (10, 30), 0.5: (10, 25, 50), 0.35: (15, 40, 70)},
     "webp": {1.0: (5, 30), 0.5: (5, 25, 50), 0.35: (15, 40, 70)},

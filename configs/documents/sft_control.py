@@ -15,6 +15,6 @@ config = dataclasses.replace(
     base,
     name="documents_sft_control",
     init_from=InitConfig(path="runs/documents_sft"),
-    schedule=ScheduleConfig(phases=(Phase(tokens=1.4e6, start=1.2e-3, end=5e-5),), warmup_tokens=4e4),
+    schedule=ScheduleConfig(phases=(Phase(tokens=1.6e6, start=1.2e-3, end=5e-5),), warmup_tokens=4e4),
     optimizer=dataclasses.replace(base.optimizer, freeze=("vision/",)),
 )
