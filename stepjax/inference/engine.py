@@ -218,8 +218,8 @@ class Engine:
                 )
             for kind, views in (("crop", example.crops), ("global", example.global_views)):
                 shapes = [shape.shape for each, shape in self._runner.view_shapes.items() if each.endswith(kind)]
-                if len(views) and views.shape[1:] not in shapes:
-                    raise RequestError(f"{name} has {kind} views of shape {views.shape[1:]}; the model reads {shapes}")
+                for other in {view.shape for view in views}.difference(shapes):
+                    raise RequestError(f"{name} has {kind} views of shape {other}; the model reads {shapes}")
             if example.feature_index[-1] >= 0:
                 raise RequestError(f"{name} ends within an image: add text after it")
         return limit

@@ -106,11 +106,11 @@ class FeatureStore:
         """Allocates a prompt's views, held until `release`; those not `encoded` yet will be in a `next_batch`.
         Returns None if there is no room now.
         """
-        coded = example.global_views.ndim == 3
-        crop, whole = VIEW_KINDS[2 * coded : 2 * coded + 2]
-        sizes: dict[ViewKind, int] = {crop: self.images.crop_tokens, whole: self.images.global_tokens}
-        views: list[tuple[ViewKind, np.ndarray]] = [(crop, view) for view in example.crops]
-        views.extend((whole, view) for view in example.global_views)
+        crops, wholes = self.images.crop_tokens, self.images.global_tokens
+        sizes = {"crop": crops, "global": wholes, "coded crop": crops, "coded global": wholes}
+        views: list[tuple[ViewKind, np.ndarray]] = []
+        views += [("coded crop" if view.ndim == 2 else "crop", view) for view in example.crops]
+        views += [("coded global" if view.ndim == 2 else "global", view) for view in example.global_views]
         wanted = dict(zip(digests, views, strict=True))
         missing = {digest: view for digest, view in wanted.items() if digest not in self._views}
         needed = sum(sizes[kind] for kind, _ in missing.values())

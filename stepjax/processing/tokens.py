@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from stepjax.config import ImageConfig
-from stepjax.errors import ContextLengthError, ImageError
+from stepjax.errors import ContextLengthError
 from stepjax.processing.images import CodedImage, ImageViews, UncutImage, ViewPlan
 from stepjax.processing.tokenizer import SpecialTokens
 
@@ -41,16 +41,17 @@ class Example:
         loss_weights: float32[T], weight of predicting this token (not its successor). Zero for the first token, which
             nothing predicts, and for image tokens.
         feature_index: int32[T], row of the feature table, or -1 where the token itself is embedded.
-        global_views: float32[G, S, S, 3], normalised; of coded images the features [G, Q, Z] (see `CodedImage`).
-        crops: float32[N, C, C, 3], normalised, all images in order; or features [N, Q, Z].
+        global_views: float32[G, S, S, 3], normalised. Of a prompt with coded images a list of views: pixels [S, S, 3],
+            or features [Q, Z] (see `CodedImage`).
+        crops: the same of all images in order, float32[N, C, C, 3] or a list.
     """
 
     name: str
     tokens: np.ndarray
     loss_weights: np.ndarray
     feature_index: np.ndarray
-    global_views: np.ndarray
-    crops: np.ndarray
+    global_views: np.ndarray | list[np.ndarray]
+    crops: np.ndarray | list[np.ndarray]
 
     @property
     def num_views(self) -> tuple[int, int]:
@@ -85,22 +86,28 @@ class Draft:
             crop += image.plan.num_crops
 
     def example(self, config: ImageConfig) -> Example:
-        """
-        Raises:
-            ImageError: some images are coded and others not.
-        """
         parts = self.name, self.tokens, self.loss_weights, self.feature_index
-        coded = [image for image in self.images if isinstance(image, CodedImage)]
-        if coded:
-            if len(coded) < len(self.images):
-                raise ImageError(f"{len(coded)} of {len(self.images)} images are coded: send all as streams, or none")
-            global_views_GQZ = np.stack([image.global_view_QZ for image in coded])
-            return Example(*parts, global_views_GQZ, np.concatenate([image.crops_NQZ for image in coded]))
-        views, crops = self.num_views
+        if not any(isinstance(image, CodedImage) for image in self.images):
+            return Example(*parts, *self._cut(self.images, config))
+        global_views, crops = [], []
+        for image in self.images:
+            if isinstance(image, CodedImage):
+                global_views.append(image.global_view_QZ)
+                crops.extend(image.crops_NQZ)
+            else:
+                (global_view_SSC,), crops_NCCC = self._cut((image,), config)
+                global_views.append(global_view_SSC)
+                crops.extend(crops_NCCC)
+        return Example(*parts, global_views, crops)
+
+    def _cut(self, images: tuple[Image, ...], config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Global views [G, S, S, 3] and crops [N, C, C, 3], normalised, of images that are not coded."""
+        part = dataclasses.replace(self, images=images)
+        views, crops = part.num_views
         global_views_GSSC = np.empty((views, config.global_size, config.global_size, 3), np.float32)
         crops_NCCC = np.empty((crops, config.crop_size, config.crop_size, 3), np.float32)
-        self.write_views(global_views_GSSC, crops_NCCC)
-        return Example(*parts, global_views_GSSC, crops_NCCC)
+        part.write_views(global_views_GSSC, crops_NCCC)
+        return global_views_GSSC, crops_NCCC
 
 
 def text_example(tokens: Iterable[int], name: str = "prompt") -> Example:

@@ -55,13 +55,7 @@ def image_urls(request: ChatRequest, limits: Limits, *, allow_remote: bool) -> d
 
 
 def coded_images(request: ChatRequest) -> dict[Place, Features]:
-    """Raises ApiError: 400, there are other images beside them."""
-    parts = _parts(request)
-    coded = {place: part.features for place, part in parts.items() if isinstance(part, FeaturesPart)}
-    if coded and len(coded) < len(parts):
-        message = f"messages have {len(coded)} images as features and {len(parts) - len(coded)} others: send one kind"
-        raise invalid(message, "messages", "mixed_images")
-    return coded
+    return {place: part.features for place, part in _parts(request).items() if isinstance(part, FeaturesPart)}
 
 
 def _parts(request: ChatRequest) -> dict[Place, ImagePart | FeaturesPart]:

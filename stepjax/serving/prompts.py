@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from stepjax.errors import ContextLengthError, ImageError, RecordError
 from stepjax.interop.text_processor import AnyProcessor, encode, image_token, vocab_size
 from stepjax.processing.images import CodedImage
@@ -105,15 +107,17 @@ class PromptMaker:
         return files
 
     def _view_bytes(self, request: ChatRequest, files: dict[images.Place, bytes]) -> int:
-        coded = images.coded_images(request)
-        plans = [self._receiver.plan(files[place], images.name_of_coded(place)) for place in coded]
+        coded, plans, size = images.coded_images(request), [], 0
+        for place in coded:
+            plans.append(self._receiver.plan(files[place], images.name_of_coded(place)))
+            size += self._receiver.image_bytes(plans[-1])
         config = images.image_config(self._processor)
-        for (i, j), data in files.items() if not coded else ():
+        for i, j in (place for place in files if place not in coded):
             part: Any = request.messages[i].content[j]  # type: ignore[index]
-            plans.append(images.plan_of(data, config, self._limits, images.name_of((i, j)), part.frame))
+            plans.append(images.plan_of(files[i, j], config, self._limits, images.name_of((i, j)), part.frame))
+            size += images.view_bytes(plans[-1], config)
         tokens = sum(plan.num_tokens(config) - plan.num_newlines for plan in plans)
         check_length(tokens, self._max_tokens, "the images alone")
-        size = sum(self._receiver.image_bytes(plan) if coded else images.view_bytes(plan, config) for plan in plans)
         if size > self._limits.view_bytes:
             raise invalid(
                 "the views of the images exceed the memory limit: send fewer or smaller images", None, "image_too_large"
@@ -121,15 +125,21 @@ class PromptMaker:
         return size
 
     def _chat(self, request: ChatRequest, files: dict[images.Place, bytes]) -> Example:
-        coded = images.coded_images(request)
-        opened = {place: self._receiver.image(files[place], images.name_of_coded(place)) for place in coded}
-        open_image = (lambda image, **_: image) if coded else images.opener(self._limits)
+        decoded = {
+            place: self._receiver.image(files[place], images.name_of_coded(place))
+            for place in images.coded_images(request)
+        }
+        opened = images.opener(self._limits)
+
+        def open_image(image: bytes | CodedImage, **named: Any) -> Image.Image | CodedImage:
+            return image if isinstance(image, CodedImage) else opened(image, **named)
+
         options = request.chat_template_kwargs
         # This server ignores `strict`.
         tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in request.tools or ()]
         try:
             return self._processor.process_prompt(
-                [_message(message, index, opened or files) for index, message in enumerate(request.messages)],
+                [_message(message, index, files | decoded) for index, message in enumerate(request.messages)],
                 tools=tools if request.uses_tools else None,
                 enable_thinking=options.enable_thinking if options else None,
                 max_tokens=self._max_tokens,

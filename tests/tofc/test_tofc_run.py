@@ -288,7 +288,8 @@ def test_frames_of_no_image_are_refused(run):
         decode_image(tables, codec.encode(tables, [crop, crop, view], columns=2), few)
 
 
-def test_images_and_streams_do_not_mix_in_a_prompt(run, pictures):
+def test_images_and_streams_mix_in_a_prompt(run, pictures):
+    """The views of each are where those of an image file would be."""
     _, processor, config = load_run(run)
     device = Device(run)
 
@@ -297,9 +298,17 @@ def test_images_and_streams_do_not_mix_in_a_prompt(run, pictures):
         small = "small" in path
         return decode_image(device.tables, device.encode(image).frame, config.images) if small else image
 
-    content = [{"type": "image", "image": str(pictures / f"{name}.png")} for name in ("small", "large")]
-    with pytest.raises(ValueError, match="1 of 2 images are coded"):
-        processor.process_prompt([{"role": "user", "content": content}], open_image=open_one)
+    for names in (("small", "large"), ("large", "small")):
+        content = [{"type": "image", "image": str(pictures / f"{name}.png")} for name in names]
+        messages = [{"role": "user", "content": content}]
+        mixed, files = (processor.process_prompt(messages, open_image=each) for each in (open_one, open_image))
+        np.testing.assert_array_equal(mixed.tokens, files.tokens)
+        np.testing.assert_array_equal(mixed.feature_index, files.feature_index)
+        own = names.index("large")
+        np.testing.assert_array_equal(mixed.global_views[own], files.global_views[own])
+        assert mixed.global_views[1 - own].ndim == 2 and len(mixed.crops) == len(files.crops)
+        pixels = [view for view in mixed.crops if view.ndim == 3]
+        np.testing.assert_array_equal(pixels, files.crops[-len(pixels) :] if own else files.crops[: len(pixels)])
 
 
 def test_runs_that_cannot_be_used_are_refused(run, finished_run, tmp_path, capsys):
