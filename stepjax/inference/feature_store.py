@@ -109,7 +109,7 @@ class FeatureStore:
         crops, wholes = self.images.crop_tokens, self.images.global_tokens
         sizes: dict[ViewKind, int] = {"crop": crops, "global": wholes, "coded crop": crops, "coded global": wholes}
         kinds: list[ViewKind] = ["coded crop" if view.ndim == 2 else "crop" for view in example.crops]
-        kinds += ["coded global" if view.ndim == 2 else "global" for view in example.global_views]
+        kinds.extend("coded global" if view.ndim == 2 else "global" for view in example.global_views)
         views = zip(kinds, (*example.crops, *example.global_views), strict=True)
         wanted = dict(zip(digests, views, strict=True))
         missing = {digest: view for digest, view in wanted.items() if digest not in self._views}
