@@ -5,7 +5,7 @@
 It starts from the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
 
-    train      the model that reads pages (half an hour on two cores), and from it, two to six minutes more each: a
+    train      the model that reads pages (half an hour on two cores), and from it, four to ten minutes more each: a
                codec at every rate, one for each ablation, and the model without a codec. What is there is resumed or
                kept.
     curves     held-out questions, --examples of each task: read a number, count marks, point at a mark. Their pages are
@@ -77,7 +77,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "no hyperprior": {**MIDDLE, "latents": "0"},
     "32 clusters": {**MIDDLE, "crop-clusters": "32"},
     "32 rectangles": {**MIDDLE, "crop-clusters": "32", "merging": "uniform"},
-    "16 clusters": {**MIDDLE, "crop-clusters": "16"},
 }
 FRESH = (FIRST, "one expert", "no hyperprior")  # those whose parameters have other shapes; the rest goes on from FIRST
 SHORT = ["--schedule.phases.0.tokens", "6e5", "--schedule.phases.0.start", "8e-4"]

@@ -1,4 +1,4 @@
-"""Train the model of sft.py for six minutes more, without a codec.
+"""Train the model of sft.py for nine minutes more, without a codec.
 
 This is what `tofc.py` does with one: the comparison that shows what coding costs, and not what more training brings.
 """
