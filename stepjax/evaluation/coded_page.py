@@ -65,10 +65,10 @@ class Picture(NamedTuple):
     has_truth: bool
 
 
-def pictures_of(images: Sequence[str], prompts: Sequence[str], *, image_first: bool = True) -> list[Picture]:
+def pictures_of(images: Sequence[str], prompts: Sequence[str], *, prompt_first: bool = False) -> list[Picture]:
     """
     Args:
-        image_first: whether it comes before the question.
+        prompt_first: whether a question comes before the image.
 
     Raises:
         ImageError: an image cannot be read.
@@ -77,7 +77,7 @@ def pictures_of(images: Sequence[str], prompts: Sequence[str], *, image_first: b
     for path in images:
         image = open_image(path, name=path)
         part = {"type": "image", "image": image}
-        contents = [[part, {"type": "text", "text": prompt}][:: 1 if image_first else -1] for prompt in prompts]
+        contents = [[part, {"type": "text", "text": prompt}][:: -1 if prompt_first else 1] for prompt in prompts]
         records = tuple({"id": path, "messages": [{"role": "user", "content": each}, _ANSWER]} for each in contents)
         pictures.append(Picture(Path(path).name, image, records, has_truth=False))
     return pictures

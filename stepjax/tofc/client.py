@@ -104,7 +104,7 @@ def ask(
     image: Image.Image,
     prompt: str,
     *,
-    image_first: bool = True,
+    prompt_first: bool = False,
     policy: Policy | None = None,
     **fields: Any,
 ) -> Answer:
@@ -112,7 +112,7 @@ def ask(
 
     Args:
         image: RGB.
-        image_first: whether it comes before the question or after it, as the model was trained.
+        prompt_first: whether it comes before the image, for a model that was trained so.
         fields: of the chat request, such as `max_tokens`.
 
     Raises:
@@ -137,7 +137,7 @@ def ask(
             encode_ms += 1e3 * (time.perf_counter() - began)
         frame, tiles = "", ()
         for resend in range(policy.resends + 1):
-            media_type, body = _body(part, stream, prompt, image_first, fields, frame, tiles)
+            media_type, body = _body(part, stream, prompt, prompt_first, fields, frame, tiles)
             reply = server.post(media_type, body, end - time.monotonic())
             if reply.status == 200:
                 attempts.append(Attempt(kind, len(body), 200, "", tiles))
@@ -200,7 +200,7 @@ def _body(
     part: dict[str, Any],
     stream: bytes,
     prompt: str,
-    image_first: bool,
+    prompt_first: bool,
     fields: dict[str, Any],
     frame: str,
     tiles: tuple[int, ...],
@@ -216,7 +216,7 @@ def _body(
         part = part | {"features": {"bytes": len(stream), "resend": {"frame": frame, "tiles": tiles}}}
     elif stream:
         part = part | {"features": {"bytes": len(stream)}}
-    content = [part, {"type": "text", "text": prompt}][:: 1 if image_first else -1]
+    content = [part, {"type": "text", "text": prompt}][:: -1 if prompt_first else 1]
     line = json.dumps({"messages": [{"role": "user", "content": content}], **fields}, separators=(",", ":")).encode()
     return ("application/octet-stream", line + b"\n" + stream) if stream else ("application/json", line)
 

@@ -92,7 +92,7 @@ class TofcDecode:
     directory: Run  # the run whose device encoded them; without --prompt a copy of its directory `tofc` will do
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]  # frames
     prompt: str | None = None  # the question
-    images_first: bool = True  # before the question; False: after it, for a model that was trained so
+    prompt_first: bool = False  # before the images, for a model that was trained so
     out: Path | None = None  # write the decoded features to this .npz: tile_0, tile_1, ... of each file, and columns
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams(
         temperature=0.0, max_tokens=128, seed=0
@@ -151,7 +151,7 @@ class TofcDecode:
             return decode_image(tables, frames[path], config)
 
         content = [{"type": "image", "image": path} for path in frames]
-        content.insert(len(content) if self.images_first else 0, {"type": "text", "text": prompt})
+        content.insert(0 if self.prompt_first else len(content), {"type": "text", "text": prompt})
         example = processor.process_prompt([{"role": "user", "content": content}], open_image=received)
         engine = Engine(model, processor, EngineConfig(max_sequences=self.sampling.n), donate=True)
         ((*completions,),) = engine.generate([example], self.sampling)
@@ -218,7 +218,7 @@ class TofcPage:
     out: Path  # the page
     image: tuple[str, ...] = ()  # image files
     prompt: tuple[str, ...] = ()  # questions about each image
-    image_first: bool = True  # before the question; False: after it, for a model that was trained so
+    prompt_first: bool = False  # before the image, for a model that was trained so
     base: str | None = None  # a run without a codec: the last stop, where the model sees the image itself
     examples: int = 6  # held-out questions, without --image
     quality: int = 50  # of WebP and AVIF, whose bytes are beside those of the frame
@@ -238,7 +238,7 @@ class TofcPage:
         require("", self, out=(not self.out.is_dir(), "is a directory; name a file"))
         from stepjax.evaluation.coded_page import held_out, pictures_of, write_page
 
-        pictures = pictures_of(self.image, self.prompt, image_first=self.image_first)
+        pictures = pictures_of(self.image, self.prompt, prompt_first=self.prompt_first)
         data = write_page(
             self.out,
             self.runs,
@@ -264,7 +264,7 @@ class TofcAsk:
     directory: Run  # a run, or a copy of its directory `tofc`
     image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]  # an image file
     prompt: str  # the question
-    image_first: bool = True  # before the question; False: after it, for a model that was trained so
+    prompt_first: bool = False  # before the image, for a model that was trained so
     max_tokens: int = 128  # of the answer, with its reasoning
     temperature: float = 0.0  # 0: greedy
     seed: int = 0
@@ -288,8 +288,8 @@ class TofcAsk:
             fields["chat_template_kwargs"] = {"enable_thinking": self.thinking}
         key = (os.environ.get(KEY_VARIABLE) or "").partition(",")[0].strip() or None
         with Server(self.url, key) as server:
-            first = self.image_first
-            answer = ask(server, device, image, self.prompt, image_first=first, policy=self.policy, **fields)
+            first = self.prompt_first
+            answer = ask(server, device, image, self.prompt, prompt_first=first, policy=self.policy, **fields)
         print(printable(answer.text) if sys.stdout.isatty() else answer.text)
         if answer.finish_reason == "length":
             print(f"(cut off after --max-tokens {self.max_tokens})", file=sys.stderr)

@@ -736,8 +736,8 @@ def test_a_connection_stays_open_and_one_that_was_closed_is_made_again(scripted,
 def test_the_question_can_come_before_the_image(scripted, device, monkeypatch):
     scripted.script, bodies = [UNREADABLE, OK, OK], []
     lossy(monkeypatch, *[lambda body: (bodies.append(body), body)[1]] * 3)
-    for first in (False, True):
-        ask(Server(f"http://127.0.0.1:{scripted.server_port}/v1"), device, photo(0), "What?", image_first=first)
+    for first in (True, False):
+        ask(Server(f"http://127.0.0.1:{scripted.server_port}/v1"), device, photo(0), "What?", prompt_first=first)
     contents = [json.loads(body.partition(b"\n")[0])["messages"][0]["content"] for body in bodies]
     assert [[part["type"] for part in content] for content in contents] == [["text", "features"]] * 2 + [
         ["features", "text"]
