@@ -2,7 +2,7 @@
 
     make pretrain && stepjax sft configs/documents/sft_text.py && stepjax sft configs/documents/sft.py
 
-It takes ten minutes on two cores. A step has about a hundred questions, as many as an image stage sees in six.
+It takes ten minutes on two cores. A step has about a hundred questions; the second stage takes six for as many.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
 |-------|---------------------|----------|
 | read  | What is the sum?    | 407      |
 | count | How many crosses?   | 3        |
-| point | Point at the cross. | (62, 30) |
+| point | Point at the cross. | (68, 31) |
 
 A page has up to six fields, each a printed label and handwritten digits, four kinds of marks, and printed text to
 ignore (`data.documents_render`). One kind of mark is there once: the one to point at. A point is a place in hundredths
