@@ -1,6 +1,6 @@
 """Coded visual features against image files: bytes, answers and time, on worn pages of 320 x 320 pixels.
 
-    python benchmarks/tofc.py [--digits RUN] [--out OUT] [--parts train curves streams speed] [--examples 200]
+    python benchmarks/tofc.py [--digits RUN] [--out OUT] [--parts train curves streams speed] [--examples 120]
 
 It starts from the digits demo (`make pretrain`). Each part replaces its own figures in results/tofc.json. Needs
 pillow-jxl-plugin and matplotlib. `benchmarks/tofc_network.py` measures latency.
@@ -478,7 +478,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory of the runs")
     parts = {"train": train, "curves": curves, "streams": streams, "speed": speed}
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--examples", type=int, default=150, help="held-out questions of each task")
+    parser.add_argument("--examples", type=int, default=120, help="held-out questions of each task")
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--decode", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

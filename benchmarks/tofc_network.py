@@ -1,7 +1,7 @@
 """Latency of an answer over a slow network: coded features against features as int8 and against image files.
 
     sudo python benchmarks/tofc_network.py [RUN ...] [--base RUN] [--codec avif:30] [--codec jpeg:20@0.5]
-        [--rates 25 50 100] [--questions 20] [--delay-ms 10]
+        [--rates 25 50 100] [--questions 15] [--delay-ms 10]
 
 The runs are by default those of `benchmarks/tofc.py`.
 
@@ -140,9 +140,7 @@ def device(options: argparse.Namespace) -> None:
     for line in sys.stdin:
         way, mode, index = json.loads(line)
         way, image, (tokens, stays_open) = ways[way], images[index], MODES[mode]
-        server = servers[way]
-        if not stays_open:
-            server = client.Server(server.url)
+        server = servers[way] if stays_open else client.Server(servers[way].url)
         time.sleep(REFILL)
         bytes_before, figures = sent_bytes(), {}
         began = time.perf_counter()
@@ -171,6 +169,8 @@ def device(options: argparse.Namespace) -> None:
         filler.sendto(bytes(FILLER), (SERVER_ADDRESS, 9))  # nobody listens there
         reply = server.post("application/octet-stream", body, 120.0)
         ended = time.perf_counter()
+        if not stays_open:
+            server.close()
         if reply.status != 200:
             raise SystemExit(f"{way.name}, question {index}: status {reply.status}: {reply.error.get('message')}")
         text = str(reply.fields["choices"][0]["message"]["content"] or "")
@@ -495,7 +495,7 @@ def show(figures: dict[str, dict[str, dict[str, Any]]], options: argparse.Namesp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", default=["runs/documents_tofc_lambda_0.2"])
+    parser.add_argument("runs", nargs="*", metavar="RUN", default=["runs/documents_tofc_lambda_0.05"])
     parser.add_argument(
         "--base",
         metavar="RUN",
@@ -504,11 +504,11 @@ def main() -> None:
     )
     parser.add_argument("--codec", action="append", metavar="NAME:QUALITY[@SCALE]", help="jpeg, webp or avif")
     parser.add_argument("--rates", type=float, nargs="+", default=[25, 50, 100], help="KB/s, of 1000 bytes")
-    parser.add_argument("--questions", type=int, default=20, help="of each way, rate and mode")
+    parser.add_argument("--questions", type=int, default=15, help="of each way, rate and mode")
     parser.add_argument("--delay-ms", type=float, default=10, help="of each direction")
     parser.add_argument("--part", choices=["device", "proxy"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.codec = options.codec or ["jpeg:30", "webp:30", "avif:30"]
+    options.codec = options.codec or ["webp:40@0.35", "avif:30@0.5", "webp:25@0.5", "jpeg:25@0.5"]
     options.runs = list(dict.fromkeys(options.runs))
     options.rates = list(dict.fromkeys(options.rates))
     if options.part == "device":

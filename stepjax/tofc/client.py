@@ -112,7 +112,7 @@ def ask(
 
     Args:
         image: RGB.
-        prompt_first: whether it comes before the image, for a model that was trained so.
+        prompt_first: whether the question comes before the image, for a model that was trained so.
         fields: of the chat request, such as `max_tokens`.
 
     Raises:
@@ -245,7 +245,7 @@ class _Reply(NamedTuple):
 
 
 class Server:
-    """A server's chat API. The connection stays open for the next question; not for several threads at once.
+    """A server's chat API, for one thread at a time. The connection stays open for the next question.
 
     Args:
         url: of its API, such as "http://192.168.0.7:8000/v1".
@@ -275,6 +275,9 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._connection.close()
 
     def post(self, media_type: str, body: bytes, seconds: float) -> "_Reply":
@@ -319,7 +322,7 @@ class Server:
             if is_over.is_set() or response.length:
                 return _failed("the time is up" if is_over.is_set() else "the reply ends early")
             after, stays_open = response.headers.get("retry-after", ""), response.isclosed()
-        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
+        except (BrokenPipeError, ConnectionResetError) as error:
             return _failed(str(error) or type(error).__name__, was_closed=not is_over.is_set())
         except (OSError, http.client.HTTPException, ValueError) as error:
             return _failed(str(error) or type(error).__name__)
